@@ -1,0 +1,45 @@
+# `make test` and `make demo` do all set-up themselves; see README.md.
+
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+STAMP  := $(VENV)/.installed
+
+.DEFAULT_GOAL := help
+.PHONY: help setup test test-gpu demo lint typing format clean
+
+help: ## show this list
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/make \1|\2/' | column -t -s '|'
+
+setup: $(STAMP) ## create .venv and install everything under constraints.txt
+
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' || \
+	  { echo "$$($(PYTHON) --version) found: needs Python 3.11 to 3.13; name one with make PYTHON=python3.12" >&2; exit 2; }
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[export,cpu,dev]'
+	@touch $@
+
+test: setup lint typing ## lint, type check and all tests that need no special device
+	$(BIN)/python -m pytest
+
+test-gpu: setup ## the tests that need a CUDA device or TensorRT
+	$(BIN)/python -m pytest -m 'gpu or tensorrt'
+
+demo: setup ## export both demo models, verify them, generate text
+	PATH="$(CURDIR)/$(BIN):$$PATH" bash examples/00_demo/demo.sh
+
+lint: setup ## ruff: rules and format
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+typing: setup ## mypy, strict on the package
+	$(BIN)/mypy doge_deploy
+
+format: setup ## mend what ruff can mend
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean: ## remove .venv, caches and build outputs
+	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis .nox
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

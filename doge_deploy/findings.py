@@ -1,0 +1,22 @@
+"""Words of error messages: the nearest legal name, and many findings in one line."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Sequence
+
+MAX_FINDINGS = 20
+"""Findings that are spelled out in one message; the others are counted."""
+
+
+def suggest(name: str, known: Iterable[str]) -> str:
+    """` (did you mean 'x'?)` for the known name that is nearest to `name`, or an empty string."""
+    near = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
+    return f" (did you mean {near[0]!r}?)" if near else ""
+
+
+def join_findings(findings: Sequence[str], limit: int = MAX_FINDINGS) -> str:
+    """All findings in one line, those after the first `limit` as a number."""
+    shown = "; ".join(findings[:limit])
+    rest = len(findings) - limit
+    return f"{shown}; and {rest} more" if rest > 0 else shown

@@ -1,0 +1,50 @@
+"""Fixtures that several test files share, and reasons to skip what this machine cannot run."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+
+@pytest.fixture(scope="session")
+def dense_doge(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small dense checkpoint with random weights; do not write into it."""
+    from random_doge import save_random_doge  # transformers takes seconds, and most tests need no checkpoint
+
+    return save_random_doge(tmp_path_factory.mktemp("checkpoints") / "dense")
+
+
+@pytest.fixture(scope="session")
+def moe_doge(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small mixture with 20 experts, 16 of them reachable; do not write into it."""
+    from random_doge import SMALL_MOE, save_random_doge
+
+    return save_random_doge(tmp_path_factory.mktemp("checkpoints") / "moe", **SMALL_MOE)
+
+
+def _no_gpu() -> str:
+    import torch
+
+    return "" if torch.cuda.is_available() else "needs a CUDA device; this machine has none"
+
+
+def _no_tensorrt() -> str:
+    if any(importlib.util.find_spec(name) for name in ("tensorrt", "tensorrt_rtx")):
+        return ""
+    return "needs tensorrt or tensorrt-rtx; neither is installed"
+
+
+NEEDS: dict[str, Callable[[], str]] = {"gpu": _no_gpu, "tensorrt": _no_tensorrt}
+"""Markers of pyproject.toml, each with a function that says what is missing here, if anything."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip, rather than deselect: the summary then counts these tests and gives the reason."""
+    for marker, missing in NEEDS.items():
+        marked = [item for item in items if item.get_closest_marker(marker)]
+        reason = missing() if marked else ""
+        for item in marked if reason else []:
+            item.add_marker(pytest.mark.skip(reason=reason))
