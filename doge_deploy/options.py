@@ -1,0 +1,149 @@
+"""Choices of a user for an export: defaults, then a YAML file, then `--set`, then command-line options."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from doge_deploy.errors import UsageError
+from doge_deploy.findings import join_findings, suggest
+
+CacheLayout = Literal["static", "growing"]
+
+_LAYOUT_ORDER = ("static", "growing")
+
+_FILE_KEYS = ("name", "description", "sources", "export")
+"""Top-level keys of a file in export_configs/."""
+
+
+class ExportOptions(BaseModel):
+    """What to export. The description of a field says what is legal, and is quoted where a value is not."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    dtype: Literal["fp32", "fp16", "bf16"] = Field("fp32", description="one of fp32, fp16, bf16")
+    kv_cache: tuple[CacheLayout, ...] = Field(
+        ("static",), min_length=1, description="static, growing or a list of both"
+    )
+    max_length: int | None = Field(
+        None, ge=1, description="a whole number >= 1, or null for the checkpoint's own length"
+    )
+    routing: Literal["reference", "per-token"] = Field("reference", description="one of reference, per-token")
+    logits: Literal["last", "all"] = Field("last", description="one of last, all")
+    num_layers: int | None = Field(None, ge=1, description="a whole number >= 1, or null for all layers")
+
+    @field_validator("kv_cache", mode="before")
+    @classmethod
+    def _normalise_layouts(cls, value: Any) -> Any:
+        """One name or any sequence of names becomes a tuple in the order of the graphs, each name once."""
+        if isinstance(value, str):
+            return (value,)
+        if isinstance(value, (list, tuple)) and all(name in _LAYOUT_ORDER for name in value):
+            return tuple(name for name in _LAYOUT_ORDER if name in value)
+        return tuple(value) if isinstance(value, list) else value
+
+
+@dataclass(frozen=True)
+class _Choice:
+    """A value and the place that a user would mend: a file, a `--set`, an option."""
+
+    value: Any
+    source: str
+
+
+def load_export_options(path: Path | None, overrides: Mapping[str, Any], assignments: Sequence[str]) -> ExportOptions:
+    """The options of one export; later sources replace earlier ones key by key.
+
+    Args:
+        path: a YAML file whose key `export` holds options, or None.
+        overrides: options given one by one on the command line; None or () stands for one that was not given.
+        assignments: `key=value` strings of `--set`, the values in YAML.
+
+    Raises:
+        UsageError: a source cannot be read, or names unknown keys or illegal values: all of them in one line.
+    """
+    choices = _read_file(path) if path is not None else {}
+    for assignment in assignments:
+        key, value = _parse_assignment(assignment)
+        choices[key] = _Choice(value, f"--set {assignment}")
+    for key, value in overrides.items():
+        if value is not None and value != ():
+            choices[key] = _Choice(value, "--" + key.replace("_", "-"))
+    try:
+        return ExportOptions(**{key: choice.value for key, choice in choices.items()})
+    except ValidationError as error:
+        raise UsageError(join_findings(_describe(error, choices))) from None
+
+
+def _describe(error: ValidationError, choices: Mapping[str, _Choice]) -> list[str]:
+    """One finding per key that pydantic refused, in our words."""
+    findings = {}
+    for detail in error.errors():
+        key = str(detail["loc"][0])
+        choice = choices[key]
+        if detail["type"] == "extra_forbidden":
+            findings[key] = f"{choice.source}: {_unknown('key', key, ExportOptions.model_fields)}"
+        else:
+            legal = ExportOptions.model_fields[key].description
+            findings[key] = f"{choice.source}: {key}={choice.value!r}: must be {legal}"
+    return list(findings.values())
+
+
+def _unknown(what: str, key: str, known: Iterable[str]) -> str:
+    return f"unknown {what} {key!r}{suggest(key, known)}; known: {', '.join(known)}"
+
+
+def _parse_assignment(assignment: str) -> tuple[str, Any]:
+    key, equals, text = assignment.partition("=")
+    if not equals or not key.strip():
+        raise UsageError(f"--set {assignment}: must have the form key=value")
+    try:
+        return key.strip(), yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise UsageError(f"--set {assignment}: the value {text!r} is not valid YAML") from None
+
+
+def _read_file(path: Path) -> dict[str, _Choice]:
+    """The options under the key `export` of a YAML file."""
+    document = _load_yaml(path)
+    if not isinstance(document, dict):
+        raise UsageError(f"{path}: must hold a mapping with the key 'export', not {_kind(document)}")
+    findings = [_unknown("key", str(key), _FILE_KEYS) for key in document if key not in _FILE_KEYS]
+    options = document.get("export", {})
+    if not isinstance(options, dict):
+        findings.append(f"export={options!r}: must be a mapping of options")
+    if findings:
+        raise UsageError(f"{path}: {join_findings(findings)}")
+    return {str(key): _Choice(value, str(path)) for key, value in options.items()}
+
+
+def _kind(document: Any) -> str:
+    return "nothing" if document is None else f"a {type(document).__name__}"
+
+
+class _UniqueKeyLoader(yaml.SafeLoader):
+    """PyYAML lets the last of two equal keys win without a word; here that is an error."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        for index, key in enumerate(keys):
+            if key in keys[:index]:
+                raise yaml.constructor.ConstructorError(None, None, f"key {key!r} stands twice", node.start_mark)
+        return super().construct_mapping(node, deep)
+
+
+def _load_yaml(path: Path) -> Any:
+    try:
+        with path.open(encoding="utf-8") as file:
+            return yaml.load(file, _UniqueKeyLoader)
+    except OSError as error:
+        raise UsageError(f"{path}: cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise UsageError(f"{path}: is not UTF-8 text: byte {error.start}") from None
+    except yaml.YAMLError as error:
+        raise UsageError(f"{path}: is not valid YAML: {' '.join(str(error).split())}") from None
