@@ -1,0 +1,200 @@
+"""Names, dtypes, shapes and places of stored tensors, from safetensors headers alone.
+
+They are parsed here because a damaged file must be described, and the safetensors package says only that a
+header is invalid. Reading the data goes through that package, which checks it all once more.
+Reference: the format section of https://github.com/huggingface/safetensors.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from doge_deploy.errors import UnsupportedModelError
+from doge_deploy.findings import join_findings
+
+WEIGHTS = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+
+_PICKLES = ("pytorch_model*.bin", "*.pt", "*.pth", "*.bin")
+
+_ITEM_BYTES = {
+    "F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1, "C64": 8, "BOOL": 1,
+    "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U64": 8, "U32": 4, "U16": 2, "U8": 1,
+}  # fmt: skip
+
+DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+"""Stored dtypes that a Doge may have, with the names that torch and NumPy give them."""
+
+_SHARD_NAME = re.compile(r"[\w.-]+\.safetensors")
+"""No separators: a path would let a checkpoint read files outside its directory."""
+
+_LFS_POINTER = b"version https://git-lfs"
+
+_MAX_HEADER_BYTES = 100_000_000  # the format's own limit
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """One stored tensor: `nbytes` bytes of `dtype`, row by row, from `offset` of `file` on.
+
+    `dtype` is torch's and NumPy's name where a Doge may have it, else the name in the file.
+    """
+
+    name: str
+    file: Path
+    dtype: str
+    shape: tuple[int, ...]
+    offset: int
+    nbytes: int
+
+
+def read_headers(directory: Path) -> dict[str, TensorInfo]:
+    """All tensors stored in a checkpoint, whether in one file or in shards; no data is read.
+
+    Raises:
+        UnsupportedModelError: no safetensors there, shards missing, or a file is truncated or damaged.
+    """
+    # transformers prefers the single file too, if both are there
+    if (directory / WEIGHTS).exists():
+        return read_header(directory / WEIGHTS)
+    if (directory / INDEX).exists():
+        return _read_shards(directory)
+    pickles = sorted({path.name for pattern in _PICKLES for path in directory.glob(pattern)})
+    if pickles:
+        names = ", ".join(pickles)
+        raise UnsupportedModelError(
+            f"{directory}: weights are a pickle, which is never loaded; convert to safetensors: {names}"
+        )
+    raise UnsupportedModelError(f"{directory}: no weights; must hold {WEIGHTS} or {INDEX} with its shards")
+
+
+def read_header(path: Path) -> dict[str, TensorInfo]:
+    """The tensors of one safetensors file.
+
+    Raises:
+        UnsupportedModelError: the file cannot be read, is truncated, or contradicts itself.
+    """
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            start = file.read(8)
+            length = int.from_bytes(start, "little")
+            if len(start) < 8:
+                raise UnsupportedModelError(f"{path}: truncated: at least 8 bytes expected, {size} there")
+            if start == _LFS_POINTER[:8]:
+                raise UnsupportedModelError(f"{path}: a Git LFS pointer, not the weights; run `git lfs pull` there")
+            if length > _MAX_HEADER_BYTES:
+                raise UnsupportedModelError(f"{path}: not a safetensors file: it announces a header of {length} bytes")
+            if 8 + length > size:
+                raise UnsupportedModelError(f"{path}: truncated: at least {8 + length} bytes expected, {size} there")
+            header = _parse_header(path, file.read(length))
+    except OSError as error:
+        raise UnsupportedModelError(f"{path}: cannot be read: {error.strerror}") from None
+    infos = {name: _tensor_info(path, name, entry, 8 + length) for name, entry in header.items()}
+    _check_extent(path, infos, 8 + length, size)
+    return infos
+
+
+def _parse_header(path: Path, text: bytes) -> dict[str, Any]:
+    try:
+        header = json.loads(text)
+    except (ValueError, RecursionError):
+        raise UnsupportedModelError(f"{path}: not a safetensors file: its header is not JSON") from None
+    if not isinstance(header, dict):
+        raise UnsupportedModelError(f"{path}: not a safetensors file: its header is not a JSON object")
+    header.pop("__metadata__", None)
+    return header
+
+
+def _tensor_info(path: Path, name: str, entry: Any, data_start: int) -> TensorInfo:
+    """One header entry, refused unless its dtype, shape and offsets agree."""
+    if not name.isprintable():  # it would be printed, in messages and by `inspect`
+        raise UnsupportedModelError(f"{path}: damaged header: {name!r} cannot be the name of a tensor")
+    try:
+        dtype, shape, (begin, end) = str(entry["dtype"]), tuple(entry["shape"]), entry["data_offsets"]
+        numbers = (*shape, begin, end)
+    except (KeyError, TypeError, ValueError):
+        raise UnsupportedModelError(f"{path}: damaged header: entry {name!r} is {entry!r}") from None
+    if not all(isinstance(number, int) and number >= 0 for number in numbers):
+        raise UnsupportedModelError(f"{path}: damaged header: entry {name!r} is {entry!r}")
+    if dtype in _ITEM_BYTES and end - begin != math.prod(shape) * _ITEM_BYTES[dtype]:
+        raise UnsupportedModelError(
+            f"{path}: damaged header: {name!r} {dtype} {list(shape)} is given {end - begin} bytes"
+        )
+    return TensorInfo(name, path, DTYPES.get(dtype, dtype), shape, data_start + begin, end - begin)
+
+
+def _check_extent(path: Path, infos: Mapping[str, TensorInfo], data_start: int, size: int) -> None:
+    """The tensors must fill the file from the header to its end, without holes or overlaps."""
+    end = data_start
+    for info in sorted(infos.values(), key=lambda info: (info.offset, info.nbytes)):
+        if info.offset != end:
+            raise UnsupportedModelError(
+                f"{path}: damaged header: {info.name!r} starts at byte {info.offset}, must start at {end}"
+            )
+        end += info.nbytes
+    if end > size:
+        raise UnsupportedModelError(f"{path}: truncated: {end} bytes expected, {size} there")
+    if end < size:
+        raise UnsupportedModelError(f"{path}: {size - end} bytes too long: {end} bytes expected, {size} there")
+
+
+def _read_shards(directory: Path) -> dict[str, TensorInfo]:
+    index = directory / INDEX
+    weight_map = _read_weight_map(index)
+    files = sorted(set(weight_map.values()))
+    missing = [file for file in files if not (directory / file).exists()]
+    if missing:
+        raise UnsupportedModelError(f"{index}: shards missing: {join_findings(missing)}")
+    infos: dict[str, TensorInfo] = {}
+    findings = []
+    for file in files:
+        for name, info in read_header(directory / file).items():
+            if name in infos:
+                findings.append(f"{name} is in both {infos[name].file.name} and {file}")
+            infos[name] = info
+    for name, file in weight_map.items():
+        if name not in infos:
+            findings.append(f"{name!r} is not in {file}")
+    if findings:
+        raise UnsupportedModelError(f"{index}: {join_findings(findings)}")
+    return infos
+
+
+def _read_weight_map(index: Path) -> dict[str, str]:
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise UnsupportedModelError(f"{index}: must have 'weight_map', an object of tensor names and file names")
+    for name, file in weight_map.items():
+        if not (isinstance(file, str) and _SHARD_NAME.fullmatch(file)):
+            raise UnsupportedModelError(f"{index}: {name!r} is in {file!r}: must be the name of a .safetensors file")
+    return weight_map
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object.
+
+    Raises:
+        UnsupportedModelError: the file is missing, unreadable, not JSON, or not an object.
+    """
+    try:
+        document = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UnsupportedModelError(f"{path}: missing") from None
+    except OSError as error:
+        raise UnsupportedModelError(f"{path}: cannot be read: {error.strerror}") from None
+    except json.JSONDecodeError as error:
+        raise UnsupportedModelError(
+            f"{path}: not JSON: {error.msg} at line {error.lineno} column {error.colno}"
+        ) from None
+    except (ValueError, RecursionError) as error:
+        raise UnsupportedModelError(f"{path}: not JSON: {' '.join(str(error).split())}") from None
+    if not isinstance(document, dict):
+        raise UnsupportedModelError(f"{path}: must be a JSON object, not a {type(document).__name__}")
+    return document

@@ -1,0 +1,447 @@
+"""Broken checkpoints, each made from a sound one by one act of damage; what must be said about each.
+
+As a script, writes all of them and prints what is said:  python tests/broken_checkpoints.py OUT
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from random_doge import SMALL_MOE, save_random_doge
+from safetensors.torch import load_file, save_file
+
+WEIGHTS = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+EMBEDDING = "model.embed_tokens.weight"
+HEAD = "lm_head.weight"
+
+Tensors = dict[str, torch.Tensor]
+Damage = Callable[[Path], None]
+
+
+# Acts of damage: each takes its parameters and returns what is done to a directory.
+
+
+def config(**changes: Any) -> Damage:
+    """Set keys of config.json."""
+
+    def damage(path: Path) -> None:
+        file = path / "config.json"
+        file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
+
+    return damage
+
+
+def tensors(edit: Callable[[Tensors], object]) -> Damage:
+    """Change, add or remove tensors."""
+
+    def damage(path: Path) -> None:
+        weights = load_file(path / WEIGHTS)
+        edit(weights)
+        save_file(weights, path / WEIGHTS, metadata={"format": "pt"})
+
+    return damage
+
+
+def put(name: str, value: Callable[[torch.Tensor], torch.Tensor]) -> Damage:
+    """Replace one tensor by a function of itself."""
+    return tensors(lambda weights: weights.update({name: value(weights[name]).contiguous()}))
+
+
+def poison(name: str, *values: float) -> Damage:
+    """Overwrite the first elements of one tensor."""
+
+    def edit(weights: Tensors) -> None:
+        weights[name].view(-1)[: len(values)] = torch.tensor(values)
+
+    return tensors(edit)
+
+
+def drop(*names: str) -> Damage:
+    return tensors(lambda weights: [weights.pop(name) for name in names])
+
+
+def add(**shapes: tuple[int, ...]) -> Damage:
+    return tensors(lambda weights: weights.update({name: torch.ones(shape) for name, shape in shapes.items()}))
+
+
+def text(name: str, content: str) -> Damage:
+    """Write a file."""
+    return lambda path: (path / name).write_text(content, encoding="utf-8") and None
+
+
+def remove(*names: str) -> Damage:
+    return lambda path: [(path / name).unlink() for name in names] and None
+
+
+def truncate(name: str, size: int) -> Damage:
+    """Cut a file; a negative size counts from its end."""
+
+    def damage(path: Path) -> None:
+        content = (path / name).read_bytes()
+        (path / name).write_bytes(content[:size])
+
+    return damage
+
+
+def append(name: str, content: bytes) -> Damage:
+    return lambda path: (path / name).write_bytes((path / name).read_bytes() + content) and None
+
+
+def header(edit: Callable[[dict[str, Any]], object]) -> Damage:
+    """Change the header of the weight file and leave its data."""
+
+    def damage(path: Path) -> None:
+        content = (path / WEIGHTS).read_bytes()
+        end = 8 + int.from_bytes(content[:8], "little")
+        entries = json.loads(content[8:end])
+        edit(entries)
+        encoded = json.dumps(entries).encode()
+        (path / WEIGHTS).write_bytes(len(encoded).to_bytes(8, "little") + encoded + content[end:])
+
+    return damage
+
+
+def both(*damages: Damage) -> Damage:
+    def damage(path: Path) -> None:
+        for each in damages:
+            each(path)
+
+    return damage
+
+
+def shard(path: Path) -> None:
+    """Split the weights over two files and an index, as large checkpoints are."""
+    weights = load_file(path / WEIGHTS)
+    names = sorted(weights)
+    weight_map = {}
+    for number, part in enumerate((names[::2], names[1::2]), start=1):
+        file = f"model-{number:05}-of-00002.safetensors"
+        save_file({name: weights[name] for name in part}, path / file, metadata={"format": "pt"})
+        weight_map |= dict.fromkeys(part, file)
+    (path / WEIGHTS).unlink()
+    (path / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": dict(sorted(weight_map.items()))}))
+
+
+def shard_index(edit: Callable[[dict[str, str]], object]) -> Damage:
+    """Shards whose index is changed."""
+
+    def damage(path: Path) -> None:
+        shard(path)
+        index = json.loads((path / INDEX).read_text())
+        edit(index["weight_map"])
+        (path / INDEX).write_text(json.dumps(index))
+
+    return damage
+
+
+def llama_renamed(path: Path) -> None:
+    """What a Llama's checkpoint has, under the name of a Doge."""
+    weights = load_file(path / WEIGHTS)
+    own = ("self_attn.A", "dt_proj", "q_norm", "k_norm", "_residual")
+    save_file(
+        {name: value for name, value in weights.items() if not any(word in name for word in own)},
+        path / WEIGHTS,
+    )
+
+
+def legacy(path: Path) -> None:
+    """The layout of the original code's last revision: A and dt_proj per query head, no norms of q and k."""
+
+    def edit(weights: Tensors) -> None:
+        for name in list(weights):
+            if name.endswith((".q_norm.weight", ".k_norm.weight")):
+                del weights[name]
+            elif name.endswith((".A", ".dt_proj.weight")):
+                groups = 4 // weights[name].shape[0]
+                weights[name] = weights[name].repeat_interleave(groups, dim=0)
+
+    tensors(edit)(path)
+
+
+OLD_NAMES = {
+    "model.embed_tokens": "model.word_embed",
+    "model.norm": "model.final_layernorm",
+    "input_layernorm": "pre_layernorm",
+    "input_residual": "pre_residual.weight",
+    "post_attention_layernorm": "post_layernorm",
+    "post_attention_residual": "post_residual.weight",
+    "mlp.": "feed_forward.",
+}
+
+
+def legacy_names(path: Path) -> None:
+    """The names of early 2025."""
+
+    def rename(name: str) -> str:
+        for new, old in OLD_NAMES.items():
+            name = name.replace(new, old)
+        return name
+
+    def edit(weights: Tensors) -> None:
+        renamed = {rename(name): value for name, value in weights.items()}
+        weights.clear()
+        weights.update(renamed)
+
+    both(legacy, tensors(edit))(path)
+
+
+def pickled(path: Path) -> None:
+    """Weights as a pickle that would leave a mark, were it loaded."""
+    (path / WEIGHTS).unlink()
+    (path / "pytorch_model.bin").write_bytes(b"cposix\nsystem\n(S'touch loaded'\ntR.")
+
+
+def code_and_unknown_key(path: Path) -> None:
+    """A file of code beside the weights that would leave a mark, were it run."""
+    (path / "modeling_doge.py").write_text("open('loaded', 'w').close()\n")
+    config(auto_map={"AutoModelForCausalLM": "modeling_doge.DogeForCausalLM"}, keep_windows_size=4)(path)
+
+
+@dataclass(frozen=True)
+class Broken:
+    """A way to be broken: what is done to a sound checkpoint, and words that its refusal must have."""
+
+    damage: Damage
+    words: tuple[str, ...]
+    base: str = "dense"
+    """Which sound checkpoint it is made from, see `make_bases`."""
+
+
+LAYER = "model.layers.1."
+
+BROKEN: dict[str, Broken] = {
+    # the config file
+    "config-missing": Broken(remove("config.json"), ("config.json: missing",)),
+    "config-not-json": Broken(text("config.json", "{'a': 1}"), ("config.json: not JSON", "line 1 column 2")),
+    "config-a-list": Broken(text("config.json", "[]"), ("must be a JSON object, not a list",)),
+    "config-not-text": Broken(lambda path: (path / "config.json").write_bytes(b"\xff") and None, ("not JSON",)),
+    "config-empty-object": Broken(text("config.json", "{}"), ("model_type=None: not a Doge",)),
+    "generation-config-not-json": Broken(text("generation_config.json", "{"), ("generation_config.json: not JSON",)),
+    # what the config says
+    "other-model": Broken(config(model_type="llama"), ("model_type='llama': not a Doge; must be 'doge'",)),
+    "sequence-classifier": Broken(
+        config(architectures=["DogeForSequenceClassification"]), ("sequence classification is not supported",)
+    ),
+    "negative-size": Broken(config(hidden_size=-32), ("hidden_size=-32: must be a whole number >= 1",)),
+    "zero-window": Broken(config(keep_window_size=0), ("keep_window_size=0",)),
+    "heads-not-divisible": Broken(config(num_key_value_heads=3), ("num_key_value_heads=3", "divisor of num_att")),
+    "odd-head": Broken(config(head_dim=7), ("head_dim=7: a head must have an even size",)),
+    "nan-eps": Broken(config(rms_norm_eps=math.nan), ("rms_norm_eps=nan",)),
+    "unknown-activation": Broken(config(hidden_act="silly"), ("hidden_act='silly'", "did you mean 'silu'?")),
+    "misspelt-key": Broken(config(keep_window=8), ("unknown key 'keep_window' (did you mean 'keep_window_size'?)",)),
+    "code-in-checkpoint": Broken(code_and_unknown_key, ("unknown key 'keep_windows_size'",)),
+    "sliding-window": Broken(config(sliding_window=16), ("sliding_window=16: not supported yet",)),
+    "contradictory-rope": Broken(
+        config(
+            rope_scaling={"rope_type": "linear", "factor": 2.0},
+            rope_parameters={"rope_type": "default", "rope_theta": 1e4},
+        ),
+        ("rope_parameters=", "rope_scaling=", "contradict each other"),
+    ),
+    "rope-factor-missing": Broken(config(rope_parameters={"rope_type": "dynamic"}), ("needs 'factor': missing",)),
+    "too-many-experts": Broken(config(num_experts_per_tok=17), ("at most 16, the reachable experts",), base="moe"),
+    "legacy-keys-in-new-config": Broken(
+        config(dynamic_mask_ratio=0.0, num_cdmoe_experts=16),
+        ("legacy config: dynamic_mask_ratio=0.0, num_cdmoe_exp",),
+    ),
+    # config and tensors disagree
+    "layers-too-few": Broken(config(num_hidden_layers=1), ("15 unexpected", "model.layers.1.input_residual")),
+    "layers-too-many": Broken(config(num_hidden_layers=3), ("15 missing", "model.layers.2.self_attn.A")),
+    "a-billion-layers": Broken(config(num_hidden_layers=10**9), ("num_hidden_layers=1000000000, but only 32",)),
+    "other-vocabulary": Broken(
+        config(vocab_size=65), ("1 wrong shape: model.embed_tokens.weight is [64, 32], must be",)
+    ),
+    "biases-announced": Broken(config(attention_bias=True), ("10 missing", "self_attn.dt_proj.bias")),
+    "dense-called-moe": Broken(config(is_moe=True), ("6 missing", "mlp.router_gate.weight", "mlp.up_embed.weight")),
+    "moe-called-dense": Broken(config(is_moe=False), ("6 unexpected", "mlp.down_embed.weight"), base="moe"),
+    "other-number-of-experts": Broken(
+        config(num_experts=26),
+        ("mlp.router_gate.weight is [8, 32], must be [10, 32]", "must be [26, 32]"),
+        base="moe",
+    ),
+    "untied-without-head": Broken(config(tie_word_embeddings=False), ("1 missing: lm_head.weight",)),
+    # tensors
+    "tensors-missing": Broken(
+        drop(LAYER + "self_attn.A", "model.norm.weight"),
+        ("2 missing", LAYER + "self_attn.A", "model.norm.weight"),
+    ),
+    "tensors-unexpected": Broken(add(score=(2, 32), extra=(1,)), ("2 unexpected", "score", "extra")),
+    "wrong-shapes": Broken(
+        both(
+            put(LAYER + "self_attn.k_proj.weight", lambda value: value.T),
+            put("model.norm.weight", lambda x: x[:31]),
+        ),
+        (
+            "2 wrong shape",
+            "k_proj.weight is [32, 16], must be [16, 32]",
+            "model.norm.weight is [31], must be [32]",
+        ),
+    ),
+    "everything-at-once": Broken(
+        both(
+            drop("model.norm.weight"),
+            add(extra=(1,)),
+            put(LAYER + "self_attn.A", lambda value: value.double()[:1]),
+        ),
+        ("1 missing", "1 unexpected", "1 wrong shape", "1 dtype not one of"),
+    ),
+    "float64": Broken(put(LAYER + "self_attn.A", torch.Tensor.double), ("self_attn.A is F64",)),
+    "integers": Broken(put("model.norm.weight", torch.Tensor.int), ("model.norm.weight is I32",)),
+    "tied-head-differs": Broken(
+        tensors(lambda weights: weights.update({HEAD: weights[EMBEDDING] + 1})),
+        ("tie_word_embeddings=True, but lm_head.weight is not model.embed_tokens.weight",),
+    ),
+    "tied-head-of-other-dtype": Broken(
+        tensors(lambda weights: weights.update({HEAD: weights[EMBEDDING].half()})),
+        ("tie_word_embeddings=True",),
+    ),
+    "nan": Broken(
+        both(poison(LAYER + "mlp.up_proj.weight", math.nan, math.nan), poison("model.norm.weight", math.inf)),
+        (LAYER + "mlp.up_proj.weight has 2 NaN", "model.norm.weight has 1 infinities"),
+    ),
+    "llama-renamed": Broken(llama_renamed, ("12 missing", "self_attn.A", "input_residual")),
+    # legacy layouts
+    "legacy-2025-08": Broken(
+        legacy,
+        (
+            "legacy Doge layout (original SmallDoge code, of mid-2025",
+            "self_attn.A [4] sized by num_attention_heads=4",
+        ),
+    ),
+    "legacy-2025-08-equal-heads": Broken(
+        legacy,
+        ("legacy Doge layout (original SmallDoge code, of mid-2025", "no self_attn.q_norm"),
+        base="equal-heads",
+    ),
+    "legacy-2025-03": Broken(
+        both(legacy_names, config(dynamic_mask_ratio=0.0)),
+        (
+            "legacy Doge layout",
+            "of about March 2025",
+            "config key dynamic_mask_ratio",
+            "model.final_layernorm.weight",
+        ),
+    ),
+    "legacy-2025-02": Broken(
+        both(legacy_names, config(num_cdmoe_experts=16)),
+        ("legacy Doge layout", "of about February 2025", "config key num_cdmoe_experts"),
+    ),
+    # files of weights
+    "no-weights": Broken(remove(WEIGHTS), ("no weights; must hold model.safetensors",)),
+    "only-a-pickle": Broken(pickled, ("weights are a pickle, which is never loaded", "pytorch_model.bin")),
+    "truncated-data": Broken(truncate(WEIGHTS, -100), ("model.safetensors: truncated:", "bytes expected,")),
+    "truncated-header": Broken(truncate(WEIGHTS, 100), ("truncated: at least", "bytes expected, 100 there")),
+    "truncated-to-nothing": Broken(truncate(WEIGHTS, 0), ("truncated: at least 8 bytes expected, 0 there",)),
+    "too-long": Broken(append(WEIGHTS, b"rest"), ("4 bytes too long",)),
+    "git-lfs-pointer": Broken(
+        text(WEIGHTS, "version https://git-lfs.github.com/spec/v1\noid sha256:0\n"),
+        ("a Git LFS pointer", "lfs pull"),
+    ),
+    "not-safetensors": Broken(text(WEIGHTS, "hello, world\n"), ("not a safetensors file: it announces",)),
+    "name-that-writes-to-the-terminal": Broken(
+        add(**{"\x1b[2J\n": (1,)}), ("damaged header: '\\x1b[2J\\n' cannot be the name",)
+    ),
+    "header-not-json": Broken(
+        lambda path: (path / WEIGHTS).write_bytes((4).to_bytes(8, "little") + b"nope") and None,
+        ("not a safetensors file: its header is not JSON",),
+    ),
+    "header-a-list": Broken(
+        lambda path: (path / WEIGHTS).write_bytes((2).to_bytes(8, "little") + b"[]") and None,
+        ("not a safetensors file: its header is not a JSON object",),
+    ),
+    "header-entry-damaged": Broken(
+        header(lambda entries: entries[EMBEDDING].pop("shape")),
+        ("damaged header: entry 'model.embed_tokens.weight'",),
+    ),
+    "header-negative-shape": Broken(
+        header(lambda entries: entries[EMBEDDING].update(shape=[-64, -32])), ("damaged header: entry",)
+    ),
+    "header-shape-lies": Broken(
+        header(lambda entries: entries[EMBEDDING].update(shape=[64, 33])),
+        ("damaged header", "[64, 33] is given 8192"),
+    ),
+    "header-tensors-overlap": Broken(
+        header(lambda entries: entries["model.norm.weight"].update(data_offsets=[0, 128])), ("must start at",)
+    ),
+    # shards
+    "shards-missing": Broken(
+        both(shard, remove("model-00002-of-00002.safetensors")),
+        ("shards missing: model-00002-of-00002.safetensors",),
+    ),
+    "shard-truncated": Broken(
+        both(shard, truncate("model-00001-of-00002.safetensors", -4)),
+        ("model-00001-of-00002.safetensors: truncated",),
+    ),
+    "index-not-json": Broken(both(shard, text(INDEX, "")), ("index.json: not JSON",)),
+    "index-without-map": Broken(both(shard, text(INDEX, "{}")), ("must have 'weight_map'",)),
+    "index-names-a-stranger": Broken(
+        shard_index(lambda names: names.update(ghost="model-00001-of-00002.safetensors")),
+        ("'ghost' is not in model-00001",),
+    ),
+    "index-leaves-the-directory": Broken(
+        shard_index(lambda names: names.update({EMBEDDING: "../other/model.safetensors"})),
+        (
+            "'model.embed_tokens.weight' is in '../other/model.safetensors'",
+            "must be the name of a .safetensors file",
+        ),
+    ),
+    "index-names-a-pickle": Broken(
+        shard_index(lambda names: names.update({EMBEDDING: "pytorch_model.bin"})),
+        ("must be the name of a .safetensors",),
+    ),
+    "tensor-in-two-shards": Broken(
+        both(shard, lambda path: _copy_tensor(path, EMBEDDING)), ("model.embed_tokens.weight is in both",)
+    ),
+}
+
+
+def _copy_tensor(path: Path, name: str) -> None:
+    """Put a tensor into every shard."""
+    files = sorted(path.glob("model-*.safetensors"))
+    value = next(weights[name] for weights in map(load_file, files) if name in weights)
+    for file in files:
+        save_file({**load_file(file), name: value}, file, metadata={"format": "pt"})
+
+
+def make_bases(directory: Path) -> dict[str, Path]:
+    """The sound checkpoints that all damage starts from."""
+    return {
+        "dense": save_random_doge(directory / "dense"),
+        "moe": save_random_doge(directory / "moe", **SMALL_MOE),
+        "equal-heads": save_random_doge(directory / "equal-heads", num_key_value_heads=4),
+    }
+
+
+def make_broken(name: str, bases: dict[str, Path], directory: Path) -> Path:
+    """Make one broken checkpoint in `directory`."""
+    broken = BROKEN[name]
+    shutil.copytree(bases[broken.base], directory)
+    broken.damage(directory)
+    return directory
+
+
+def main(out: Path) -> None:
+    """Make all of them below `out`, and print what is said about each."""
+    from doge_deploy.checkpoint import check_finite, open_checkpoint
+    from doge_deploy.errors import DogeDeployError
+
+    bases = make_bases(out / "sound")
+    for name in BROKEN:
+        try:
+            check_finite(open_checkpoint(str(make_broken(name, bases, out / name))))
+            print(f"{name}: NOT REFUSED")
+        except DogeDeployError as error:
+            print(f"{name} ({error.exit_code}): {error}")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

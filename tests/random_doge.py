@@ -1,0 +1,43 @@
+"""Small Doge checkpoints with random weights, written by transformers itself."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import DogeConfig, DogeForCausalLM
+
+SMALL: dict[str, Any] = {
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "keep_window_size": 8,
+    "tie_word_embeddings": True,
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+    "pad_token_id": 2,
+}
+SMALL_MOE: dict[str, Any] = {**SMALL, "is_moe": True, "num_experts": 20, "num_experts_per_tok": 3}
+
+
+def random_doge(seed: int = 0, **config: Any) -> DogeForCausalLM:
+    """A small Doge in eval mode; A is drawn too, which transformers initialises to zero."""
+    torch.manual_seed(seed)
+    model = DogeForCausalLM(DogeConfig(**{**SMALL, **config})).eval()
+    with torch.no_grad():
+        for layer in model.model.layers:
+            layer.self_attn.A.normal_()
+            for scale in (layer.input_layernorm.weight, layer.input_residual, layer.self_attn.q_norm.weight):
+                scale.normal_(mean=1.0, std=0.15)
+    return model
+
+
+def save_random_doge(directory: Path, seed: int = 0, **config: Any) -> Path:
+    """Write such a model as `save_pretrained` does; returns `directory`."""
+    random_doge(seed, **config).save_pretrained(directory)
+    return directory
