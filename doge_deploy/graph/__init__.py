@@ -1,0 +1,3 @@
+"""From the PyTorch model to the standard ONNX graph: schemas and bodies of the `doge` operators, trace, passes,
+weights.
+"""

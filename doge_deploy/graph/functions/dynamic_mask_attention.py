@@ -1,0 +1,112 @@
+"""Body of doge::DynamicMaskAttention.
+
+    bias[b, h, q, j] = score[b, h, j]   if slot j is visible to row q and among its w best, lowest index first
+                       hidden           otherwise
+    output = softmax(q k^T * scale + bias) v
+
+"Visible" is j <= first_slot[b] + q, and key_mask[b, j] where there is one. Ranking is done on the float32 score, over
+visible keys only, so a row that sees fewer than w keys keeps them all whatever the cache holds elsewhere.
+Slow twin: `doge_deploy.model.attention.dynamic_mask_attention`.
+"""
+
+from __future__ import annotations
+
+import onnx_ir as ir
+
+from doge_deploy.config import DogeFacts
+from doge_deploy.graph.functions.text import parse_function
+from doge_deploy.graph.schemas import DYNAMIC_MASK_ATTENTION
+
+KEPT = "kept"
+"""Name of the value that holds the kept keys, `[B, Hkv, Q, K]` bool; verification looks at it."""
+
+_VISIBLE = """
+    zero = Constant <value_int = 0> ()
+    one = Constant <value_int = 1> ()
+    axis_one = Constant <value_ints = [1]> ()
+    row_axes = Constant <value_ints = [1, 3]> ()
+    num_rows = Shape <start = 2, end = 3> (query)
+    num_columns = Shape <start = 2, end = 3> (key)
+    rows_scalar = Squeeze (num_rows)
+    columns_scalar = Squeeze (num_columns)
+    rows = Range (zero, rows_scalar, one)
+    columns = Range (zero, columns_scalar, one)
+    first_column = Unsqueeze (first_slot, axis_one)
+    row_slot = Add (first_column, rows)
+    row_slot_4d = Unsqueeze (row_slot, row_axes)
+    causal = LessOrEqual (columns, row_slot_4d)
+"""
+
+_KEY_MASK = """
+    key_axes = Constant <value_ints = [1, 2]> ()
+    key_mask_4d = Unsqueeze (key_mask, key_axes)
+    visible = And (causal, key_mask_4d)
+"""
+
+_NO_KEY_MASK = """
+    visible = Identity (causal)
+"""
+
+# Hidden keys rank below every score (none is negative): they are chosen only where fewer than w are visible.
+_KEEP_WINDOW = """
+    window_scalar = Constant
+    <value_int: int = @keep_window_size> () first_axis =
+    Constant <value_ints = [0]> () window = Unsqueeze (window_scalar,
+    first_axis) window_reach = Min (window, num_columns)
+    lowest = Constant <value_float
+    = -1.0> () ranked = Where (visible, row_score,
+    lowest) best_score, best_index = TopK <axis = -1, largest
+    = 1, sorted = 1> (ranked, window_reach) ranked_shape = Shape
+    (ranked) none = ConstantOfShape <value =
+    bool[1] {0}> (ranked_shape) best_shape = Shape
+    (best_index) all = ConstantOfShape <value =
+    bool[1] {1}> (best_shape) in_window = ScatterElements <axis = -1>
+    (none, best_index, all) kept = And (visible,
+    in_window)
+"""
+
+_BIAS = """
+    row_score_cast = CastLike
+    (row_score, query) hidden_float = Constant
+    <value_float = HIDDEN> () hidden = CastLike (hidden_float,
+    query) kv_bias = Where (kept, row_score_cast, hidden)
+"""
+
+_ATTEND = """
+    output = Attention <scale: float = @scale, softmax_precision
+    = 1> (query, key, value, bias)
+"""
+
+
+def dynamic_mask_attention_function(
+    facts: DogeFacts, *, has_key_mask: bool, keep_window: bool, hidden_bias: float
+) -> ir.Function:
+    """The local function for one graph.
+
+
+    Args: facts:
+    heads and groups
+        of the checkpoint. has_key_mask: the node has a sixth
+        input (growing caches). keep_window: the cache can
+        exceed `keep_window_size`, so the top-w selection is part of the body. hidden_bias:
+
+        bias of a hidden key, see `doge_deploy.model.attention.hidden_bias`.
+
+
+
+
+    """
+    groups = facts.num_key_value_groups
+    body = _VISIBLE + (_KEY_MASK if has_key_mask else _NO_KEY_MASK)
+    body += "    row_score = Transpose <perm = [0, 1, 3, 2]> (score)\n"
+    body += _KEEP_WINDOW if keep_window else "    kept = Identity (visible)\n"
+    body += _BIAS.replace("HIDDEN", repr(hidden_bias))
+    if groups == 1:
+        body += "    bias = Identity (kv_bias)\n"
+    else:
+        # The G query heads of a key/value head share its bias.
+        head_map = ", ".join(str(head // groups) for head in range(facts.num_attention_heads))
+        body += f"    head_map = Constant <value_ints = [{head_map}]> ()\n"
+        body += "    bias = Gather <axis = 1> (kv_bias, head_map)\n"
+    inputs = ["query", "key", "value", "score", "first_slot", *(["key_mask"] if has_key_mask else [])]
+    return parse_function(DYNAMIC_MASK_ATTENTION, inputs, ["output"], ["keep_window_size", "scale"], body + _ATTEND)

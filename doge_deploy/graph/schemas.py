@@ -1,0 +1,77 @@
+"""ONNX schemas of the `doge` domain, version 1: the contract of a node, with or without a body.
+
+A runtime takes such a node as a local function (its body is standard ONNX); a plugin takes the same node without it.
+"""
+
+from __future__ import annotations
+
+import onnx.defs
+from onnx.defs import OpSchema
+
+DOMAIN = "doge"
+VERSION = 1
+DYNAMIC_MASK_ATTENTION = "DynamicMaskAttention"
+CDMOE = "CDMoE"
+
+_FLOATS = ["tensor(float)", "tensor(float16)", "tensor(bfloat16)"]
+_Parameter = OpSchema.FormalParameter
+_Attribute = OpSchema.Attribute
+_INT, _FLOAT, _STRING = OpSchema.AttrType.INT, OpSchema.AttrType.FLOAT, OpSchema.AttrType.STRING
+
+
+def _dynamic_mask_attention() -> OpSchema:
+    return OpSchema(
+        DYNAMIC_MASK_ATTENTION,
+        DOMAIN,
+        VERSION,
+        doc="softmax(q k^T * scale + bias) v; bias is the key's score, and keys outside the row's best w are hidden.",
+        inputs=[
+            _Parameter("query", "T", "[B, H, Q, D]; row q of batch b sits at cache slot first_slot[b] + q"),
+            _Parameter("key", "T", "[B, Hkv, K, D]"),
+            _Parameter("value", "T", "[B, Hkv, K, D]"),
+            _Parameter("score", "tensor(float)", "[B, Hkv, K, 1]: exp(A * softplus(dt_proj(value)))"),
+            _Parameter("first_slot", "tensor(int64)", "[B]"),
+            _Parameter(
+                "key_mask",
+                "tensor(bool)",
+                "[B, K]: false for slots that nobody may see",
+                param_option=OpSchema.FormalParameterOption.Optional,
+            ),
+        ],
+        outputs=[_Parameter("output", "T", "[B, H, Q, D]")],
+        type_constraints=[("T", _FLOATS, "")],
+        attributes=[
+            _Attribute("keep_window_size", _INT, "keys kept per row, ties to the lowest index; 0 keeps all"),
+            _Attribute("scale", _FLOAT, "multiplies q k^T"),
+        ],
+    )
+
+
+def _cdmoe() -> OpSchema:
+    return OpSchema(
+        CDMOE,
+        DOMAIN,
+        VERSION,
+        doc="sum over the k routed experts e of act(h . down_embed[e]) * weight_e * up_embed[e].",
+        inputs=[
+            _Parameter("hidden", "T", "[B, Q, C]"),
+            _Parameter("router_logits", "T", "[B, Q, 2n]"),
+            _Parameter("down_embed", "T", "[E, C]"),
+            _Parameter("up_embed", "T", "[E, C]"),
+        ],
+        outputs=[_Parameter("output", "T", "[B, Q, C]")],
+        type_constraints=[("T", _FLOATS, "")],
+        attributes=[
+            _Attribute("num_experts_per_tok", _INT, "k"),
+            _Attribute("norm_topk_prob", _INT, "1: the k weights are divided by their sum"),
+            _Attribute("routing", _STRING, '"reference": halves as transformers takes them; "per-token": clean split'),
+            _Attribute("activation", _STRING, "name of the activation, as in transformers"),
+        ],
+    )
+
+
+def register_schemas() -> None:
+    """Make the `doge` schemas known to onnx in this process; calling it again does nothing."""
+    for schema in (_dynamic_mask_attention(), _cdmoe()):
+        if not onnx.defs.has(schema.name, VERSION, DOMAIN):
+            onnx.defs.register_schema(schema)

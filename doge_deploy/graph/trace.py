@@ -1,0 +1,208 @@
+"""torch.export -> ONNX, opset 24.
+
+The model is traced on PyTorch's "meta" device: no weight is read, so the time and memory of a trace depend on the
+number
+of layers alone. Initializers carry the names of the checkpoint's tensors; `graph/weights.py` gives them their data.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+import onnx_ir as ir
+import torch
+from onnxscript.values import Opset
+
+from doge_deploy.config import DogeFacts
+from doge_deploy.graph import schemas
+from doge_deploy.graph.functions import cdmoe_function, dynamic_mask_attention_function
+from doge_deploy.graph.functions.text import OPSET
+from doge_deploy.graph.passes import run_passes
+from doge_deploy.model.attention import hidden_bias
+from doge_deploy.model.decoder import CausalLM, GrowingCausalLM, StaticCausalLM
+from doge_deploy.model.moe import candidate_pairs
+from doge_deploy.signature import Signature, TensorSpec
+
+TORCH_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+_MODELS: dict[str, type[CausalLM]] = {"growing": GrowingCausalLM, "static": StaticCausalLM}
+
+# Sizes of the example inputs: any that differ from each other and from 0 and 1, which torch.export would specialise on.
+_EXAMPLE_SIZES = {"batch_size": 2, "sequence_length": 3, "past_sequence_length": 5}
+
+_standard = Opset("", OPSET)
+
+
+def trace(
+    facts: DogeFacts,
+    signature: Signature,
+    *,
+    dtype: str,
+    max_length: int,
+    keep_window: bool,
+    routing: str,
+    last_logits: bool,
+) -> ir.Model:
+    """The ONNX model of one layout, weights by name only.
+
+    Args:
+        facts: the checkpoint; `num_hidden_layers` layers are traced.
+        signature: what `make_signature` gives for the same arguments.
+        dtype: "float32", "float16" or "bfloat16".
+        max_length: rows of the RoPE tables (and slots of a static cache).
+        keep_window: whether the cache can exceed `keep_window_size`.
+        routing: "reference" or "per-token".
+        last_logits: logits of one token per row.
+    """
+    schemas.register_schemas()
+    torch_dtype = TORCH_DTYPES[dtype]
+    with torch.device("meta"):
+        model = _MODELS[signature.layout](
+            facts,
+            max_length=max_length,
+            keep_window_size=facts.keep_window_size if keep_window else 0,
+            routing=routing,
+            last_logits=last_logits,
+            dtype=torch_dtype,
+        ).eval()
+    arguments, dynamic = _example_arguments(facts, signature)
+    with _quiet(), torch.no_grad():
+        exported = torch.export.export(model, (), arguments, dynamic_shapes=dynamic, strict=False)
+        program = torch.onnx.export(
+            exported,
+            (),
+            dynamo=True,
+            opset_version=OPSET,
+            optimize=False,
+            verbose=False,
+            custom_translation_table=_translations(),
+        )
+    assert program is not None  # only None for the legacy exporter
+    onnx_model = program.model
+    _apply_signature(onnx_model, signature)
+    functions = [
+        dynamic_mask_attention_function(
+            facts,
+            has_key_mask=signature.layout == "growing",
+            keep_window=keep_window,
+            hidden_bias=hidden_bias(torch_dtype),
+        )
+    ]
+    if facts.is_moe:
+        pairs = candidate_pairs(facts.num_experts_per_tok, facts.num_keys)
+        functions.append(cdmoe_function(facts, routing=routing, pairs=pairs))
+    for function in functions:
+        onnx_model.functions[function.identifier()] = function
+    return run_passes(onnx_model)
+
+
+def _example_arguments(facts: DogeFacts, signature: Signature) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Meta tensors for every graph input, nested as the model's `forward` takes them, and their dynamic axes."""
+
+    def example(spec: TensorSpec) -> torch.Tensor:
+        # eval: "a + b" of axis names is the sum of their example sizes
+        shape = [s if isinstance(s, int) else sum(_EXAMPLE_SIZES[p] for p in s.split(" + ")) for s in spec.shape]
+        return torch.zeros(shape, dtype=getattr(torch, spec.dtype), device="meta")
+
+    def axes(spec: TensorSpec) -> dict[int, Any]:
+        return {i: torch.export.Dim.DYNAMIC for i, s in enumerate(spec.shape) if isinstance(s, str)}
+
+    arguments: dict[str, Any] = {}
+    dynamic: dict[str, Any] = {}
+    caches = [spec for spec, _ in signature.past()]
+    for spec in signature.inputs:
+        if spec not in caches:
+            arguments[spec.name], dynamic[spec.name] = example(spec), axes(spec)
+    per_layer = len(caches) // facts.num_hidden_layers
+    layers = [caches[i : i + per_layer] for i in range(0, len(caches), per_layer)]
+    arguments["past_key_values"] = [tuple(example(spec) for spec in layer) for layer in layers]
+    dynamic["past_key_values"] = [tuple(axes(spec) for spec in layer) for layer in layers]
+    return arguments, dynamic
+
+
+def _apply_signature(model: ir.Model, signature: Signature) -> None:
+    """Give the graph's inputs and outputs the names, order and symbolic axes of the signature."""
+    graph = model.graph
+    caches = [spec for spec, _ in signature.past()]
+    traced = {value.name: value for value in graph.inputs}
+    plain = [traced[spec.name] for spec in signature.inputs if spec not in caches]
+    flat = [value for value in graph.inputs if value not in plain]
+    values = [*plain, *flat]
+    graph.inputs.clear()
+    graph.inputs.extend(values)
+    for spec, value in zip(signature.inputs, values, strict=True):
+        value.name, value.shape = spec.name, ir.Shape(spec.shape)
+        value.dtype = ir.DataType[spec.dtype.upper().replace("FLOAT32", "FLOAT")]
+    for spec, value in zip(signature.outputs, graph.outputs, strict=True):
+        value.name, value.shape = spec.name, ir.Shape(spec.shape)
+
+
+def _translations() -> dict[Any, Any]:
+    """How each operator of `doge_deploy.model` becomes a node; softplus too, whose PyTorch threshold float32 cannot
+    see.
+    """
+    doge = Opset(schemas.DOMAIN, schemas.VERSION)
+    op = _standard
+    custom = torch.ops.doge
+
+    def ints(*values: int) -> Any:
+        return op.Constant(value_ints=list(values))
+
+    def row_positions(first_slot: Any, input_ids: Any) -> Any:
+        steps = op.Range(op.Constant(value_int=0), op.Squeeze(op.Shape(input_ids, start=1)), op.Constant(value_int=1))
+        return op.Add(op.Unsqueeze(first_slot, ints(1)), steps)
+
+    def past_slots(input_ids: Any, past_key: Any) -> Any:
+        return op.Expand(op.Shape(past_key, start=2, end=3), op.Shape(input_ids, start=0, end=1))
+
+    def last_token(x: Any, lengths: Any) -> Any:
+        index = op.Unsqueeze(op.Sub(lengths, op.Constant(value_int=1)), ints(1, 2))
+        return op.GatherND(x, index, batch_dims=1)
+
+    def attention(query, key, value, score, first_slot, key_mask, keep_window_size, scale):  # type: ignore[no-untyped-def]
+        inputs = (query, key, value, score, first_slot) + (() if key_mask is None else (key_mask,))
+        return doge.DynamicMaskAttention(*inputs, keep_window_size=keep_window_size, scale=scale)
+
+    def cdmoe(hidden, router, down, up, num_experts_per_tok, norm_topk_prob, routing, activation):  # type: ignore[no-untyped-def]
+        return doge.CDMoE(
+            hidden,
+            router,
+            down,
+            up,
+            num_experts_per_tok=num_experts_per_tok,
+            norm_topk_prob=int(norm_topk_prob),
+            routing=routing,
+            activation=activation,
+        )
+
+    return {
+        custom.rms_norm.default: lambda x, weight, epsilon: op.RMSNormalization(x, weight, epsilon=epsilon),
+        custom.rotary_embedding.default: lambda x, cos, sin: op.RotaryEmbedding(x, cos, sin),
+        custom.tensor_scatter.default: lambda cache, update, index: op.TensorScatter(cache, update, index),
+        custom.split_heads.default: lambda x, heads: op.Reshape(x, ints(0, 0, heads, -1)),
+        custom.merge_heads.default: lambda x: op.Reshape(x, ints(0, 0, -1)),
+        custom.row_positions.default: row_positions,
+        custom.past_slots.default: past_slots,
+        custom.last_token.default: last_token,
+        custom.dynamic_mask_attention.default: attention,
+        custom.cdmoe.default: cdmoe,
+        torch.ops.aten.softplus.default: lambda x, beta=1.0, threshold=20.0: op.Softplus(x),
+    }
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep the exporter's own chatter (absent torchvision, deprecations inside torch) off the user's terminal."""
+    exporter = logging.getLogger("torch.onnx")
+    level = exporter.level
+    exporter.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        exporter.setLevel(level)

@@ -1,0 +1,148 @@
+"""The decoder in its two cache layouts: what is traced.
+
+Parameter names equal transformers', so that a weight's name in the graph is its name in the checkpoint.
+Axes: B batch, Q new tokens, P past tokens, K = P + Q, L max_length, Hkv key/value heads, D head_dim, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import cast
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from doge_deploy.config import DogeFacts
+from doge_deploy.model.attention import Attention, RMSNorm
+from doge_deploy.model.moe import MLP
+from doge_deploy.model.ops import last_token, past_slots, row_positions
+
+Past = Sequence[tuple[torch.Tensor, ...]]
+
+
+class DecoderLayer(nn.Module):
+    """x = input_residual * x + attn(norm(x)); x = post_attention_residual * x + mlp(norm(x))."""
+
+    def __init__(self, facts: DogeFacts, keep_window_size: int, routing: str, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.input_layernorm = RMSNorm(facts.hidden_size, facts.rms_norm_eps, dtype)
+        self.self_attn = Attention(facts, keep_window_size, dtype)
+        self.input_residual = nn.Parameter(torch.empty(facts.hidden_size, dtype=dtype))
+        self.post_attention_layernorm = RMSNorm(facts.hidden_size, facts.rms_norm_eps, dtype)
+        self.mlp = MLP(facts, routing, dtype)
+        self.post_attention_residual = nn.Parameter(torch.empty(facts.hidden_size, dtype=dtype))
+
+    def add_attention(self, residual: torch.Tensor, attended: torch.Tensor) -> torch.Tensor:
+        """The two residual sums around an attention output, both `[B, Q, hidden]`."""
+        x = self.input_residual * residual + attended
+        fed: torch.Tensor = self.mlp(self.post_attention_layernorm(x))
+        return self.post_attention_residual * x + fed
+
+
+class Decoder(nn.Module):
+    """Embedding, layers and final norm; the part called `model.` in a checkpoint."""
+
+    def __init__(self, facts: DogeFacts, keep_window_size: int, routing: str, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.embed_tokens = nn.Embedding(facts.vocab_size, facts.hidden_size, dtype=dtype)
+        self.layers = nn.ModuleList(
+            DecoderLayer(facts, keep_window_size, routing, dtype) for _ in range(facts.num_hidden_layers)
+        )
+        self.norm = RMSNorm(facts.hidden_size, facts.rms_norm_eps, dtype)
+
+
+class CausalLM(nn.Module):
+    """Common to both layouts: the weights, the position tables and the head.
+
+    Args:
+        facts: the checkpoint.
+        max_length: positions in the RoPE tables.
+        keep_window_size: keys kept per row, 0 where the cache cannot exceed the checkpoint's window.
+        routing: "reference" or "per-token".
+        last_logits: the head runs on one token per row only.
+        dtype: of weights, caches and logits; scores stay float32.
+    """
+
+    def __init__(
+        self,
+        facts: DogeFacts,
+        *,
+        max_length: int,
+        keep_window_size: int,
+        routing: str,
+        last_logits: bool,
+        dtype: torch.dtype,
+    ) -> None:
+        super().__init__()
+        self.facts = facts
+        self.last_logits = last_logits
+        self.model = Decoder(facts, keep_window_size, routing, dtype)
+        if not facts.tie_word_embeddings:
+            self.lm_head = nn.Linear(facts.hidden_size, facts.vocab_size, bias=False, dtype=dtype)
+        self.rope_cos = nn.Buffer(torch.empty(max_length, facts.head_dim // 2, dtype=dtype))
+        self.rope_sin = nn.Buffer(torch.empty(max_length, facts.head_dim // 2, dtype=dtype))
+
+    def layers(self) -> list[DecoderLayer]:
+        return cast("list[DecoderLayer]", list(self.model.layers))
+
+    def rotation(self, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """cos and sin `[B, Q, D/2]` of `position_ids` `[B, Q]`."""
+        return F.embedding(position_ids, self.rope_cos), F.embedding(position_ids, self.rope_sin)
+
+    def head(self, x: torch.Tensor) -> torch.Tensor:
+        """Final norm and vocabulary projection: `[B, Q, hidden]` -> `[B, Q, V]`."""
+        tied = self.facts.tie_word_embeddings
+        return F.linear(self.model.norm(x), self.model.embed_tokens.weight if tied else self.lm_head.weight)
+
+
+class GrowingCausalLM(CausalLM):
+    """Past tensors grow by concatenation: the convention of Hugging Face tools."""
+
+    def forward(
+        self, input_ids: torch.Tensor, attention_mask: torch.Tensor, position_ids: torch.Tensor, past_key_values: Past
+    ) -> tuple[torch.Tensor, list[tuple[torch.Tensor, ...]]]:
+        """`attention_mask` `[B, K]`, `past_key_values` one (key, value) `[B, Hkv, P, D]` per layer.
+
+        Returns logits `[B, Q or 1, V]` and the (key, value) `[B, Hkv, K, D]` of each layer.
+        """
+        x = self.model.embed_tokens(input_ids)
+        cos, sin = self.rotation(position_ids)
+        key_mask = attention_mask != 0
+        first_slot = past_slots(input_ids, past_key_values[0][0])
+        present = []
+        for layer, past in zip(self.layers(), past_key_values, strict=True):
+            normed = layer.input_layernorm(x)
+            attended, caches = layer.self_attn.forward_growing(normed, cos, sin, first_slot, key_mask, past)
+            x = layer.add_attention(x, attended)
+            present.append(caches)
+        return self.head(x[:, -1:] if self.last_logits else x), present
+
+
+class StaticCausalLM(CausalLM):
+    """Past tensors are buffers of `max_length` slots, written in place at `write_indices`."""
+
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        write_indices: torch.Tensor,
+        past_key_values: Past,
+        sequence_lengths: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, list[tuple[torch.Tensor, ...]]]:
+        """`write_indices` `[B]`: tokens that row b already holds, which is also its next position.
+
+        `past_key_values`: one (key, value, score) per layer, `[B, Hkv, L, D]`, the score `[B, Hkv, L, 1]` float32.
+        `sequence_lengths` `[B]`, with `last_logits` only: how many of the Q tokens are real; the logits are those of
+        the last real one. Padding follows the real tokens; its slots are overwritten by later calls.
+        """
+        x = self.model.embed_tokens(input_ids)
+        cos, sin = self.rotation(row_positions(write_indices, input_ids))
+        present = []
+        for layer, past in zip(self.layers(), past_key_values, strict=True):
+            normed = layer.input_layernorm(x)
+            attended, caches = layer.self_attn.forward_static(normed, cos, sin, write_indices, past)
+            x = layer.add_attention(x, attended)
+            present.append(caches)
+        if sequence_lengths is not None:
+            x = last_token(x, sequence_lengths)
+        return self.head(x), present

@@ -1,0 +1,104 @@
+"""Every input and output of an exported graph: the contract between the trace and all later rooms.
+
+Axes: B `batch_size`, Q `sequence_length`, P `past_sequence_length`, K `past_sequence_length + sequence_length`,
+L `max_length` (a number, fixed at export).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from doge_deploy.config import DogeFacts
+
+BATCH = "batch_size"
+SEQUENCE = "sequence_length"
+PAST = "past_sequence_length"
+TOTAL = f"{PAST} + {SEQUENCE}"
+
+LAYOUTS = ("static", "growing")
+"""Cache layouts, the default first."""
+
+CACHE_KINDS = {"growing": ("key", "value"), "static": ("key", "value", "score")}
+"""What a layout keeps per layer, in graph order."""
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """One graph input or output: `dtype` is an ONNX element type in NumPy's spelling, an axis a name or a size."""
+
+    name: str
+    dtype: str
+    shape: tuple[str | int, ...]
+
+
+@dataclass(frozen=True)
+class Signature:
+    """Inputs and outputs of one layout's graph, in order."""
+
+    layout: str
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+
+    def past(self) -> Iterator[tuple[TensorSpec, TensorSpec]]:
+        """Each cache input with the output that replaces it on the next call."""
+        present = {spec.name: spec for spec in self.outputs}
+        for spec in self.inputs:
+            if spec.name.startswith("past_key_values."):
+                yield spec, present[present_name(spec.name)]
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "layout": self.layout,
+            "inputs": [asdict(spec) for spec in self.inputs],
+            "outputs": [asdict(spec) for spec in self.outputs],
+        }
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Signature:
+        def specs(rows: Any) -> tuple[TensorSpec, ...]:
+            return tuple(TensorSpec(row["name"], row["dtype"], tuple(row["shape"])) for row in rows)
+
+        return cls(data["layout"], specs(data["inputs"]), specs(data["outputs"]))
+
+
+def past_name(layer: int, kind: str) -> str:
+    return f"past_key_values.{layer}.{kind}"
+
+
+def present_name(past: str) -> str:
+    """`past_key_values.3.key` -> `present.3.key`."""
+    return past.replace("past_key_values.", "present.", 1)
+
+
+def make_signature(facts: DogeFacts, layout: str, *, dtype: str, max_length: int, last_logits: bool) -> Signature:
+    """The signature of a graph.
+
+    Args:
+        facts: the checkpoint, its `num_hidden_layers` the number that is exported.
+        layout: "growing" or "static".
+        dtype: NumPy's name of the model's dtype: "float32", "float16" or "bfloat16". Scores are float32 in all of them.
+        max_length: slots per row of a static cache.
+        last_logits: logits of one token per row.
+    """
+    past_axis: str | int = max_length if layout == "static" else PAST
+    present_axis: str | int = max_length if layout == "static" else TOTAL
+    ids = [TensorSpec("input_ids", "int64", (BATCH, SEQUENCE))]
+    if layout == "growing":
+        ids.append(TensorSpec("attention_mask", "int64", (BATCH, TOTAL)))
+        ids.append(TensorSpec("position_ids", "int64", (BATCH, SEQUENCE)))
+    else:
+        ids.append(TensorSpec("write_indices", "int64", (BATCH,)))
+        if last_logits:
+            ids.append(TensorSpec("sequence_lengths", "int64", (BATCH,)))
+    past, present = [], []
+    for layer in range(facts.num_hidden_layers):
+        for kind in CACHE_KINDS[layout]:
+            name, width = past_name(layer, kind), 1 if kind == "score" else facts.head_dim
+            kind_dtype = "float32" if kind == "score" else dtype
+            heads = facts.num_key_value_heads
+            past.append(TensorSpec(name, kind_dtype, (BATCH, heads, past_axis, width)))
+            present.append(TensorSpec(present_name(name), kind_dtype, (BATCH, heads, present_axis, width)))
+    logits = TensorSpec("logits", dtype, (BATCH, 1 if last_logits else SEQUENCE, facts.vocab_size))
+    return Signature(layout, (*ids, *past), (logits, *present))
