@@ -1,0 +1,247 @@
+"""The bundle: a directory that says all about itself.
+
+    manifest.json          what it is, where it came from, the hash of every other file
+    model.onnx             the graph of the first layout; model.<layout>.onnx of a second one
+    weights.safetensors    every weight once, external data of the graphs
+    config.json, generation_config.json, tokenizer files: as they were in the checkpoint
+
+It is written aside and renamed, so it is there whole or not at all.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from doge_deploy.config import DogeFacts
+from doge_deploy.errors import BrokenBundleError, UsageError
+from doge_deploy.signature import Signature
+
+FORMAT_VERSION = 1
+MANIFEST = "manifest.json"
+
+_QUICK_LIMIT_BYTES = 16 * 1024 * 1024
+"""A quick check hashes files up to this size and compares only the size of larger ones."""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """One graph of the bundle."""
+
+    file: str
+    signature: Signature
+    keep_window: bool
+    """Whether the body of DynamicMaskAttention selects the best `keep_window_size` keys."""
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """manifest.json, format version 1."""
+
+    tool: Mapping[str, str]
+    libraries: Mapping[str, str]
+    checkpoint: Mapping[str, Any]
+    """`sha256` of the weights (independent of sharding), and `source`: a bundled name, a Hub id, or null for a
+    directory.
+    """
+    facts: DogeFacts
+    options: Mapping[str, Any]
+    layouts: Mapping[str, Layout]
+    warnings: tuple[str, ...] = ()
+    files: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    """Every other file of the bundle: its `sha256` and `bytes`."""
+
+    @property
+    def dtype(self) -> str:
+        """NumPy's name of the model's dtype."""
+        return {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}[self.options["dtype"]]
+
+    @property
+    def max_length(self) -> int:
+        """Most tokens a row may hold."""
+        return int(self.options["max_length"])
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "format_version": FORMAT_VERSION,
+            "tool": dict(self.tool),
+            "libraries": dict(self.libraries),
+            "checkpoint": dict(self.checkpoint),
+            "facts": self.facts.to_json(),
+            "options": dict(self.options),
+            "layouts": {
+                name: {
+                    "file": layout.file,
+                    "keep_window": layout.keep_window,
+                    "notes": list(layout.notes),
+                    "signature": layout.signature.to_json(),
+                }
+                for name, layout in self.layouts.items()
+            },
+            "warnings": list(self.warnings),
+            "files": {name: dict(entry) for name, entry in sorted(self.files.items())},
+        }
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Manifest:
+        """Raises KeyError, TypeError or ValueError where `data` is not a manifest of this format version."""
+        if data["format_version"] != FORMAT_VERSION:
+            raise ValueError(f"format_version {data['format_version']!r}; this version reads {FORMAT_VERSION}")
+        layouts = {
+            name: Layout(row["file"], Signature.from_json(row["signature"]), row["keep_window"], tuple(row["notes"]))
+            for name, row in data["layouts"].items()
+        }
+        return cls(
+            data["tool"],
+            data["libraries"],
+            data["checkpoint"],
+            DogeFacts.from_json(data["facts"]),
+            data["options"],
+            layouts,
+            tuple(data["warnings"]),
+            data["files"],
+        )
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """An opened bundle."""
+
+    path: Path
+    manifest: Manifest
+
+    def layout(self, name: str | None = None) -> Layout:
+        """The layout called `name`, or the bundle's first.
+
+        Raises:
+            UsageError: the bundle has no such layout.
+        """
+        layouts = self.manifest.layouts
+        if name is None:
+            return next(iter(layouts.values()))
+        if name not in layouts:
+            raise UsageError(f"{self.path} has no {name!r} layout; it holds: {', '.join(layouts)}")
+        return layouts[name]
+
+    def read_json(self, name: str) -> dict[str, Any]:
+        """A JSON file of the bundle, or {} where it has none."""
+        if name not in self.manifest.files:
+            return {}
+        data: dict[str, Any] = json.loads((self.path / name).read_text(encoding="utf-8"))
+        return data
+
+
+def open_bundle(path: str | Path, *, check: str = "full") -> Bundle:
+    """Open a bundle and check its files.
+
+    Args:
+        path: the directory.
+        check: "full" hashes every file; "quick" hashes small ones and compares the size of the others.
+
+    Raises:
+        UsageError: there is no such directory.
+        BrokenBundleError: not a bundle, or files missing or altered (all are named).
+    """
+    path = Path(path)
+    if not path.is_dir():
+        raise UsageError(f"{path} is not a directory; give a bundle that `doge-deploy export` wrote")
+    try:
+        manifest = Manifest.from_json(json.loads((path / MANIFEST).read_text(encoding="utf-8")))
+    except FileNotFoundError:
+        raise BrokenBundleError(f"{path} has no {MANIFEST}: not a bundle of `doge-deploy export`") from None
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise BrokenBundleError(f"{path / MANIFEST} cannot be read: {type(error).__name__}: {error}") from error
+    problems = list(_file_problems(path, manifest, quick=check == "quick"))
+    if problems:
+        raise BrokenBundleError(f"{path}: {'; '.join(problems)}; export it again")
+    return Bundle(path, manifest)
+
+
+def _file_problems(path: Path, manifest: Manifest, *, quick: bool) -> Iterator[str]:
+    for name, entry in manifest.files.items():
+        file = path / name
+        if not file.is_file():
+            yield f"{name} is missing"
+        elif file.stat().st_size != entry["bytes"]:
+            yield f"{name} was altered ({file.stat().st_size} bytes, manifest says {entry['bytes']})"
+        elif not (quick and entry["bytes"] > _QUICK_LIMIT_BYTES) and sha256_file(file) != entry["sha256"]:
+            yield f"{name} was altered (its sha256 is not the manifest's)"
+
+
+def sha256_file(path: Path) -> str:
+    """Hex digest of a file's bytes."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def file_entries(directory: Path) -> dict[str, dict[str, Any]]:
+    """`files` of a manifest: every file in `directory` but the manifest itself."""
+    return {
+        file.name: {"sha256": sha256_file(file), "bytes": file.stat().st_size}
+        for file in sorted(directory.iterdir())
+        if file.name != MANIFEST
+    }
+
+
+def write_manifest(directory: Path, manifest: Manifest) -> None:
+    """Write manifest.json, the same bytes for the same manifest."""
+    text = json.dumps(manifest.to_json(), indent=2, ensure_ascii=False) + "\n"
+    (directory / MANIFEST).write_text(text, encoding="utf-8")
+
+
+@contextlib.contextmanager
+def writing_bundle(output: Path, *, force: bool) -> Iterator[Path]:
+    """A directory to write into, which becomes `output` when the block ends well and vanishes when it does not.
+
+    Raises:
+        UsageError: `output` exists and `force` is false, is not a bundle, or cannot be written.
+    """
+    if output.exists() or output.is_symlink():
+        if not force:
+            raise UsageError(f"{output} exists; choose another --output, or replace it with --force")
+        if not (output / MANIFEST).is_file() and not (output.is_dir() and not any(output.iterdir())):
+            raise UsageError(f"{output} exists and is not a bundle; --force replaces only bundles")
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        aside = Path(tempfile.mkdtemp(prefix=f".{output.name}.", suffix=".partial", dir=output.parent))
+    except OSError as error:
+        raise UsageError(f"{output} cannot be written: {error.strerror or error}") from error
+    try:
+        aside.chmod(0o777 & ~_umask())
+        yield aside
+        _replace(aside, output)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def _replace(new: Path, output: Path) -> None:
+    """Put `new` in the place of `output`; the old one is removed only after that."""
+    if not output.exists():
+        new.rename(output)
+        return
+    old = new.with_suffix(".replaced")
+    output.rename(old)
+    try:
+        new.rename(output)
+    except OSError:
+        old.rename(output)
+        raise
+    shutil.rmtree(old)

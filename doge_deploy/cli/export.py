@@ -1,0 +1,55 @@
+"""`doge-deploy export`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from doge_deploy.cli.progress import progress
+
+
+@click.command("export")
+@click.argument("model")
+@click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="Directory of the new bundle.")
+@click.option("--dtype", type=click.Choice(["fp32", "fp16", "bf16"]), help="Of weights and caches.  [default: fp32]")
+@click.option(
+    "--kv-cache",
+    multiple=True,
+    type=click.Choice(["static", "growing"]),
+    help="Cache layout; give it twice for a bundle that holds both.  [default: static]",
+)
+@click.option("--max-length", type=click.IntRange(min=1), metavar="N", help="Tokens a row can hold.")
+@click.option(
+    "--routing",
+    type=click.Choice(["reference", "per-token"]),
+    help="Of a mixture of experts: as transformers does it, or without mixing tokens.  [default: reference]",
+)
+@click.option("--logits", type=click.Choice(["last", "all"]), help="Of which tokens of a call.  [default: last]")
+@click.option("--num-layers", type=click.IntRange(min=1), metavar="N", help="Only the first N layers (to debug).")
+@click.option(
+    "--config", "config_file", type=click.Path(path_type=Path), metavar="FILE", help="Options from a YAML file."
+)
+@click.option(
+    "--set", "assignments", multiple=True, metavar="KEY=VALUE", help="Change an option of the file; repeatable."
+)
+@click.option("--force", is_flag=True, help="Replace an existing bundle.")
+def export(
+    model: str, output: Path, config_file: Path | None, assignments: tuple[str, ...], force: bool, **choices: Any
+) -> None:
+    """Trace MODEL to the ONNX bundle OUTPUT.
+
+    MODEL is a directory, a Hub id (owner/name), or one of the bundled doge-tiny and doge-tiny-moe.
+    """
+    from doge_deploy.export import export as run
+    from doge_deploy.options import load_export_options
+
+    given = {key: value for key, value in choices.items() if value not in (None, ())}
+    options = load_export_options(config_file, given, assignments)
+    with progress() as display:
+        manifest = run(model, output, options, force=force, progress=display)
+    for warning in manifest.warnings:
+        click.echo(f"warning: {warning}", err=True)
+    size = sum(entry["bytes"] for entry in manifest.files.values())
+    click.echo(f"{output}: {', '.join(manifest.layouts)}, {options.dtype}, {size / 1e6:.1f} MB")

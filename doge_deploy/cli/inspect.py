@@ -1,0 +1,94 @@
+"""`doge-deploy inspect`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from doge_deploy.bundle import Bundle, Layout
+
+
+@click.command("inspect")
+@click.argument("bundle", type=click.Path(path_type=Path))
+@click.option("--json", "as_json", is_flag=True, help="The manifest as JSON.")
+def inspect(bundle: Path, as_json: bool) -> None:
+    """Show what BUNDLE is, and check the hash of every file.
+
+    Exit code 3: a file is missing or was altered.
+    """
+    from doge_deploy.bundle import open_bundle
+
+    opened = open_bundle(bundle)
+    if as_json:
+        import json
+
+        click.echo(json.dumps(opened.manifest.to_json(), indent=2, ensure_ascii=False))
+        return
+    _show(opened)
+
+
+def _show(bundle: Bundle) -> None:
+    from rich.console import Console
+
+    console = Console()
+    manifest, facts, options = bundle.manifest, bundle.manifest.facts, bundle.manifest.options
+    source = manifest.checkpoint["source"] or "a directory"
+    body = f"mixture of {facts.num_experts} experts, {facts.num_experts_per_tok} per token" if facts.is_moe else "dense"
+    rows = {
+        "checkpoint": f"{source}, weights sha256 {manifest.checkpoint['sha256'][:16]}...",
+        "model": f"Doge, {body}; hidden {facts.hidden_size}, {facts.num_hidden_layers} layers, "
+        f"{facts.num_attention_heads}/{facts.num_key_value_heads} heads of {facts.head_dim}, vocabulary "
+        f"{facts.vocab_size}",
+        "window": f"{facts.keep_window_size} keys kept of at most {manifest.max_length}",
+        "dtype": f"{options['dtype']}, scores fp32",
+        "logits": f"of the {'last token' if options['logits'] == 'last' else 'whole call'}",
+        **({"routing": options["routing"]} if facts.is_moe else {}),
+        "made by": ", ".join(f"{name} {version}" for name, version in _tools(bundle).items()),
+    }
+    console.print(_grid(rows), highlight=False)
+    for name, layout in manifest.layouts.items():
+        console.print(f"\n[bold]{name}[/bold] ({layout.file})", highlight=False)
+        for note in layout.notes:
+            console.print(f"  note: {note}", highlight=False)
+        console.print(_signature(layout), highlight=False)
+    for warning in manifest.warnings:
+        console.print(f"\nwarning: {warning}", style="yellow", highlight=False)
+    total = sum(entry["bytes"] for entry in manifest.files.values())
+    console.print(
+        f"\n{len(manifest.files)} files, {total / 1e6:.1f} MB, every sha256 as in the manifest", highlight=False
+    )
+
+
+def _tools(bundle: Bundle) -> dict[str, str]:
+    tool = bundle.manifest.tool
+    return {tool["name"]: tool["version"], **bundle.manifest.libraries}
+
+
+def _grid(rows: dict[str, str]) -> Table:
+    from rich.table import Table
+
+    grid = Table.grid(padding=(0, 2))
+    for key, value in rows.items():
+        grid.add_row(f"[bold]{key}[/bold]", value)
+    return grid
+
+
+def _signature(layout: Layout) -> Table:
+    """Inputs and outputs; the caches of all layers in one row per kind."""
+    from rich.table import Table
+
+    table = Table("", "name", "dtype", "shape")
+    for side, specs in (("in", layout.signature.inputs), ("out", layout.signature.outputs)):
+        seen = set()
+        for spec in specs:
+            parts = spec.name.split(".")
+            name = ".".join(("{i}" if part.isdigit() else part) for part in parts)
+            if name not in seen:
+                seen.add(name)
+                table.add_row(side, name, spec.dtype, f"\\[{', '.join(map(str, spec.shape))}]")
+    return table

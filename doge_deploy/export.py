@@ -1,0 +1,156 @@
+"""A checkpoint in, a bundle out."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Protocol
+
+from doge_deploy import __version__
+from doge_deploy.bundle import Layout, Manifest, file_entries, write_manifest, writing_bundle
+from doge_deploy.checkpoint import Checkpoint, check_finite, check_score_range, open_checkpoint
+from doge_deploy.config import DogeFacts
+from doge_deploy.errors import MissingDependencyError, UnsupportedModelError
+from doge_deploy.options import ExportOptions
+from doge_deploy.signature import LAYOUTS, make_signature
+
+DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
+
+
+class Progress(Protocol):
+    """What `export` tells about itself: stages in order, each with an amount of work."""
+
+    def stage(self, name: str, total: int = 1) -> Callable[[int], None]:
+        """Start a stage of `total` units; returns what is to be called with units done."""
+
+
+def export(model: str, output: Path, options: ExportOptions, *, force: bool, progress: Progress) -> Manifest:
+    """Export `model` to the bundle `output`.
+
+    Args:
+        model: a directory, a bundled name or a Hub id.
+        output: the bundle's directory; it must not exist unless `force` is true.
+        options: what the user chose.
+        force: replace an existing bundle.
+        progress: told what is being done.
+
+    Raises:
+        UsageError: `output` cannot be written.
+        UnsupportedModelError: the checkpoint is broken, or cannot be exported exactly with these options.
+        MissingDependencyError: torch, transformers or onnxscript is not installed.
+    """
+    require_export_dependencies()
+    with writing_bundle(output, force=force) as directory:
+        advance = progress.stage("check checkpoint")
+        checkpoint = open_checkpoint(model, num_layers=options.num_layers)
+        facts = checkpoint.facts
+        max_length = resolve_max_length(facts, options.max_length)
+        warnings = tuple(check_score_range(checkpoint, DTYPES[options.dtype]))
+        check_finite(checkpoint, dtype=DTYPES[options.dtype])
+        advance(1)
+        layouts = _write_graphs(directory, checkpoint, options, max_length, progress)
+        for file in checkpoint.companion_files:
+            shutil.copyfile(file, directory / file.name)
+        advance = progress.stage("hash files")
+        manifest = Manifest(
+            tool={"name": "doge-deploy", "version": __version__},
+            libraries={name: importlib.metadata.version(name) for name in _LIBRARIES},
+            checkpoint={"sha256": checkpoint.sha256, "source": checkpoint.source},
+            facts=facts,
+            options={**options.model_dump(mode="json"), "max_length": max_length},
+            layouts=layouts,
+            warnings=warnings,
+            files=file_entries(directory),
+        )
+        write_manifest(directory, manifest)
+        advance(1)
+    return manifest
+
+
+_LIBRARIES = ("onnx", "onnx-ir", "onnxscript", "torch", "transformers")
+
+
+def require_export_dependencies() -> None:
+    """Raises MissingDependencyError where a package that tracing needs is absent."""
+    for name in ("torch", "transformers", "onnxscript"):
+        try:
+            importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            raise MissingDependencyError(
+                f"export needs {name}, which is not installed: pip install 'doge-deploy[export]'"
+            ) from None
+
+
+def resolve_max_length(facts: DogeFacts, asked: int | None) -> int:
+    """The number of positions of a bundle: what was asked for, or all that the checkpoint has.
+
+    Raises:
+        UnsupportedModelError: beyond the length up to which the checkpoint's RoPE type has no memory.
+    """
+    limit = facts.stateless_length
+    if asked is None:
+        return facts.max_position_embeddings if limit is None else min(limit, facts.max_position_embeddings)
+    if limit is not None and asked > limit:
+        raise UnsupportedModelError(
+            f"max_length={asked}: rope_type={facts.rope['rope_type']!r} changes its frequencies beyond {limit} "
+            f"positions; "
+            f"give at most {limit}"
+        )
+    return asked
+
+
+def _write_graphs(
+    directory: Path, checkpoint: Checkpoint, options: ExportOptions, max_length: int, progress: Progress
+) -> dict[str, Layout]:
+    """Trace the layouts asked for and write their graphs and the weight file they share."""
+    import onnx_ir as ir
+
+    from doge_deploy.graph.check import check_model
+    from doge_deploy.graph.trace import trace
+    from doge_deploy.graph.weights import ROPE_TENSORS, WEIGHTS_FILE, write_weights
+    from doge_deploy.model.rope import rope_tables
+
+    facts, dtype = checkpoint.facts, DTYPES[options.dtype]
+    last_logits = options.logits == "last"
+    keep_window = max_length > facts.keep_window_size
+    notes: tuple[str, ...] = ()
+    if not keep_window:
+        notes = (
+            f"top-k of the dynamic mask left out: a row holds at most max_length={max_length} keys, "
+            f"keep_window_size={facts.keep_window_size} of which are kept",
+        )
+    layouts: dict[str, Layout] = {}
+    models = []
+    for name in (layout for layout in LAYOUTS if layout in options.kv_cache):
+        advance = progress.stage(f"trace {name}")
+        signature = make_signature(facts, name, dtype=dtype, max_length=max_length, last_logits=last_logits)
+        models.append(
+            trace(
+                facts,
+                signature,
+                dtype=dtype,
+                max_length=max_length,
+                keep_window=keep_window,
+                routing=options.routing,
+                last_logits=last_logits,
+            )
+        )
+        file = "model.onnx" if not layouts else f"model.{name}.onnx"
+        layouts[name] = Layout(file, signature, keep_window, notes)
+        advance(1)
+    advance = progress.stage("write weights", sum(tensor.nbytes for tensor in checkpoint.tensors.values()))
+    rope = dict(zip(ROPE_TENSORS, rope_tables(checkpoint.config, max_length), strict=True))
+    write_weights(directory / WEIGHTS_FILE, models, checkpoint, rope, advance=advance)
+    for layout, model in zip(layouts.values(), models, strict=True):
+        model.producer_name, model.producer_version = "doge-deploy", __version__
+        ir.save(model, directory / layout.file)
+        check_model(directory / layout.file, layout.signature)
+    return layouts
+
+
+def with_layers(facts: DogeFacts, num_layers: int | None) -> DogeFacts:
+    """`facts` of the first `num_layers` layers."""
+    return facts if num_layers is None else replace(facts, num_hidden_layers=num_layers)
