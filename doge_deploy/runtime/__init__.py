@@ -1,0 +1,1 @@
+"""Run a bundle: neither torch nor transformers nor the graph room is imported here."""

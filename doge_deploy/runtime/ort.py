@@ -1,0 +1,212 @@
+"""Bundles in ONNX Runtime.
+
+Reference: https://onnxruntime.ai/docs/api/python/api_summary.html (I/O binding).
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from doge_deploy.bundle import Bundle, Layout
+from doge_deploy.errors import MissingDependencyError, UnsupportedModelError
+from doge_deploy.runtime.base import FloatArray, IntArray, Runner
+from doge_deploy.runtime.padding import left_padded
+
+if TYPE_CHECKING:
+    import onnxruntime
+
+_EXTERNAL_FOLDER = "session.model_external_initializers_file_folder_path"
+
+
+def open_session(
+    model: Path | bytes, folder: Path, *, threads: int | None = None, spin: bool = True
+) -> onnxruntime.InferenceSession:
+    """An ONNX Runtime session on the CPU provider.
+
+    Args:
+        model: a file of the bundle, or a changed graph as bytes.
+        folder: where the external data of a graph given as bytes lies.
+        threads: intra-op threads; ONNX Runtime's choice (all cores) where None.
+        spin: let idle threads spin for the next operator; wasteful where another library computes in between.
+
+    Raises:
+        MissingDependencyError: ONNX Runtime is not installed.
+        UnsupportedModelError: ONNX Runtime refuses the graph.
+    """
+    try:
+        import onnxruntime
+    except ImportError:
+        raise MissingDependencyError(
+            "ONNX Runtime is not installed: pip install 'doge-deploy[cpu]' (or 'doge-deploy[gpu]')"
+        ) from None
+    onnxruntime.set_default_logger_severity(3)
+    options = onnxruntime.SessionOptions()
+    if threads is not None:
+        options.intra_op_num_threads = threads
+    if not spin:
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    if isinstance(model, bytes):
+        options.add_session_config_entry(_EXTERNAL_FOLDER, str(folder))
+    source = model if isinstance(model, bytes) else str(model)
+    try:
+        return onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # ONNX Runtime's exceptions have no common base of their own
+        raise UnsupportedModelError(f"ONNX Runtime {onnxruntime.__version__} refuses the graph: {error}") from error
+
+
+def open_runner(
+    bundle: Bundle,
+    layout: str | None = None,
+    *,
+    threads: int | None = None,
+    spin: bool = True,
+    model: bytes | None = None,
+) -> OrtRunner:
+    """A runner of one layout of a bundle.
+
+    Args:
+        bundle: an opened bundle.
+        layout: "static" or "growing"; the bundle's first where None.
+        threads, spin: see `open_session`.
+        model: a changed graph of that layout to run instead of the bundle's file; extra outputs are allowed.
+    """
+    chosen = bundle.layout(layout)
+    source: Path | bytes = bundle.path / chosen.file if model is None else model
+    if bundle.manifest.dtype == "bfloat16":
+        from doge_deploy.targets.ort import widen_bfloat16
+
+        source = widen_bfloat16(source)
+    session = open_session(source, bundle.path, threads=threads, spin=spin)
+    kind = StaticOrtRunner if chosen.signature.layout == "static" else GrowingOrtRunner
+    return kind(
+        session, chosen, max_length=bundle.manifest.max_length, last=bundle.manifest.options["logits"] == "last"
+    )
+
+
+class OrtRunner(Runner):
+    """What both layouts share: the session, its binding and the outputs beyond the signature."""
+
+    def __init__(self, session: onnxruntime.InferenceSession, layout: Layout, *, max_length: int, last: bool) -> None:
+        super().__init__(max_length=max_length, last_logits=last)
+        self.session = session
+        self.signature = layout.signature
+        self.past = [(past.name, present.name) for past, present in layout.signature.past()]
+        declared = {spec.name for spec in layout.signature.outputs}
+        self.extra_outputs = [output.name for output in session.get_outputs() if output.name not in declared]
+        self.extra: dict[str, np.ndarray[Any, Any]] = {}
+        """Values of `extra_outputs` in the last call."""
+        self._binding = session.io_binding()
+        self._shapes = {spec.name: spec.shape for spec in layout.signature.inputs}
+        self._dtypes = {value.name: _NUMPY_DTYPES[value.type] for value in session.get_inputs()}
+
+    def _empty_cache(self, name: str, batch: int, past_length: int) -> Any:
+        """A zeroed cache: finite everywhere, since a hidden key's 0 weight still multiplies its value."""
+        import onnxruntime
+
+        sizes = {"batch_size": batch, "past_sequence_length": past_length}
+        shape = [sizes[axis] if isinstance(axis, str) else axis for axis in self._shapes[name]]
+        return onnxruntime.OrtValue.ortvalue_from_numpy(np.zeros(shape, self._dtypes[name]))
+
+    def _compute(self) -> FloatArray:
+        for name in ("logits", *self.extra_outputs):
+            self._binding.bind_output(name, "cpu")
+        self.session.run_with_iobinding(self._binding)
+        outputs = dict(zip(self._output_names(), self._binding.get_outputs(), strict=True))
+        self.extra = {name: outputs[name].numpy() for name in self.extra_outputs}
+        self._keep(outputs)
+        logits: FloatArray = outputs["logits"].numpy()
+        return logits
+
+    def _output_names(self) -> list[str]:
+        raise NotImplementedError
+
+    def _keep(self, outputs: dict[str, Any]) -> None:
+        raise NotImplementedError
+
+
+class StaticOrtRunner(OrtRunner):
+    """Buffers of `max_length` slots, bound once as input and output: the graph writes them in place."""
+
+    def _reset(self, batch_size: int) -> None:
+        self._binding.clear_binding_inputs()
+        self._binding.clear_binding_outputs()
+        self._buffers = {}
+        for past, present in self.past:
+            buffer = self._empty_cache(past, batch_size, 0)
+            self._buffers[present] = buffer
+            self._binding.bind_ortvalue_input(past, buffer)
+            self._binding.bind_ortvalue_output(present, buffer)
+
+    def _run(self, input_ids: IntArray, lengths: IntArray) -> FloatArray:
+        self._binding.bind_cpu_input("input_ids", np.ascontiguousarray(input_ids))
+        self._binding.bind_cpu_input("write_indices", self.row_lengths)
+        if "sequence_lengths" in self._shapes:
+            self._binding.bind_cpu_input("sequence_lengths", lengths)
+        return self._compute()
+
+    def _output_names(self) -> list[str]:
+        return [*(present for _, present in self.past), "logits", *self.extra_outputs]
+
+    def _keep(self, outputs: dict[str, Any]) -> None:
+        """Nothing to do: the buffers were written in place."""
+
+    def cache(self) -> dict[str, list[FloatArray]]:
+        return {
+            name: [rows[b, :, :n] for b, n in enumerate(self.row_lengths)]
+            for name, rows in ((name, buffer.numpy()) for name, buffer in self._buffers.items())
+        }
+
+
+class GrowingOrtRunner(OrtRunner):
+    """Present tensors of one call are the past of the next; they never leave ONNX Runtime's memory.
+
+    Rows of different length are padded on the left, the convention of Hugging Face tools; the padding stays in the
+    cache as holes that `attention_mask` hides.
+    """
+
+    def _reset(self, batch_size: int) -> None:
+        self._values = {present: self._empty_cache(past, batch_size, 0) for past, present in self.past}
+        self.real = np.zeros((batch_size, 0), bool)
+
+    def _run(self, input_ids: IntArray, lengths: IntArray) -> FloatArray:
+        left = left_padded(input_ids, lengths)
+        self.real = np.concatenate((self.real, left.real), axis=1)
+        positions = np.maximum(self.row_lengths[:, None] + left.source, 0)
+        logits = self.run_masked(left.input_ids, self.real.astype(np.int64), positions)
+        return logits if self.last_logits else left.restore(logits)
+
+    def run_masked(self, input_ids: IntArray, attention_mask: IntArray, position_ids: IntArray) -> FloatArray:
+        """One call with the caller's own mask `[B, P+Q]` and positions `[B, Q]`: the convention of Hugging Face
+        tools.
+        """
+        self._binding.clear_binding_inputs()
+        self._binding.clear_binding_outputs()
+        for past, present in self.past:
+            self._binding.bind_ortvalue_input(past, self._values[present])
+            self._binding.bind_output(present, "cpu")
+        self._binding.bind_cpu_input("input_ids", np.ascontiguousarray(input_ids))
+        self._binding.bind_cpu_input("attention_mask", np.ascontiguousarray(attention_mask))
+        self._binding.bind_cpu_input("position_ids", np.ascontiguousarray(position_ids))
+        return self._compute()
+
+    def _output_names(self) -> list[str]:
+        return [*(present for _, present in self.past), "logits", *self.extra_outputs]
+
+    def _keep(self, outputs: dict[str, Any]) -> None:
+        self._values = {present: outputs[present] for _, present in self.past}
+
+    def cache(self) -> dict[str, list[FloatArray]]:
+        return {
+            name: [rows[b][:, real] for b, real in enumerate(self.real)]
+            for name, rows in ((name, value.numpy()) for name, value in self._values.items())
+        }
+
+
+_NUMPY_DTYPES = {
+    "tensor(float)": np.float32,
+    "tensor(float16)": np.float16,
+    "tensor(int64)": np.int64,
+}

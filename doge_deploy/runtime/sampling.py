@@ -1,0 +1,196 @@
+"""From one row of logits to a token: the arithmetic of transformers' `generate`, in NumPy.
+
+The steps and their order are those of `GenerationMixin._get_logits_processor`: repetition penalty, then,
+where sampling is on, temperature, top-k, top-p and a draw. The draws themselves differ: another generator
+gives other random numbers for the same seed.
+
+Reference: transformers/generation/logits_process.py. Axes: V vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from doge_deploy.errors import UnsupportedModelError, UsageError
+from doge_deploy.runtime.base import FloatArray, IntArray
+
+Float32Array = npt.NDArray[np.float32]
+Float64Array = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class SamplingOptions:
+    """How a token is chosen. The defaults are those of transformers' `generate`.
+
+    Raises:
+        UsageError: a value outside of what is legal.
+    """
+
+    do_sample: bool = False
+    """Draw from the distribution; where False the likeliest token is taken: only the penalty matters then."""
+    temperature: float = 1.0
+    """Logits are divided by it; finite, above 0."""
+    top_k: int = 50
+    """Draw among this many of the likeliest tokens; 0 turns the limit off."""
+    top_p: float = 1.0
+    """Draw from the smallest set of likeliest tokens that reaches this probability; 1 turns the limit off."""
+    repetition_penalty: float = 1.0
+    """Above 1 makes tokens that the prompt or the output already holds less likely; 1 turns it off."""
+    seed: int | None = None
+    """Of the random numbers; a fresh one each time where None."""
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.do_sample, bool):
+            raise UsageError(f"do_sample={self.do_sample!r}: must be true or false")
+        if not _is_positive(self.temperature):
+            raise UsageError(
+                f"temperature={self.temperature!r}: must be a finite number above 0"
+                " (for the likeliest token use --greedy)"
+            )
+        if not _is_count(self.top_k):
+            raise UsageError(f"top_k={self.top_k!r}: must be a whole number from 0 (no limit) up")
+        if not (_is_number(self.top_p) and 0 <= self.top_p <= 1):
+            raise UsageError(f"top_p={self.top_p!r}: must be a number from 0 to 1 (no limit)")
+        if not _is_positive(self.repetition_penalty):
+            raise UsageError(
+                f"repetition_penalty={self.repetition_penalty!r}: must be a number above 0 (1: no penalty)"
+            )
+        if self.seed is not None and not _is_count(self.seed):
+            raise UsageError(f"seed={self.seed!r}: must be a whole number from 0 up")
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _is_positive(value: float) -> bool:
+    return _is_number(value) and 0 < value < math.inf
+
+
+def _is_count(value: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
+class Sampler:
+    """Chooses one token after another; its random numbers run on from call to call."""
+
+    def __init__(self, options: SamplingOptions) -> None:
+        self.options = options
+        self._random = np.random.default_rng(options.seed)
+
+    def pick(self, logits: FloatArray, context: Sequence[int]) -> int:
+        """The next token: one of `distribution`, drawn by inverse transform sampling.
+
+        Args, Raises: those of `distribution`.
+        """
+        ids, probabilities = self.distribution(logits, context)
+        if len(ids) == 1:
+            return int(ids[0])
+        cumulative = np.cumsum(probabilities)
+        # To the right of equals: an id of probability 0 is never drawn.
+        drawn = np.searchsorted(cumulative, self._random.random() * cumulative[-1], side="right")
+        return int(ids[drawn])
+
+    def distribution(self, logits: FloatArray, context: Sequence[int]) -> tuple[IntArray, Float64Array]:
+        """The tokens that may come next.
+
+        Args:
+            logits: `[V]`, any float dtype; computed on in float32 as transformers does.
+            context: the tokens of prompt and output so far, which the repetition penalty looks at.
+
+        Returns:
+            ids `[n]`, each 0..V-1, and their probabilities `[n]`. Without sampling n is 1: the likeliest, of
+            equals the lowest id.
+
+        Raises:
+            UnsupportedModelError: the logits hold NaN or infinity, so there is no distribution.
+        """
+        options = self.options
+        scores = np.asarray(logits, np.float32)
+        _require_finite(scores, len(context))
+        if options.repetition_penalty != 1:
+            scores = penalize_repetition(scores, context, options.repetition_penalty)
+        if not options.do_sample:
+            return np.array([scores.argmax()]), np.ones(1)
+        ids = top_k_ids(scores, options.top_k)  # before the temperature, which does not change the order
+        # A shift does not change the distribution; with the maximum at 0 no temperature can make inf - inf.
+        kept = scores[ids].astype(np.float64) - np.float64(scores.max())
+        with np.errstate(over="ignore"):
+            kept /= options.temperature
+        if options.top_p < 1:
+            likeliest = top_p_ids(kept, options.top_p)
+            ids, kept = ids[likeliest], kept[likeliest]
+        return ids, softmax(kept)
+
+
+def _require_finite(scores: Float32Array, length: int) -> None:
+    """-inf is a token that is ruled out; NaN or +inf anywhere, or -inf everywhere, leaves no distribution."""
+    largest = scores.max()  # NaN where there is any
+    if np.isfinite(largest):
+        return
+    name = "NaN" if np.isnan(largest) else "+inf" if largest > 0 else "-inf"
+    wrong = np.flatnonzero(np.isnan(scores) if name == "NaN" else scores == largest)
+    raise UnsupportedModelError(
+        f"the logits after {length} tokens hold {name} at {len(wrong)} of {len(scores)}, first {wrong[0]}"
+        " (finite ones are needed): the weights are damaged, or the model overflows in its dtype"
+    )
+
+
+def penalize_repetition(scores: Float32Array, context: Sequence[int], penalty: float) -> Float32Array:
+    """Divide positive and multiply negative logits of the ids in `context` by `penalty`, each id once.
+
+    In float32, as transformers does: greedy decoding then agrees with it to the last bit.
+
+    Args:
+        scores: `[V]`, left as it is.
+        context: ids; those outside of 0..V-1 have no logit and are passed over.
+        penalty: above 0.
+
+    Reference: `RepetitionPenaltyLogitsProcessor`.
+    """
+    ids = np.unique(np.asarray(context, np.int64))
+    ids = ids[(ids >= 0) & (ids < len(scores))]
+    factor = np.float32(penalty)
+    seen = scores[ids]
+    penalized: Float32Array = scores.copy()
+    penalized[ids] = np.where(seen < 0, seen * factor, seen / factor)
+    return penalized
+
+
+def top_k_ids(scores: Float32Array, top_k: int) -> IntArray:
+    """Ids of `scores` `[V]` that are at least the k-th largest, ascending; where `top_k` is 0 all above -inf.
+
+    Equals of the k-th largest stay, so there may be more than k.
+
+    Reference: `TopKLogitsWarper`.
+    """
+    if 0 < top_k < len(scores):
+        return np.flatnonzero(scores >= np.partition(scores, -top_k)[-top_k])
+    return np.flatnonzero(scores > -np.inf)
+
+
+def top_p_ids(scores: Float64Array, top_p: float) -> IntArray:
+    """Ids of the smallest set of likeliest `scores` `[V]` whose probability reaches `top_p`, likeliest first.
+
+    At least one id stays. Of equals the lowest ids stay; in transformers that is unspecified (`torch.sort`).
+
+    Reference: `TopPLogitsWarper`, which accumulates from the least likely id up, and in float32.
+    """
+    probabilities = softmax(scores)
+    # Ids below this are all outside of the set: together they hold less than 1 - top_p. Few are left to sort.
+    candidates = np.flatnonzero(probabilities >= (1 - top_p) / len(scores))
+    order = candidates[np.argsort(-probabilities[candidates], kind="stable")]
+    cumulative = np.cumsum(probabilities[order])
+    return order[: np.searchsorted(cumulative, top_p, side="left") + 1]
+
+
+def softmax(scores: Float64Array) -> Float64Array:
+    """Probabilities `[V]` of `scores` `[V]`; -inf becomes 0."""
+    exponentials = np.exp(scores - scores.max())
+    normalized: Float64Array = exponentials / exponentials.sum()
+    return normalized

@@ -1,0 +1,1 @@
+"""Lowerings of the standard graph, one target a file."""
