@@ -1,0 +1,55 @@
+"""`doge-deploy verify`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+
+@click.command("verify")
+@click.argument("bundle", type=click.Path(path_type=Path))
+@click.option("--reference", metavar="MODEL", help="The checkpoint; default: what the bundle says it came from.")
+@click.option("--layout", "layouts", multiple=True, metavar="static|growing", help="Only this layout; repeatable.")
+@click.option("--greedy-steps", type=click.IntRange(min=1), default=128, show_default=True, metavar="N")
+@click.option("--json", "json_file", type=click.Path(path_type=Path), metavar="FILE", help="Write every number here.")
+@click.option(
+    "--junit", "junit_file", type=click.Path(path_type=Path), metavar="FILE", help="Write a JUnit report here."
+)
+def verify(
+    bundle: Path,
+    reference: str | None,
+    layouts: tuple[str, ...],
+    greedy_steps: int,
+    json_file: Path | None,
+    junit_file: Path | None,
+) -> None:
+    """Hold BUNDLE against transformers in eager mode, call by call.
+
+    Exit code 0: every number is within its calibrated tolerance; 1: one is not.
+    """
+    from doge_deploy.errors import MismatchError
+    from doge_deploy.export import require_export_dependencies
+    from doge_deploy.verify import files
+
+    require_export_dependencies()
+    from doge_deploy.cli.verify_table import VerifyTable
+    from doge_deploy.verify.run import verify as run
+
+    with VerifyTable() as table:
+        report = run(
+            bundle,
+            reference=reference,
+            layouts=layouts,
+            greedy_steps=greedy_steps,
+            started=table.started,
+            finished=table.finished,
+        )
+    table.summary(report)
+    if json_file is not None:
+        files.write_json(report, json_file)
+    if junit_file is not None:
+        files.write_junit(report, junit_file)
+    if not report.passed:
+        failed = [f"{result.layout}/{result.case}" for result in report.results if not result.passed]
+        raise MismatchError(f"{bundle} does not compute what transformers computes: {', '.join(failed)}")

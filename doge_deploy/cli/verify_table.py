@@ -1,0 +1,114 @@
+"""The table that `verify` prints, row by row as cases are judged."""
+
+from __future__ import annotations
+
+from types import TracebackType
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+from rich.live import Live
+from rich.table import Table
+from rich.text import Text
+
+if TYPE_CHECKING:
+    from doge_deploy.verify.parity import CaseResult, Quantity
+    from doge_deploy.verify.run import Report
+
+_WIDTH_WITHOUT_TERMINAL = 150
+
+
+class VerifyTable:
+    """Live on a terminal, printed once when done elsewhere; a context manager."""
+
+    def __init__(self) -> None:
+        console = Console()
+        self.console = console if console.is_terminal else Console(width=_WIDTH_WITHOUT_TERMINAL)
+        self.errors = Console(stderr=True)
+        self.table = Table(title="Bundle against transformers (eager)", title_justify="left")
+        for name in ("layout", "case"):
+            self.table.add_column(name, no_wrap=True)
+        for name in ("logits max |d|", "of allowed", "rel", "1-cos", "KL", "top-1", "worst cache", "of allowed"):
+            self.table.add_column(name, justify="right", no_wrap=True)
+        self.table.add_column("selections")
+        self.table.add_column("")
+        self.live = Live(self.table, console=self.console, auto_refresh=False)
+
+    def __enter__(self) -> VerifyTable:
+        self.live.__enter__()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if not self.table.rows:
+            self.live.update(Text(""))
+        self.live.__exit__(kind, error, trace)
+
+    def started(self, what: str) -> None:
+        """Told what is about to be done."""
+        if not self.console.is_terminal:
+            self.errors.print(f"{what} ...", highlight=False)
+
+    def finished(self, result: CaseResult) -> None:
+        """Add the row of a judged case."""
+        logits, cache = result.logits, result.worst_cache
+        found = logits.difference
+        self.table.add_row(
+            result.layout,
+            result.case,
+            f"{found.max_abs:.1e}",
+            _load(logits),
+            f"{found.max_rel:.1e}",
+            f"{1 - found.cosine:.0e}",
+            f"{result.kl:.0e}",
+            f"{result.top1.agreeing}/{result.top1.total}",
+            cache.name.removeprefix("present.") if cache else "",
+            _load(cache) if cache else "",
+            _selections(result),
+            Text("ok", "green") if result.passed else Text("FAIL", "bold red"),
+        )
+        self.live.refresh()
+
+    def summary(self, report: Report) -> None:
+        """What is not a row: failures in words, what could not be reached, the reference against itself."""
+        say = self.console.print
+        for result in report.results:
+            for failure in result.failures:
+                say(f"FAIL {result.layout}/{result.case}: {failure}", style="red", highlight=False, soft_wrap=True)
+        for case, reason in report.skipped.items():
+            say(f"not reachable: {case}: {reason}", highlight=False, soft_wrap=True)
+        itself = report.reference_itself
+        if itself is not None:
+            say(
+                f"transformers against itself, prefill against decode: max |d| {itself.prefill_against_decode:.1e} "
+                f"of {itself.scale:.1f}" + (_mixing(report) if report.routing else ""),
+                highlight=False,
+                soft_wrap=True,
+            )
+        passed = sum(result.passed for result in report.results)
+        tied = sum(result.tied_rows for result in report.results)
+        say(
+            f"{passed} of {len(report.results)} cases within tolerance; greedy tokens equal: {_greedy(report)}; "
+            f"{tied} rows chose among ties or near-ties",
+            highlight=False,
+            soft_wrap=True,
+        )
+
+
+def _load(quantity: Quantity) -> str:
+    return f"{quantity.load:.0%}"
+
+
+def _selections(result: CaseResult) -> str:
+    if not result.selected:
+        return ""
+    return f"{result.selected}, {result.tied_rows} tied" if result.tied_rows else result.selected
+
+
+def _mixing(report: Report) -> str:
+    return f" (its routing mixes the tokens of a call; this bundle routes as '{report.routing}')"
+
+
+def _greedy(report: Report) -> str:
+    rows = [result for result in report.results if result.case == "greedy"]
+    return ", ".join(f"{row.top1.agreeing}/{row.top1.total} ({row.layout})" for row in rows) or "not run"

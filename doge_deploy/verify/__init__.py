@@ -1,0 +1,1 @@
+"""Parity of a bundle with transformers in eager mode, by numbers."""

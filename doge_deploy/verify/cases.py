@@ -1,0 +1,131 @@
+"""What is replayed: sequences of calls, chosen for where a Doge can go wrong.
+
+Axes: B rows, Q tokens of a call; w keep_window_size, L max_length.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from doge_deploy.runtime.base import IntArray
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call of a model: `input_ids` `[B, Q]`, right-padded, `lengths` `[B]` of which are real."""
+
+    input_ids: IntArray
+    lengths: IntArray
+
+
+@dataclass(frozen=True)
+class Case:
+    """Calls on fresh rows, in order."""
+
+    name: str
+    calls: tuple[Call, ...]
+    exact: bool
+    """The token ids do not repeat in a row, so selections must be the reference's own (if its margins are wide); other
+    text is judged by certificate."""
+
+    @property
+    def longest(self) -> int:
+        """Most tokens that a row holds in the end."""
+        return int(np.sum([call.lengths for call in self.calls], axis=0).max())
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What bounds the cases of a bundle."""
+
+    vocab_size: int
+    max_length: int
+    keep_window_size: int
+    greedy_steps: int = 128
+
+
+def chunk(rows: Sequence[IntArray], sizes: Sequence[Sequence[int]]) -> tuple[Call, ...]:
+    """Cut rows of ids into calls: `sizes[c][b]` tokens of row b go into call c."""
+    calls, done = [], [0] * len(rows)
+    for call_sizes in sizes:
+        width = max(call_sizes)
+        ids = np.zeros((len(rows), width), np.int64)
+        for b, size in enumerate(call_sizes):
+            ids[b, :size] = rows[b][done[b] : done[b] + size]
+            done[b] += size
+        calls.append(Call(ids, np.asarray(call_sizes, np.int64)))
+    return tuple(calls)
+
+
+def distinct_ids(limits: Limits, count: int, seed: int) -> IntArray:
+    """`count` ids of which none repeats (as far as the vocabulary reaches)."""
+    order = np.random.default_rng(seed).permutation(limits.vocab_size)
+    return np.resize(order, count).astype(np.int64)
+
+
+def repeating_ids(limits: Limits, count: int, seed: int = 0) -> IntArray:
+    """Ids with the repetitions of natural text (Zipf-like), for a checkpoint without a tokenizer."""
+    generator = np.random.default_rng(seed)
+    words = generator.permutation(limits.vocab_size)[: max(2, min(200, limits.vocab_size))]
+    rank = np.minimum(generator.zipf(1.3, count), len(words)) - 1
+    ids: IntArray = words[rank].astype(np.int64)
+    return ids
+
+
+def exact_cases(limits: Limits, seed: int) -> Iterator[Case]:
+    """Prefill, decode from a past, chunked prefill, a batch, and the window boundary; ids that do not repeat."""
+    length = min(48, limits.max_length)
+    row = distinct_ids(limits, length, seed)
+    one = [row]
+    yield Case("prefill", chunk(one, [[length]]), exact=True)
+    past = length // 3
+    yield Case("decode", chunk(one, [[past]] + [[1]] * min(16, length - past)), exact=True)
+    yield Case("chunked prefill", chunk(one, [[n] for n in _chunks(length)]), exact=True)
+    yield from _batch_case(limits, seed)
+    yield from _window_cases(limits, seed)
+
+
+def _chunks(length: int) -> list[int]:
+    """Sizes that add up to `length`: some, one, a few, the rest."""
+    sizes, left = [], length
+    for size in (16, 1, 7):
+        if left > size:
+            sizes.append(size)
+            left -= size
+    return [*sizes, left]
+
+
+def _batch_case(limits: Limits, seed: int) -> Iterator[Case]:
+    """Two rows of different length: prefill, decode, another chunk, decode."""
+    sizes = [[24, 13], [1, 1], [1, 1], [5, 3], [1, 1]]
+    if limits.max_length >= 40:
+        rows = [distinct_ids(limits, 32, seed + 1), distinct_ids(limits, 32, seed + 2)]
+        yield Case("batch of 2", chunk(rows, sizes), exact=True)
+
+
+def _window_cases(limits: Limits, seed: int) -> Iterator[Case]:
+    """K = w-1, w, w+1, 2w in one prefill, and across the boundary in decode; only lengths the bundle can hold."""
+    w, capacity = limits.keep_window_size, limits.max_length
+    for label, length in (("w-1", w - 1), ("w", w), ("w+1", w + 1), ("2w", 2 * w)):
+        if 0 < length <= capacity:
+            row = distinct_ids(limits, length, seed + 3)
+            yield Case(f"window K={label}", chunk([row], [[length]]), exact=True)
+    steps = min(4, capacity - (w - 1))
+    if w > 1 and steps > 0:
+        row = distinct_ids(limits, w + 3, seed + 4)
+        yield Case("window decode", chunk([row], [[w - 1]] + [[1]] * steps), exact=True)
+    if w > 8 and w + 8 <= capacity:
+        row = distinct_ids(limits, w + 8, seed + 5)
+        yield Case("window chunk", chunk([row], [[w - 8], [16]]), exact=True)
+
+
+def natural_case(limits: Limits, text_ids: IntArray) -> Case:
+    """Text with its repetitions, beyond the window where the bundle can hold that."""
+    beyond = limits.keep_window_size + 48
+    length = beyond if beyond <= limits.max_length else min(96, limits.max_length)
+    row = np.resize(text_ids, length)
+    steps = min(8, length - 1)
+    return Case("natural text", chunk([row], [[length - steps]] + [[1]] * steps), exact=False)

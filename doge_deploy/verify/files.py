@@ -1,0 +1,89 @@
+"""A report as files for machines: JSON with every number, JUnit for CI."""
+
+from __future__ import annotations
+
+import json
+import math
+import xml.etree.ElementTree as ET
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from doge_deploy.errors import UsageError
+from doge_deploy.verify.parity import CaseResult
+from doge_deploy.verify.run import Report
+from doge_deploy.verify.tolerance import TOLERANCES
+
+
+def report_json(report: Report) -> dict[str, Any]:
+    """The report in plain values; infinite numbers become strings, as JSON has none."""
+    return {
+        "passed": report.passed,
+        "dtype": report.dtype,
+        "routing": report.routing,
+        "cases": [_case_json(result) for result in report.results],
+        "skipped": report.skipped,
+        "reference_itself": asdict(report.reference_itself) if report.reference_itself else None,
+        "tolerances": {name: asdict(row) for name, row in TOLERANCES.items()},
+    }
+
+
+def _case_json(result: CaseResult) -> dict[str, Any]:
+    quantities = {
+        quantity.name: {
+            **{key: _plain(value) for key, value in asdict(quantity.difference).items()},
+            "allowed": asdict(quantity.limit),
+            "passed": quantity.passed,
+        }
+        for quantity in result.quantities
+    }
+    return {
+        "case": result.case,
+        "layout": result.layout,
+        "passed": result.passed,
+        "failures": result.failures,
+        "quantities": quantities,
+        "kl_divergence": result.kl,
+        "top1": asdict(result.top1),
+        "selections": result.selected,
+        "tied_rows": result.tied_rows,
+    }
+
+
+def _plain(value: Any) -> Any:
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def write_json(report: Report, path: Path) -> None:
+    """Raises UsageError where the file cannot be written."""
+    _write(path, json.dumps(report_json(report), indent=2) + "\n")
+
+
+def write_junit(report: Report, path: Path) -> None:
+    """One test case per case and layout; unreachable ones are skipped. Raises UsageError where it cannot be written."""
+    failed = sum(not result.passed for result in report.results)
+    suite = ET.Element(
+        "testsuite",
+        name="doge-deploy verify",
+        tests=str(len(report.results) + len(report.skipped)),
+        failures=str(failed),
+        skipped=str(len(report.skipped)),
+    )
+    for result in report.results:
+        case = ET.SubElement(suite, "testcase", classname=f"verify.{result.layout}", name=result.case)
+        if not result.passed:
+            ET.SubElement(case, "failure", message=result.failures[0]).text = "\n".join(result.failures)
+    for name, reason in report.skipped.items():
+        ET.SubElement(ET.SubElement(suite, "testcase", classname="verify", name=name), "skipped", message=reason)
+    ET.indent(suite)
+    _write(path, ET.tostring(suite, encoding="unicode", xml_declaration=True) + "\n")
+
+
+def _write(path: Path, text: str) -> None:
+    aside = path.with_name(f".{path.name}.partial")
+    try:
+        aside.write_text(text, encoding="utf-8")
+        aside.rename(path)
+    except OSError as error:
+        aside.unlink(missing_ok=True)
+        raise UsageError(f"{path} cannot be written: {error.strerror or error}") from error

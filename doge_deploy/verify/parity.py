@@ -1,0 +1,247 @@
+"""Run cases on a bundle and on the reference, and judge every number.
+
+For each case: the bundle; the bundle with its selections exposed (where anything is selected); the reference in the
+bundle's dtype; the reference in the next wider dtype, whose difference to the former is the noise.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from doge_deploy.bundle import Bundle
+from doge_deploy.runtime.base import IntArray
+from doge_deploy.runtime.ort import OrtRunner
+from doge_deploy.verify.cases import Case, Limits, exact_cases, natural_case
+from doge_deploy.verify.compare import Difference, Top1, difference, kl_divergence, top1
+from doge_deploy.verify.reference import Reference, Selections
+from doge_deploy.verify.replay import CandidateTrace, Replay, ReplayTrace, greedy_calls
+from doge_deploy.verify.tolerance import Limit, limit
+
+SEEDS = (0, 100, 200, 300)
+"""Tried in turn until an exactness case has wide margins in the reference."""
+
+
+@dataclass(frozen=True)
+class Quantity:
+    """One compared tensor of a case: its difference and what was allowed."""
+
+    name: str
+    difference: Difference
+    limit: Limit
+
+    @property
+    def passed(self) -> bool:
+        return self.difference.within(self.limit)
+
+    @property
+    def load(self) -> float:
+        """How much of the tolerance is used, 1 being all."""
+        if self.difference.non_finite:
+            return float("inf")
+        pairs = ((self.difference.max_abs, self.limit.max_abs), (self.difference.rms, self.limit.rms))
+        return max(found / allowed if allowed else (float("inf") if found else 0.0) for found, allowed in pairs)
+
+
+@dataclass
+class CaseResult:
+    """What became of a case."""
+
+    case: str
+    layout: str
+    quantities: list[Quantity] = field(default_factory=list)
+    kl: float = 0.0
+    """Largest KL divergence of a position, nats."""
+    top1: Top1 = field(default_factory=lambda: Top1(0, 0, None, None))
+    selected: str = ""
+    """How selections were judged: "exact", "certificate", or "" where nothing was selected."""
+    tied_rows: int = 0
+    """Rows in which the bundle chose another set than the reference, all of them covered by the certificate or
+    failing.
+    """
+    failures: list[str] = field(default_factory=list)
+
+    @property
+    def passed(self) -> bool:
+        return not self.failures
+
+    @property
+    def logits(self) -> Quantity:
+        return self.quantities[0]
+
+    @property
+    def worst_cache(self) -> Quantity | None:
+        """The present tensor that uses most of its tolerance."""
+        return max(self.quantities[1:], key=lambda q: q.load, default=None)
+
+
+def verify_layout(
+    bundle: Bundle,
+    layout: str,
+    runners: Runners,
+    references: References,
+    *,
+    text_ids: IntArray,
+    greedy_steps: int,
+    report: Callable[[CaseResult], None],
+) -> list[CaseResult]:
+    """Run every case on one layout.
+
+    Args:
+        bundle: what is verified.
+        layout: "static" or "growing".
+        runners: the bundle's graph, as it is and with its selections exposed.
+        references: transformers in the bundle's dtype and in the next wider one.
+        text_ids: natural text `[T]`, repeated as needed.
+        greedy_steps: tokens of the greedy case.
+        report: told each result when it is there.
+    """
+    manifest = bundle.manifest
+    facts = manifest.facts
+    limits = Limits(facts.vocab_size, manifest.max_length, facts.keep_window_size)
+    judge = Judge(bundle, layout, runners, references)
+    results = []
+    for name in [case.name for case in exact_cases(limits, SEEDS[0])]:
+        results.append(judge.judge(judge.widest(lambda seed, name=name: _case(limits, seed, name))))  # type: ignore[misc]
+        report(results[-1])
+    results.append(judge.judge(natural_case(limits, text_ids)))
+    report(results[-1])
+    prompt = np.resize(text_ids, min(16, limits.max_length // 2))
+    steps = min(greedy_steps, limits.max_length - len(prompt))
+    results.append(judge.judge(Case("greedy", greedy_calls(runners.plain, prompt, steps), exact=False)))
+    report(results[-1])
+    return results
+
+
+def _case(limits: Limits, seed: int, name: str) -> Case:
+    return next(case for case in exact_cases(limits, seed) if case.name == name)
+
+
+@dataclass(frozen=True)
+class Runners:
+    """The graph under test."""
+
+    plain: OrtRunner
+    exposed: OrtRunner | None
+    """With its selections as further outputs; None where the graph selects nothing."""
+
+
+@dataclass(frozen=True)
+class References:
+    """The oracle and its more exact twin."""
+
+    same: Reference
+    wider: Reference
+
+
+class Judge:
+    """Runs a case on both sides and compares."""
+
+    def __init__(self, bundle: Bundle, layout: str, runners: Runners, references: References) -> None:
+        self.manifest = bundle.manifest
+        self.layout = layout
+        self.runners = runners
+        self.references = references
+        self.replay = Replay(
+            padding="left" if layout == "growing" else "right",
+            tokenwise=self.manifest.facts.is_moe and self.manifest.options["routing"] == "per-token",
+            last_logits=runners.plain.last_logits,
+        )
+
+    def selects(self, case: Case) -> bool:
+        """Whether the bundle chooses keys or experts in this case."""
+        window = self.manifest.facts.keep_window_size
+        return self.runners.exposed is not None and (self.manifest.facts.is_moe or case.longest > window)
+
+    def widest(self, make: Callable[[int], Case]) -> Case:
+        """The case of that seed on which the reference's choices are clearest."""
+        first = make(SEEDS[0])
+        if not self.selects(first):
+            return first
+        cases = [first, *(make(seed) for seed in SEEDS[1:])]
+        return max(cases, key=lambda case: self.replay.run(self.references.same, case).gap)
+
+    def judge(self, case: Case) -> CaseResult:
+        """Compare one case."""
+        candidate = self.replay.feed(self.runners.plain, case)
+        given = None
+        if self.selects(case):
+            assert self.runners.exposed is not None
+            given = self.replay.feed(self.runners.exposed, case).selections
+        same = self.replay.run(self.references.same, case, given, use_given=not case.exact)
+        wider = self.replay.run(self.references.wider, case, given)
+        result = CaseResult(case.name, self.layout)
+        if given is not None:
+            same = self._judge_selections(result, case, given, same, wider)
+        self._compare(result, candidate, same, wider)
+        return result
+
+    def _judge_selections(
+        self, result: CaseResult, case: Case, given: Sequence[Selections], same: ReplayTrace, wider: ReplayTrace
+    ) -> ReplayTrace:
+        """Sets of keys and experts; returns the reference's run that the numbers are to be compared with."""
+        epsilon = self._selection_limits(same, wider)
+        result.tied_rows = same.differing
+        clear = same.gap > max(epsilon.values(), default=0.0)
+        if case.exact and clear:
+            result.selected = "exact"
+            if same.differing:
+                result.failures.append(f"{same.differing} rows select other keys or experts than the reference")
+            return same
+        result.selected = "certificate"
+        if case.exact:
+            same = self.replay.run(self.references.same, case, given)
+        for name, amount in same.violation.items():
+            if amount > epsilon[name]:
+                result.failures.append(
+                    f"{name}: the selection is not a best one by {amount:.3g} (allowed {epsilon[name]:.3g})"
+                )
+        return same
+
+    def _selection_limits(self, same: ReplayTrace, wider: ReplayTrace) -> dict[str, float]:
+        """How far each layer's selection may be from a best one."""
+        dtype, limits = self.manifest.dtype, {}
+        for layer in range(self.manifest.facts.num_hidden_layers):
+            noise = difference(same.present[f"present.{layer}.score"], wider.present[f"present.{layer}.score"])
+            limits[f"kept.{layer}"] = limit(
+                "kept", dtype, noise_max=noise.max_abs, noise_rms=noise.rms, scale=noise.scale
+            ).max_abs
+            if layer in same.router:
+                noise = difference(same.router[layer], wider.router[layer])
+                limits[f"experts.{layer}"] = limit(
+                    "experts", dtype, noise_max=2 * noise.max_abs, noise_rms=0.0, scale=2 * noise.scale
+                ).max_abs
+        return limits
+
+    def _compare(self, result: CaseResult, candidate: CandidateTrace, same: ReplayTrace, wider: ReplayTrace) -> None:
+        found = {"logits": candidate.logits, **candidate.present}
+        expected = {"logits": same.logits, **same.present}
+        exact = {"logits": wider.logits, **wider.present}
+        for name, rows in found.items():
+            noise = difference(expected[name], exact[name])
+            kind = name.rsplit(".", 1)[-1]
+            allowed = limit(kind, self.manifest.dtype, noise_max=noise.max_abs, noise_rms=noise.rms, scale=noise.scale)
+            result.quantities.append(Quantity(name, difference(rows, expected[name]), allowed))
+        result.failures += [_failure(quantity) for quantity in result.quantities if not quantity.passed]
+        a, b = np.concatenate(candidate.logits), np.concatenate(same.logits)
+        if not result.logits.difference.non_finite:
+            result.kl = kl_divergence(a, b)
+            result.top1 = top1(a, b)
+            margin = result.top1.margin
+            if margin is not None and margin > 2 * result.logits.limit.max_abs:
+                result.failures.append(
+                    f"token {result.top1.first_divergence} differs with margin {margin:.3g} "
+                    f"(noise explains {2 * result.logits.limit.max_abs:.3g})"
+                )
+
+
+def _failure(quantity: Quantity) -> str:
+    found, allowed = quantity.difference, quantity.limit
+    if found.non_finite:
+        return f"{quantity.name}: {found.non_finite} NaN or infinite numbers"
+    return (
+        f"{quantity.name}: max {found.max_abs:.3g} (allowed {allowed.max_abs:.3g}), rms {found.rms:.3g} "
+        f"(allowed {allowed.rms:.3g}), worst at {list(found.worst_index)}"
+    )

@@ -1,0 +1,266 @@
+"""The oracle: transformers' DogeForCausalLM in eager mode, watched and, where asked, made to use given selections.
+
+Unless a selection is given, every number comes from transformers' own functions; the hooks around them only look.
+
+Axes: B batch, Q tokens of a call, K cached keys after it, Hkv key/value heads, N = B*Q, n router keys, k experts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from typing import TYPE_CHECKING, Any, cast
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from transformers.models.doge.modeling_doge import DogeRMSNorm
+
+from doge_deploy.checkpoint import Checkpoint
+from doge_deploy.runtime.base import IntArray
+from doge_deploy.runtime.padding import left_padded
+from doge_deploy.verify.compare import Array
+
+if TYPE_CHECKING:
+    from transformers.cache_utils import DynamicLayer
+
+Selections = Mapping[str, Array]
+"""`kept.<layer>` `[B, Hkv, Q, K]` bool in the reference's columns, `experts.<layer>` `[N, k]` int64."""
+
+
+@dataclass
+class Watch:
+    """What happened inside one call."""
+
+    scores: dict[int, torch.Tensor] = field(default_factory=dict)
+    """Per layer `[B, Hkv, K]`."""
+    router: dict[int, torch.Tensor] = field(default_factory=dict)
+    """Per layer `[2, N, n]`."""
+    gap: float = float("inf")
+    """Smallest distance, over rows and layers, between the last kept and the first dropped score."""
+    violation: dict[str, float] = field(default_factory=dict)
+    """Per `kept.<layer>` / `experts.<layer>`: how far a given selection is from being a best one; inf if it is none."""
+    differing: int = 0
+    """Rows whose given selection is another set than the reference's own."""
+
+
+class Reference:
+    """transformers' model with its attention mask and router hooks in place."""
+
+    def __init__(self, checkpoint: Checkpoint, dtype: str) -> None:
+        from transformers import DogeConfig, DogeForCausalLM
+        from transformers.utils import logging
+
+        logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+        config = DogeConfig.from_dict({**checkpoint.config, "num_hidden_layers": checkpoint.facts.num_hidden_layers})
+        loaded = DogeForCausalLM.from_pretrained(
+            checkpoint.path,
+            config=config,
+            dtype=getattr(torch, dtype),
+            attn_implementation="eager",
+            use_safetensors=True,
+            local_files_only=True,
+        )
+        self.model = loaded.eval()  # type: ignore[no-untyped-call]
+        self.facts = checkpoint.facts
+        self.watch = Watch()
+        self.given: Selections = {}
+        self.use_given = True
+        self.real_rows: torch.Tensor | None = None
+        for index, layer in enumerate(self.model.model.layers):
+            attention = layer.self_attn
+            attention.prepare_dynamic_mask = partial(self._mask, index, attention.prepare_dynamic_mask)
+            if self.facts.is_moe:
+                layer.mlp.forward = partial(self._experts, index, layer.mlp, layer.mlp.forward)
+        if dtype == "float64":
+            _widen_norms(self.model)
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        input_ids: IntArray,
+        attention_mask: Array,
+        position_ids: IntArray,
+        cache: Any,
+        *,
+        given: Selections | None = None,
+        use_given: bool = True,
+        real_rows: Array | None = None,
+    ) -> tuple[torch.Tensor, Watch]:
+        """One call: `input_ids` and `position_ids` `[B, Q]`, `attention_mask` `[B, K]`; `cache` is updated.
+
+        `given` selections are held against the reference's own, and, with `use_given`, replace them, both in rows that
+        are real (`real_rows` `[B, Q]`, all where None).
+        """
+        self.watch, self.given, self.use_given = Watch(), given or {}, use_given
+        self.real_rows = None if real_rows is None else torch.from_numpy(real_rows)
+        logits = self.model(
+            input_ids=torch.from_numpy(np.ascontiguousarray(input_ids)),
+            attention_mask=torch.from_numpy(np.ascontiguousarray(attention_mask).astype(np.int64)),
+            position_ids=torch.from_numpy(np.ascontiguousarray(position_ids)),
+            past_key_values=cache,
+            use_cache=True,
+        ).logits
+        return logits, self.watch
+
+    def _mask(
+        self,
+        index: int,
+        original: Callable[..., torch.Tensor],
+        hidden_states: torch.Tensor,
+        dt_states: torch.Tensor,
+        keep_window_size: int = 2048,
+        attention_mask: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Around `prepare_dynamic_mask`: records what it kept; a given selection replaces its result."""
+        self.watch.scores[index] = dt_states
+        if attention_mask is None:
+            raise AssertionError("transformers passed no attention mask; its causal mask would be lost")
+        mask = original(hidden_states, dt_states, keep_window_size, attention_mask)
+        lowest = torch.finfo(hidden_states.dtype).min
+        if mask.shape[-1] <= keep_window_size:
+            return _for_float32_softmax(mask)
+        allowed = attention_mask if attention_mask.dtype == torch.bool else attention_mask == 0
+        bias = dt_states[:, :, None, :].masked_fill(~allowed[..., : mask.shape[-1]], lowest)
+        visible = bias > lowest
+        last = torch.topk(bias, keep_window_size, dim=-1).values.amin(-1, keepdim=True)
+        own = mask > lowest
+        self._note_gap(bias, own, last, visible)
+        used = self._choose(f"kept.{index}", own, bias, visible, last)
+        return _for_float32_softmax(mask if used is own else bias.masked_fill(~used, lowest))
+
+    def _choose(
+        self, name: str, own: torch.Tensor, bias: torch.Tensor, visible: torch.Tensor, last: torch.Tensor
+    ) -> torch.Tensor:
+        """The given selection where there is one, after measuring how far it is from the best; else `own`."""
+        if name not in self.given:
+            return own
+        given = torch.from_numpy(self.given[name])
+        real = (
+            torch.ones(own.shape[:1] + own.shape[2:3], dtype=torch.bool) if self.real_rows is None else self.real_rows
+        )
+        rows = real[:, None, :, None]
+        too_low = torch.where(given & rows, last - bias, -torch.inf).amax().item()
+        too_high = torch.where(~given & visible & rows, bias - last, -torch.inf).amax().item()
+        counts = (given & visible).sum(-1) == own.sum(-1)
+        legal = not (given & ~visible & rows).any() and bool((counts | ~real[:, None]).all())
+        self.watch.violation[name] = max(too_low, too_high, 0.0) if legal else float("inf")
+        self.watch.differing += int((((given != own) & rows).any(-1)).sum())
+        return torch.where(rows, given, own) if self.use_given else own
+
+    def _note_gap(self, bias: torch.Tensor, own: torch.Tensor, last: torch.Tensor, visible: torch.Tensor) -> None:
+        dropped = torch.where(visible & ~own, bias, -torch.inf).amax(-1, keepdim=True)
+        self.watch.gap = min(self.watch.gap, float((last - dropped).amin()))
+
+    def _experts(
+        self, index: int, mlp: Any, original: Callable[..., Any], hidden_states: torch.Tensor, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Around `DogeCDMoE.forward`: records the experts; given ones take their place in the same formula."""
+        batch, width, hidden = hidden_states.shape
+        tokens = batch * width
+        halves = mlp.router_gate(hidden_states).view(2, tokens, -1)
+        self.watch.router[index] = halves
+        sums = (halves[0][:, :, None] + halves[1][:, None, :]).flatten(1)  # [N, n*n], in the order of expert ids
+        best = torch.topk(sums, min(mlp.top_k + 1, sums.shape[1]), dim=-1)
+        own, last = best.indices[:, : mlp.top_k], best.values[:, mlp.top_k - 1 : mlp.top_k]
+        if best.values.shape[1] > mlp.top_k:
+            self.watch.gap = min(self.watch.gap, float((last - best.values[:, mlp.top_k :]).amin()))
+        used = self._choose_experts(f"experts.{index}", own, sums, last)
+        if used is own:
+            result: tuple[torch.Tensor, torch.Tensor] = original(hidden_states, **kwargs)
+            return result
+        weights = F.softmax(sums.gather(1, used), dim=-1)
+        if mlp.norm_topk_prob:
+            weights = weights / weights.sum(dim=-1, keepdim=True)
+        dots = torch.matmul(mlp.down_embed(used), hidden_states.view(tokens, hidden, 1)).view(tokens, -1)
+        gates = mlp.act_fn(dots) * weights
+        routed = torch.matmul(gates[:, None], mlp.up_embed(used)).view(batch, width, -1)
+        shared = mlp.down_proj(mlp.act_fn(mlp.gate_proj(hidden_states)) * mlp.up_proj(hidden_states))
+        return shared + routed, halves
+
+    def _choose_experts(self, name: str, own: torch.Tensor, sums: torch.Tensor, last: torch.Tensor) -> torch.Tensor:
+        if name not in self.given:
+            return own
+        given = torch.from_numpy(np.ascontiguousarray(self.given[name]))
+        picked = torch.zeros_like(sums, dtype=torch.bool).scatter(1, given, True)
+        too_low = (last - sums.gather(1, given)).amax().item()
+        too_high = torch.where(~picked, sums - last, -torch.inf).amax().item()
+        legal = bool((picked.sum(1) == own.shape[1]).all())
+        self.watch.violation[name] = max(too_low, too_high, 0.0) if legal else float("inf")
+        own_picked = torch.zeros_like(picked).scatter(1, own, True)
+        self.watch.differing += int((picked != own_picked).any(1).sum())
+        return given if self.use_given else own
+
+
+def _widen_norms(model: torch.nn.Module) -> None:
+    """RMSNorm in float64, where transformers computes it in float32 whatever the model's dtype.
+
+    Without it the noise of float32 is measured too small: both runs would make the very same rounding errors wherever
+    a norm sees the same input, as in layer 0.
+    """
+    for module in model.modules():
+        if isinstance(module, DogeRMSNorm):
+            module.forward = partial(_rms_norm, module)  # type: ignore[method-assign]
+
+
+def _rms_norm(norm: DogeRMSNorm, x: torch.Tensor) -> torch.Tensor:
+    return norm.weight * (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + norm.variance_epsilon))
+
+
+def _for_float32_softmax(mask: torch.Tensor) -> torch.Tensor:
+    """In float64 the lowest number becomes -inf in eager attention's float32 softmax, and a row of padding NaN."""
+    return mask.clamp_min(torch.finfo(torch.float32).min) if mask.dtype == torch.float64 else mask
+
+
+class ReferenceRows:
+    """Rows of text in the reference, fed call by call like a `Runner`.
+
+    Args:
+        reference: the model.
+        batch: rows.
+        padding: where the padding of a call with rows of different length goes: "right" (its keys stay as holes that
+        later calls do not see: the content of a static cache) or "left" (the convention of Hugging Face tools).
+    """
+
+    def __init__(self, reference: Reference, batch: int, padding: str) -> None:
+        from transformers import DynamicCache
+
+        self.reference = reference
+        self.padding = padding
+        self.cache = DynamicCache()
+        self.real: Array = np.zeros((batch, 0), bool)
+        """`[B, K]`: cached columns that hold a real token."""
+
+    def run(
+        self, input_ids: IntArray, lengths: IntArray, given: Selections | None = None, *, use_given: bool = True
+    ) -> tuple[list[torch.Tensor], Watch]:
+        """Feed one call; returns the logits `[lengths[b], V]` of each row's real tokens."""
+        width = input_ids.shape[1]
+        before = self.real.sum(axis=1)
+        if self.padding == "left":
+            left = left_padded(input_ids, lengths)
+            input_ids, source, rows = left.input_ids, left.source, left.real
+            seen = np.concatenate((self.real, rows), axis=1)
+        else:
+            source = np.broadcast_to(np.arange(width), input_ids.shape)
+            rows = source < lengths[:, None]
+            # Padding sees what is before it, itself and other padding of this call, as in a static cache.
+            seen = np.concatenate((self.real, np.ones_like(rows)), axis=1)
+        positions = np.maximum(before[:, None] + source, 0)
+        logits, watch = self.reference(
+            input_ids, seen, positions, self.cache, given=given, use_given=use_given, real_rows=rows
+        )
+        self.real = np.concatenate((self.real, rows), axis=1)
+        return [logits[b][torch.from_numpy(rows[b])] for b in range(len(rows))], watch
+
+    def present(self, scores: Mapping[int, torch.Tensor]) -> dict[str, list[torch.Tensor]]:
+        """`present.{i}.key|value|score`, each `[Hkv, n_b, D]` per row: the row's real tokens in order."""
+        result: dict[str, list[torch.Tensor]] = {}
+        columns = [torch.from_numpy(np.flatnonzero(row)) for row in self.real]
+        for index, layer in enumerate(cast("list[DynamicLayer]", self.cache.layers)):
+            assert layer.keys is not None and layer.values is not None  # every call filled them
+            kinds = {"key": layer.keys, "value": layer.values, "score": scores[index].unsqueeze(-1)}
+            for kind, tensor in kinds.items():
+                result[f"present.{index}.{kind}"] = [tensor[b][:, c] for b, c in enumerate(columns)]
+        return result

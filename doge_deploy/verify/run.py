@@ -1,0 +1,171 @@
+"""Verify a bundle: open both sides, run the cases of every layout, collect a report."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+
+from doge_deploy.bundle import Bundle, open_bundle
+from doge_deploy.checkpoint import Checkpoint, open_checkpoint
+from doge_deploy.errors import UnsupportedModelError, UsageError
+from doge_deploy.graph.passes.expose_selections import ExposeSelectionsPass
+from doge_deploy.runtime.base import IntArray
+from doge_deploy.runtime.ort import OrtRunner, open_runner
+from doge_deploy.verify.cases import Call, Case, Limits, chunk, distinct_ids, repeating_ids
+from doge_deploy.verify.parity import CaseResult, References, Runners, verify_layout
+from doge_deploy.verify.reference import Reference
+from doge_deploy.verify.replay import Replay
+from doge_deploy.verify.tolerance import WIDER
+
+TEXT = (
+    "A dynamic mask keeps the keys that matter. Every key carries a score, and the score depends on the key alone, "
+    "so the "
+    "score can be kept beside the key. When there are more keys than the window holds, the keys with the best "
+    "scores stay "
+    "and the other keys are dropped; a key that was dropped never comes back. The window is a promise about memory, "
+    "and "
+    "the score is a promise about attention. Keep the window, keep the score, and keep the promise."
+)
+"""Natural text with its repetitions, for bundles that have a tokenizer."""
+
+
+@dataclass
+class SelfDifference:
+    """How far transformers is from itself when the same text comes in other calls."""
+
+    prefill_against_decode: float
+    """Largest absolute difference of logits."""
+    scale: float
+    """Largest absolute logit."""
+
+
+@dataclass
+class Report:
+    """Everything that was found."""
+
+    bundle: Path
+    dtype: str
+    routing: str | None
+    """None for a dense model."""
+    results: list[CaseResult] = field(default_factory=list)
+    skipped: dict[str, str] = field(default_factory=dict)
+    """Cases that the bundle cannot hold, with the reason."""
+    reference_itself: SelfDifference | None = None
+
+    @property
+    def passed(self) -> bool:
+        return bool(self.results) and all(result.passed for result in self.results)
+
+
+def verify(
+    path: str | Path,
+    *,
+    reference: str | None = None,
+    layouts: tuple[str, ...] = (),
+    greedy_steps: int = 128,
+    started: Callable[[str], None] = lambda what: None,
+    finished: Callable[[CaseResult], None] = lambda result: None,
+) -> Report:
+    """Hold a bundle against transformers.
+
+    Args:
+        path: the bundle.
+        reference: the checkpoint it came from; where None, what the bundle itself names (a bundled name or a Hub id).
+        layouts: which of its layouts; all where empty.
+        greedy_steps: tokens of the greedy case, fewer where the bundle holds fewer.
+        started: told what is about to be done.
+        finished: told each case when it is judged.
+
+    Raises:
+        BrokenBundleError, UnsupportedModelError: bundle or checkpoint is broken, or they do not belong together.
+        UsageError: the bundle does not say where it came from and no reference was given.
+        MissingDependencyError: torch, transformers or ONNX Runtime is missing.
+    """
+    bundle = open_bundle(path)
+    manifest = bundle.manifest
+    checkpoint = _open_reference(bundle, reference)
+    started("load transformers")
+    references = References(Reference(checkpoint, manifest.dtype), Reference(checkpoint, WIDER[manifest.dtype]))
+    routing = manifest.options["routing"] if manifest.facts.is_moe else None
+    report = Report(bundle.path, manifest.dtype, routing, skipped=_unreachable(bundle))
+    report.reference_itself = compare_reference_with_itself(bundle, references.same)
+    text_ids = _text_ids(bundle)
+    for layout in layouts or tuple(manifest.layouts):
+        started(f"verify {layout}")
+        report.results += verify_layout(
+            bundle,
+            layout,
+            open_runners(bundle, layout),
+            references,
+            text_ids=text_ids,
+            greedy_steps=greedy_steps,
+            report=finished,
+        )
+    return report
+
+
+def open_runners(bundle: Bundle, layout: str) -> Runners:
+    """The layout's graph as it is, and with its selections exposed where it has any."""
+    chosen = bundle.layout(layout)
+    plain = open_runner(bundle, layout, spin=False)
+    exposed: OrtRunner | None = None
+    if chosen.keep_window or bundle.manifest.facts.is_moe:
+        model = ExposeSelectionsPass()(ir.load(bundle.path / chosen.file)).model
+        exposed = open_runner(bundle, layout, spin=False, model=ir.to_proto(model).SerializeToString())
+    return Runners(plain, exposed)
+
+
+def _open_reference(bundle: Bundle, reference: str | None) -> Checkpoint:
+    manifest = bundle.manifest
+    source = reference or manifest.checkpoint["source"]
+    if source is None:
+        raise UsageError(
+            f"{bundle.path} was exported from a directory; name the checkpoint it came from with --reference MODEL"
+        )
+    checkpoint = open_checkpoint(source, num_layers=manifest.facts.num_hidden_layers)
+    if checkpoint.sha256 != manifest.checkpoint["sha256"]:
+        raise UnsupportedModelError(
+            f"{source} is not the checkpoint of {bundle.path}: its weights have sha256 {checkpoint.sha256[:12]}..., "
+            f"the bundle's {manifest.checkpoint['sha256'][:12]}..."
+        )
+    return checkpoint
+
+
+def _unreachable(bundle: Bundle) -> dict[str, str]:
+    """Window cases that no call can reach."""
+    window, capacity = bundle.manifest.facts.keep_window_size, bundle.manifest.max_length
+    lengths = {"window K=w+1": window + 1, "window K=2w": 2 * window}
+    return {
+        name: f"needs {length} tokens, max_length is {capacity}"
+        for name, length in lengths.items()
+        if length > capacity
+    }
+
+
+def _text_ids(bundle: Bundle) -> IntArray:
+    """Natural text: through the bundle's tokenizer, or random ids with as many repetitions."""
+    facts = bundle.manifest.facts
+    if "tokenizer.json" in bundle.manifest.files:
+        from tokenizers import Tokenizer
+
+        ids = Tokenizer.from_file(str(bundle.path / "tokenizer.json")).encode(TEXT).ids
+        if max(ids) < facts.vocab_size:
+            return np.asarray(ids, np.int64)
+    return repeating_ids(Limits(facts.vocab_size, bundle.manifest.max_length, facts.keep_window_size), 256)
+
+
+def compare_reference_with_itself(bundle: Bundle, reference: Reference) -> SelfDifference:
+    """The same row in one call and token by token, both in transformers."""
+    manifest = bundle.manifest
+    limits = Limits(manifest.facts.vocab_size, manifest.max_length, manifest.facts.keep_window_size)
+    row = distinct_ids(limits, min(24, limits.max_length), seed=0)
+    replay = Replay(padding="right", tokenwise=False, last_logits=False)
+    whole: tuple[Call, ...] = chunk([row], [[len(row)]])
+    single = chunk([row], [[1]] * len(row))
+    a = np.concatenate(replay.run(reference, Case("prefill", whole, exact=True)).logits)
+    b = np.concatenate(replay.run(reference, Case("decode", single, exact=True)).logits)
+    return SelfDifference(float(np.abs(a - b).max()), float(np.abs(a).max()))

@@ -1,0 +1,92 @@
+"""The one table of tolerances.
+
+A tolerance is calibrated, not chosen: the reference is run twice on the same calls, in the bundle's dtype and in the
+next
+wider one (float64 for float32, float32 for float16 and bfloat16). Their difference is the noise of that arithmetic on
+that
+very input; a bundle may differ from the reference by `factor` times that noise, in the largest element and in the root
+mean square. The floor is for tensors on which the reference happens to make (nearly) no error.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Tolerance:
+    """One row of the table."""
+
+    factor_max: float
+    """Times the largest absolute noise."""
+    factor_rms: float
+    """Times the root mean square of the noise."""
+    floor_ulps: float
+    """The least that is allowed for the largest error, in units in the last place of the tensor's largest number; a
+    quarter of it for the rms (one rounding has an rms of 0.29 units)."""
+    reason: str
+
+
+TOLERANCES: dict[str, Tolerance] = {
+    "logits": Tolerance(
+        6.0,
+        3.0,
+        1.0,
+        "ONNX Runtime sums a row's products one after the other where PyTorch's single-row GEMV sums in many lanes "
+        "and makes "
+        "half the error: their difference is 2.0 to 2.1 times PyTorch's own noise (tests/verify/test_tolerance.py). "
+        "Layers "
+        "add up in rms alike; 3 leaves room for fused norms and softmax. The largest of many elements scatters "
+        "twice as far.",
+    ),
+    "key": Tolerance(6.0, 3.0, 1.0, "As logits."),
+    "value": Tolerance(6.0, 3.0, 1.0, "As logits."),
+    "score": Tolerance(
+        6.0,
+        3.0,
+        2.0,
+        "As logits; the floor is higher since exp and log of two libraries differ by an ulp or two each.",
+    ),
+    "kept": Tolerance(
+        6.0,
+        3.0,
+        2.0,
+        "How far a kept key may score below the reference's w-th place, or a dropped one above it: as `score`, in "
+        "whose noise "
+        "it is measured.",
+    ),
+    "experts": Tolerance(
+        6.0,
+        3.0,
+        2.0,
+        "As kept, for sums of two router logits, in twice the noise of the router logits.",
+    ),
+}
+
+WIDER = {"float32": "float64", "float16": "float32", "bfloat16": "float32"}
+"""The dtype that a dtype's noise is measured against."""
+
+ULP = {"float32": 2.0**-23, "float16": 2.0**-10, "bfloat16": 2.0**-7}
+"""Relative spacing of numbers."""
+
+
+@dataclass(frozen=True)
+class Limit:
+    """What a quantity may differ by in one case."""
+
+    max_abs: float
+    rms: float
+
+
+def limit(quantity: str, dtype: str, *, noise_max: float, noise_rms: float, scale: float) -> Limit:
+    """The limits of one tensor.
+
+    Args:
+        quantity: a row of `TOLERANCES`.
+        dtype: the bundle's.
+        noise_max, noise_rms: of the reference, same tensor, same calls.
+        scale: largest absolute value of the reference's tensor.
+    """
+    row = TOLERANCES[quantity]
+    floor = row.floor_ulps * ULP[dtype] * scale
+    return Limit(max(row.factor_max * noise_max, floor), max(row.factor_rms * noise_rms, floor / 4))
