@@ -133,10 +133,19 @@ class Bundle:
         return layouts[name]
 
     def read_json(self, name: str) -> dict[str, Any]:
-        """A JSON file of the bundle, or {} where it has none."""
+        """A JSON object of the bundle, or {} where it has no such file.
+
+        Raises:
+            BrokenBundleError: the file is not a JSON object.
+        """
         if name not in self.manifest.files:
             return {}
-        data: dict[str, Any] = json.loads((self.path / name).read_text(encoding="utf-8"))
+        try:
+            data = json.loads((self.path / name).read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise BrokenBundleError(f"{self.path / name} cannot be read: {error}") from error
+        if not isinstance(data, dict):
+            raise BrokenBundleError(f"{self.path / name} holds a {type(data).__name__}; must be a JSON object")
         return data
 
 

@@ -48,3 +48,21 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         reason = missing() if marked else ""
         for item in marked if reason else []:
             item.add_marker(pytest.mark.skip(reason=reason))
+
+
+@pytest.fixture(scope="session")
+def tiny_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """doge-tiny in both layouts, fp32, logits of every token; do not write into it."""
+    from bundles import make_bundle
+
+    path = tmp_path_factory.mktemp("bundles") / "doge-tiny"
+    return make_bundle("doge-tiny", path, kv_cache=("static", "growing"), logits="all")
+
+
+@pytest.fixture(scope="session")
+def tiny_moe_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """doge-tiny-moe likewise, with transformers' routing."""
+    from bundles import make_bundle
+
+    path = tmp_path_factory.mktemp("bundles") / "doge-tiny-moe"
+    return make_bundle("doge-tiny-moe", path, kv_cache=("static", "growing"), logits="all")

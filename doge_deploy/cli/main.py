@@ -62,10 +62,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     # Taken off here so that it works before and after the command's name.
     debug = "--debug" in args
     args = [arg for arg in args if arg != "--debug"]
-    sys.exit(_run(args, debug))
+    sys.exit(run_command(args, debug))
 
 
-def _run(args: list[str], debug: bool) -> int:
+def run_command(args: list[str], debug: bool = False) -> int:
+    """Run `doge-deploy ARGS`, errors to standard error as one line; the exit code."""
     try:
         result: Any = cli.main(args=args, prog_name="doge-deploy", standalone_mode=False)
         return result if isinstance(result, int) else 0

@@ -51,5 +51,6 @@ def verify(
     if junit_file is not None:
         files.write_junit(report, junit_file)
     if not report.passed:
-        failed = [f"{result.layout}/{result.case}" for result in report.results if not result.passed]
+        failed = [] if report.weights.passed else ["weights"]
+        failed += [f"{result.layout}/{result.case}" for result in report.results if not result.passed]
         raise MismatchError(f"{bundle} does not compute what transformers computes: {', '.join(failed)}")

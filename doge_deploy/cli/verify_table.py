@@ -72,6 +72,8 @@ class VerifyTable:
     def summary(self, report: Report) -> None:
         """What is not a row: failures in words, what could not be reached, the reference against itself."""
         say = self.console.print
+        for failure in report.weights.failures:
+            say(f"FAIL weights: {failure}", style="red", highlight=False, soft_wrap=True)
         for result in report.results:
             for failure in result.failures:
                 say(f"FAIL {result.layout}/{result.case}: {failure}", style="red", highlight=False, soft_wrap=True)
@@ -88,6 +90,7 @@ class VerifyTable:
         passed = sum(result.passed for result in report.results)
         tied = sum(result.tied_rows for result in report.results)
         say(
+            f"{report.weights.compared} weights {'' if report.weights.passed else 'NOT '}bit for bit the checkpoint's; "
             f"{passed} of {len(report.results)} cases within tolerance; greedy tokens equal: {_greedy(report)}; "
             f"{tied} rows chose among ties or near-ties",
             highlight=False,
@@ -110,5 +113,7 @@ def _mixing(report: Report) -> str:
 
 
 def _greedy(report: Report) -> str:
-    rows = [result for result in report.results if result.case == "greedy"]
+    from doge_deploy.verify.parity import GREEDY
+
+    rows = [result for result in report.results if result.case == GREEDY]
     return ", ".join(f"{row.top1.agreeing}/{row.top1.total} ({row.layout})" for row in rows) or "not run"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import xml.etree.ElementTree as ET
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ def report_json(report: Report) -> dict[str, Any]:
         "passed": report.passed,
         "dtype": report.dtype,
         "routing": report.routing,
+        "weights": asdict(report.weights),
         "cases": [_case_json(result) for result in report.results],
         "skipped": report.skipped,
         "reference_itself": asdict(report.reference_itself) if report.reference_itself else None,
@@ -61,22 +63,27 @@ def write_json(report: Report, path: Path) -> None:
 
 def write_junit(report: Report, path: Path) -> None:
     """One test case per case and layout; unreachable ones are skipped. Raises UsageError where it cannot be written."""
-    failed = sum(not result.passed for result in report.results)
+    failed = sum(not result.passed for result in report.results) + (not report.weights.passed)
     suite = ET.Element(
         "testsuite",
         name="doge-deploy verify",
-        tests=str(len(report.results) + len(report.skipped)),
+        tests=str(1 + len(report.results) + len(report.skipped)),
         failures=str(failed),
         skipped=str(len(report.skipped)),
     )
+    _add_case(suite, "verify", "weights", report.weights.failures)
     for result in report.results:
-        case = ET.SubElement(suite, "testcase", classname=f"verify.{result.layout}", name=result.case)
-        if not result.passed:
-            ET.SubElement(case, "failure", message=result.failures[0]).text = "\n".join(result.failures)
+        _add_case(suite, f"verify.{result.layout}", result.case, result.failures)
     for name, reason in report.skipped.items():
         ET.SubElement(ET.SubElement(suite, "testcase", classname="verify", name=name), "skipped", message=reason)
     ET.indent(suite)
     _write(path, ET.tostring(suite, encoding="unicode", xml_declaration=True) + "\n")
+
+
+def _add_case(suite: ET.Element, group: str, name: str, failures: Sequence[str]) -> None:
+    case = ET.SubElement(suite, "testcase", classname=group, name=name)
+    if failures:
+        ET.SubElement(case, "failure", message=failures[0]).text = "\n".join(failures)
 
 
 def _write(path: Path, text: str) -> None:

@@ -6,7 +6,7 @@ bundle's dtype; the reference in the next wider dtype, whose difference to the f
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -19,6 +19,9 @@ from doge_deploy.verify.compare import Difference, Top1, difference, kl_divergen
 from doge_deploy.verify.reference import Reference, Selections
 from doge_deploy.verify.replay import CandidateTrace, Replay, ReplayTrace, greedy_calls
 from doge_deploy.verify.tolerance import Limit, limit
+
+GREEDY = "greedy"
+NATURAL = "natural text"
 
 SEEDS = (0, 100, 200, 300)
 """Tried in turn until an exactness case has wide margins in the reference."""
@@ -77,41 +80,47 @@ class CaseResult:
         return max(self.quantities[1:], key=lambda q: q.load, default=None)
 
 
-def verify_layout(
+def verify_layouts(
     bundle: Bundle,
-    layout: str,
-    runners: Runners,
+    runners: Mapping[str, Runners],
     references: References,
     *,
     text_ids: IntArray,
     greedy_steps: int,
-    report: Callable[[CaseResult], None],
+    started: Callable[[str], None],
+    finished: Callable[[CaseResult], None],
 ) -> list[CaseResult]:
-    """Run every case on one layout.
+    """Run every case, on each layout in turn (they share the reference's runs where the calls are the same).
 
     Args:
         bundle: what is verified.
-        layout: "static" or "growing".
-        runners: the bundle's graph, as it is and with its selections exposed.
+        runners: per layout its graph, as it is and with its selections exposed.
         references: transformers in the bundle's dtype and in the next wider one.
         text_ids: natural text `[T]`, repeated as needed.
         greedy_steps: tokens of the greedy case.
-        report: told each result when it is there.
+        started: told each case before it is run.
+        finished: told each result when it is there.
     """
-    manifest = bundle.manifest
-    facts = manifest.facts
-    limits = Limits(facts.vocab_size, manifest.max_length, facts.keep_window_size)
-    judge = Judge(bundle, layout, runners, references)
-    results = []
-    for name in [case.name for case in exact_cases(limits, SEEDS[0])]:
-        results.append(judge.judge(judge.widest(lambda seed, name=name: _case(limits, seed, name))))  # type: ignore[misc]
-        report(results[-1])
-    results.append(judge.judge(natural_case(limits, text_ids)))
-    report(results[-1])
-    prompt = np.resize(text_ids, min(16, limits.max_length // 2))
+    facts = bundle.manifest.facts
+    limits = Limits(facts.vocab_size, bundle.manifest.max_length, facts.keep_window_size)
+    judges = [Judge(bundle, layout, pair, references) for layout, pair in runners.items()]
+    prompt = np.resize(text_ids, min(16, max(1, limits.max_length // 2)))
     steps = min(greedy_steps, limits.max_length - len(prompt))
-    results.append(judge.judge(Case("greedy", greedy_calls(runners.plain, prompt, steps), exact=False)))
-    report(results[-1])
+
+    def make(judge: Judge, name: str) -> Case:
+        if name == NATURAL:
+            return natural_case(limits, text_ids)
+        if name == GREEDY:
+            return Case(name, greedy_calls(judge.runners.plain, prompt, steps), exact=False)
+        return judge.widest(lambda seed: _case(limits, seed, name))
+
+    results = []
+    for name in [*(case.name for case in exact_cases(limits, SEEDS[0])), NATURAL, GREEDY]:
+        started(name)
+        references.forget()
+        for judge in judges:
+            results.append(judge.judge(make(judge, name)))
+            finished(results[-1])
     return results
 
 
@@ -130,10 +139,24 @@ class Runners:
 
 @dataclass(frozen=True)
 class References:
-    """The oracle and its more exact twin."""
+    """The oracle and its more exact twin, with the runs of the current case."""
 
     same: Reference
     wider: Reference
+    _runs: dict[tuple[object, ...], ReplayTrace] = field(default_factory=dict)
+
+    def forget(self) -> None:
+        """Drop the runs of the last case."""
+        self._runs.clear()
+
+    def run(self, reference: Reference, replay: Replay, case: Case) -> ReplayTrace:
+        """`case` on one of the two with its own selections; the same calls are run once."""
+        padded = any(call.lengths.min() < call.input_ids.shape[1] for call in case.calls)
+        calls = tuple((call.input_ids.tobytes(), call.lengths.tobytes()) for call in case.calls)
+        key = (id(reference), replay.padding if padded else "", calls)
+        if key not in self._runs:
+            self._runs[key] = replay.run(reference, case)
+        return self._runs[key]
 
 
 class Judge:
@@ -161,7 +184,7 @@ class Judge:
         if not self.selects(first):
             return first
         cases = [first, *(make(seed) for seed in SEEDS[1:])]
-        return max(cases, key=lambda case: self.replay.run(self.references.same, case).gap)
+        return max(cases, key=lambda case: self.references.run(self.references.same, self.replay, case).gap)
 
     def judge(self, case: Case) -> CaseResult:
         """Compare one case."""
@@ -170,13 +193,20 @@ class Judge:
         if self.selects(case):
             assert self.runners.exposed is not None
             given = self.replay.feed(self.runners.exposed, case).selections
-        same = self.replay.run(self.references.same, case, given, use_given=not case.exact)
-        wider = self.replay.run(self.references.wider, case, given)
+        same = self._reference(self.references.same, case, given, use_given=not case.exact)
+        wider = self._reference(self.references.wider, case, given)
         result = CaseResult(case.name, self.layout)
         if given is not None:
             same = self._judge_selections(result, case, given, same, wider)
         self._compare(result, candidate, same, wider)
         return result
+
+    def _reference(
+        self, reference: Reference, case: Case, given: Sequence[Selections] | None, *, use_given: bool = True
+    ) -> ReplayTrace:
+        if given is None:
+            return self.references.run(reference, self.replay, case)
+        return self.replay.run(reference, case, given, use_given=use_given)
 
     def _judge_selections(
         self, result: CaseResult, case: Case, given: Sequence[Selections], same: ReplayTrace, wider: ReplayTrace
@@ -225,7 +255,9 @@ class Judge:
             allowed = limit(kind, self.manifest.dtype, noise_max=noise.max_abs, noise_rms=noise.rms, scale=noise.scale)
             result.quantities.append(Quantity(name, difference(rows, expected[name]), allowed))
         result.failures += [_failure(quantity) for quantity in result.quantities if not quantity.passed]
-        a, b = np.concatenate(candidate.logits), np.concatenate(same.logits)
+        # Of a greedy text only the tokens that it continues with are of interest, not those of the prompt.
+        first = -1 if result.case == GREEDY else None
+        a, b = (np.concatenate([rows[first:] for rows in side.logits]) for side in (candidate, same))
         if not result.logits.difference.non_finite:
             result.kl = kl_divergence(a, b)
             result.top1 = top1(a, b)

@@ -7,6 +7,7 @@ Axes: B batch, Q tokens of a call, K cached keys after it, Hkv key/value heads, 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
@@ -24,6 +25,9 @@ from doge_deploy.verify.compare import Array
 
 if TYPE_CHECKING:
     from transformers.cache_utils import DynamicLayer
+
+SMALL_PARAMETERS = 4_000_000
+"""Below this, one thread is faster: an operator is over before a second thread has woken up."""
 
 Selections = Mapping[str, Array]
 """`kept.<layer>` `[B, Hkv, Q, K]` bool in the reference's columns, `experts.<layer>` `[N, k]` int64."""
@@ -62,6 +66,8 @@ class Reference:
             use_safetensors=True,
             local_files_only=True,
         )
+        if checkpoint_size(checkpoint) < SMALL_PARAMETERS:
+            torch.set_num_threads(1)
         self.model = loaded.eval()  # type: ignore[no-untyped-call]
         self.facts = checkpoint.facts
         self.watch = Watch()
@@ -191,6 +197,11 @@ class Reference:
         own_picked = torch.zeros_like(picked).scatter(1, own, True)
         self.watch.differing += int((picked != own_picked).any(1).sum())
         return given if self.use_given else own
+
+
+def checkpoint_size(checkpoint: Checkpoint) -> int:
+    """Number of parameters."""
+    return sum(math.prod(tensor.shape) for tensor in checkpoint.tensors.values())
 
 
 def _widen_norms(model: torch.nn.Module) -> None:

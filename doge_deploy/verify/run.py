@@ -16,10 +16,11 @@ from doge_deploy.graph.passes.expose_selections import ExposeSelectionsPass
 from doge_deploy.runtime.base import IntArray
 from doge_deploy.runtime.ort import OrtRunner, open_runner
 from doge_deploy.verify.cases import Call, Case, Limits, chunk, distinct_ids, repeating_ids
-from doge_deploy.verify.parity import CaseResult, References, Runners, verify_layout
+from doge_deploy.verify.parity import CaseResult, References, Runners, verify_layouts
 from doge_deploy.verify.reference import Reference
 from doge_deploy.verify.replay import Replay
 from doge_deploy.verify.tolerance import WIDER
+from doge_deploy.verify.weights import WeightsResult, compare_weights
 
 TEXT = (
     "A dynamic mask keeps the keys that matter. Every key carries a score, and the score depends on the key alone, "
@@ -51,6 +52,7 @@ class Report:
     dtype: str
     routing: str | None
     """None for a dense model."""
+    weights: WeightsResult
     results: list[CaseResult] = field(default_factory=list)
     skipped: dict[str, str] = field(default_factory=dict)
     """Cases that the bundle cannot hold, with the reason."""
@@ -58,7 +60,7 @@ class Report:
 
     @property
     def passed(self) -> bool:
-        return bool(self.results) and all(result.passed for result in self.results)
+        return self.weights.passed and bool(self.results) and all(result.passed for result in self.results)
 
 
 def verify(
@@ -88,23 +90,23 @@ def verify(
     bundle = open_bundle(path)
     manifest = bundle.manifest
     checkpoint = _open_reference(bundle, reference)
+    started("compare weights")
+    weights = compare_weights(bundle, checkpoint)
     started("load transformers")
     references = References(Reference(checkpoint, manifest.dtype), Reference(checkpoint, WIDER[manifest.dtype]))
     routing = manifest.options["routing"] if manifest.facts.is_moe else None
-    report = Report(bundle.path, manifest.dtype, routing, skipped=_unreachable(bundle))
+    report = Report(bundle.path, manifest.dtype, routing, weights, skipped=_unreachable(bundle))
     report.reference_itself = compare_reference_with_itself(bundle, references.same)
     text_ids = _text_ids(bundle)
-    for layout in layouts or tuple(manifest.layouts):
-        started(f"verify {layout}")
-        report.results += verify_layout(
-            bundle,
-            layout,
-            open_runners(bundle, layout),
-            references,
-            text_ids=text_ids,
-            greedy_steps=greedy_steps,
-            report=finished,
-        )
+    report.results = verify_layouts(
+        bundle,
+        {layout: open_runners(bundle, layout) for layout in layouts or tuple(manifest.layouts)},
+        references,
+        text_ids=text_ids,
+        greedy_steps=greedy_steps,
+        started=started,
+        finished=finished,
+    )
     return report
 
 

@@ -1,0 +1,48 @@
+"""Bundles for tests: made by the real export, and broken on purpose."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import onnx_ir as ir
+
+from doge_deploy.bundle import file_entries, open_bundle, write_manifest
+from doge_deploy.export import export
+from doge_deploy.options import ExportOptions
+
+
+class NoProgress:
+    """Tells nobody."""
+
+    def stage(self, name: str, total: int = 1) -> Callable[[int], None]:
+        return lambda done: None
+
+
+def make_bundle(model: str | Path, output: Path, **options: Any) -> Path:
+    """Export `model` to `output` with the given `ExportOptions`."""
+    export(str(model), output, ExportOptions(**options), force=False, progress=NoProgress())
+    return output
+
+
+def broken_copy(
+    bundle: Path, target: Path, *, graph: Callable[[ir.Model], None] | None = None, weights: Any = None
+) -> Path:
+    """A copy whose first graph or weight file was changed, with the hashes of its manifest made to fit.
+
+    `graph` changes the model in place; `weights` is called with the path of the weight file.
+    """
+    shutil.copytree(bundle, target)
+    opened = open_bundle(target)
+    file = target / opened.layout().file
+    if graph is not None:
+        model = ir.load(file)
+        graph(model)
+        ir.save(model, file)
+    if weights is not None:
+        weights(target / "weights.safetensors")
+    write_manifest(target, replace(opened.manifest, files=file_entries(target)))
+    return target

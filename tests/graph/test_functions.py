@@ -1,0 +1,167 @@
+"""Bodies of the local functions in ONNX Runtime against their slow twins in PyTorch."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+import onnxruntime
+import pytest
+import torch
+
+from doge_deploy.checkpoint import open_checkpoint
+from doge_deploy.config import DogeFacts
+from doge_deploy.errors import UnsupportedModelError
+from doge_deploy.graph import schemas
+from doge_deploy.graph.functions import cdmoe_function, dynamic_mask_attention_function
+from doge_deploy.graph.passes.expose_selections import ExposeSelectionsPass
+from doge_deploy.model.attention import dynamic_mask_attention, hidden_bias, keep_mask
+from doge_deploy.model.moe import candidate_pairs, cdmoe
+
+
+@pytest.fixture(scope="module")
+def facts(dense_doge: Path) -> DogeFacts:
+    return open_checkpoint(str(dense_doge)).facts
+
+
+def run(
+    function: ir.Function, inputs: dict[str, torch.Tensor], attributes: dict[str, Any]
+) -> list[np.ndarray[Any, Any]]:
+    """One node of the function in ONNX Runtime, with its selection as second output."""
+    values = {
+        name: ir.Value(name=name, type=ir.TensorType(ir.DataType.from_numpy(t.numpy().dtype)), shape=ir.Shape(t.shape))
+        for name, t in inputs.items()
+    }
+    node = ir.node(function.name, list(values.values()), attributes, domain=schemas.DOMAIN)
+    output = node.outputs[0]
+    output.name = "output"
+    output.dtype = ir.DataType.from_numpy(next(iter(inputs.values())).numpy().dtype)
+    graph = ir.Graph(values.values(), [output], nodes=[node], opset_imports={"": 24, schemas.DOMAIN: 1}, name="one")
+    model = ir.Model(graph, ir_version=11, functions=[function])
+    ExposeSelectionsPass()(model)
+    session = onnxruntime.InferenceSession(ir.to_proto(model).SerializeToString(), providers=["CPUExecutionProvider"])
+    results: list[np.ndarray[Any, Any]] = session.run(None, {name: t.numpy() for name, t in inputs.items()})
+    return results
+
+
+def attention_inputs(
+    batch: int, rows: int, slots: int, heads: int, kv_heads: int, levels: int | None
+) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(rows * 100 + slots)
+    size = 8
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator)
+
+    score = torch.exp(normal(batch, kv_heads, slots, 1))
+    if levels:
+        score = torch.randint(1, levels + 1, score.shape, generator=generator).float()
+    return {
+        "query": normal(batch, heads, rows, size),
+        "key": normal(batch, kv_heads, slots, size),
+        "value": normal(batch, kv_heads, slots, size),
+        "score": score,
+        "first_slot": torch.arange(batch) + slots - rows - batch + 1,
+    }
+
+
+@pytest.mark.parametrize("levels", [None, 1, 3], ids=["no-ties", "all-equal", "many-ties"])
+@pytest.mark.parametrize("masked", [False, True], ids=["visible", "padding"])
+@pytest.mark.parametrize(
+    ("rows", "slots"), [(1, 5), (1, 8), (1, 9), (1, 63), (7, 15), (15, 16), (63, 65)], ids=lambda n: str(n)
+)
+def test_dynamic_mask_attention(facts: DogeFacts, rows: int, slots: int, masked: bool, levels: int | None) -> None:
+    window = 8
+    inputs = attention_inputs(1, rows, slots, facts.num_attention_heads, facts.num_key_value_heads, levels)
+    mask = None
+    if masked:
+        mask = torch.arange(slots)[None] >= 2
+        inputs["key_mask"] = mask
+    function = dynamic_mask_attention_function(
+        facts, has_key_mask=masked, keep_window=True, hidden_bias=hidden_bias(torch.float32)
+    )
+    output, kept = run(function, inputs, {"keep_window_size": window, "scale": 0.25})
+    arguments = [inputs[name] for name in ("query", "key", "value", "score", "first_slot")]
+    expected = dynamic_mask_attention(*arguments, mask, window, 0.25)
+    columns = torch.arange(slots)
+    visible = columns <= (inputs["first_slot"][:, None] + torch.arange(rows))[:, :, None]
+    visible = visible[:, None] if mask is None else visible[:, None] & mask[:, None, None]
+    ranked = torch.where(visible, inputs["score"].transpose(2, 3), -1.0)
+    np.testing.assert_array_equal(kept, (keep_mask(ranked, window) & visible).numpy())
+    np.testing.assert_allclose(output, expected.numpy(), rtol=0, atol=2e-6)
+
+
+@pytest.mark.parametrize("groups", [1, 2, 4], ids=lambda g: f"G={g}")
+def test_heads_of_a_group_share_their_bias(facts: DogeFacts, groups: int) -> None:
+    changed = replace(facts, num_attention_heads=4, num_key_value_heads=4 // groups)
+    inputs = attention_inputs(2, 3, 12, 4, 4 // groups, None)
+    function = dynamic_mask_attention_function(
+        changed, has_key_mask=False, keep_window=True, hidden_bias=hidden_bias(torch.float32)
+    )
+    output, _ = run(function, inputs, {"keep_window_size": 5, "scale": 0.25})
+    expected = dynamic_mask_attention(*inputs.values(), None, 5, 0.25)
+    np.testing.assert_allclose(output, expected.numpy(), rtol=0, atol=2e-6)
+
+
+def test_a_row_of_padding_stays_finite(facts: DogeFacts) -> None:
+    inputs = attention_inputs(1, 2, 4, facts.num_attention_heads, facts.num_key_value_heads, None)
+    inputs["first_slot"] = torch.zeros(1, dtype=torch.long)
+    inputs["key_mask"] = torch.tensor([[False, True, True, True]])
+    for dtype in (torch.float32, torch.float16):
+        function = dynamic_mask_attention_function(
+            facts, has_key_mask=True, keep_window=False, hidden_bias=hidden_bias(dtype)
+        )
+        typed = {n: t.to(dtype) if n in ("query", "key", "value") else t for n, t in inputs.items()}
+        output, _ = run(function, typed, {"keep_window_size": 0, "scale": 0.25})
+        assert np.isfinite(output).all()
+
+
+@pytest.mark.parametrize("routing", ["reference", "per-token"])
+@pytest.mark.parametrize("ties", [False, True], ids=["no-ties", "ties"])
+@pytest.mark.parametrize(
+    ("experts", "k", "norm"), [(256, 8, False), (20, 3, True), (9, 9, False), (1, 1, False)], ids=lambda v: str(v)
+)
+def test_cdmoe(facts: DogeFacts, experts: int, k: int, norm: bool, ties: bool, routing: str) -> None:
+    changed = replace(facts, is_moe=True, num_experts=experts, num_experts_per_tok=k, norm_topk_prob=norm)
+    torch.manual_seed(experts + k)
+    router = torch.randn(2, 5, 2 * changed.num_keys)
+    inputs = {
+        "hidden": torch.randn(2, 5, facts.hidden_size),
+        "router_logits": router.round() if ties else router,
+        "down_embed": torch.randn(experts, facts.hidden_size),
+        "up_embed": torch.randn(experts, facts.hidden_size),
+    }
+    function = cdmoe_function(changed, routing=routing, pairs=candidate_pairs(k, changed.num_keys))
+    attributes = {"num_experts_per_tok": k, "norm_topk_prob": int(norm), "routing": routing, "activation": "silu"}
+    output, chosen = run(function, inputs, attributes)
+    expected = cdmoe(*inputs.values(), k, norm, routing, "silu")
+    assert chosen.shape == (10, k)
+    np.testing.assert_allclose(output, expected.numpy(), rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "name", ["silu", "gelu", "gelu_new", "gelu_pytorch_tanh", "relu", "relu2", "tanh", "mish", "linear"]
+)
+def test_activation_bodies_equal_transformers(facts: DogeFacts, name: str) -> None:
+    changed = replace(facts, is_moe=True, num_experts=16, num_experts_per_tok=2, hidden_act=name)
+    torch.manual_seed(3)
+    inputs = {
+        "hidden": torch.randn(1, 4, facts.hidden_size),
+        "router_logits": torch.randn(1, 4, 8),
+        "down_embed": torch.randn(16, facts.hidden_size) / 6,
+        "up_embed": torch.randn(16, facts.hidden_size),
+    }
+    function = cdmoe_function(changed, routing="per-token", pairs=candidate_pairs(2, 4))
+    attributes = {"num_experts_per_tok": 2, "norm_topk_prob": 0, "routing": "per-token", "activation": name}
+    output, _ = run(function, inputs, attributes)
+    expected = cdmoe(*inputs.values(), 2, False, "per-token", name)
+    np.testing.assert_allclose(output, expected.numpy(), rtol=1e-5, atol=1e-5)
+
+
+def test_an_activation_without_a_body_is_refused_by_name(facts: DogeFacts) -> None:
+    changed = replace(facts, is_moe=True, num_experts=16, num_experts_per_tok=2, hidden_act="laplace")
+    with pytest.raises(UnsupportedModelError, match="hidden_act='laplace' cannot be exported inside CDMoE"):
+        cdmoe_function(changed, routing="per-token", pairs=candidate_pairs(2, 4))

@@ -1,0 +1,198 @@
+"""Verification must fail, and say where, when a bundle computes something else."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+import torch
+from bundles import broken_copy
+from safetensors import safe_open
+
+from doge_deploy.bundle import open_bundle
+from doge_deploy.cli.main import run_command
+from doge_deploy.config import DogeFacts
+from doge_deploy.graph.functions import cdmoe, dynamic_mask_attention
+from doge_deploy.model.attention import hidden_bias
+from doge_deploy.model.moe import candidate_pairs
+from doge_deploy.verify.cases import Limits, exact_cases
+from doge_deploy.verify.replay import Replay
+from doge_deploy.verify.run import open_runners
+
+
+def edit_tensor(path: Path, name: str, edit: Callable[[torch.Tensor], None]) -> None:
+    """Change one float32 tensor of a safetensors file in place."""
+    with safe_open(path, framework="pt") as file:
+        tensor = file.get_tensor(name).clone()
+    edit(tensor)
+    data = path.read_bytes()
+    header = int.from_bytes(data[:8], "little")
+    begin, end = eval(data[8 : 8 + header])[name]["data_offsets"]  # the header is a literal of ours
+    start = 8 + header
+    path.write_bytes(data[: start + begin] + tensor.numpy().tobytes() + data[start + end :])
+
+
+def one_percent(tensor: torch.Tensor) -> None:
+    """Raise the largest number of a tensor by 1%."""
+    index = tensor.abs().flatten().argmax()
+    tensor.view(-1)[index] *= 1.01
+
+
+def body(
+    operator: str, old: str, new: str, monkeypatch: pytest.MonkeyPatch, facts: DogeFacts
+) -> Callable[[ir.Model], None]:
+    """Replace `old` by `new` in the text of an operator's body."""
+
+    def edit(model: ir.Model) -> None:
+        module = dynamic_mask_attention if operator == "DynamicMaskAttention" else cdmoe
+        for name, text in list(vars(module).items()):
+            if name.startswith("_") and isinstance(text, str) and old in text:
+                monkeypatch.setattr(module, name, text.replace(old, new))
+                break
+        else:
+            raise AssertionError(f"no text of {operator} has {old!r}")
+        if operator == "DynamicMaskAttention":
+            function = dynamic_mask_attention.dynamic_mask_attention_function(
+                facts, has_key_mask=False, keep_window=True, hidden_bias=hidden_bias(torch.float32)
+            )
+        else:
+            pairs = candidate_pairs(facts.num_experts_per_tok, facts.num_keys)
+            function = cdmoe.cdmoe_function(facts, routing="reference", pairs=pairs)
+        model.functions[function.identifier()] = function
+
+    return edit
+
+
+def window_plus_one(model: ir.Model) -> None:
+    for node in model.graph:
+        if node.op_type == "DynamicMaskAttention":
+            node.attributes["keep_window_size"] = ir.AttrInt64("keep_window_size", 65)
+
+
+def verify(bundle: Path, capfd: pytest.CaptureFixture[str]) -> tuple[int, str, set[str]]:
+    """Exit code, output, and the cases that the error line names."""
+    code = run_command(["verify", str(bundle), "--layout", "static", "--greedy-steps", "24"])
+    captured = capfd.readouterr()
+    found = re.search(r"what transformers computes: (.*)", captured.err)
+    return code, captured.out + captured.err, set(found.group(1).split(", ")) if found else set()
+
+
+@pytest.mark.parametrize(
+    "tensor",
+    [
+        "model.layers.0.self_attn.q_proj.weight.T",
+        "model.layers.1.self_attn.k_proj.weight.T",
+        "model.layers.1.self_attn.dt_proj.weight.T",
+        "model.layers.2.mlp.down_proj.weight.T",
+    ],
+)
+def test_one_weight_off_by_one_percent(
+    tensor: str, tiny_bundle: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    broken = broken_copy(tiny_bundle, tmp_path / "b", weights=lambda path: edit_tensor(path, tensor, one_percent))
+    code, output, cases = verify(broken, capfd)
+    assert code == 1
+    assert "weights" in cases
+    assert f"{tensor}: 1 of" in output
+    assert any(case.startswith("static/") for case in cases), "the numbers alone must show it too"
+
+
+def test_score_term_dropped(
+    tiny_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    facts = open_bundle(tiny_bundle).manifest.facts
+    edit = body(
+        "DynamicMaskAttention",
+        "kv_bias = Where (kept, row_score_cast, hidden)",
+        "no_score = Sub (row_score_cast, row_score_cast)\n    kv_bias = Where (kept, no_score, hidden)",
+        monkeypatch,
+        facts,
+    )
+    code, output, cases = verify(broken_copy(tiny_bundle, tmp_path / "b", graph=edit), capfd)
+    assert code == 1
+    assert "static/prefill" in cases
+    assert "FAIL static/prefill: logits" in output
+
+
+def test_rotation_shifted_by_one_position(tiny_bundle: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    def shift(path: Path) -> None:
+        for name in ("rope_cos", "rope_sin"):
+            edit_tensor(path, name, lambda table: table.copy_(table.roll(1, 0)))
+
+    code, output, cases = verify(broken_copy(tiny_bundle, tmp_path / "b", weights=shift), capfd)
+    assert code == 1
+    assert {"weights", "static/prefill", "static/decode"} <= cases
+    assert "present.0.key" in output
+
+
+def test_one_key_too_many(tiny_bundle: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    broken = broken_copy(tiny_bundle, tmp_path / "b", graph=window_plus_one)
+    code, _, cases = verify(broken, capfd)
+    assert code == 1
+    assert {"static/window K=w+1", "static/window K=2w", "static/natural text"} <= cases
+    assert not {"static/prefill", "static/window K=w"} & cases, "at or below the window nothing changes"
+
+
+def test_two_experts_swapped(tiny_moe_bundle: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    opened = open_bundle(tiny_moe_bundle)
+    facts = opened.manifest.facts
+    runners = open_runners(opened, "static")
+    case = next(exact_cases(Limits(facts.vocab_size, opened.manifest.max_length, facts.keep_window_size), seed=0))
+    assert runners.exposed is not None
+    used = Replay("right", False, False).feed(runners.exposed, case).selections[0]["experts.1"]
+    first, second = np.unique(used)[:2].tolist()
+
+    def swap(path: Path) -> None:
+        rows = [second, first]
+        for table in ("down_embed", "up_embed"):
+            name = f"model.layers.1.mlp.{table}.weight"
+            edit_tensor(path, name, lambda t: t.__setitem__([first, second], t[rows].clone()))
+
+    code, _, cases = verify(broken_copy(tiny_moe_bundle, tmp_path / "b", weights=swap), capfd)
+    assert code == 1
+    assert {"weights", "static/prefill"} <= cases
+
+
+def test_token_routed_with_its_neighbours_scores(
+    tiny_moe_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    facts = open_bundle(tiny_moe_bundle).manifest.facts
+    # the second token of a call takes the scores of the first; a call of one token is as it was
+    edit = body(
+        "CDMoE",
+        "    half_x = Gather <axis = 0> (halves, first)\n",
+        """    token_count = Shape <start = 1, end = 2> (halves)
+    token_end = Squeeze (token_count)
+    token = Range (first, token_end, second)
+    is_second = Equal (token, second)
+    shift = Cast <to = 7> (is_second)
+    source = Sub (token, shift)
+    mixed_halves = Gather <axis = 1> (halves, source)
+    half_x = Gather <axis = 0> (mixed_halves, first)
+""",
+        monkeypatch,
+        facts,
+    )
+    code, output, cases = verify(broken_copy(tiny_moe_bundle, tmp_path / "b", graph=edit), capfd)
+    assert code == 1
+    assert "static/prefill" in cases
+    assert re.search(r"FAIL static/prefill: .*(select other|experts\.0)", output)
+
+
+def test_nan_fails_and_is_counted(tiny_bundle: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    def poison(path: Path) -> None:
+        edit_tensor(path, "model.norm.weight", lambda t: t.__setitem__(3, float("nan")))
+
+    code, output, cases = verify(broken_copy(tiny_bundle, tmp_path / "b", weights=poison), capfd)
+    assert code == 1
+    assert "static/prefill" in cases
+    assert "NaN or infinite numbers" in output
+
+
+def test_untouched_bundles_pass(tiny_bundle: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    code, output, cases = verify(broken_copy(tiny_bundle, tmp_path / "b"), capfd)
+    assert (code, cases) == (0, set()), output
