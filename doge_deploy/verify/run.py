@@ -128,7 +128,7 @@ def _open_reference(bundle: Bundle, reference: str | None) -> Checkpoint:
         raise UsageError(
             f"{bundle.path} was exported from a directory; name the checkpoint it came from with --reference MODEL"
         )
-    checkpoint = open_checkpoint(source, num_layers=manifest.facts.num_hidden_layers)
+    checkpoint = open_checkpoint(source, num_layers=manifest.options["num_layers"])
     if checkpoint.sha256 != manifest.checkpoint["sha256"]:
         raise UnsupportedModelError(
             f"{source} is not the checkpoint of {bundle.path}: its weights have sha256 {checkpoint.sha256[:12]}..., "

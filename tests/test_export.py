@@ -1,0 +1,191 @@
+"""Exports: the same bytes, whole or not at all, and what is in them."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+import onnx
+import pytest
+from bundles import NoProgress, make_bundle
+from safetensors import safe_open
+
+from doge_deploy import export as export_module
+from doge_deploy.bundle import open_bundle
+from doge_deploy.cli.main import run_command
+from doge_deploy.errors import UnsupportedModelError, UsageError
+from doge_deploy.options import ExportOptions
+
+
+def files(directory: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(directory.iterdir())}
+
+
+def operators(model: Path) -> Counter[str]:
+    return Counter(node.op_type for node in onnx.load(model, load_external_data=False).graph.node)
+
+
+def test_the_same_input_gives_the_same_bytes(moe_doge: Path, tmp_path: Path) -> None:
+    options = {"kv_cache": ("static", "growing")}
+    first, second = (make_bundle(moe_doge, tmp_path / name, **options) for name in ("first", "second"))
+    assert files(first) == files(second)
+
+
+def test_nothing_of_the_machine_is_in_the_bundle(moe_doge: Path, tmp_path: Path) -> None:
+    bundle = make_bundle(moe_doge, tmp_path / "bundle", kv_cache=("static", "growing"))
+    for name, data in files(bundle).items():
+        for trace in (str(Path.cwd()), str(tmp_path), "site-packages", "stack_trace"):
+            assert trace.encode() not in data, f"{name} holds {trace!r}"
+
+
+def test_two_layouts_share_one_weight_file(tiny_bundle: Path) -> None:
+    assert {p.suffix for p in tiny_bundle.iterdir() if "weights" in p.name} == {".safetensors"}
+    locations, names = set(), []
+    for layout in open_bundle(tiny_bundle).manifest.layouts.values():
+        graph = onnx.load(tiny_bundle / layout.file, load_external_data=False).graph
+        stored = [t for t in graph.initializer if t.data_location == onnx.TensorProto.EXTERNAL]
+        locations |= {entry.value for t in stored for entry in t.external_data if entry.key == "location"}
+        names.append({t.name for t in stored})
+    assert locations == {"weights.safetensors"}
+    assert names[0] == names[1]
+    with safe_open(tiny_bundle / "weights.safetensors", framework="np") as file:
+        assert set(file.keys()) == names[0]
+        assert "lm_head.weight" not in " ".join(file.keys()), "a tied embedding is stored once"
+
+
+@pytest.mark.parametrize("layout", ["static", "growing"])
+def test_operators_per_layer(tiny_moe_bundle: Path, layout: str) -> None:
+    opened = open_bundle(tiny_moe_bundle)
+    layers = opened.manifest.facts.num_hidden_layers
+    count = operators(tiny_moe_bundle / opened.layout(layout).file)
+    assert count["DynamicMaskAttention"] == count["CDMoE"] == layers
+    assert count["RMSNormalization"] == 4 * layers + 1
+    assert count["RotaryEmbedding"] == 2 * layers
+    assert count["TensorScatter"] == (3 * layers if layout == "static" else 0)
+    assert count["Transpose"] <= 6 * layers + 1, "weights are stored the way MatMul reads them"
+    model = onnx.load(tiny_moe_bundle / opened.layout(layout).file, load_external_data=False)
+    assert {(f.domain, f.name) for f in model.functions} == {("doge", "DynamicMaskAttention"), ("doge", "CDMoE")}
+    assert {o.domain: o.version for o in model.opset_import} == {"": 24, "doge": 1}
+
+
+def body(bundle: Path) -> Counter[str]:
+    model = onnx.load(bundle / "model.onnx", load_external_data=False)
+    (function,) = (f for f in model.functions if f.name == "DynamicMaskAttention")
+    return Counter(node.op_type for node in function.node)
+
+
+def test_topk_is_left_out_where_the_cache_cannot_exceed_the_window(dense_doge: Path, tmp_path: Path) -> None:
+    short = make_bundle(dense_doge, tmp_path / "short", max_length=8)
+    layout = open_bundle(short).layout()
+    assert (body(short)["TopK"], layout.keep_window) == (0, False)
+    assert "keep_window_size=8" in layout.notes[0]
+    long = make_bundle(dense_doge, tmp_path / "long", max_length=9)
+    assert (body(long)["TopK"], open_bundle(long).layout().keep_window) == (1, True)
+
+
+def test_no_sum_of_all_pairs_of_keys_is_formed(tiny_moe_bundle: Path) -> None:
+    model = onnx.load(tiny_moe_bundle / "model.onnx", load_external_data=False)
+    (function,) = (f for f in model.functions if f.name == "CDMoE")
+    ranks = [a.ints for n in function.node for a in n.attribute if n.output[0] == "rank_x" and a.name == "value_ints"]
+    assert len(ranks[0]) == 20  # (i+1)*(j+1) <= 8, where 16*16 pairs exist
+
+
+@pytest.mark.parametrize("dtype", ["fp16", "bf16"])
+def test_scores_are_float32_in_every_dtype(dense_doge: Path, tmp_path: Path, dtype: str) -> None:
+    bundle = make_bundle(dense_doge, tmp_path / dtype, dtype=dtype)
+    specs = {spec.name: spec.dtype for spec in open_bundle(bundle).layout().signature.inputs}
+    assert specs["past_key_values.0.score"] == "float32"
+    assert specs["past_key_values.0.key"] == {"fp16": "float16", "bf16": "bfloat16"}[dtype]
+    with safe_open(bundle / "weights.safetensors", framework="pt") as file:
+        assert str(file.get_tensor("model.layers.0.self_attn.A").dtype) == "torch.float32"
+        assert str(file.get_tensor("model.norm.weight").dtype) != "torch.float32"
+
+
+def test_first_layers_only(dense_doge: Path, tmp_path: Path) -> None:
+    bundle = make_bundle(dense_doge, tmp_path / "one", num_layers=1)
+    assert operators(bundle / "model.onnx")["DynamicMaskAttention"] == 1
+    assert run_command(["verify", str(bundle), "--reference", str(dense_doge), "--greedy-steps", "4"]) == 0
+
+
+def test_stateful_rope_is_refused_beyond_its_length(tmp_path: Path) -> None:
+    with pytest.raises(UnsupportedModelError, match=r"max_length=513: rope_type='dynamic' .* give at most 512"):
+        make_bundle("doge-tiny", tmp_path / "bundle", max_length=513)
+    assert not list(tmp_path.iterdir())
+
+
+def test_existing_output_is_replaced_only_with_force(dense_doge: Path, tmp_path: Path) -> None:
+    output = make_bundle(dense_doge, tmp_path / "bundle")
+    with pytest.raises(UsageError, match="exists; choose another --output, or replace it with --force"):
+        make_bundle(dense_doge, output)
+    options = ExportOptions(max_length=16)
+    export_module.export(str(dense_doge), output, options, force=True, progress=NoProgress())
+    assert open_bundle(output).manifest.max_length == 16
+    assert [path.name for path in tmp_path.iterdir()] == ["bundle"]
+
+
+def test_force_does_not_replace_what_is_not_a_bundle(dense_doge: Path, tmp_path: Path) -> None:
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis" / "chapter.txt").write_text("years of work")
+    with pytest.raises(UsageError, match="is not a bundle; --force replaces only bundles"):
+        export_module.export(str(dense_doge), tmp_path / "thesis", ExportOptions(), force=True, progress=NoProgress())
+    assert (tmp_path / "thesis" / "chapter.txt").exists()
+
+
+def test_a_failed_export_leaves_the_old_bundle_and_nothing_else(
+    dense_doge: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output = make_bundle(dense_doge, tmp_path / "bundle")
+    before = files(output)
+
+    def fail(*arguments: object) -> None:
+        raise OSError("disk full")
+
+    monkeypatch.setattr(export_module, "file_entries", fail)
+    with pytest.raises(OSError, match="disk full"):
+        export_module.export(str(dense_doge), output, ExportOptions(), force=True, progress=NoProgress())
+    assert files(output) == before
+    assert [path.name for path in tmp_path.iterdir()] == ["bundle"]
+
+
+def test_an_interrupted_export_leaves_nothing(tmp_path: Path) -> None:
+    output = tmp_path / "bundle"
+    arguments = [sys.executable, "-m", "doge_deploy.cli", "export", "doge-tiny", "-o", str(output)]
+    process = subprocess.Popen(arguments, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 60
+    while not list(tmp_path.iterdir()) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "interrupted" in errors
+    assert not list(tmp_path.iterdir())
+
+
+def test_unwritable_output_is_one_line(dense_doge: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "file").write_text("")
+    assert run_command(["export", str(dense_doge), "-o", str(tmp_path / "file" / "bundle")]) == 2
+    assert "cannot be written: " in capfd.readouterr().err
+
+
+def test_config_file_and_set(dense_doge: Path, tmp_path: Path) -> None:
+    config = Path(__file__).parent.parent / "export_configs" / "huggingface.yaml"
+    arguments = [
+        "export",
+        str(dense_doge),
+        "-o",
+        str(tmp_path / "b"),
+        "--config",
+        str(config),
+        "--set",
+        "max_length=32",
+    ]
+    assert run_command(arguments) == 0
+    manifest = open_bundle(tmp_path / "b").manifest
+    assert list(manifest.layouts) == ["growing"]
+    assert manifest.max_length == 32
+    assert json.loads((tmp_path / "b" / "manifest.json").read_text())["options"]["logits"] == "all"

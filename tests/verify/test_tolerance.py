@@ -1,0 +1,73 @@
+"""Why the factors of the tolerance table are what they are, and that the measures measure."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+from onnx import parser
+
+from doge_deploy.verify.compare import difference, kl_divergence, top1
+from doge_deploy.verify.tolerance import TOLERANCES, Limit, limit
+
+
+@pytest.mark.parametrize("size", [128, 256, 512])
+def test_two_summation_orders_differ_by_less_than_the_factor(size: int) -> None:
+    """A row times a matrix: ONNX Runtime against PyTorch, in units of PyTorch's own error."""
+    torch.manual_seed(size)
+    weight, rows = torch.randn(64, size) / size**0.5, torch.randn(64, size)
+    exact = (rows.double() @ weight.double().T).numpy()
+    text = f'<ir_version: 10, opset_import: ["" : 18]> g (float[1,{size}] x) => (float[1,64] y) {{ y = MatMul (x, w) }}'
+    model = parser.parse_model(text)
+    model.graph.initializer.append(onnx.numpy_helper.from_array(weight.T.contiguous().numpy(), "w"))
+    session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    candidate = np.concatenate([session.run(None, {"x": row[None].numpy()})[0] for row in rows])
+    reference = torch.cat([torch.nn.functional.linear(row[None], weight) for row in rows]).numpy()
+    noise = difference([reference], [exact])
+    found = difference([candidate], [reference])
+    print(f"K={size}: difference {found.rms:.2e} rms, {found.rms / noise.rms:.2f} times PyTorch's noise")
+    assert found.rms < TOLERANCES["value"].factor_rms * noise.rms
+    assert found.max_abs < TOLERANCES["value"].factor_max * noise.max_abs
+
+
+def test_every_row_has_a_reason() -> None:
+    assert all(len(row.reason) > 5 for row in TOLERANCES.values())
+
+
+def test_the_floor_is_one_rounding() -> None:
+    allowed = limit("logits", "float16", noise_max=0.0, noise_rms=0.0, scale=8.0)
+    assert allowed.max_abs == 8 * 2.0**-10
+
+
+def test_difference_finds_the_worst_element() -> None:
+    reference = [np.zeros((2, 3)), np.ones((1, 3))]
+    candidate = [np.zeros((2, 3)), np.array([[1.0, 1.5, 1.0]])]
+    found = difference(candidate, reference)
+    assert (found.max_abs, found.worst_index, found.max_rel) == (0.5, (1, 0, 1), 0.5)
+    assert found.rms == pytest.approx((0.25 / 9) ** 0.5)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_non_finite_numbers_never_pass(bad: float) -> None:
+    found = difference([np.array([1.0, bad])], [np.array([1.0, 1.0])])
+    assert found.non_finite == 1
+    assert not found.within(Limit(np.inf, np.inf))
+
+
+def test_shapes_must_agree() -> None:
+    with pytest.raises(ValueError, match="candidate"):
+        difference([np.zeros(2)], [np.zeros(3)])
+
+
+def test_divergence_of_equal_and_shifted_logits_is_zero() -> None:
+    logits = np.random.default_rng(0).normal(size=(4, 9))
+    assert kl_divergence(logits + 5, logits) == pytest.approx(0, abs=1e-12)
+    assert kl_divergence(-logits, logits) > 0.1
+
+
+def test_top1_reports_position_and_margin() -> None:
+    reference = np.array([[0.0, 1.0], [3.0, 1.0]])
+    found = top1(np.array([[0.0, 1.0], [0.0, 1.0]]), reference)
+    assert (found.agreeing, found.total, found.first_divergence, found.margin) == (1, 2, 1, 2.0)
