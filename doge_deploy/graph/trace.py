@@ -8,6 +8,7 @@ of layers alone. Initializers carry the names of the checkpoint's tensors; `grap
 from __future__ import annotations
 
 import contextlib
+import copy
 import io
 import logging
 import warnings
@@ -46,6 +47,7 @@ def trace(
     keep_window: bool,
     routing: str,
     last_logits: bool,
+    decompose: bool = False,
 ) -> ir.Model:
     """The ONNX model of one layout, weights by name only.
 
@@ -57,6 +59,7 @@ def trace(
         keep_window: whether the cache can exceed `keep_window_size`.
         routing: "reference" or "per-token".
         last_logits: logits of one token per row.
+        decompose: see `_convert`; the graph is the same.
     """
     schemas.register_schemas()
     torch_dtype = TORCH_DTYPES[dtype]
@@ -72,17 +75,7 @@ def trace(
     arguments, dynamic = _example_arguments(facts, signature)
     with _quiet(), torch.no_grad():
         exported = torch.export.export(model, (), arguments, dynamic_shapes=dynamic, strict=False)
-        program = torch.onnx.export(
-            exported,
-            (),
-            dynamo=True,
-            opset_version=OPSET,
-            optimize=False,
-            verbose=False,
-            custom_translation_table=_translations(),
-        )
-    assert program is not None  # only None for the legacy exporter
-    onnx_model = program.model
+        onnx_model = _convert(exported, decompose=decompose)
     _apply_signature(onnx_model, signature)
     functions = [
         dynamic_mask_attention_function(
@@ -98,6 +91,36 @@ def trace(
     for function in functions:
         onnx_model.functions[function.identifier()] = function
     return run_passes(onnx_model)
+
+
+def _convert(exported: torch.export.ExportedProgram, *, decompose: bool) -> ir.Model:
+    """The exported program as ONNX.
+
+    The exporter would first decompose the program, which traces it all over again: more than half of the time. Every
+    operator of our models has a translation of its own, so that is done only if one lacks it (some activations).
+    """
+    if not decompose:
+        undecomposed = copy.copy(exported)
+        undecomposed.run_decompositions = lambda table=None: exported
+        try:
+            return _to_onnx(undecomposed)
+        except torch.onnx.OnnxExporterError:
+            pass
+    return _to_onnx(exported)
+
+
+def _to_onnx(exported: torch.export.ExportedProgram) -> ir.Model:
+    program = torch.onnx.export(
+        exported,
+        (),
+        dynamo=True,
+        opset_version=OPSET,
+        optimize=False,
+        verbose=False,
+        custom_translation_table=_translations(),
+    )
+    assert program is not None  # only None for the legacy exporter
+    return program.model
 
 
 def _example_arguments(facts: DogeFacts, signature: Signature) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -163,6 +186,9 @@ def _translations() -> dict[Any, Any]:
         index = op.Unsqueeze(op.Sub(lengths, op.Constant(value_int=1)), ints(1, 2))
         return op.GatherND(x, index, batch_dims=1)
 
+    def to_dtype(x: Any, dtype: int) -> Any:  # the exporter gives dtypes as ONNX numbers
+        return op.Cast(x, to=dtype) if x.dtype != dtype else op.Identity(x)
+
     def attention(query, key, value, score, first_slot, key_mask, keep_window_size, scale):  # type: ignore[no-untyped-def]
         inputs = (query, key, value, score, first_slot) + (() if key_mask is None else (key_mask,))
         return doge.DynamicMaskAttention(*inputs, keep_window_size=keep_window_size, scale=scale)
@@ -190,6 +216,7 @@ def _translations() -> dict[Any, Any]:
         custom.last_token.default: last_token,
         custom.dynamic_mask_attention.default: attention,
         custom.cdmoe.default: cdmoe,
+        torch.ops.aten.to.dtype: to_dtype,
         torch.ops.aten.softplus.default: lambda x, beta=1.0, threshold=20.0: op.Softplus(x),
     }
 

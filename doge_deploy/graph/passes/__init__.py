@@ -13,6 +13,7 @@ def run_passes(model: ir.Model) -> ir.Model:
     """Tidy a fresh trace: every pass here is exact (no number changes)."""
     return ir.passes.Sequential(
         common.ClearMetadataAndDocStringPass(),
+        common.IdentityEliminationPass(),
         TransposeWeightsPass(),
         common.CommonSubexpressionEliminationPass(),
         common.RemoveUnusedNodesPass(),

@@ -1,0 +1,64 @@
+"""Every error is one line and a documented exit code."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from doge_deploy import __version__
+from doge_deploy.cli.main import run_command
+
+BAD: dict[str, tuple[list[str], int, str]] = {
+    "unknown command": (["explode"], 2, "No such command 'explode'"),
+    "unknown option": (["export", "doge-tiny", "-o", "x", "--fast"], 2, "No such option"),
+    "no output": (["export", "doge-tiny"], 2, "Missing option '-o'"),
+    "unknown dtype": (["export", "doge-tiny", "-o", "x", "--dtype", "int3"], 2, "'int3' is not one of"),
+    "no such model": (["export", "./nowhere", "-o", "x"], 2, "no such directory"),
+    "unknown key": (["export", "doge-tiny", "-o", "x", "--set", "dtpye=fp16"], 2, "did you mean 'dtype'"),
+    "unknown value": (["export", "doge-tiny", "-o", "x", "--set", "dtype=fp8"], 2, "fp8"),
+    "no such config": (["export", "doge-tiny", "-o", "x", "--config", "nowhere.yaml"], 2, "nowhere.yaml"),
+    "no such bundle": (["verify", "nowhere"], 2, "is not a directory"),
+    "nothing to say": (["generate", "nowhere"], 2, "give --prompt"),
+    "too many layers": (["export", "doge-tiny", "-o", "x", "--num-layers", "9"], 2, "num_layers=9"),
+}
+
+
+@pytest.mark.parametrize(("arguments", "code", "message"), BAD.values(), ids=BAD.keys())
+def test_bad_input_is_one_line(
+    arguments: list[str],
+    code: int,
+    message: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert run_command(arguments) == code
+    error = capfd.readouterr().err
+    assert error.startswith("doge-deploy: error: ")
+    assert message in error
+    assert error.count("\n") == 1, error
+    assert not list(tmp_path.iterdir())
+
+
+def test_unknown_key_of_a_config_file(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "c.yaml").write_text("export:\n  kv_cahce: static\n")
+    assert run_command(["export", "doge-tiny", "-o", str(tmp_path / "b"), "--config", str(tmp_path / "c.yaml")]) == 2
+    assert "kv_cahce" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("place", ["before", "after"])
+def test_debug_shows_the_traceback(place: str, capfd: pytest.CaptureFixture[str]) -> None:
+    command = ["--debug", "inspect", "nowhere"] if place == "before" else ["inspect", "nowhere", "--debug"]
+    with pytest.raises(SystemExit) as stop:
+        from doge_deploy.cli.main import main
+
+        main(command)
+    assert stop.value.code == 2
+    assert "Traceback" in capfd.readouterr().err
+
+
+def test_version(capfd: pytest.CaptureFixture[str]) -> None:
+    assert run_command(["--version"]) == 0
+    assert __version__ in capfd.readouterr().out

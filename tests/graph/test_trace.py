@@ -1,0 +1,61 @@
+"""The trace: its shortcut against the long way."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import onnx_ir as ir
+import pytest
+
+from doge_deploy.checkpoint import open_checkpoint
+from doge_deploy.graph.trace import trace
+from doge_deploy.signature import make_signature
+
+
+def nodes(model: ir.Model) -> list[Any]:
+    return [
+        (
+            node.op_type,
+            node.name,
+            [value.name if value else None for value in node.inputs],
+            [value.name for value in node.outputs],
+            {name: str(attribute.value) for name, attribute in node.attributes.items()},
+        )
+        for node in model.graph
+    ]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+@pytest.mark.parametrize("layout", ["static", "growing"])
+def test_without_decompositions_the_graph_is_the_same(moe_doge: Path, layout: str, dtype: str) -> None:
+    facts = open_checkpoint(str(moe_doge)).facts
+    signature = make_signature(facts, layout, dtype=dtype, max_length=32, last_logits=True)
+
+    def run(decompose: bool) -> ir.Model:
+        return trace(
+            facts,
+            signature,
+            dtype=dtype,
+            max_length=32,
+            keep_window=True,
+            routing="reference",
+            last_logits=True,
+            decompose=decompose,
+        )
+
+    short, long = run(decompose=False), run(decompose=True)
+    assert len(nodes(short)) == len(nodes(long))
+    assert [row[0] for row in nodes(short)] == [row[0] for row in nodes(long)]
+    assert list(short.graph.initializers) == list(long.graph.initializers)
+
+
+def test_an_activation_that_must_be_decomposed_still_exports(tmp_path: Path) -> None:
+    from bundles import make_bundle
+    from random_doge import save_random_doge
+
+    from doge_deploy.verify.run import verify
+
+    checkpoint = save_random_doge(tmp_path / "checkpoint", hidden_act="quick_gelu", vocab_size=256)
+    bundle = make_bundle(checkpoint, tmp_path / "bundle")
+    assert verify(bundle, reference=str(checkpoint), greedy_steps=4).passed

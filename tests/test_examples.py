@@ -1,0 +1,46 @@
+"""Examples run as their pages say."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from doge_deploy.checkpoint import open_checkpoint
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+
+
+def run(script: str, *arguments: str) -> None:
+    result = subprocess.run([sys.executable, str(EXAMPLES / script), *arguments], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+
+
+def test_every_example_has_a_page() -> None:
+    folders = [path for path in EXAMPLES.iterdir() if path.is_dir()]
+    assert folders
+    assert all((folder / "README.md").is_file() for folder in folders)
+
+
+def test_demo_checkpoints_can_be_trained_anew(tmp_path: Path) -> None:
+    run("01_train_demo_checkpoints/train.py", "--steps", "2", "--output", str(tmp_path))
+    for name in ("doge-tiny", "doge-tiny-moe"):
+        assert open_checkpoint(str(tmp_path / name)).facts == open_checkpoint(name).facts
+
+
+@pytest.mark.parametrize("size", ["20M", "20M-MoE"])
+def test_published_sizes_are_valid_checkpoints(size: str, tmp_path: Path) -> None:
+    run("02_published_sizes/make_random.py", size, str(tmp_path / size), "--dtype", "bfloat16")
+    facts = open_checkpoint(str(tmp_path / size)).facts
+    assert (facts.hidden_size, facts.num_hidden_layers, facts.is_moe) == (256, 8, size.endswith("MoE"))
+
+
+@pytest.mark.parametrize("name", ["doge-tiny", "doge-tiny-moe"])
+def test_demo_checkpoints_are_small_and_use_what_makes_a_doge(name: str) -> None:
+    checkpoint = open_checkpoint(name)
+    assert sum(file.stat().st_size for file in checkpoint.path.iterdir()) <= 3_000_000
+    scores = [checkpoint.read(f"model.layers.{i}.self_attn.A") for i in range(checkpoint.facts.num_hidden_layers)]
+    assert all((a.abs() > 0.05).all() for a in scores), "A was trained away from zero"
+    assert checkpoint.facts.keep_window_size < checkpoint.facts.max_position_embeddings
