@@ -1,12 +1,13 @@
 """`doge-deploy`: finds the command, and turns every error into one line and an exit code.
 
 Exit codes: 0 good; 1 mismatch; 2 usage; 3 unsupported or broken model or bundle; 4 missing dependency or device;
-130 interrupted.
+130 interrupted; 143 terminated.
 """
 
 from __future__ import annotations
 
 import importlib
+import signal
 import sys
 import traceback
 from collections.abc import Sequence
@@ -17,7 +18,8 @@ import click
 from doge_deploy import __version__
 from doge_deploy.errors import DogeDeployError
 
-EXIT_INTERRUPTED = 130
+EXIT_INTERRUPTED = 128 + signal.SIGINT
+EXIT_TERMINATED = 128 + signal.SIGTERM
 
 _COMMANDS = {
     "export": "Trace a checkpoint to an ONNX bundle.",
@@ -58,6 +60,8 @@ def cli(ctx: click.Context, debug: bool) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point: runs the command and exits."""
+    # A polite request to stop unwinds like an error, so that nothing half-written is left behind.
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(EXIT_TERMINATED))
     args = list(sys.argv[1:] if arguments is None else arguments)
     # Taken off here so that it works before and after the command's name.
     debug = "--debug" in args

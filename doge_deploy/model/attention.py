@@ -74,16 +74,7 @@ def dynamic_mask_attention(
 
 
 @dynamic_mask_attention.register_fake
-def _(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    score: torch.Tensor,
-    first_slot: torch.Tensor,
-    key_mask: torch.Tensor | None,
-    keep_window_size: int,
-    scale: float,
-) -> torch.Tensor:
+def _(query: torch.Tensor, *_others: object) -> torch.Tensor:
     return torch.empty_like(query)
 
 
