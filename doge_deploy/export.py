@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.metadata
 import shutil
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Protocol
 
@@ -149,8 +148,3 @@ def _write_graphs(
         ir.save(model, directory / layout.file)
         check_model(directory / layout.file, layout.signature)
     return layouts
-
-
-def with_layers(facts: DogeFacts, num_layers: int | None) -> DogeFacts:
-    """`facts` of the first `num_layers` layers."""
-    return facts if num_layers is None else replace(facts, num_hidden_layers=num_layers)

@@ -30,9 +30,13 @@ def verify(
     """
     from doge_deploy.errors import MismatchError
     from doge_deploy.export import require_export_dependencies
-    from doge_deploy.verify import files
 
     require_export_dependencies()
+    from doge_deploy.verify import files
+
+    for file in (json_file, junit_file):
+        if file is not None:
+            files.check_writable(file)
     from doge_deploy.cli.verify_table import VerifyTable
     from doge_deploy.verify.run import verify as run
 
@@ -51,6 +55,5 @@ def verify(
     if junit_file is not None:
         files.write_junit(report, junit_file)
     if not report.passed:
-        failed = [] if report.weights.passed else ["weights"]
-        failed += [f"{result.layout}/{result.case}" for result in report.results if not result.passed]
+        failed = report.failed_cases
         raise MismatchError(f"{bundle} does not compute what transformers computes: {', '.join(failed)}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING
 
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
     from doge_deploy.verify.run import Report
 
 _WIDTH_WITHOUT_TERMINAL = 150
+_FAILURES_SHOWN = 3
 
 
 class VerifyTable:
@@ -69,14 +71,21 @@ class VerifyTable:
         )
         self.live.refresh()
 
+    def _say_failures(self, name: str, failures: Sequence[str]) -> None:
+        """The first few in words; the JSON report has all."""
+        for failure in failures[:_FAILURES_SHOWN]:
+            self.console.print(f"FAIL {name}: {failure}", style="red", highlight=False, soft_wrap=True)
+        if len(failures) > _FAILURES_SHOWN:
+            self.console.print(f"FAIL {name}: and {len(failures) - _FAILURES_SHOWN} more", style="red", highlight=False)
+
     def summary(self, report: Report) -> None:
         """What is not a row: failures in words, what could not be reached, the reference against itself."""
         say = self.console.print
-        for failure in report.weights.failures:
-            say(f"FAIL weights: {failure}", style="red", highlight=False, soft_wrap=True)
+        if not self.console.is_terminal:
+            say()  # the table ends without a line break there
+        self._say_failures("weights", report.weights.failures)
         for result in report.results:
-            for failure in result.failures:
-                say(f"FAIL {result.layout}/{result.case}: {failure}", style="red", highlight=False, soft_wrap=True)
+            self._say_failures(f"{result.layout}/{result.case}", result.failures)
         for case, reason in report.skipped.items():
             say(f"not reachable: {case}: {reason}", highlight=False, soft_wrap=True)
         itself = report.reference_itself
@@ -116,4 +125,10 @@ def _greedy(report: Report) -> str:
     from doge_deploy.verify.parity import GREEDY
 
     rows = [result for result in report.results if result.case == GREEDY]
-    return ", ".join(f"{row.top1.agreeing}/{row.top1.total} ({row.layout})" for row in rows) or "not run"
+    return ", ".join(_greedy_row(row) for row in rows) or "not run"
+
+
+def _greedy_row(row: CaseResult) -> str:
+    margin, explained = row.top1.margin, 2 * row.logits.limit.max_abs
+    note = "" if margin is None else f", margin {margin:.1e} where noise explains {explained:.1e}"
+    return f"{row.top1.agreeing}/{row.top1.total} ({row.layout}{note})"

@@ -1,8 +1,8 @@
 """torch.export -> ONNX, opset 24.
 
 The model is traced on PyTorch's "meta" device: no weight is read, so the time and memory of a trace depend on the
-number
-of layers alone. Initializers carry the names of the checkpoint's tensors; `graph/weights.py` gives them their data.
+number of layers alone. Initializers carry the names of the checkpoint's tensors; `graph/weights.py` gives them their
+data.
 """
 
 from __future__ import annotations

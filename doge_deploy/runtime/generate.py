@@ -134,7 +134,7 @@ def check_prompt(prompt_ids: Sequence[int], max_length: int) -> None:
     if len(prompt_ids) > max_length:
         raise UsageError(
             f"the prompt has {len(prompt_ids)} tokens and the bundle's max_length is {max_length}:"
-            " shorten it, or export with a larger --max-length"
+            " shorten it, or export with a larger --max-length where the checkpoint allows it"
         )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import xml.etree.ElementTree as ET
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -34,7 +35,7 @@ def _case_json(result: CaseResult) -> dict[str, Any]:
     quantities = {
         quantity.name: {
             **{key: _plain(value) for key, value in asdict(quantity.difference).items()},
-            "allowed": asdict(quantity.limit),
+            "allowed": {key: _plain(value) for key, value in asdict(quantity.limit).items()},
             "passed": quantity.passed,
         }
         for quantity in result.quantities
@@ -45,8 +46,8 @@ def _case_json(result: CaseResult) -> dict[str, Any]:
         "passed": result.passed,
         "failures": result.failures,
         "quantities": quantities,
-        "kl_divergence": result.kl,
-        "top1": asdict(result.top1),
+        "kl_divergence": _plain(result.kl),
+        "top1": {key: _plain(value) for key, value in asdict(result.top1).items()},
         "selections": result.selected,
         "tied_rows": result.tied_rows,
     }
@@ -58,7 +59,7 @@ def _plain(value: Any) -> Any:
 
 def write_json(report: Report, path: Path) -> None:
     """Raises UsageError where the file cannot be written."""
-    _write(path, json.dumps(report_json(report), indent=2) + "\n")
+    _write(path, json.dumps(report_json(report), indent=2, allow_nan=False) + "\n")
 
 
 def write_junit(report: Report, path: Path) -> None:
@@ -84,6 +85,14 @@ def _add_case(suite: ET.Element, group: str, name: str, failures: Sequence[str])
     case = ET.SubElement(suite, "testcase", classname=group, name=name)
     if failures:
         ET.SubElement(case, "failure", message=failures[0]).text = "\n".join(failures)
+
+
+def check_writable(path: Path) -> None:
+    """Raises UsageError where a report could not be written: told before the work rather than after it."""
+    if path.is_dir():
+        raise UsageError(f"{path} cannot be written: it is a directory")
+    if not os.access(path.parent, os.W_OK):
+        raise UsageError(f"{path} cannot be written: {path.parent} is not a directory that you may write to")
 
 
 def _write(path: Path, text: str) -> None:

@@ -24,12 +24,9 @@ from doge_deploy.verify.weights import WeightsResult, compare_weights
 
 TEXT = (
     "A dynamic mask keeps the keys that matter. Every key carries a score, and the score depends on the key alone, "
-    "so the "
-    "score can be kept beside the key. When there are more keys than the window holds, the keys with the best "
-    "scores stay "
-    "and the other keys are dropped; a key that was dropped never comes back. The window is a promise about memory, "
-    "and "
-    "the score is a promise about attention. Keep the window, keep the score, and keep the promise."
+    "so the score can be kept beside the key. When there are more keys than the window holds, the keys with the best "
+    "scores stay and the other keys are dropped; a key that was dropped never comes back. The window is a promise "
+    "about memory, and the score is a promise about attention. Keep the window, keep the score, and keep the promise."
 )
 """Natural text with its repetitions, for bundles that have a tokenizer."""
 
@@ -57,6 +54,12 @@ class Report:
     skipped: dict[str, str] = field(default_factory=dict)
     """Cases that the bundle cannot hold, with the reason."""
     reference_itself: SelfDifference | None = None
+
+    @property
+    def failed_cases(self) -> list[str]:
+        """`weights`, and `<layout>/<case>`."""
+        failed = [] if self.weights.passed else ["weights"]
+        return failed + [f"{result.layout}/{result.case}" for result in self.results if not result.passed]
 
     @property
     def passed(self) -> bool:

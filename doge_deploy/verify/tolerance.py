@@ -1,11 +1,9 @@
 """The one table of tolerances.
 
 A tolerance is calibrated, not chosen: the reference is run twice on the same calls, in the bundle's dtype and in the
-next
-wider one (float64 for float32, float32 for float16 and bfloat16). Their difference is the noise of that arithmetic on
-that
-very input; a bundle may differ from the reference by `factor` times that noise, in the largest element and in the root
-mean square. The floor is for tensors on which the reference happens to make (nearly) no error.
+next wider one (float64 for float32, float32 for float16 and bfloat16). Their difference is the noise of that arithmetic
+on that very input; a bundle may differ from the reference by `factor` times that noise, in the largest element and in
+the root mean square. The floor is for tensors on which the reference happens to make (nearly) no error.
 """
 
 from __future__ import annotations
@@ -32,12 +30,10 @@ TOLERANCES: dict[str, Tolerance] = {
         6.0,
         3.0,
         1.0,
-        "ONNX Runtime sums a row's products one after the other where PyTorch's single-row GEMV sums in many lanes "
-        "and makes "
-        "half the error: their difference is 2.0 to 2.1 times PyTorch's own noise (tests/verify/test_tolerance.py). "
-        "Layers "
-        "add up in rms alike; 3 leaves room for fused norms and softmax. The largest of many elements scatters "
-        "twice as far.",
+        "Two libraries that sum a row's products in different orders differ by up to 2.1 times PyTorch's own noise: "
+        "its single-row GEMV makes half the error of ONNX Runtime's (pytest -s tests/verify/test_tolerance.py). Errors "
+        "of layers add up in rms alike; 3 leaves room for fused norms and softmax. The largest of many elements "
+        "scatters twice as far.",
     ),
     "key": Tolerance(6.0, 3.0, 1.0, "As logits."),
     "value": Tolerance(6.0, 3.0, 1.0, "As logits."),

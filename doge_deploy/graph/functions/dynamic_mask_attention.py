@@ -49,32 +49,30 @@ _NO_KEY_MASK = """
 
 # Hidden keys rank below every score (none is negative): they are chosen only where fewer than w are visible.
 _KEEP_WINDOW = """
-    window_scalar = Constant
-    <value_int: int = @keep_window_size> () first_axis =
-    Constant <value_ints = [0]> () window = Unsqueeze (window_scalar,
-    first_axis) window_reach = Min (window, num_columns)
-    lowest = Constant <value_float
-    = -1.0> () ranked = Where (visible, row_score,
-    lowest) best_score, best_index = TopK <axis = -1, largest
-    = 1, sorted = 1> (ranked, window_reach) ranked_shape = Shape
-    (ranked) none = ConstantOfShape <value =
-    bool[1] {0}> (ranked_shape) best_shape = Shape
-    (best_index) all = ConstantOfShape <value =
-    bool[1] {1}> (best_shape) in_window = ScatterElements <axis = -1>
-    (none, best_index, all) kept = And (visible,
-    in_window)
+    window_scalar = Constant <value_int: int = @keep_window_size> ()
+    first_axis = Constant <value_ints = [0]> ()
+    window = Unsqueeze (window_scalar, first_axis)
+    window_reach = Min (window, num_columns)
+    lowest = Constant <value_float = -1.0> ()
+    ranked = Where (visible, row_score, lowest)
+    best_score, best_index = TopK <axis = -1, largest = 1, sorted = 1> (ranked, window_reach)
+    ranked_shape = Shape (ranked)
+    none = ConstantOfShape <value = bool[1] {0}> (ranked_shape)
+    best_shape = Shape (best_index)
+    all = ConstantOfShape <value = bool[1] {1}> (best_shape)
+    in_window = ScatterElements <axis = -1> (none, best_index, all)
+    kept = And (visible, in_window)
 """
 
 _BIAS = """
-    row_score_cast = CastLike
-    (row_score, query) hidden_float = Constant
-    <value_float = HIDDEN> () hidden = CastLike (hidden_float,
-    query) kv_bias = Where (kept, row_score_cast, hidden)
+    row_score_cast = CastLike (row_score, query)
+    hidden_float = Constant <value_float = HIDDEN> ()
+    hidden = CastLike (hidden_float, query)
+    kv_bias = Where (kept, row_score_cast, hidden)
 """
 
 _ATTEND = """
-    output = Attention <scale: float = @scale, softmax_precision
-    = 1> (query, key, value, bias)
+    output = Attention <scale: float = @scale, softmax_precision = 1> (query, key, value, bias)
 """
 
 
@@ -83,18 +81,11 @@ def dynamic_mask_attention_function(
 ) -> ir.Function:
     """The local function for one graph.
 
-
-    Args: facts:
-    heads and groups
-        of the checkpoint. has_key_mask: the node has a sixth
-        input (growing caches). keep_window: the cache can
-        exceed `keep_window_size`, so the top-w selection is part of the body. hidden_bias:
-
-        bias of a hidden key, see `doge_deploy.model.attention.hidden_bias`.
-
-
-
-
+    Args:
+        facts: heads and groups of the checkpoint.
+        has_key_mask: the node has a sixth input (growing caches).
+        keep_window: the cache can exceed `keep_window_size`, so the top-w selection is part of the body.
+        hidden_bias: bias of a hidden key, see `doge_deploy.model.attention.hidden_bias`.
     """
     groups = facts.num_key_value_groups
     body = _VISIBLE + (_KEY_MASK if has_key_mask else _NO_KEY_MASK)
