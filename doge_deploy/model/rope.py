@@ -17,7 +17,10 @@ def rope_tables(config: Mapping[str, Any], max_length: int) -> tuple[torch.Tenso
     """
     from transformers import DogeConfig
     from transformers.models.doge.modeling_doge import DogeRotaryEmbedding
+    from transformers.utils import logging
 
+    # Configs were read strictly by us; transformers' remarks on them are noise here.
+    logging.set_verbosity_error()  # type: ignore[no-untyped-call]
     rotary = DogeRotaryEmbedding(DogeConfig.from_dict(dict(config)))
     positions = torch.arange(max_length)[None]
     cos, sin = rotary(torch.empty(0, dtype=torch.float32), positions)

@@ -57,6 +57,8 @@ class Reference:
         from transformers.utils import logging
 
         logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+        # Configs were read strictly by us; transformers' remarks on them are noise here.
+        logging.set_verbosity_error()  # type: ignore[no-untyped-call]
         config = DogeConfig.from_dict({**checkpoint.config, "num_hidden_layers": checkpoint.facts.num_hidden_layers})
         loaded = DogeForCausalLM.from_pretrained(
             checkpoint.path,

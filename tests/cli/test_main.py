@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.metadata
+import sys
 from pathlib import Path
 
 import pytest
@@ -62,3 +64,25 @@ def test_debug_shows_the_traceback(place: str, capfd: pytest.CaptureFixture[str]
 def test_version(capfd: pytest.CaptureFixture[str]) -> None:
     assert run_command(["--version"]) == 0
     assert __version__ in capfd.readouterr().out
+
+
+@pytest.mark.parametrize("command", [["export", "doge-tiny", "-o", "x"], ["verify", "x"]], ids=lambda c: c[0])
+def test_a_missing_package_is_exit_code_4(
+    command: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    def version(name: str) -> str:
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(importlib.metadata, "version", version)
+    assert run_command(command) == 4
+    assert "pip install 'doge-deploy[export]'" in capfd.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_missing_runtime_is_exit_code_4(
+    tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    assert run_command(["generate", str(tiny_bundle), "--prompt", "x"]) == 4
+    assert "pip install 'doge-deploy[cpu]'" in capfd.readouterr().err
