@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from types import TracebackType
 from typing import TYPE_CHECKING
 
@@ -19,6 +20,31 @@ _WIDTH_WITHOUT_TERMINAL = 150
 _FAILURES_SHOWN = 3
 
 
+@dataclass(frozen=True)
+class _Column:
+    name: str
+    text: Callable[[CaseResult], str | Text]
+    number: bool = True
+    from_width: int = 0
+    """Characters that a terminal must have to see it; the JSON report has everything."""
+
+
+_COLUMNS = (
+    _Column("layout", lambda result: result.layout, number=False),
+    _Column("case", lambda result: result.case, number=False),
+    _Column("logits max |d|", lambda result: f"{result.logits.difference.max_abs:.1e}"),
+    _Column("of allowed", lambda result: f"{result.logits.load:.0%}"),
+    _Column("rel", lambda result: f"{result.logits.difference.max_rel:.1e}", from_width=145),
+    _Column("1-cos", lambda result: f"{1 - result.logits.difference.cosine:.0e}", from_width=145),
+    _Column("KL", lambda result: f"{result.kl:.0e}", from_width=145),
+    _Column("top-1", lambda result: f"{result.top1.agreeing}/{result.top1.total}"),
+    _Column("worst cache", lambda result: _cache(result.worst_cache)[0], from_width=120),
+    _Column("of allowed", lambda result: _cache(result.worst_cache)[1], from_width=120),
+    _Column("selections", lambda result: _selections(result), number=False, from_width=95),
+    _Column("", lambda result: Text("ok", "green") if result.passed else Text("FAIL", "bold red"), number=False),
+)
+
+
 class VerifyTable:
     """Live on a terminal, printed once when done elsewhere; a context manager."""
 
@@ -26,13 +52,10 @@ class VerifyTable:
         console = Console()
         self.console = console if console.is_terminal else Console(width=_WIDTH_WITHOUT_TERMINAL)
         self.errors = Console(stderr=True)
+        self.columns = [column for column in _COLUMNS if self.console.width >= column.from_width]
         self.table = Table(title="Bundle against transformers (eager)", title_justify="left")
-        for name in ("layout", "case"):
-            self.table.add_column(name, no_wrap=True)
-        for name in ("logits max |d|", "of allowed", "rel", "1-cos", "KL", "top-1", "worst cache", "of allowed"):
-            self.table.add_column(name, justify="right", no_wrap=True)
-        self.table.add_column("selections")
-        self.table.add_column("")
+        for column in self.columns:
+            self.table.add_column(column.name, justify="right" if column.number else "left", no_wrap=True)
         self.live = Live(self.table, console=self.console, auto_refresh=False)
 
     def __enter__(self) -> VerifyTable:
@@ -53,22 +76,7 @@ class VerifyTable:
 
     def finished(self, result: CaseResult) -> None:
         """Add the row of a judged case."""
-        logits, cache = result.logits, result.worst_cache
-        found = logits.difference
-        self.table.add_row(
-            result.layout,
-            result.case,
-            f"{found.max_abs:.1e}",
-            _load(logits),
-            f"{found.max_rel:.1e}",
-            f"{1 - found.cosine:.0e}",
-            f"{result.kl:.0e}",
-            f"{result.top1.agreeing}/{result.top1.total}",
-            cache.name.removeprefix("present.") if cache else "",
-            _load(cache) if cache else "",
-            _selections(result),
-            Text("ok", "green") if result.passed else Text("FAIL", "bold red"),
-        )
+        self.table.add_row(*(column.text(result) for column in self.columns))
         self.live.refresh()
 
     def _say_failures(self, name: str, failures: Sequence[str]) -> None:
@@ -107,8 +115,8 @@ class VerifyTable:
         )
 
 
-def _load(quantity: Quantity) -> str:
-    return f"{quantity.load:.0%}"
+def _cache(quantity: Quantity | None) -> tuple[str, str]:
+    return ("", "") if quantity is None else (quantity.name.removeprefix("present."), f"{quantity.load:.0%}")
 
 
 def _selections(result: CaseResult) -> str:

@@ -13,6 +13,7 @@ from doge_deploy.bundle import Bundle, open_bundle
 from doge_deploy.checkpoint import Checkpoint, open_checkpoint
 from doge_deploy.errors import UnsupportedModelError, UsageError
 from doge_deploy.graph.passes.expose_selections import ExposeSelectionsPass
+from doge_deploy.graph.schemas import CDMOE, DYNAMIC_MASK_ATTENTION
 from doge_deploy.runtime.base import IntArray
 from doge_deploy.runtime.ort import OrtRunner, open_runner
 from doge_deploy.verify.cases import Call, Case, Limits, chunk, distinct_ids, repeating_ids
@@ -118,8 +119,10 @@ def open_runners(bundle: Bundle, layout: str) -> Runners:
     chosen = bundle.layout(layout)
     plain = open_runner(bundle, layout, spin=False)
     exposed: OrtRunner | None = None
-    if chosen.keep_window or bundle.manifest.facts.is_moe:
-        model = ExposeSelectionsPass()(ir.load(bundle.path / chosen.file)).model
+    operators = [DYNAMIC_MASK_ATTENTION] if chosen.keep_window else []
+    operators += [CDMOE] if bundle.manifest.facts.is_moe else []
+    if operators:
+        model = ExposeSelectionsPass(operators)(ir.load(bundle.path / chosen.file)).model
         exposed = open_runner(bundle, layout, spin=False, model=ir.to_proto(model).SerializeToString())
     return Runners(plain, exposed)
 

@@ -26,6 +26,7 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "moe-per-token-bf16": (SMALL_MOE, {"routing": "per-token", "dtype": "bf16"}),
     "window-1": ({"keep_window_size": 1}, {}),
     "window-unreachable": ({"keep_window_size": 128}, {}),
+    "moe-window-unreachable": ({**SMALL_MOE, "keep_window_size": 128}, {}),
     "untied-biases": ({"tie_word_embeddings": False, "attention_bias": True, "mlp_bias": True}, {}),
     "one-kv-head-per-head": ({"num_key_value_heads": 4}, {"logits": "all"}),
     "short-capacity": ({}, {"max_length": 12}),

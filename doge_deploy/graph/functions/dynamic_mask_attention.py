@@ -18,7 +18,9 @@ from doge_deploy.graph.functions.text import parse_function
 from doge_deploy.graph.schemas import DYNAMIC_MASK_ATTENTION
 
 KEPT = "kept"
-"""Name of the value that holds the kept keys, `[B, Hkv, Q, K]` bool; verification looks at it."""
+"""Name of the value that holds the kept keys, `[B, Hkv, Q, K]` bool; there where keys are selected; verification looks
+at it.
+"""
 
 _VISIBLE = """
     zero = Constant <value_int = 0> ()

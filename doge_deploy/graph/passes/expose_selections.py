@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 import onnx_ir as ir
 
 from doge_deploy.errors import BrokenBundleError
@@ -14,20 +16,25 @@ SELECTIONS = {DYNAMIC_MASK_ATTENTION: (KEPT, ir.DataType.BOOL), CDMOE: (EXPERTS,
 
 
 class ExposeSelectionsPass(ir.passes.InPlacePass):
-    """Give every `doge` node a second output, also of the graph: the keys or experts that it selected.
+    """Give `doge` nodes a second output, also of the graph: the keys or experts that they selected.
 
-    Needs: the bodies of the local functions, in which the value named in `SELECTIONS` exists.
+    Needs: the bodies of the local functions, in which the value named in `SELECTIONS` exists; `operators` names those
+    to expose. (Attention to every visible key selects nothing: there is no such value in its body.)
     Promises: the graph's own outputs are computed as before; the new ones are `kept.<layer>` `[B, Hkv, Q, K]` bool and
     `experts.<layer>` `[N, k]` int64, after the signature's.
     """
 
+    def __init__(self, operators: Collection[str] = tuple(SELECTIONS)) -> None:
+        super().__init__()
+        self.operators = operators
+
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         for function in model.functions.values():
-            if function.domain == DOMAIN and function.name in SELECTIONS:
+            if function.domain == DOMAIN and function.name in self.operators:
                 function.outputs.append(_find(function, SELECTIONS[function.name][0]))
         counts: dict[str, int] = {}
         for node in model.graph:
-            if node.domain != DOMAIN or node.op_type not in SELECTIONS:
+            if node.domain != DOMAIN or node.op_type not in self.operators:
                 continue
             name, dtype = SELECTIONS[node.op_type]
             layer = counts.setdefault(name, 0)
