@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,8 @@ def test_without_decompositions_the_graph_is_the_same(moe_doge: Path, layout: st
     signature = make_signature(facts, layout, dtype=dtype, max_length=32, last_logits=True)
 
     def run(decompose: bool) -> ir.Model:
-        return trace(
+        start = time.perf_counter()
+        model = trace(
             facts,
             signature,
             dtype=dtype,
@@ -43,6 +45,8 @@ def test_without_decompositions_the_graph_is_the_same(moe_doge: Path, layout: st
             last_logits=True,
             decompose=decompose,
         )
+        print(f"{layout} {dtype}, decompose={decompose}: {time.perf_counter() - start:.2f} s")
+        return model
 
     short, long = run(decompose=False), run(decompose=True)
     assert len(nodes(short)) == len(nodes(long))
