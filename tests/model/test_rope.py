@@ -1,0 +1,65 @@
+"""The position tables against transformers' own module, and against a slow and exact evaluation."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from transformers import DogeConfig
+from transformers.models.doge.modeling_doge import DogeRotaryEmbedding
+
+from doge_deploy.model.rope import rope_tables
+
+LENGTH = 512
+HALF = 16
+
+ROPES: dict[str, dict[str, Any]] = {
+    "default": {"rope_type": "default", "rope_theta": 1e4},
+    "linear": {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0},
+    "dynamic": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0},
+    "yarn": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 128},
+    "longrope": {
+        "rope_type": "longrope",
+        "rope_theta": 1e4,
+        "short_factor": [1.0 + i / HALF for i in range(HALF)],
+        "long_factor": [2.0] * HALF,
+        "original_max_position_embeddings": LENGTH,
+        "factor": 4.0,
+    },
+    "llama3": {
+        "rope_type": "llama3",
+        "rope_theta": 1e4,
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 128,
+    },
+}
+
+
+def config(rope: dict[str, Any]) -> dict[str, Any]:
+    values = {"hidden_size": 4 * 2 * HALF, "num_attention_heads": 4, "max_position_embeddings": LENGTH}
+    return DogeConfig(**values, rope_parameters=dict(rope)).to_dict()
+
+
+@pytest.mark.parametrize("rope", ROPES.values(), ids=ROPES)
+def test_tables_are_within_an_ulp_of_transformers(rope: dict[str, Any]) -> None:
+    cos, sin = rope_tables(config(rope), LENGTH)
+    module = DogeRotaryEmbedding(DogeConfig.from_dict(config(rope)))
+    expected = module(torch.empty(0), torch.arange(LENGTH)[None])
+    for table, both_halves in zip((cos, sin), expected, strict=True):
+        assert table.shape == (LENGTH, HALF)
+        ulp = torch.finfo(torch.float32).eps * float(table.abs().max())
+        assert float((table - both_halves[0, :, :HALF]).abs().max()) <= ulp
+
+
+def test_tables_are_correctly_rounded_cosines_of_float32_angles() -> None:
+    rope = ROPES["dynamic"]
+    cos, _ = rope_tables(config(rope), LENGTH)
+    frequencies = DogeRotaryEmbedding(DogeConfig.from_dict(config(rope))).inv_freq.numpy()
+    for position in (0, 1, 255, 256, LENGTH - 1):
+        angles = [np.float32(position) * frequency for frequency in frequencies]
+        assert cos[position].tolist() == [float(np.float32(math.cos(angle))) for angle in angles]
