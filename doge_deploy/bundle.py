@@ -4,6 +4,7 @@
     model.onnx             the graph of the first layout; model.<layout>.onnx of a second one
     weights.safetensors    every weight once, external data of the graphs
     config.json, generation_config.json, tokenizer files: as they were in the checkpoint
+    engines/<name>/        an engine that `doge-deploy build` made of the static graph, and what was found about it
 
 It is written aside and renamed, so it is there whole or not at all.
 """
@@ -19,11 +20,14 @@ import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from doge_deploy.config import DogeFacts
 from doge_deploy.errors import BrokenBundleError, UsageError
 from doge_deploy.signature import Signature
+
+if TYPE_CHECKING:
+    from doge_deploy.engine import EngineRecord
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
@@ -59,6 +63,8 @@ class Manifest:
     warnings: tuple[str, ...] = ()
     files: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     """Every other file of the bundle: its `sha256` and `bytes`."""
+    engines: Mapping[str, EngineRecord] = field(default_factory=dict)
+    """By name: the last part of the engine's directory."""
 
     @property
     def dtype(self) -> str:
@@ -89,6 +95,7 @@ class Manifest:
             },
             "warnings": list(self.warnings),
             "files": {name: dict(entry) for name, entry in sorted(self.files.items())},
+            "engines": {name: record.model_dump(mode="json") for name, record in sorted(self.engines.items())},
         }
 
     @classmethod
@@ -109,7 +116,16 @@ class Manifest:
             layouts,
             tuple(data["warnings"]),
             data["files"],
+            _read_engines(data.get("engines", {})),
         )
+
+
+def _read_engines(rows: Mapping[str, Any]) -> dict[str, EngineRecord]:
+    if not rows:  # spares every command on a bundle without engines the import of pydantic
+        return {}
+    from doge_deploy.engine import EngineRecord
+
+    return {name: EngineRecord.model_validate(row) for name, row in rows.items()}
 
 
 @dataclass(frozen=True)
@@ -131,6 +147,21 @@ class Bundle:
         if name not in layouts:
             raise UsageError(f"{self.path} has no {name!r} layout; it holds: {', '.join(layouts)}")
         return layouts[name]
+
+    def engine(self, name: str | None = None) -> EngineRecord:
+        """The engine called `name`, or the bundle's only one.
+
+        Raises:
+            UsageError: the bundle has no such engine, or several and none was named.
+        """
+        engines = self.manifest.engines
+        if name is not None and name in engines:
+            return engines[name]
+        if name is None and len(engines) == 1:
+            return next(iter(engines.values()))
+        held = ", ".join(engines) or "none; make one with `doge-deploy build`"
+        asked = "several engines, name one of them" if name is None and engines else f"no engine {name or ''}".rstrip()
+        raise UsageError(f"{self.path} has {asked}; it holds: {held}")
 
     def read_json(self, name: str) -> dict[str, Any]:
         """A JSON object of the bundle, or {} where it has no such file.

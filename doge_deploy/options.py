@@ -1,11 +1,14 @@
-"""Choices of a user for an export: defaults, then a YAML file, then `--set`, then command-line options."""
+"""Choices of a user for an export: defaults, then a YAML file, then `--set`, then command-line options.
+
+`load_options` does the same for the choices of other commands; each has a section of its own in the file.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
@@ -15,9 +18,11 @@ from doge_deploy.findings import join_findings, suggest
 
 CacheLayout = Literal["static", "growing"]
 
+_Options = TypeVar("_Options", bound=BaseModel)
+
 _LAYOUT_ORDER = ("static", "growing")
 
-_FILE_KEYS = ("name", "description", "sources", "export")
+_FILE_KEYS = ("name", "description", "sources", "export", "build")
 """Top-level keys of a file in export_configs/."""
 
 
@@ -57,17 +62,26 @@ class _Choice:
 
 
 def load_export_options(path: Path | None, overrides: Mapping[str, Any], assignments: Sequence[str]) -> ExportOptions:
-    """The options of one export; later sources replace earlier ones key by key.
+    """The options of one export, from the section `export` of the file; see `load_options`."""
+    return load_options(ExportOptions, "export", path, overrides, assignments)
+
+
+def load_options(
+    kind: type[_Options], section: str, path: Path | None, overrides: Mapping[str, Any], assignments: Sequence[str]
+) -> _Options:
+    """Options of one command; later sources replace earlier ones key by key.
 
     Args:
-        path: a YAML file whose key `export` holds options, or None.
+        kind: the model of the options; the `description` of a field says what is legal.
+        section: the key of the YAML file that holds them.
+        path: a YAML file, or None.
         overrides: options given one by one on the command line; None or () stands for one that was not given.
         assignments: `key=value` strings of `--set`, the values in YAML.
 
     Raises:
         UsageError: a source cannot be read, or names unknown keys or illegal values: all of them in one line.
     """
-    choices = _read_file(path) if path is not None else {}
+    choices = _read_file(path, section) if path is not None else {}
     for assignment in assignments:
         key, value = _parse_assignment(assignment)
         choices[key] = _Choice(value, f"--set {assignment}")
@@ -75,21 +89,21 @@ def load_export_options(path: Path | None, overrides: Mapping[str, Any], assignm
         if value is not None and value != ():
             choices[key] = _Choice(value, "--" + key.replace("_", "-"))
     try:
-        return ExportOptions(**{key: choice.value for key, choice in choices.items()})
+        return kind(**{key: choice.value for key, choice in choices.items()})
     except ValidationError as error:
-        raise UsageError(join_findings(_describe(error, choices))) from None
+        raise UsageError(join_findings(_describe(error, choices, kind))) from None
 
 
-def _describe(error: ValidationError, choices: Mapping[str, _Choice]) -> list[str]:
+def _describe(error: ValidationError, choices: Mapping[str, _Choice], kind: type[BaseModel]) -> list[str]:
     """One finding per key that pydantic refused, in our words."""
     findings = {}
     for detail in error.errors():
         key = str(detail["loc"][0])
         choice = choices[key]
         if detail["type"] == "extra_forbidden":
-            findings[key] = f"{choice.source}: {_unknown('key', key, ExportOptions.model_fields)}"
+            findings[key] = f"{choice.source}: {_unknown('key', key, kind.model_fields)}"
         else:
-            legal = ExportOptions.model_fields[key].description
+            legal = kind.model_fields[key].description
             findings[key] = f"{choice.source}: {key}={choice.value!r}: must be {legal}"
     return list(findings.values())
 
@@ -108,15 +122,15 @@ def _parse_assignment(assignment: str) -> tuple[str, Any]:
         raise UsageError(f"--set {assignment}: the value {text!r} is not valid YAML") from None
 
 
-def _read_file(path: Path) -> dict[str, _Choice]:
-    """The options under the key `export` of a YAML file."""
+def _read_file(path: Path, section: str) -> dict[str, _Choice]:
+    """The options under one key of a YAML file."""
     document = _load_yaml(path)
     if not isinstance(document, dict):
-        raise UsageError(f"{path}: must hold a mapping with the key 'export', not {_kind(document)}")
+        raise UsageError(f"{path}: must hold a mapping with the key {section!r}, not {_kind(document)}")
     findings = [_unknown("key", str(key), _FILE_KEYS) for key in document if key not in _FILE_KEYS]
-    options = document.get("export", {})
+    options = document.get(section, {})
     if not isinstance(options, dict):
-        findings.append(f"export={options!r}: must be a mapping of options")
+        findings.append(f"{section}={options!r}: must be a mapping of options")
     if findings:
         raise UsageError(f"{path}: {join_findings(findings)}")
     return {str(key): _Choice(value, str(path)) for key, value in options.items()}

@@ -16,6 +16,7 @@ ORDER = [
     "ground",
     "signature",
     "checkpoint",
+    "engine",
     "bundle",
     "model",
     "graph",
@@ -27,7 +28,7 @@ ORDER = [
 ]
 """Each room imports only rooms before it (and itself)."""
 
-GROUND = {"errors", "findings", "config", "config_keys", "rope_config", "options", "__init__", "demo"}
+GROUND = {"errors", "findings", "config", "config_keys", "rope_config", "options", "build_options", "__init__", "demo"}
 
 ALLOWED_BACK: set[tuple[str, str]] = set()
 

@@ -1,0 +1,98 @@
+"""Engine records: they survive a manifest, and answer which profile takes a call."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from doge_deploy.build_options import BuildOptions, Range
+from doge_deploy.bundle import Bundle, Manifest, open_bundle
+from doge_deploy.engine import EngineProfile, EngineRecord, EngineTensor, LayerCounts, SourceFile
+from doge_deploy.errors import UsageError
+
+
+def axes(batch: int, low: int, high: int) -> dict[str, Range]:
+    one = Range(min=1, opt=1, max=batch)
+    return {"batch_size": one, "sequence_length": Range(min=low, opt=high, max=high)}
+
+
+def record(**changes: Any) -> EngineRecord:
+    """A record of no real engine, for tests of its readers."""
+    directory = "engines/trt-rtx-fp16-sm89"
+    fields: dict[str, Any] = {
+        "directory": directory,
+        "engine_file": f"{directory}/model.engine",
+        "report_file": f"{directory}/layers.json",
+        "target": "trt-rtx",
+        "product": "TensorRT-RTX",
+        "version": "1.7.1.116",
+        "platform": "linux-x86_64",
+        "dtype": "fp16",
+        "layout": "static",
+        "lowering": "standard",
+        "compute_capabilities": ("8.9",),
+        "flags": (),
+        "strip_weights": False,
+        "profiles": (
+            EngineProfile(name="prefill", axes=axes(1, 1, 64)),
+            EngineProfile(name="decode", axes=axes(4, 1, 1)),
+        ),
+        "inputs": (EngineTensor(name="input_ids", dtype="int64", shape=("batch_size", "sequence_length")),),
+        "outputs": (EngineTensor(name="logits", dtype="float16", shape=("batch_size", 1, 256)),),
+        "aliases": {"present.0.key": "past_key_values.0.key"},
+        "onnx": SourceFile(file="model.onnx", sha256="0" * 64),
+        "weights": SourceFile(file="weights.safetensors", sha256="1" * 64),
+        "lowered_onnx_sha256": "2" * 64,
+        "options": BuildOptions(),
+        "layers": LayerCounts(total=1, by_type={"CAST": 1}, kv_cache_update=0, attention=0),
+        "weight_bytes": 1,
+        "engine_bytes": 1,
+        "build_seconds": 1.5,
+        "peak_memory_bytes": 1,
+    }
+    return EngineRecord(**{**fields, **changes})
+
+
+def test_a_record_survives_a_manifest(tiny_bundle: Path) -> None:
+    manifest = replace(open_bundle(tiny_bundle).manifest, engines={"trt-rtx-fp16-sm89": record()})
+    assert Manifest.from_json(json.loads(json.dumps(manifest.to_json()))) == manifest
+
+
+def test_an_older_manifest_has_no_engines(tiny_bundle: Path) -> None:
+    data = open_bundle(tiny_bundle).manifest.to_json()
+    del data["engines"]
+    assert Manifest.from_json(data).engines == {}
+
+
+def test_an_engine_is_found_by_name_or_because_it_is_the_only_one(tiny_bundle: Path) -> None:
+    bundle = open_bundle(tiny_bundle)
+    one = Bundle(bundle.path, replace(bundle.manifest, engines={"a": record()}))
+    two = Bundle(bundle.path, replace(bundle.manifest, engines={"a": record(), "b": record(dtype="bf16")}))
+    assert one.engine() == one.engine("a") == two.engine("a")
+    with pytest.raises(UsageError, match="several engines, name one of them; it holds: a, b"):
+        two.engine()
+    with pytest.raises(UsageError, match="no engine c; it holds: a"):
+        one.engine("c")
+    with pytest.raises(UsageError, match="no engine; it holds: none; make one with `doge-deploy build`"):
+        bundle.engine()
+
+
+def test_the_narrowest_profile_takes_a_call() -> None:
+    made = record()
+    assert made.profile_for(batch_size=1, sequence_length=1) == 1
+    assert made.profile_for(batch_size=1, sequence_length=7) == 0
+    assert made.profile_for(batch_size=4, sequence_length=1) == 1
+    assert made.profile_for(batch_size=4, sequence_length=7) is None
+    assert made.profile_for(batch_size=1, sequence_length=65) is None
+
+
+def test_shapes_of_a_profile() -> None:
+    made = record()
+    assert made.profiles[0].shape(made.tensor("input_ids"), "max") == (1, 64)
+    assert made.profiles[1].shape(made.tensor("logits"), "max") == (4, 1, 256)
+    with pytest.raises(KeyError):
+        made.tensor("logit")
