@@ -17,7 +17,7 @@ $(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' || \
 	  { echo "$$($(PYTHON) --version) found: needs Python 3.11 to 3.13; name one with make PYTHON=python3.12" >&2; exit 2; }
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[export,cpu,dev]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[export,cpu,plugins,dev]'
 	@touch $@
 
 test: setup lint typing ## lint, type check and all tests that need no special device
@@ -33,8 +33,10 @@ lint: setup ## ruff: rules and format
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-typing: setup ## mypy, strict on the package
-	$(BIN)/mypy doge_deploy
+# mypy reads a package under its own name, and plugins/ installs as doge_plugins
+typing: setup ## mypy, strict on the package and the plugins
+	mkdir -p build/typing && ln -sfn ../../plugins build/typing/doge_plugins
+	MYPYPATH=build/typing $(BIN)/mypy -p doge_deploy -p doge_plugins
 
 format: setup ## mend what ruff can mend
 	$(BIN)/ruff check --fix .

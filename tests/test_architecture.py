@@ -19,6 +19,7 @@ ORDER = [
     "engine",
     "bundle",
     "model",
+    "plugins",
     "graph",
     "export",
     "targets",

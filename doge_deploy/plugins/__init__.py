@@ -1,0 +1,1 @@
+"""What a plugin is, without any plugin: specs, ahead-of-time compilation, launches."""

@@ -1,0 +1,1 @@
+"""Doge's two operators as Triton kernels; one folder an operator, see README.md."""

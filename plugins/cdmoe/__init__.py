@@ -1,0 +1,1 @@
+"""doge::CDMoE as a chain of kernels."""

@@ -1,0 +1,1 @@
+"""doge::DynamicMaskAttention as a chain of kernels."""
