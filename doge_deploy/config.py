@@ -20,6 +20,7 @@ from doge_deploy.config_keys import (
 )
 from doge_deploy.errors import UnsupportedModelError
 from doge_deploy.findings import join_findings
+from doge_deploy.revisions import REVISIONS, TRANSFORMERS
 from doge_deploy.rope_config import STATEFUL_TYPES, read_rope
 
 ARCHITECTURE = "DogeForCausalLM"
@@ -55,6 +56,24 @@ class DogeFacts:
     bos_token_id: int | None
     eos_token_id: int | tuple[int, ...] | None
     pad_token_id: int | None
+    revision: str = TRANSFORMERS
+    """A name of `doge_deploy.revisions.REVISIONS`; a config.json does not say it, the tensors do."""
+
+    @property
+    def is_legacy(self) -> bool:
+        """Of the original SmallDoge code, which transformers cannot load."""
+        return self.revision != TRANSFORMERS
+
+    @property
+    def qk_norm(self) -> bool:
+        """Queries and keys are RMS-normalised per head; without it there are no `q_norm` and `k_norm` tensors."""
+        return REVISIONS[self.revision].qk_norm
+
+    @property
+    def num_score_heads(self) -> int:
+        """Heads of the dynamic mask's score: the query heads in a legacy Doge, else the key/value heads."""
+        per_query_head = REVISIONS[self.revision].score_per_query_head
+        return self.num_attention_heads if per_query_head else self.num_key_value_heads
 
     @property
     def num_key_value_groups(self) -> int:

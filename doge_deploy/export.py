@@ -14,6 +14,7 @@ from doge_deploy.checkpoint import Checkpoint, check_finite, check_score_range, 
 from doge_deploy.config import DogeFacts
 from doge_deploy.errors import MissingDependencyError, UnsupportedModelError
 from doge_deploy.options import ExportOptions
+from doge_deploy.revisions import REVISIONS
 from doge_deploy.signature import LAYOUTS, make_signature
 
 DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
@@ -116,7 +117,9 @@ def _write_graphs(
     last_logits = options.logits == "last"
     keep_window = max_length > facts.keep_window_size
     notes: tuple[str, ...] = ()
-    if not keep_window:
+    if not REVISIONS[facts.revision].drops_keys:
+        notes = (f"no top-k of the dynamic mask: a Doge of {facts.revision} keeps every key",)
+    elif not keep_window:
         notes = (
             f"top-k of the dynamic mask left out: a row holds at most max_length={max_length} keys, "
             f"keep_window_size={facts.keep_window_size} of which are kept",

@@ -97,7 +97,7 @@ def make_signature(facts: DogeFacts, layout: str, *, dtype: str, max_length: int
         for kind in CACHE_KINDS[layout]:
             name, width = past_name(layer, kind), 1 if kind == "score" else facts.head_dim
             kind_dtype = "float32" if kind == "score" else dtype
-            heads = facts.num_key_value_heads
+            heads = facts.num_score_heads if kind == "score" else facts.num_key_value_heads
             past.append(TensorSpec(name, kind_dtype, (BATCH, heads, past_axis, width)))
             present.append(TensorSpec(present_name(name), kind_dtype, (BATCH, heads, present_axis, width)))
     logits = TensorSpec("logits", dtype, (BATCH, 1 if last_logits else SEQUENCE, facts.vocab_size))

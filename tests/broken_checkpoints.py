@@ -153,16 +153,23 @@ def llama_renamed(path: Path) -> None:
     )
 
 
+def widen_scores(weights: Tensors, heads: int) -> None:
+    """A and dt_proj per query head."""
+    for name in list(weights):
+        if name.endswith((".A", ".dt_proj.weight", ".dt_proj.bias")):
+            groups = heads // weights[name].shape[0]
+            weights[name] = weights[name].repeat_interleave(groups, dim=0)
+
+
 def legacy(path: Path) -> None:
     """The layout of the original code's last revision: A and dt_proj per query head, no norms of q and k."""
+    heads = json.loads((path / "config.json").read_text())["num_attention_heads"]
 
     def edit(weights: Tensors) -> None:
+        widen_scores(weights, heads)
         for name in list(weights):
             if name.endswith((".q_norm.weight", ".k_norm.weight")):
                 del weights[name]
-            elif name.endswith((".A", ".dt_proj.weight")):
-                groups = 4 // weights[name].shape[0]
-                weights[name] = weights[name].repeat_interleave(groups, dim=0)
 
     tensors(edit)(path)
 
@@ -178,20 +185,36 @@ OLD_NAMES = {
 }
 
 
-def legacy_names(path: Path) -> None:
-    """The names of early 2025."""
+def rename(name: str) -> str:
+    """The name of early 2025."""
+    for new, old in OLD_NAMES.items():
+        name = name.replace(new, old)
+    return name
 
-    def rename(name: str) -> str:
-        for new, old in OLD_NAMES.items():
-            name = name.replace(new, old)
-        return name
 
-    def edit(weights: Tensors) -> None:
-        renamed = {rename(name): value for name, value in weights.items()}
-        weights.clear()
-        weights.update(renamed)
+def legacy_names(weights: Tensors) -> None:
+    renamed = {rename(name): value for name, value in weights.items()}
+    weights.clear()
+    weights.update(renamed)
 
-    both(legacy, tensors(edit))(path)
+
+MARCH_KEYS = ("keep_window_size", "num_experts", "num_experts_per_tok")
+NEW_KEYS = ("attention_bias", "mlp_bias", "norm_topk_prob", "sliding_window", "router_aux_loss_coef")
+
+
+def early(change: Damage, *, norms: bool = False, without: tuple[str, ...] = ()) -> Damage:
+    """The layout of March 2025, or of February without `MARCH_KEYS`; then a change of its config."""
+
+    def damage(path: Path) -> None:
+        if not norms:
+            legacy(path)
+        tensors(legacy_names)(path)
+        file = path / "config.json"
+        keys = {key: value for key, value in json.loads(file.read_text()).items() if key not in (*NEW_KEYS, *without)}
+        file.write_text(json.dumps(keys))
+        change(path)
+
+    return damage
 
 
 def pickled(path: Path) -> None:
@@ -217,6 +240,7 @@ class Broken:
 
 
 LAYER = "model.layers.1."
+QK_NORMS = [f"model.layers.{layer}.self_attn.{name}_norm.weight" for layer in (0, 1) for name in "qk"]
 
 BROKEN: dict[str, Broken] = {
     # the config file
@@ -308,33 +332,72 @@ BROKEN: dict[str, Broken] = {
         both(poison(LAYER + "mlp.up_proj.weight", math.nan, math.nan), poison("model.norm.weight", math.inf)),
         (LAYER + "mlp.up_proj.weight has 2 NaN", "model.norm.weight has 1 infinities"),
     ),
-    "llama-renamed": Broken(llama_renamed, ("12 missing", "self_attn.A", "input_residual")),
-    # legacy layouts
-    "legacy-2025-08": Broken(
-        legacy,
-        (
-            "legacy Doge layout (original SmallDoge code, of mid-2025",
-            "self_attn.A [4] sized by num_attention_heads=4",
-        ),
+    "llama-renamed": Broken(
+        llama_renamed,
+        ("not a Doge's weights: no self_attn.A in any layer", "12 missing", "self_attn.A", "input_residual"),
     ),
-    "legacy-2025-08-equal-heads": Broken(
-        legacy,
-        ("legacy Doge layout (original SmallDoge code, of mid-2025", "no self_attn.q_norm"),
-        base="equal-heads",
+    # legacy layouts: of no one revision, or of one that cannot be exact
+    "legacy-sized-as-now": Broken(
+        drop(*QK_NORMS), ("no self_attn.q_norm", "self_attn.A [2]", "sized by num_key_value_heads: as in transformers")
     ),
-    "legacy-2025-03": Broken(
-        both(legacy_names, config(dynamic_mask_ratio=0.0)),
-        (
-            "legacy Doge layout",
-            "of about March 2025",
-            "config key dynamic_mask_ratio",
-            "model.final_layernorm.weight",
-        ),
+    "legacy-with-norms": Broken(
+        tensors(lambda weights: widen_scores(weights, 4)),
+        ("something of both", "q_norm.weight", "self_attn.A [4]", "sized by num_attention_heads: legacy"),
     ),
-    "legacy-2025-02": Broken(
-        both(legacy_names, config(num_cdmoe_experts=16)),
-        ("legacy Doge layout", "of about February 2025", "config key num_cdmoe_experts"),
+    "legacy-one-layer": Broken(
+        both(legacy, put(LAYER + "self_attn.A", lambda value: value[:2])),
+        ("something of both", LAYER + "self_attn.A [2] sized by num_key_value_heads"),
     ),
+    "legacy-of-odd-size": Broken(
+        both(legacy, put(LAYER + "self_attn.A", lambda value: value[:3])),
+        (LAYER + "self_attn.A [3] sized by neither number of heads",),
+    ),
+    "legacy-names-mixed": Broken(
+        both(legacy, tensors(lambda weights: weights.update({"model.word_embed.weight": weights.pop(EMBEDDING)}))),
+        ("model.word_embed.weight: names of early 2025", "12 more: names of mid-2025 and later"),
+    ),
+    "old-names-with-norms": Broken(
+        early(config(dynamic_mask_ratio=0.0), norms=True), ("something of both", "q_norm.weight", "names of early 2025")
+    ),
+    "old-names-of-no-revision": Broken(
+        early(config(dynamic_mask_ratio=0.0), without=MARCH_KEYS),
+        ("names of early 2025", "no config key num_cdmoe_*", "no config key keep_window_size"),
+    ),
+    "old-names-of-two-revisions": Broken(
+        early(config(num_cdmoe_experts=16)),
+        ("config keys num_cdmoe_experts: February 2025", "config keys keep_window_size, num_experts"),
+    ),
+    "old-names-of-before": Broken(
+        early(config(num_cdmmoe_experts=16)), ("of before February 2025", "num_cdmmoe_experts=16")
+    ),
+    "mask-ratio": Broken(early(config(dynamic_mask_ratio=0.5)), ("legacy Doge of 2025-03: dynamic_mask_ratio=0.5",)),
+    "mask-ratio-of-february": Broken(
+        early(config(dynamic_mask_ratio=0.5, num_cdmoe_experts=16), without=MARCH_KEYS),
+        ("legacy Doge of 2025-02: dynamic_mask_ratio=0.5", "must be 0.0"),
+    ),
+    "mixture-of-february": Broken(
+        early(config(is_moe=True, num_cdmoe_experts=16, num_cdmoe_heads=2), without=MARCH_KEYS),
+        ("legacy Doge of 2025-02: is_moe=True with num_cdmoe_experts=16, num_cdmoe_heads=2",),
+    ),
+    "mixture-of-march": Broken(
+        early(config(is_moe=True)), ("legacy Doge of 2025-03: is_moe=True with num_experts=16384",)
+    ),
+    "hidden-bias-not-a-flag": Broken(early(config(hidden_bias="no")), ("hidden_bias='no': must be true or false",)),
+    "old-names-new-keys": Broken(
+        early(config(attention_bias=True)), ("attention_bias=True: the code of 2025-03 has no such key",)
+    ),
+    "old-names-tensor-missing": Broken(
+        both(early(config()), drop("model.layers.1.pre_residual.weight", "model.final_layernorm.weight")),
+        ("2 missing: model.layers.1.pre_residual.weight; model.final_layernorm.weight",),
+    ),
+    "legacy-yarn": Broken(
+        both(legacy, config(rope_parameters={"rope_type": "yarn", "factor": 2.0, "rope_theta": 1e4})),
+        ("legacy Doge of 2025-08: rope_type='yarn': differs between", "must be one of default, linear"),
+    ),
+    "legacy-keys-beside-new-names": Broken(
+        both(legacy, config(dynamic_mask_ratio=0.0)), ("legacy config: dynamic_mask_ratio=0.0",)
+    ),
+    "legacy-tensor-missing": Broken(both(legacy, drop(LAYER + "self_attn.A")), ("1 missing: " + LAYER,)),
     # files of weights
     "no-weights": Broken(remove(WEIGHTS), ("no weights; must hold model.safetensors",)),
     "only-a-pickle": Broken(pickled, ("weights are a pickle, which is never loaded", "pytorch_model.bin")),

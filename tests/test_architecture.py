@@ -29,7 +29,8 @@ ORDER = [
 ]
 """Each room imports only rooms before it (and itself)."""
 
-GROUND = {"errors", "findings", "config", "config_keys", "rope_config", "options", "build_options", "__init__", "demo"}
+GROUND = {"errors", "findings", "config", "config_keys", "rope_config", "revisions"}
+GROUND |= {"options", "build_options", "__init__", "demo"}
 
 ALLOWED_BACK: set[tuple[str, str]] = set()
 

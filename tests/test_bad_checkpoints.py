@@ -10,8 +10,6 @@ from broken_checkpoints import BROKEN, make_bases, make_broken
 from doge_deploy.checkpoint import check_finite, open_checkpoint
 from doge_deploy.errors import UnsupportedModelError
 
-GOLDEN = Path(__file__).parents[2] / "shared" / "golden" / "legacy"
-
 
 @pytest.fixture(scope="module")
 def bases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
@@ -49,22 +47,3 @@ def test_long_lists_are_cut(bases: dict[str, Path], tmp_path: Path) -> None:
     message = refusal(tmp_path / "broken")
     assert "30 missing" in message
     assert "; and 10 more" in message
-
-
-@pytest.mark.parametrize(
-    ("name", "revision"),
-    [
-        ("dense", "of mid-2025"),
-        ("moe", "of mid-2025"),
-        ("dense-2025-02", "of about February 2025"),
-        ("dense-2025-03", "of about March 2025"),
-    ],
-)
-@pytest.mark.skipif(
-    not GOLDEN.exists(), reason="the original implementation's checkpoints are not beside the repository"
-)
-def test_checkpoints_of_the_original_implementation(name: str, revision: str) -> None:
-    message = refusal(GOLDEN / name)
-    assert "legacy Doge layout (original SmallDoge code" in message
-    assert revision in message
-    assert "self_attn.A [4] sized by num_attention_heads=4" in message

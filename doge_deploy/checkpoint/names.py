@@ -5,7 +5,7 @@ Reference: modeling_doge.py of transformers 5.23.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 from doge_deploy.checkpoint.headers import DTYPES, TensorInfo
 from doge_deploy.config import DogeFacts
@@ -45,11 +45,10 @@ def layer_tensors(facts: DogeFacts) -> Shapes:
         **_linear("self_attn.q_proj", width, hidden, bias=facts.attention_bias),
         **_linear("self_attn.k_proj", kv_width, hidden, bias=facts.attention_bias),
         **_linear("self_attn.v_proj", kv_width, hidden, bias=facts.attention_bias),
-        "self_attn.A": (kv_heads,),
-        **_linear("self_attn.dt_proj", kv_heads, kv_width, bias=facts.attention_bias),
+        "self_attn.A": (facts.num_score_heads,),
+        **_linear("self_attn.dt_proj", facts.num_score_heads, kv_width, bias=facts.attention_bias),
         **_linear("self_attn.o_proj", hidden, width, bias=facts.attention_bias),
-        "self_attn.q_norm.weight": (head_dim,),
-        "self_attn.k_norm.weight": (head_dim,),
+        **({f"self_attn.{name}_norm.weight": (head_dim,) for name in "qk"} if facts.qk_norm else {}),
         "post_attention_layernorm.weight": (hidden,),
         "post_attention_residual": (hidden,),
         **_linear("mlp.gate_proj", inner, hidden, bias=facts.mlp_bias),
@@ -70,13 +69,16 @@ def _linear(name: str, rows: int, columns: int, *, bias: bool) -> Shapes:
     return shapes
 
 
-def check_tensors(tensors: Mapping[str, TensorInfo], facts: DogeFacts, source: str) -> None:
+def check_tensors(
+    tensors: Mapping[str, TensorInfo], facts: DogeFacts, source: str, *, spell: Callable[[str], str] = str
+) -> None:
     """Compare stored tensors with those that the facts call for.
 
     Args:
         tensors: what is stored. A tied checkpoint may store its head too.
         facts: what config.json says.
         source: what to call the checkpoint in a message.
+        spell: gives the name that the checkpoint's own revision has for a tensor, for a message.
 
     Raises:
         UnsupportedModelError: tensors are missing, unexpected, wrong-shaped or ill-typed; names them all.
@@ -89,19 +91,22 @@ def check_tensors(tensors: Mapping[str, TensorInfo], facts: DogeFacts, source: s
     optional = {HEAD: expected[EMBEDDING]} if facts.tie_word_embeddings else {}
     allowed = {**expected, **optional}
     groups = [
-        _group("missing", [name for name in expected if name not in tensors]),
-        _group("unexpected", [name for name in tensors if name not in allowed]),
+        ""
+        if any(name.endswith(".self_attn.A") for name in tensors)
+        else "not a Doge's weights: no self_attn.A in any layer",
+        _group("missing", [spell(name) for name in expected if name not in tensors]),
+        _group("unexpected", [spell(name) for name in tensors if name not in allowed]),
         _group(
             "wrong shape",
             [
-                f"{name} is {list(tensors[name].shape)}, must be {list(shape)}"
+                f"{spell(name)} is {list(tensors[name].shape)}, must be {list(shape)}"
                 for name, shape in allowed.items()
                 if name in tensors and tensors[name].shape != shape
             ],
         ),
         _group(
             f"dtype not one of {', '.join(DTYPES.values())}",
-            [f"{name} is {info.dtype}" for name, info in tensors.items() if info.dtype not in DTYPES.values()],
+            [f"{spell(name)} is {info.dtype}" for name, info in tensors.items() if info.dtype not in DTYPES.values()],
         ),
     ]
     found = [group for group in groups if group]

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from doge_deploy.checkpoint.find import find_checkpoint, model_source
 from doge_deploy.checkpoint.headers import TensorInfo, read_headers, read_json
-from doge_deploy.checkpoint.legacy import refuse_legacy
+from doge_deploy.checkpoint.legacy import EARLY, find_revision, legacy_facts, old_name, rename_config, rename_tensors
 from doge_deploy.checkpoint.names import EMBEDDING, HEAD, check_tensors, expected_tensors
 from doge_deploy.config import DogeFacts, check_model_type
 from doge_deploy.errors import UnsupportedModelError, UsageError
@@ -46,10 +46,12 @@ class Checkpoint:
     source: str | None
     """The bundled name or Hub id it was opened by; None for a directory."""
     config: Mapping[str, Any]
-    """config.json as written, apart from `num_hidden_layers` if fewer layers were asked for."""
+    """config.json as written, apart from `num_hidden_layers` if fewer layers were asked for, and in transformers' keys
+    where a legacy Doge has others."""
     facts: DogeFacts
     tensors: Mapping[str, TensorInfo]
-    """The tensors of the model by name: those of `expected_tensors(facts)`, no more and no less."""
+    """The tensors of the model by name: those of `expected_tensors(facts)`, no more and no less. The names are
+    transformers' own; each `TensorInfo` has the stored one."""
     generation_config: Mapping[str, Any] | None
 
     def read(self, name: str) -> torch.Tensor:
@@ -61,10 +63,11 @@ class Checkpoint:
         """
         from safetensors import SafetensorError, safe_open
 
-        file = self.tensors[name].file
+        info = self.tensors[name]
+        file = info.file
         try:
             with safe_open(file, framework="pt") as handle:
-                tensor: torch.Tensor = handle.get_tensor(name)
+                tensor: torch.Tensor = handle.get_tensor(info.name)
         except (OSError, SafetensorError) as error:
             raise UnsupportedModelError(f"{file}: {name} cannot be read: {' '.join(str(error).split())}") from error
         return tensor
@@ -115,7 +118,7 @@ def open_checkpoint(model: str, *, num_layers: int | None = None) -> Checkpoint:
 
     Raises:
         UsageError: no such model, or `num_layers` is not within the model.
-        UnsupportedModelError: not a Doge, legacy, damaged, or not exportable; names everything found.
+        UnsupportedModelError: not a Doge, damaged, of no known revision, or not exportable; names everything found.
         MissingDependencyError: the model is on the Hub, which cannot be reached.
     """
     path = find_checkpoint(model)
@@ -123,10 +126,14 @@ def open_checkpoint(model: str, *, num_layers: int | None = None) -> Checkpoint:
     config = read_json(config_file)
     check_model_type(config, str(config_file))
     stored = read_headers(path)
-    # before the config's keys, some of which are only wrong because the whole checkpoint is legacy
-    refuse_legacy(config, stored, model)
+    revision = find_revision(config, stored, model)
+    early = revision.name in EARLY
+    if early:
+        config, stored = rename_config(config, revision, str(config_file)), rename_tensors(stored)
     facts = DogeFacts.from_config(config, str(config_file))
-    check_tensors(stored, facts, model)
+    if revision.name != facts.revision:
+        facts = legacy_facts(facts, config, revision, str(config_file))
+    check_tensors(stored, facts, model, spell=old_name if early else str)
     _check_stored_head(stored, facts, model)
     if num_layers is not None:
         facts = _with_layers(facts, num_layers)

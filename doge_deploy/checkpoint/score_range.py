@@ -1,6 +1,6 @@
 """Whether the dynamic mask's score, exp(A * softplus(dt)), can overflow: proved from weights, for any input.
 
-Axes: C hidden, Hkv key/value heads, D head_dim.
+Axes: C hidden, Hkv key/value heads, S heads of the score, D head_dim.
 
 A layer sees x_hat = x / rms(x), of which ||x_hat||_2 <= sqrt(C), scaled by its norm weight g:
 
@@ -40,7 +40,7 @@ def check_score_range(checkpoint: Checkpoint, dtype: str) -> list[str]:
     warnings, certain = [], []
     for layer in range(checkpoint.facts.num_hidden_layers):
         decay, lower, upper = _exponents(checkpoint, layer)
-        for head in range(checkpoint.facts.num_key_value_heads):
+        for head in range(checkpoint.facts.num_score_heads):
             place = f"layer {layer} head {head}: A={float(decay[head]):.4g}"
             if lower[head] > limit:
                 certain.append(f"{place}, exponent at least {float(lower[head]):.4g}")
@@ -58,7 +58,7 @@ def check_score_range(checkpoint: Checkpoint, dtype: str) -> list[str]:
 
 
 def _exponents(checkpoint: Checkpoint, layer: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """A, and the least and greatest of A * softplus(dt): three `[Hkv]`, float64."""
+    """A, and the least and greatest of A * softplus(dt): three `[S]`, float64."""
     import torch
     import torch.nn.functional as F
 

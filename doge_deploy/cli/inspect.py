@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 
 import click
 
+from doge_deploy.revisions import REVISIONS
+
 if TYPE_CHECKING:
     from rich.table import Table
 
@@ -44,7 +46,8 @@ def _show(bundle: Bundle) -> None:
         "model": f"Doge, {body}; hidden {facts.hidden_size}, {facts.num_hidden_layers} layers, "
         f"{facts.num_attention_heads}/{facts.num_key_value_heads} heads of {facts.head_dim}, vocabulary "
         f"{facts.vocab_size}",
-        "window": f"{facts.keep_window_size} keys kept of at most {manifest.max_length}",
+        "revision": f"{facts.revision} ({REVISIONS[facts.revision].title})" if facts.is_legacy else facts.revision,
+        "window": _window(bundle),
         "dtype": f"{options['dtype']}, scores fp32",
         "logits": f"of the {'last token' if options['logits'] == 'last' else 'whole call'}",
         **({"routing": options["routing"]} if facts.is_moe else {}),
@@ -62,6 +65,13 @@ def _show(bundle: Bundle) -> None:
     console.print(
         f"\n{len(manifest.files)} files, {total / 1e6:.1f} MB, every sha256 as in the manifest", highlight=False
     )
+
+
+def _window(bundle: Bundle) -> str:
+    facts = bundle.manifest.facts
+    if not REVISIONS[facts.revision].drops_keys:
+        return "none: this revision keeps every key"
+    return f"{facts.keep_window_size} keys kept of at most {bundle.manifest.max_length}"
 
 
 def _tools(bundle: Bundle) -> dict[str, str]:

@@ -26,6 +26,8 @@ def verify(
 ) -> None:
     """Hold BUNDLE against transformers in eager mode, call by call.
 
+    A legacy Doge, which transformers cannot load, is held against a reference of its own revision.
+
     Exit code 0: every number is within its calibrated tolerance; 1: one is not.
     """
     from doge_deploy.errors import MismatchError
@@ -56,4 +58,4 @@ def verify(
         files.write_junit(report, junit_file)
     if not report.passed:
         failed = report.failed_cases
-        raise MismatchError(f"{bundle} does not compute what transformers computes: {', '.join(failed)}")
+        raise MismatchError(f"{bundle} does not compute what {report.reference} computes: {', '.join(failed)}")

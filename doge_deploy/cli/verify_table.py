@@ -53,7 +53,7 @@ class VerifyTable:
         self.console = console if console.is_terminal else Console(width=_WIDTH_WITHOUT_TERMINAL)
         self.errors = Console(stderr=True)
         self.columns = [column for column in _COLUMNS if self.console.width >= column.from_width]
-        self.table = Table(title="Bundle against transformers (eager)", title_justify="left")
+        self.table = Table(title="Bundle against reference (eager)", title_justify="left")
         for column in self.columns:
             self.table.add_column(column.name, justify="right" if column.number else "left", no_wrap=True)
         self.live = Live(self.table, console=self.console, auto_refresh=False)
@@ -99,8 +99,9 @@ class VerifyTable:
         itself = report.reference_itself
         if itself is not None:
             say(
-                f"transformers against itself, prefill against decode: max |d| {itself.prefill_against_decode:.1e} "
-                f"of {itself.scale:.1f}" + (_mixing(report) if report.routing else ""),
+                f"{report.reference} against itself, prefill against decode: "
+                f"max |d| {itself.prefill_against_decode:.1e} of {itself.scale:.1f}"
+                + (_mixing(report) if report.routing else ""),
                 highlight=False,
                 soft_wrap=True,
             )

@@ -29,7 +29,11 @@ def _dynamic_mask_attention() -> OpSchema:
             _Parameter("query", "T", "[B, H, Q, D]; row q of batch b sits at cache slot first_slot[b] + q"),
             _Parameter("key", "T", "[B, Hkv, K, D]"),
             _Parameter("value", "T", "[B, Hkv, K, D]"),
-            _Parameter("score", "tensor(float)", "[B, Hkv, K, 1]: exp(A * softplus(dt_proj(value)))"),
+            _Parameter(
+                "score",
+                "tensor(float)",
+                "[B, S, K, 1]: exp(A * softplus(dt_proj(value))); S is Hkv or H",
+            ),
             _Parameter("first_slot", "tensor(int64)", "[B]"),
             _Parameter(
                 "key_mask",

@@ -1,6 +1,7 @@
 """Dynamic mask attention: the operator and the layer around it.
 
-Axes: B batch, H query heads, Hkv key/value heads, D head_dim, Q new tokens, K cache slots, w keep_window_size.
+Axes: B batch, H query heads, Hkv key/value heads, S heads of the score (Hkv, or H in a legacy Doge), D head_dim,
+Q new tokens, K cache slots, w keep_window_size.
 Reference: `DogeAttention` in transformers' modeling_doge.py; https://arxiv.org/abs/2412.11834 (dynamic mask attention).
 """
 
@@ -46,7 +47,7 @@ def dynamic_mask_attention(
     Args:
         query: `[B, H, Q, D]`; row q of batch b sits at cache slot `first_slot[b] + q`.
         key, value: `[B, Hkv, K, D]`, every slot of the cache.
-        score: `[B, Hkv, K, 1]` float32, one number per cached key.
+        score: `[B, S, K, 1]` float32, one number per cached key; S divides H.
         first_slot: `[B]` int64.
         key_mask: `[B, K]` bool, False for slots nobody may see (padding); None where there are none.
         keep_window_size: keys kept per row; 0 keeps all.
@@ -60,14 +61,14 @@ def dynamic_mask_attention(
     visible = (columns <= rows[:, :, None])[:, None]  # [B, 1, Q, K]
     if key_mask is not None:
         visible = visible & key_mask[:, None, None, :]
-    row_score = score.transpose(2, 3)  # [B, Hkv, 1, K]
+    row_score = score.transpose(2, 3)  # [B, S, 1, K]
     if keep_window_size:
         lowest = torch.finfo(torch.float32).min
         ranked = torch.where(visible, row_score, lowest)
         visible = visible & keep_mask(ranked, keep_window_size)
     bias = torch.where(visible, row_score.to(query.dtype), hidden_bias(query.dtype))
-    groups = query.shape[1] // key.shape[1]
-    key, value, bias = (t.repeat_interleave(groups, dim=1) for t in (key, value, bias))
+    heads = query.shape[1]
+    key, value, bias = (t.repeat_interleave(heads // t.shape[1], dim=1) for t in (key, value, bias))
     logits = torch.matmul(query, key.transpose(2, 3)) * scale + bias
     weights = torch.softmax(logits, dim=-1, dtype=torch.float32).to(query.dtype)
     return torch.matmul(weights, value)
@@ -104,21 +105,24 @@ class Attention(nn.Module):
         self.k_proj = nn.Linear(facts.hidden_size, kv_width, bias=bias, dtype=dtype)
         self.v_proj = nn.Linear(facts.hidden_size, kv_width, bias=bias, dtype=dtype)
         self.o_proj = nn.Linear(width, facts.hidden_size, bias=bias, dtype=dtype)
-        self.q_norm = RMSNorm(facts.head_dim, facts.rms_norm_eps, dtype)
-        self.k_norm = RMSNorm(facts.head_dim, facts.rms_norm_eps, dtype)
+        self.q_norm, self.k_norm = (
+            RMSNorm(facts.head_dim, facts.rms_norm_eps, dtype) if facts.qk_norm else nn.Identity() for _ in "qk"
+        )
         # The score is exponential: float32 in every export, whatever the rest is.
-        self.A = nn.Parameter(torch.empty(facts.num_key_value_heads, dtype=torch.float32))
-        self.dt_proj = nn.Linear(kv_width, facts.num_key_value_heads, bias=bias, dtype=torch.float32)
+        self.A = nn.Parameter(torch.empty(facts.num_score_heads, dtype=torch.float32))
+        self.dt_proj = nn.Linear(kv_width, facts.num_score_heads, bias=bias, dtype=torch.float32)
 
     def score(self, value: torch.Tensor) -> torch.Tensor:
-        """exp(A * softplus(dt_proj(value))): `[B, Q, Hkv*D]` in any dtype -> `[B, Hkv, Q, 1]` float32."""
+        """exp(A * softplus(dt_proj(value))): `[B, Q, Hkv*D]` in any dtype -> `[B, S, Q, 1]` float32."""
         dt = self.dt_proj(value.to(torch.float32))
         return torch.exp(self.A * F.softplus(dt)).transpose(1, 2).unsqueeze(-1)
 
     def project(
         self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Query `[B, H, Q, D]` and key `[B, Hkv, Q, D]`, normalised and rotated, and value `[B, Q, Hkv*D]`."""
+        """Query `[B, H, Q, D]` and key `[B, Hkv, Q, D]`, normalised if the revision does, and rotated; value
+        `[B, Q, Hkv*D]`.
+        """
         query = self.q_norm(split_heads(self.q_proj(x), self.facts.num_attention_heads)).transpose(1, 2)
         key = self.k_norm(split_heads(self.k_proj(x), self.facts.num_key_value_heads)).transpose(1, 2)
         return rotary_embedding(query, cos, sin), rotary_embedding(key, cos, sin), self.v_proj(x)

@@ -1,7 +1,8 @@
 """The decoder in its two cache layouts: what is traced.
 
 Parameter names equal transformers', so that a weight's name in the graph is its name in the checkpoint.
-Axes: B batch, Q new tokens, P past tokens, K = P + Q, L max_length, Hkv key/value heads, D head_dim, V vocabulary.
+Axes: B batch, Q new tokens, P past tokens, K = P + Q, L max_length, Hkv key/value heads, S heads of the score,
+D head_dim, V vocabulary.
 """
 
 from __future__ import annotations
@@ -131,7 +132,7 @@ class StaticCausalLM(CausalLM):
     ) -> tuple[torch.Tensor, list[tuple[torch.Tensor, ...]]]:
         """`write_indices` `[B]`: tokens that row b already holds, which is also its next position.
 
-        `past_key_values`: one (key, value, score) per layer, `[B, Hkv, L, D]`, the score `[B, Hkv, L, 1]` float32.
+        `past_key_values`: one (key, value, score) per layer, `[B, Hkv, L, D]`, the score `[B, S, L, 1]` float32.
         `sequence_lengths` `[B]`, with `last_logits` only: how many of the Q tokens are real; the logits are those of
         the last real one. Padding follows the real tokens; its slots are overwritten by later calls.
         """

@@ -21,6 +21,7 @@ def report_json(report: Report) -> dict[str, Any]:
     """The report in plain values; infinite numbers become strings, as JSON has none."""
     return {
         "passed": report.passed,
+        "reference": report.reference,
         "dtype": report.dtype,
         "routing": report.routing,
         "weights": asdict(report.weights),

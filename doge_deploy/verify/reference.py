@@ -1,8 +1,11 @@
 """The oracle: transformers' DogeForCausalLM in eager mode, watched and, where asked, made to use given selections.
 
+A legacy Doge brings the attention of its own time, see `legacy_reference.py`.
+
 Unless a selection is given, every number comes from transformers' own functions; the hooks around them only look.
 
-Axes: B batch, Q tokens of a call, K cached keys after it, Hkv key/value heads, N = B*Q, n router keys, k experts.
+Axes: B batch, Q tokens of a call, K cached keys after it, Hkv key/value heads, S heads of the score, N = B*Q,
+n router keys, k experts.
 """
 
 from __future__ import annotations
@@ -16,12 +19,14 @@ from typing import TYPE_CHECKING, Any, cast
 import numpy as np
 import torch
 import torch.nn.functional as F
+from transformers import DogeConfig, DogeForCausalLM
 from transformers.models.doge.modeling_doge import DogeRMSNorm
 
 from doge_deploy.checkpoint import Checkpoint
 from doge_deploy.runtime.base import IntArray
 from doge_deploy.runtime.padding import left_padded
 from doge_deploy.verify.compare import Array
+from doge_deploy.verify.legacy_reference import load_legacy_model
 
 if TYPE_CHECKING:
     from transformers.cache_utils import DynamicLayer
@@ -30,7 +35,7 @@ SMALL_PARAMETERS = 4_000_000
 """Below this, one thread is faster: an operator is over before a second thread has woken up."""
 
 Selections = Mapping[str, Array]
-"""`kept.<layer>` `[B, Hkv, Q, K]` bool in the reference's columns, `experts.<layer>` `[N, k]` int64."""
+"""`kept.<layer>` `[B, S, Q, K]` bool in the reference's columns, `experts.<layer>` `[N, k]` int64."""
 
 
 @dataclass
@@ -38,7 +43,7 @@ class Watch:
     """What happened inside one call."""
 
     scores: dict[int, torch.Tensor] = field(default_factory=dict)
-    """Per layer `[B, Hkv, K]`."""
+    """Per layer `[B, S, K]`."""
     router: dict[int, torch.Tensor] = field(default_factory=dict)
     """Per layer `[2, N, n]`."""
     gap: float = float("inf")
@@ -53,21 +58,12 @@ class Reference:
     """transformers' model with its attention mask and router hooks in place."""
 
     def __init__(self, checkpoint: Checkpoint, dtype: str) -> None:
-        from transformers import DogeConfig, DogeForCausalLM
         from transformers.utils import logging
 
         logging.disable_progress_bar()  # type: ignore[no-untyped-call]
         # Configs were read strictly by us; transformers' remarks on them are noise here.
         logging.set_verbosity_error()  # type: ignore[no-untyped-call]
-        config = DogeConfig.from_dict({**checkpoint.config, "num_hidden_layers": checkpoint.facts.num_hidden_layers})
-        loaded = DogeForCausalLM.from_pretrained(
-            checkpoint.path,
-            config=config,
-            dtype=getattr(torch, dtype),
-            attn_implementation="eager",
-            use_safetensors=True,
-            local_files_only=True,
-        )
+        loaded = _load_model(checkpoint, getattr(torch, dtype))
         if checkpoint_size(checkpoint) < SMALL_PARAMETERS:
             torch.set_num_threads(1)
         self.model = loaded.eval()  # type: ignore[no-untyped-call]
@@ -201,6 +197,21 @@ class Reference:
         return given if self.use_given else own
 
 
+def _load_model(checkpoint: Checkpoint, dtype: torch.dtype) -> DogeForCausalLM:
+    if checkpoint.facts.is_legacy:
+        return load_legacy_model(checkpoint, dtype)
+    config = DogeConfig.from_dict({**checkpoint.config, "num_hidden_layers": checkpoint.facts.num_hidden_layers})
+    model: DogeForCausalLM = DogeForCausalLM.from_pretrained(
+        checkpoint.path,
+        config=config,
+        dtype=dtype,
+        attn_implementation="eager",
+        use_safetensors=True,
+        local_files_only=True,
+    )
+    return model
+
+
 def checkpoint_size(checkpoint: Checkpoint) -> int:
     """Number of parameters."""
     return sum(math.prod(tensor.shape) for tensor in checkpoint.tensors.values())
@@ -261,8 +272,10 @@ class ReferenceRows:
             # Padding sees what is before it, itself and other padding of this call, as in a static cache.
             seen = np.concatenate((self.real, np.ones_like(rows)), axis=1)
         positions = np.maximum(before[:, None] + source, 0)
+        # Padding on the left sees nothing that a selection could be judged by; on the right it sees what is before it.
+        judged = rows if self.padding == "left" else None
         logits, watch = self.reference(
-            input_ids, seen, positions, self.cache, given=given, use_given=use_given, real_rows=rows
+            input_ids, seen, positions, self.cache, given=given, use_given=use_given, real_rows=judged
         )
         self.real = np.concatenate((self.real, rows), axis=1)
         return [logits[b][torch.from_numpy(rows[b])] for b in range(len(rows))], watch

@@ -68,12 +68,24 @@ class Replay:
         runner.reset(len(real))
         for call in case.calls:
             trace.logits += feed_call(runner, call)
-            real = np.concatenate((real, self._real(call)), axis=1)
-            columns = [np.arange(row.sum()) if self.tokenwise else np.flatnonzero(row) for row in real]
+            before, real = real, np.concatenate((real, self._real(call)), axis=1)
+            columns = [self._columns(*rows) for rows in zip(before, real, strict=True)]
             trace.selections.append(_selections(runner, columns, real.shape[1]))
         signature = {spec.name for spec in runner.signature.outputs}
         trace.present = {name: rows for name, rows in runner.cache().items() if name in signature}
         return trace
+
+    def _columns(self, before: Array, real: Array) -> Array:
+        """Columns of one row in the reference that a call's selections speak of, in the bundle's order.
+
+        In a static cache the padding of this very call is among them: its rows see it, and a mixture that routes as the
+        reference does carries what they see to real tokens.
+        """
+        if self.tokenwise:
+            return np.arange(real.sum())
+        if self.padding == "right":
+            return np.concatenate((np.flatnonzero(before), np.arange(len(before), len(real))))
+        return np.flatnonzero(real)
 
     def _real(self, call: Call) -> Array:
         """`[B, Q]`: where the real tokens of a call stand, in the order in which it is run."""
@@ -155,7 +167,7 @@ def _selections(runner: OrtRunner, columns: Sequence[Array], total: int) -> Sele
     own = (
         [np.flatnonzero(row) for row in runner.real]
         if isinstance(runner, GrowingOrtRunner)
-        else [np.arange(n) for n in runner.row_lengths]
+        else [np.arange(len(target)) for target in columns]
     )
     for name, value in runner.extra.items():
         if not name.startswith("kept."):

@@ -14,6 +14,7 @@ from doge_deploy.checkpoint import Checkpoint, open_checkpoint
 from doge_deploy.errors import UnsupportedModelError, UsageError
 from doge_deploy.graph.passes.expose_selections import ExposeSelectionsPass
 from doge_deploy.graph.schemas import CDMOE, DYNAMIC_MASK_ATTENTION
+from doge_deploy.revisions import KEEPS_ALL
 from doge_deploy.runtime.base import IntArray
 from doge_deploy.runtime.ort import OrtRunner, open_runner
 from doge_deploy.verify.cases import Call, Case, Limits, chunk, distinct_ids, repeating_ids
@@ -50,6 +51,8 @@ class Report:
     dtype: str
     routing: str | None
     """None for a dense model."""
+    reference: str
+    """What the bundle was held against, for people."""
     weights: WeightsResult
     results: list[CaseResult] = field(default_factory=list)
     skipped: dict[str, str] = field(default_factory=dict)
@@ -76,7 +79,7 @@ def verify(
     started: Callable[[str], None] = lambda what: None,
     finished: Callable[[CaseResult], None] = lambda result: None,
 ) -> Report:
-    """Hold a bundle against transformers.
+    """Hold a bundle against transformers, or a legacy Doge against the reference of its revision.
 
     Args:
         path: the bundle.
@@ -96,10 +99,12 @@ def verify(
     checkpoint = _open_reference(bundle, reference)
     started("compare weights")
     weights = compare_weights(bundle, checkpoint)
-    started("load transformers")
+    started("load the reference")
     references = References(Reference(checkpoint, manifest.dtype), Reference(checkpoint, WIDER[manifest.dtype]))
     routing = manifest.options["routing"] if manifest.facts.is_moe else None
-    report = Report(bundle.path, manifest.dtype, routing, weights, skipped=_unreachable(bundle))
+    facts = manifest.facts
+    name = f"the reference of legacy Doges ({facts.revision})" if facts.is_legacy else "transformers"
+    report = Report(bundle.path, manifest.dtype, routing, name, weights, skipped=_unreachable(bundle))
     report.reference_itself = compare_reference_with_itself(bundle, references.same)
     text_ids = _text_ids(bundle)
     report.results = verify_layouts(
@@ -146,6 +151,8 @@ def _open_reference(bundle: Bundle, reference: str | None) -> Checkpoint:
 def _unreachable(bundle: Bundle) -> dict[str, str]:
     """Window cases that no call can reach."""
     window, capacity = bundle.manifest.facts.keep_window_size, bundle.manifest.max_length
+    if window == KEEPS_ALL:  # a legacy Doge without a window has no such cases
+        return {}
     lengths = {"window K=w+1": window + 1, "window K=2w": 2 * window}
     return {
         name: f"needs {length} tokens, max_length is {capacity}"

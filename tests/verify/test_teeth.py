@@ -107,8 +107,8 @@ def test_score_term_dropped(
     facts = open_bundle(tiny_bundle).manifest.facts
     edit = body(
         "DynamicMaskAttention",
-        "kv_bias = Where (kept, row_score_cast, hidden)",
-        "no_score = Sub (row_score_cast, row_score_cast)\n    kv_bias = Where (kept, no_score, hidden)",
+        "score_bias = Where (kept, row_score_cast, hidden)",
+        "no_score = Sub (row_score_cast, row_score_cast)\n    score_bias = Where (kept, no_score, hidden)",
         monkeypatch,
         facts,
     )

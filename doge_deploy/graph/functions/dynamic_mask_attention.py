@@ -1,6 +1,6 @@
 """Body of doge::DynamicMaskAttention.
 
-    bias[b, h, q, j] = score[b, h, j]   if slot j is visible to row q and among its w best, lowest index first
+    bias[b, h, q, j] = score[b, s, j]   if slot j is visible to row q and among its w best, lowest index first
                        hidden           otherwise
     output = softmax(q k^T * scale + bias) v
 
@@ -18,7 +18,7 @@ from doge_deploy.graph.functions.text import parse_function
 from doge_deploy.graph.schemas import DYNAMIC_MASK_ATTENTION
 
 KEPT = "kept"
-"""Name of the value that holds the kept keys, `[B, Hkv, Q, K]` bool; there where keys are selected; verification looks
+"""Name of the value that holds the kept keys, `[B, S, Q, K]` bool; there where keys are selected; verification looks
 at it.
 """
 
@@ -70,7 +70,7 @@ _BIAS = """
     row_score_cast = CastLike (row_score, query)
     hidden_float = Constant <value_float = HIDDEN> ()
     hidden = CastLike (hidden_float, query)
-    kv_bias = Where (kept, row_score_cast, hidden)
+    score_bias = Where (kept, row_score_cast, hidden)
 """
 
 _ATTEND = """
@@ -89,17 +89,17 @@ def dynamic_mask_attention_function(
         keep_window: the cache can exceed `keep_window_size`, so the top-w selection is part of the body.
         hidden_bias: bias of a hidden key, see `doge_deploy.model.attention.hidden_bias`.
     """
-    groups = facts.num_key_value_groups
+    groups = facts.num_attention_heads // facts.num_score_heads
     body = _VISIBLE + (_KEY_MASK if has_key_mask else _NO_KEY_MASK)
     body += "    row_score = Transpose <perm = [0, 1, 3, 2]> (score)\n"
     body += _KEEP_WINDOW if keep_window else "    kept = Identity (visible)\n"
     body += _BIAS.replace("HIDDEN", repr(hidden_bias))
     if groups == 1:
-        body += "    bias = Identity (kv_bias)\n"
+        body += "    bias = Identity (score_bias)\n"
     else:
-        # The G query heads of a key/value head share its bias.
+        # The G query heads of a key/value head share its bias; a legacy Doge has one per query head.
         head_map = ", ".join(str(head // groups) for head in range(facts.num_attention_heads))
         body += f"    head_map = Constant <value_ints = [{head_map}]> ()\n"
-        body += "    bias = Gather <axis = 1> (kv_bias, head_map)\n"
+        body += "    bias = Gather <axis = 1> (score_bias, head_map)\n"
     inputs = ["query", "key", "value", "score", "first_slot", *(["key_mask"] if has_key_mask else [])]
     return parse_function(DYNAMIC_MASK_ATTENTION, inputs, ["output"], ["keep_window_size", "scale"], body + _ATTEND)

@@ -20,7 +20,7 @@ class ExposeSelectionsPass(ir.passes.InPlacePass):
 
     Needs: the bodies of the local functions, in which the value named in `SELECTIONS` exists; `operators` names those
     to expose. (Attention to every visible key selects nothing: there is no such value in its body.)
-    Promises: the graph's own outputs are computed as before; the new ones are `kept.<layer>` `[B, Hkv, Q, K]` bool and
+    Promises: the graph's own outputs are computed as before; the new ones are `kept.<layer>` `[B, S, Q, K]` bool and
     `experts.<layer>` `[N, k]` int64, after the signature's.
     """
 
