@@ -2,6 +2,7 @@
 
     manifest.json          what it is, where it came from, the hash of every other file
     model.onnx             the graph of the first layout; model.<layout>.onnx of a second one
+    model.ort.onnx         the static graph lowered for ONNX Runtime's CPU provider, where that applies
     weights.safetensors    every weight once, external data of the graphs
     config.json, generation_config.json, tokenizer files: as they were in the checkpoint
     engines/<name>/        an engine that `doge-deploy build` made of the static graph, and what was found about it
@@ -37,6 +38,32 @@ _QUICK_LIMIT_BYTES = 16 * 1024 * 1024
 
 
 @dataclass(frozen=True)
+class Lowered:
+    """What a lowering made of a layout's graph."""
+
+    file: str | None
+    """The lowered graph, with the inputs and outputs of the standard one; None where no pass applied."""
+    applied: tuple[str, ...] = ()
+    """Passes that changed the graph, in order."""
+    declined: Mapping[str, str] = field(default_factory=dict)
+    """Passes that did not apply, each with the reason."""
+    requires: str = ""
+    """The oldest runtime that runs the file, where not every one that runs bundles does."""
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "file": self.file,
+            "applied": list(self.applied),
+            "declined": dict(self.declined),
+            "requires": self.requires,
+        }
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Lowered:
+        return cls(data["file"], tuple(data["applied"]), data["declined"], data["requires"])
+
+
+@dataclass(frozen=True)
 class Layout:
     """One graph of the bundle."""
 
@@ -45,6 +72,8 @@ class Layout:
     keep_window: bool
     """Whether the body of DynamicMaskAttention selects the best `keep_window_size` keys."""
     notes: tuple[str, ...] = ()
+    ort: Lowered | None = None
+    """For ONNX Runtime's CPU provider; None where none was tried."""
 
 
 @dataclass(frozen=True)
@@ -89,6 +118,7 @@ class Manifest:
                     "file": layout.file,
                     "keep_window": layout.keep_window,
                     "notes": list(layout.notes),
+                    "ort": layout.ort.to_json() if layout.ort is not None else None,
                     "signature": layout.signature.to_json(),
                 }
                 for name, layout in self.layouts.items()
@@ -104,7 +134,13 @@ class Manifest:
         if data["format_version"] != FORMAT_VERSION:
             raise ValueError(f"format_version {data['format_version']!r}; this version reads {FORMAT_VERSION}")
         layouts = {
-            name: Layout(row["file"], Signature.from_json(row["signature"]), row["keep_window"], tuple(row["notes"]))
+            name: Layout(
+                row["file"],
+                Signature.from_json(row["signature"]),
+                row["keep_window"],
+                tuple(row["notes"]),
+                Lowered.from_json(row["ort"]) if row.get("ort") else None,
+            )
             for name, row in data["layouts"].items()
         }
         return cls(

@@ -5,11 +5,12 @@ from __future__ import annotations
 import importlib.metadata
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Protocol
 
 from doge_deploy import __version__
-from doge_deploy.bundle import Layout, Manifest, file_entries, write_manifest, writing_bundle
+from doge_deploy.bundle import Layout, Lowered, Manifest, file_entries, write_manifest, writing_bundle
 from doge_deploy.checkpoint import Checkpoint, check_finite, check_score_range, open_checkpoint
 from doge_deploy.config import DogeFacts
 from doge_deploy.errors import MissingDependencyError, UnsupportedModelError
@@ -150,4 +151,24 @@ def _write_graphs(
         model.producer_name, model.producer_version = "doge-deploy", __version__
         ir.save(model, directory / layout.file)
         check_model(directory / layout.file, layout.signature)
+    if "static" in layouts:
+        advance = progress.stage("lower for ONNX Runtime")
+        layouts["static"] = _lower(directory, layouts["static"])
+        advance(1)
     return layouts
+
+
+def _lower(directory: Path, layout: Layout) -> Layout:
+    """Write the layout's graph in the form that ONNX Runtime's CPU provider runs fastest, beside the standard one."""
+    import onnx_ir as ir
+
+    from doge_deploy.graph.check import check_model
+    from doge_deploy.targets.ort import lower
+
+    lowering = lower(ir.load(directory / layout.file))
+    if not lowering.applied:
+        return replace(layout, ort=Lowered(None, (), lowering.declined))
+    file = layout.file.replace(".onnx", ".ort.onnx")
+    ir.save(lowering.model, directory / file)
+    check_model(directory / file, layout.signature)
+    return replace(layout, ort=Lowered(file, lowering.applied, lowering.declined, lowering.requires))

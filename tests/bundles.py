@@ -13,6 +13,7 @@ import onnx_ir as ir
 from doge_deploy.bundle import file_entries, open_bundle, write_manifest
 from doge_deploy.export import export
 from doge_deploy.options import ExportOptions
+from doge_deploy.runtime.ort import graph_file
 
 
 class NoProgress:
@@ -31,13 +32,13 @@ def make_bundle(model: str | Path, output: Path, **options: Any) -> Path:
 def broken_copy(
     bundle: Path, target: Path, *, graph: Callable[[ir.Model], None] | None = None, weights: Any = None
 ) -> Path:
-    """A copy whose first graph or weight file was changed, with the hashes of its manifest made to fit.
+    """A copy whose first graph (the one that is run) or weight file was changed; its manifest's hashes are made to fit.
 
     `graph` changes the model in place; `weights` is called with the path of the weight file.
     """
     shutil.copytree(bundle, target)
     opened = open_bundle(target)
-    file = target / opened.layout().file
+    file = target / graph_file(opened.layout())
     if graph is not None:
         model = ir.load(file)
         graph(model)

@@ -44,6 +44,7 @@ EXIT_BROKEN_PIPE = 128 + 13
 @click.option("--seed", type=int, metavar="N", help="The same seed draws the same text.")
 @click.option("--stop", "stop_strings", multiple=True, metavar="TEXT", help="End before TEXT; repeatable.")
 @click.option("--layout", metavar="static|growing", help="Graph to run; default: the bundle's first.")
+@click.option("--portable", is_flag=True, help="Run the standard graph, not the one lowered for ONNX Runtime.")
 @click.option("--threads", type=click.IntRange(min=1), metavar="N", help="CPU threads; default: all cores.")
 @click.option("--quiet", is_flag=True, help="No statistics and no notes on standard error.")
 def generate(
@@ -52,6 +53,7 @@ def generate(
     chat: bool,
     system: str | None,
     layout: str | None,
+    portable: bool,
     threads: int | None,
     quiet: bool,
     **choices: Any,
@@ -69,7 +71,7 @@ def generate(
     with _quiet_ends():
         if prompt == "-":
             prompt = _decoded(sys.stdin.buffer.read()).removesuffix("\n")
-        session = _Session(bundle, asked, layout, threads, quiet)
+        session = _Session(bundle, asked, layout, portable, threads, quiet)
         messages = [] if system is None else [{"role": "system", "content": system}]
         if prompt is None:
             session.converse(messages)
@@ -100,14 +102,20 @@ class _Session:
     """A bundle and what was asked of it; the model is loaded last, when the rest has shown no errors."""
 
     def __init__(
-        self, path: Path, asked: Mapping[str, Any], layout: str | None, threads: int | None, quiet: bool
+        self,
+        path: Path,
+        asked: Mapping[str, Any],
+        layout: str | None,
+        portable: bool,
+        threads: int | None,
+        quiet: bool,
     ) -> None:
         self._start = perf_counter()
         from doge_deploy.bundle import open_bundle
         from doge_deploy.runtime.generate import GenerationOptions, settings_not_done
         from doge_deploy.runtime.tokenizer import Tokenizer
 
-        self._layout, self._threads, self._quiet = layout, threads, quiet
+        self._layout, self._portable, self._threads, self._quiet = layout, portable, threads, quiet
         self._load_ms: float | None = None
         self.bundle = open_bundle(path, check="quick")
         self.tokenizer = Tokenizer.from_directory(self.bundle.path)
@@ -137,7 +145,7 @@ class _Session:
         from doge_deploy.runtime.generate import TextGenerator
         from doge_deploy.runtime.ort import open_runner
 
-        runner = open_runner(self.bundle, self._layout, threads=self._threads)
+        runner = open_runner(self.bundle, self._layout, threads=self._threads, portable=self._portable)
         self._load_ms = (perf_counter() - self._start) * 1000
         return TextGenerator(runner, self.tokenizer, self.options)
 

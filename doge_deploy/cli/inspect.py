@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -58,6 +59,8 @@ def _show(bundle: Bundle) -> None:
         console.print(f"\n[bold]{name}[/bold] ({layout.file})", highlight=False)
         for note in layout.notes:
             console.print(f"  note: {note}", highlight=False)
+        for line in _lowering(layout):
+            console.print(f"  {line}", highlight=False)
         console.print(_signature(layout), highlight=False)
     for warning in manifest.warnings:
         console.print(f"\nwarning: {warning}", style="yellow", highlight=False)
@@ -72,6 +75,15 @@ def _window(bundle: Bundle) -> str:
     if not REVISIONS[facts.revision].drops_keys:
         return "none: this revision keeps every key"
     return f"{facts.keep_window_size} keys kept of at most {bundle.manifest.max_length}"
+
+
+def _lowering(layout: Layout) -> Iterator[str]:
+    if layout.ort is None:
+        return
+    if layout.ort.file is not None:
+        yield f"for ONNX Runtime: {layout.ort.file} ({', '.join(layout.ort.applied)})"
+    for name, reason in layout.ort.declined.items():
+        yield f"for ONNX Runtime: {name} declined: {reason}"
 
 
 def _tools(bundle: Bundle) -> dict[str, str]:

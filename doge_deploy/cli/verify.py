@@ -12,6 +12,7 @@ import click
 @click.option("--reference", metavar="MODEL", help="The checkpoint; default: what the bundle says it came from.")
 @click.option("--layout", "layouts", multiple=True, metavar="static|growing", help="Only this layout; repeatable.")
 @click.option("--greedy-steps", type=click.IntRange(min=1), default=128, show_default=True, metavar="N")
+@click.option("--portable", is_flag=True, help="Judge the standard graph, not the one lowered for ONNX Runtime.")
 @click.option("--json", "json_file", type=click.Path(path_type=Path), metavar="FILE", help="Write every number here.")
 @click.option(
     "--junit", "junit_file", type=click.Path(path_type=Path), metavar="FILE", help="Write a JUnit report here."
@@ -21,6 +22,7 @@ def verify(
     reference: str | None,
     layouts: tuple[str, ...],
     greedy_steps: int,
+    portable: bool,
     json_file: Path | None,
     junit_file: Path | None,
 ) -> None:
@@ -48,6 +50,7 @@ def verify(
             reference=reference,
             layouts=layouts,
             greedy_steps=greedy_steps,
+            portable=portable,
             started=table.started,
             finished=table.finished,
         )

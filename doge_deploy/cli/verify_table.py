@@ -105,6 +105,8 @@ class VerifyTable:
                 highlight=False,
                 soft_wrap=True,
             )
+        ran = ", ".join(f"{file} ({layout})" for layout, file in report.graphs.items())
+        say(f"graphs that were run: {ran}", highlight=False, soft_wrap=True)
         passed = sum(result.passed for result in report.results)
         tied = sum(result.tied_rows for result in report.results)
         say(

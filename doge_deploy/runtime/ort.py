@@ -5,6 +5,7 @@ Reference: https://onnxruntime.ai/docs/api/python/api_summary.html (I/O binding)
 
 from __future__ import annotations
 
+import importlib.metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -57,6 +58,34 @@ def open_session(
         raise UnsupportedModelError(f"ONNX Runtime {onnxruntime.__version__} refuses the graph: {error}") from error
 
 
+def graph_file(layout: Layout, *, portable: bool = False) -> str:
+    """The file of a layout that ONNX Runtime runs here.
+
+    The graph lowered for it, unless there is none, the standard one is asked for, or the installed ONNX Runtime is
+    older than the lowered graph needs.
+    """
+    lowered = layout.ort
+    if portable or lowered is None or lowered.file is None:
+        return layout.file
+    if lowered.requires:
+        installed = next(filter(None, (_version(name) for name in ("onnxruntime", "onnxruntime-gpu"))), ())
+        if installed < _release(lowered.requires):
+            return layout.file
+    return lowered.file
+
+
+def _version(package: str) -> tuple[int, ...]:
+    try:
+        return _release(importlib.metadata.version(package))
+    except importlib.metadata.PackageNotFoundError:
+        return ()
+
+
+def _release(version: str) -> tuple[int, ...]:
+    """`1.32.0.dev1` -> (1, 32)."""
+    return tuple(int(part) for part in version.split(".")[:2])
+
+
 def open_runner(
     bundle: Bundle,
     layout: str | None = None,
@@ -64,6 +93,7 @@ def open_runner(
     threads: int | None = None,
     spin: bool = True,
     model: bytes | None = None,
+    portable: bool = False,
 ) -> OrtRunner:
     """A runner of one layout of a bundle.
 
@@ -72,9 +102,10 @@ def open_runner(
         layout: "static" or "growing"; the bundle's first where None.
         threads, spin: see `open_session`.
         model: a changed graph of that layout to run instead of the bundle's file; extra outputs are allowed.
+        portable: run the standard graph where the bundle also holds one lowered for ONNX Runtime.
     """
     chosen = bundle.layout(layout)
-    source: Path | bytes = bundle.path / chosen.file if model is None else model
+    source: Path | bytes = bundle.path / graph_file(chosen, portable=portable) if model is None else model
     if bundle.manifest.dtype == "bfloat16":
         from doge_deploy.targets.ort import widen_bfloat16
 
@@ -99,65 +130,80 @@ class OrtRunner(Runner):
         self.extra: dict[str, np.ndarray[Any, Any]] = {}
         """Values of `extra_outputs` in the last call."""
         self._binding = session.io_binding()
-        self._shapes = {spec.name: spec.shape for spec in layout.signature.inputs}
-        self._dtypes = {value.name: _NUMPY_DTYPES[value.type] for value in session.get_inputs()}
+        self._shapes = {spec.name: spec.shape for spec in (*layout.signature.inputs, *layout.signature.outputs)}
+        values = (*session.get_inputs(), *session.get_outputs())
+        self._dtypes = {value.name: _NUMPY_DTYPES.get(value.type) for value in values}
 
-    def _empty_cache(self, name: str, batch: int, past_length: int) -> Any:
-        """A zeroed cache: finite everywhere, since a hidden key's 0 weight still multiplies its value."""
-        import onnxruntime
-
-        sizes = {"batch_size": batch, "past_sequence_length": past_length}
+    def _zeros(self, name: str, **sizes: int) -> np.ndarray[Any, Any]:
+        """A zeroed array for a graph value: finite everywhere, since a hidden key's 0 weight multiplies its value."""
         shape = [sizes[axis] if isinstance(axis, str) else axis for axis in self._shapes[name]]
-        return onnxruntime.OrtValue.ortvalue_from_numpy(np.zeros(shape, self._dtypes[name]))
-
-    def _compute(self) -> FloatArray:
-        for name in ("logits", *self.extra_outputs):
-            self._binding.bind_output(name, "cpu")
-        self.session.run_with_iobinding(self._binding)
-        outputs = dict(zip(self._output_names(), self._binding.get_outputs(), strict=True))
-        self.extra = {name: outputs[name].numpy() for name in self.extra_outputs}
-        self._keep(outputs)
-        logits: FloatArray = outputs["logits"].numpy()
-        return logits
-
-    def _output_names(self) -> list[str]:
-        raise NotImplementedError
-
-    def _keep(self, outputs: dict[str, Any]) -> None:
-        raise NotImplementedError
+        return np.zeros(shape, self._dtypes[name])
 
 
 class StaticOrtRunner(OrtRunner):
-    """Buffers of `max_length` slots, bound once as input and output: the graph writes them in place."""
+    """Arrays that are bound once as inputs and outputs: the graph writes the caches, and the logits, in place.
+
+    A decode step sets a few numbers in bound arrays and runs; what it does in Python does not grow with the number of
+    layers or with the length of the text.
+    """
+
+    _bound: tuple[int, int] | None = None
+    """B and Q of the calls that the bound arrays are for."""
 
     def _reset(self, batch_size: int) -> None:
         self._binding.clear_binding_inputs()
         self._binding.clear_binding_outputs()
+        self._bound = None
         self._buffers = {}
         for past, present in self.past:
-            buffer = self._empty_cache(past, batch_size, 0)
+            buffer = self._zeros(past, batch_size=batch_size)
             self._buffers[present] = buffer
-            self._binding.bind_ortvalue_input(past, buffer)
-            self._binding.bind_ortvalue_output(present, buffer)
+            value = _wrap(buffer)
+            self._binding.bind_ortvalue_input(past, value)
+            self._binding.bind_ortvalue_output(present, value)
+
+    def _bind(self, batch: int, width: int) -> None:
+        """Bind arrays for calls of `width` tokens."""
+        self._bound = batch, width
+        self._inputs = {
+            name: self._zeros(name, batch_size=batch, sequence_length=width)
+            for name in ("input_ids", "write_indices", "sequence_lengths")
+            if name in self._shapes
+        }
+        self._logits = self._zeros("logits", batch_size=batch, sequence_length=width)
+        for name, array in self._inputs.items():
+            self._binding.bind_ortvalue_input(name, _wrap(array))
+        self._binding.bind_ortvalue_output("logits", _wrap(self._logits))
 
     def _run(self, input_ids: IntArray, lengths: IntArray) -> FloatArray:
-        self._binding.bind_cpu_input("input_ids", np.ascontiguousarray(input_ids))
-        self._binding.bind_cpu_input("write_indices", self.row_lengths)
-        if "sequence_lengths" in self._shapes:
-            self._binding.bind_cpu_input("sequence_lengths", lengths)
-        return self._compute()
-
-    def _output_names(self) -> list[str]:
-        return [*(present for _, present in self.past), "logits", *self.extra_outputs]
-
-    def _keep(self, outputs: dict[str, Any]) -> None:
-        """Nothing to do: the buffers were written in place."""
+        if self._bound != input_ids.shape:
+            self._bind(*input_ids.shape)
+        self._inputs["input_ids"][:] = input_ids
+        self._inputs["write_indices"][:] = self.row_lengths
+        if "sequence_lengths" in self._inputs:
+            self._inputs["sequence_lengths"][:] = lengths
+        for name in self.extra_outputs:  # their shapes change from call to call
+            self._binding.bind_output(name, "cpu")
+        self.session.run_with_iobinding(self._binding)
+        if self.extra_outputs:
+            names = [*(present for _, present in self.past), "logits", *self.extra_outputs]
+            outputs = dict(zip(names, self._binding.get_outputs(), strict=True))
+            self.extra = {name: outputs[name].numpy() for name in self.extra_outputs}
+        logits: FloatArray = self._logits.copy()
+        return logits
 
     def cache(self) -> dict[str, list[FloatArray]]:
         return {
-            name: [rows[b, :, :n] for b, n in enumerate(self.row_lengths)]
-            for name, rows in ((name, buffer.numpy()) for name, buffer in self._buffers.items())
+            name: [rows[b, :, :n].copy() for b, n in enumerate(self.row_lengths)]
+            for name, rows in self._buffers.items()
         }
+
+
+def _wrap(array: np.ndarray[Any, Any]) -> Any:
+    """An OrtValue on the array's own memory."""
+    import onnxruntime
+
+    return onnxruntime.OrtValue.ortvalue_from_numpy(array)
 
 
 class GrowingOrtRunner(OrtRunner):
@@ -168,7 +214,8 @@ class GrowingOrtRunner(OrtRunner):
     """
 
     def _reset(self, batch_size: int) -> None:
-        self._values = {present: self._empty_cache(past, batch_size, 0) for past, present in self.past}
+        empty = {"batch_size": batch_size, "past_sequence_length": 0}
+        self._values = {present: _wrap(self._zeros(past, **empty)) for past, present in self.past}
         self.real = np.zeros((batch_size, 0), bool)
 
     def _run(self, input_ids: IntArray, lengths: IntArray) -> FloatArray:
@@ -190,13 +237,15 @@ class GrowingOrtRunner(OrtRunner):
         self._binding.bind_cpu_input("input_ids", np.ascontiguousarray(input_ids))
         self._binding.bind_cpu_input("attention_mask", np.ascontiguousarray(attention_mask))
         self._binding.bind_cpu_input("position_ids", np.ascontiguousarray(position_ids))
-        return self._compute()
-
-    def _output_names(self) -> list[str]:
-        return [*(present for _, present in self.past), "logits", *self.extra_outputs]
-
-    def _keep(self, outputs: dict[str, Any]) -> None:
+        for name in ("logits", *self.extra_outputs):
+            self._binding.bind_output(name, "cpu")
+        self.session.run_with_iobinding(self._binding)
+        names = [*(present for _, present in self.past), "logits", *self.extra_outputs]
+        outputs = dict(zip(names, self._binding.get_outputs(), strict=True))
         self._values = {present: outputs[present] for _, present in self.past}
+        self.extra = {name: outputs[name].numpy() for name in self.extra_outputs}
+        logits: FloatArray = outputs["logits"].numpy()
+        return logits
 
     def cache(self) -> dict[str, list[FloatArray]]:
         return {

@@ -24,6 +24,7 @@ def report_json(report: Report) -> dict[str, Any]:
         "reference": report.reference,
         "dtype": report.dtype,
         "routing": report.routing,
+        "graphs": report.graphs,
         "weights": asdict(report.weights),
         "cases": [_case_json(result) for result in report.results],
         "skipped": report.skipped,

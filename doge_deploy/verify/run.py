@@ -16,7 +16,7 @@ from doge_deploy.graph.passes.expose_selections import ExposeSelectionsPass
 from doge_deploy.graph.schemas import CDMOE, DYNAMIC_MASK_ATTENTION
 from doge_deploy.revisions import KEEPS_ALL
 from doge_deploy.runtime.base import IntArray
-from doge_deploy.runtime.ort import OrtRunner, open_runner
+from doge_deploy.runtime.ort import OrtRunner, graph_file, open_runner
 from doge_deploy.verify.cases import Call, Case, Limits, chunk, distinct_ids, repeating_ids
 from doge_deploy.verify.parity import CaseResult, References, Runners, verify_layouts
 from doge_deploy.verify.reference import Reference
@@ -58,6 +58,8 @@ class Report:
     skipped: dict[str, str] = field(default_factory=dict)
     """Cases that the bundle cannot hold, with the reason."""
     reference_itself: SelfDifference | None = None
+    graphs: dict[str, str] = field(default_factory=dict)
+    """Per layout the file that was run."""
 
     @property
     def failed_cases(self) -> list[str]:
@@ -76,6 +78,7 @@ def verify(
     reference: str | None = None,
     layouts: tuple[str, ...] = (),
     greedy_steps: int = 128,
+    portable: bool = False,
     started: Callable[[str], None] = lambda what: None,
     finished: Callable[[CaseResult], None] = lambda result: None,
 ) -> Report:
@@ -86,6 +89,7 @@ def verify(
         reference: the checkpoint it came from; where None, what the bundle itself names (a bundled name or a Hub id).
         layouts: which of its layouts; all where empty.
         greedy_steps: tokens of the greedy case, fewer where the bundle holds fewer.
+        portable: judge the standard graphs, not those lowered for ONNX Runtime that `generate` runs.
         started: told what is about to be done.
         finished: told each case when it is judged.
 
@@ -105,11 +109,13 @@ def verify(
     facts = manifest.facts
     name = f"the reference of legacy Doges ({facts.revision})" if facts.is_legacy else "transformers"
     report = Report(bundle.path, manifest.dtype, routing, name, weights, skipped=_unreachable(bundle))
+    chosen = layouts or tuple(manifest.layouts)
+    report.graphs = {name: graph_file(bundle.layout(name), portable=portable) for name in chosen}
     report.reference_itself = compare_reference_with_itself(bundle, references.same)
     text_ids = _text_ids(bundle)
     report.results = verify_layouts(
         bundle,
-        {layout: open_runners(bundle, layout) for layout in layouts or tuple(manifest.layouts)},
+        {layout: open_runners(bundle, layout, portable=portable) for layout in chosen},
         references,
         text_ids=text_ids,
         greedy_steps=greedy_steps,
@@ -119,15 +125,15 @@ def verify(
     return report
 
 
-def open_runners(bundle: Bundle, layout: str) -> Runners:
-    """The layout's graph as it is, and with its selections exposed where it has any."""
+def open_runners(bundle: Bundle, layout: str, *, portable: bool = False) -> Runners:
+    """The layout's graph as it is, and with its selections exposed where it has any; see `open_runner`."""
     chosen = bundle.layout(layout)
-    plain = open_runner(bundle, layout, spin=False)
+    plain = open_runner(bundle, layout, spin=False, portable=portable)
     exposed: OrtRunner | None = None
     operators = [DYNAMIC_MASK_ATTENTION] if chosen.keep_window else []
     operators += [CDMOE] if bundle.manifest.facts.is_moe else []
     if operators:
-        model = ExposeSelectionsPass(operators)(ir.load(bundle.path / chosen.file)).model
+        model = ExposeSelectionsPass(operators)(ir.load(bundle.path / graph_file(chosen, portable=portable))).model
         exposed = open_runner(bundle, layout, spin=False, model=ir.to_proto(model).SerializeToString())
     return Runners(plain, exposed)
 

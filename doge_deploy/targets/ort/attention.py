@@ -1,0 +1,285 @@
+"""Dynamic mask attention as ONNX Runtime's GroupQueryAttention."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import onnx_ir as ir
+
+from doge_deploy.graph.schemas import DOMAIN, DYNAMIC_MASK_ATTENTION
+from doge_deploy.targets.ort.matching import (
+    CONTRIB,
+    Declined,
+    Emitter,
+    Linear,
+    attribute,
+    constant_ints,
+    expect,
+    match_linear,
+    only_use,
+    producer,
+    require_contrib,
+    take_place,
+)
+
+FUSED_ATTENTION_SINCE = "1.32"
+"""The first ONNX Runtime whose GroupQueryAttention has the inputs used here."""
+
+_HEADS_FIRST = (0, 2, 1, 3)
+
+
+@dataclass(frozen=True)
+class _Head:
+    """A projection that was split into heads, normalised and rotated."""
+
+    linear: Linear
+    heads: int
+    weight: ir.Value
+    epsilon: float
+    cos: ir.Value
+    sin: ir.Value
+    """The tables, `[L, D/2]`."""
+    write_indices: ir.Value
+
+
+@dataclass(frozen=True)
+class _Layer:
+    node: ir.Node
+    query: _Head
+    key: _Head
+    value: Linear
+    past: tuple[ir.Value, ir.Value, ir.Value]
+    """Key, value and score buffers."""
+    score: ir.Value
+    """Scores of the new tokens `[B, Hkv, Q, 1]`."""
+    present: tuple[ir.Value, ir.Value, ir.Value]
+    output: ir.Value
+    """`[B, Q, H*D]`, heads merged."""
+
+
+@dataclass(frozen=True)
+class _Lengths:
+    """Computed once for all layers."""
+
+    tokens: ir.Value
+    """Q for each row, `[B]` int32."""
+    last_slot: ir.Value
+    """Last slot in use of each row, `[B]` int32."""
+    total: ir.Value
+    """Slots in use of the longest row, an int32 scalar."""
+    total_1d: ir.Value
+    """The same, `[1]` int64."""
+    score_rows: ir.Value
+    """`[1, 1, Q, 1]` as a shape: what a row of scores is expanded to."""
+
+
+class FuseAttentionPass(ir.passes.InPlacePass):
+    """Everything between the three projections and the output projection becomes one GroupQueryAttention.
+
+    That operator rotates queries and keys, writes keys and values into the buffers it is given, and attends over the
+    slots in use only, where the standard body attends over all `max_length` of them. The scores of the slots in use go
+    in as `attention_bias`; what a row may not see is hidden by the operator itself, which is causal.
+
+    Needs: the static layout; heads of a multiple of 16; every DynamicMaskAttention as the trace writes it, with no key
+    left out (`keep_window_size` 0), in float32; ONNX Runtime 1.32, the first whose operator takes `query_seqlens`
+    (without it a batch cannot continue with more than one token a row).
+    Promises: graph inputs and outputs as before; the same sum of products and the same softmax, in another order.
+
+    1. Fires on all layers or on none.
+    2. Must not fire where a query is rotated by anything but its cache slot, or where the node has an input or
+       attribute that this pass does not know.
+    """
+
+    def call(self, model: ir.Model) -> ir.passes.PassResult:
+        graph = model.graph
+        nodes = [node for node in graph if node.domain == DOMAIN and node.op_type == DYNAMIC_MASK_ATTENTION]
+        layers = [_match(node) for node in nodes]
+        expect(bool(layers), "the graph has no DynamicMaskAttention")
+        lengths = _emit_lengths(layers[0])
+        for index, layer in enumerate(layers):
+            _emit(layer, index, lengths)
+        require_contrib(model)
+        return ir.passes.PassResult(model, True)
+
+
+def _match(node: ir.Node) -> _Layer:
+    expect(len(node.inputs) == 5, f"DynamicMaskAttention has {len(node.inputs)} inputs; 5 are known here")
+    unknown = set(node.attributes) - {"keep_window_size", "scale"}
+    expect(not unknown, f"DynamicMaskAttention has attributes that are not known here: {', '.join(sorted(unknown))}")
+    expect(attribute(node, "keep_window_size") == 0, "keys beyond keep_window_size are left out")
+    query, key, value, score, first_slot = node.inputs
+    query_head = _match_head(query, "the query")
+    scatters = [_scatter(v, what) for v, what in ((key, "the key"), (value, "the value"), (score, "the score"))]
+    key_head = _match_head(scatters[0].inputs[1], "the new key")
+    transpose = producer(scatters[1].inputs[1], "Transpose", "the new value")
+    expect(attribute(transpose, "perm") == _HEADS_FIRST, "the new value is transposed otherwise")
+    value_linear = match_linear(producer(transpose.inputs[0], "Reshape", "the new value").inputs[0], "the value")
+    indices = {query_head.write_indices, key_head.write_indices, first_slot, *(s.inputs[2] for s in scatters)}
+    expect(len(indices) == 1, "slots, rotation and visibility do not start at the same place")
+    expect(query_head.cos is key_head.cos and query_head.sin is key_head.sin, "query and key are rotated differently")
+    expect(query_head.epsilon == key_head.epsilon, "the norms of query and key have different epsilons")
+    same_input = query_head.linear.x is key_head.linear.x is value_linear.x
+    expect(same_input, "query, key and value are projected from different states")
+    expect(value_linear.output.dtype in (None, ir.DataType.FLOAT), "the model is not float32")
+    past = tuple(scatter.inputs[0] for scatter in scatters)
+    expect(all(p is not None and p.dtype == ir.DataType.FLOAT for p in past), "the caches are not float32")
+    per_key_head = past[2] is not None and past[2].shape is not None and past[2].shape[1] == key_head.heads
+    expect(per_key_head, "there is not one score per key head")
+    merge = only_use(node.outputs[0], "Transpose", "the attention output")
+    expect(attribute(merge, "perm") == _HEADS_FIRST, "heads are merged otherwise")
+    reshape = only_use(merge.outputs[0], "Reshape", "the transposed attention output")
+    new_score = scatters[2].inputs[1]
+    assert new_score is not None
+    return _Layer(
+        node,
+        query_head,
+        key_head,
+        value_linear,
+        past,  # type: ignore[arg-type]
+        new_score,
+        tuple(scatter.outputs[0] for scatter in scatters),  # type: ignore[arg-type]
+        reshape.outputs[0],
+    )
+
+
+def _scatter(value: ir.Value | None, what: str) -> ir.Node:
+    node = producer(value, "TensorScatter", what)
+    linear = attribute(node, "mode", "linear") == "linear" and attribute(node, "axis", -2) == -2
+    expect(linear, f"{what} is not written slot after slot")
+    expect(node.inputs[0] is not None and node.inputs[0].is_graph_input(), f"{what} is not written into a buffer")
+    return node
+
+
+def _match_head(value: ir.Value | None, what: str) -> _Head:
+    rotary = producer(value, "RotaryEmbedding", what)
+    expect(len(rotary.inputs) == 3, f"{what} is rotated with positions of its own")
+    whole = attribute(rotary, "rotary_embedding_dim", 0) == 0 and attribute(rotary, "interleaved", 0) == 0
+    expect(whole, f"{what} is rotated in part, or interleaved")
+    transpose = producer(rotary.inputs[0], "Transpose", what)
+    expect(attribute(transpose, "perm") == _HEADS_FIRST, f"{what} is transposed otherwise")
+    norm = producer(transpose.inputs[0], "RMSNormalization", what)
+    expect(attribute(norm, "stash_type", 1) == 1 and attribute(norm, "axis", -1) == -1, f"{what} is normed otherwise")
+    reshape = producer(norm.inputs[0], "Reshape", what)
+    shape = constant_ints(reshape.inputs[1])
+    expect(shape is not None and len(shape) == 4 and shape[:2] == (0, 0), f"{what} has no fixed number of heads")
+    assert shape is not None
+    weight = norm.inputs[1]
+    expect(weight is not None and weight.is_initializer(), f"the norm of {what} has a computed weight")
+    assert weight is not None
+    tables = [_table(table, what) for table in rotary.inputs[1:]]
+    expect(tables[0][1] is tables[1][1], f"{what} has cos and sin of different positions")
+    linear = match_linear(reshape.inputs[0], what)
+    size = linear.width // shape[2]
+    expect(size % 16 == 0, f"head_dim={size}: GroupQueryAttention takes multiples of 16")
+    epsilon = attribute(norm, "epsilon", 1e-5)
+    return _Head(linear, shape[2], weight, epsilon, tables[0][0], tables[1][0], _first_position(tables[0][1], what))
+
+
+def _table(value: ir.Value | None, what: str) -> tuple[ir.Value, ir.Value]:
+    """The table and the positions that are looked up in it."""
+    gather = producer(value, "Gather", f"the rotation of {what}")
+    table, positions = gather.inputs
+    expect(table is not None and table.is_initializer(), f"the rotation of {what} is not a table")
+    expect(attribute(gather, "axis", 0) == 0, f"the rotation of {what} is not looked up by position")
+    assert table is not None and positions is not None
+    return table, positions
+
+
+def _first_position(positions: ir.Value, what: str) -> ir.Value:
+    """The input of which `positions` `[B, Q]` are the consecutive numbers."""
+    add = producer(positions, "Add", f"the position of {what}")
+    start = producer(add.inputs[0], "Unsqueeze", f"the position of {what}").inputs[0]
+    steps = producer(add.inputs[1], "Range", f"the position of {what}")
+    first, _, step = steps.inputs
+    expect(constant_ints(first) == (0,) and constant_ints(step) == (1,), f"positions of {what} are not consecutive")
+    if start is None or not start.is_graph_input():
+        raise Declined(f"the position of {what} does not start at a graph input")
+    return start
+
+
+def _emit_lengths(layer: _Layer) -> _Lengths:
+    emit = Emitter(_first_user(layer), "lengths")
+    zero, one = emit.ints(0, name="zero"), emit.ints(1, name="one")
+    tokens = emit("Shape", layer.query.linear.x, start=1, end=2, name="tokens").outputs[0]
+    last_token = emit("Sub", tokens, one, name="last_token").outputs[0]
+    last_slot = emit("Add", layer.query.write_indices, last_token, name="last_slot").outputs[0]
+    last_slot_int32 = emit("Cast", last_slot, to=ir.DataType.INT32, name="last_slot_int32").outputs[0]
+    # All Q tokens of a row are written, padding too, as the standard graph does.
+    batch = emit("Shape", last_slot, name="batch").outputs[0]
+    tokens_int32 = emit("Cast", tokens, to=ir.DataType.INT32, name="tokens_int32").outputs[0]
+    row_tokens = emit("Expand", tokens_int32, batch, name="row_tokens").outputs[0]
+    longest = emit("ReduceMax", last_slot, zero, keepdims=1, name="longest").outputs[0]
+    total = emit("Add", longest, one, name="total").outputs[0]
+    scalar = emit("Squeeze", total, name="total_scalar").outputs[0]
+    total_int32 = emit("Cast", scalar, to=ir.DataType.INT32, name="total_int32").outputs[0]
+    rows = emit("Concat", one, one, tokens, one, axis=0, name="score_rows").outputs[0]
+    return _Lengths(row_tokens, last_slot_int32, total_int32, total, rows)
+
+
+def _first_user(layer: _Layer) -> ir.Node:
+    """The node in front of which everything can stand that depends on the graph's inputs and the layer's state."""
+    graph = layer.node.graph
+    assert graph is not None
+    wanted = {layer.query.linear.output, layer.key.linear.output, layer.value.output}
+    return next(node for node in graph if any(output in wanted for output in node.outputs))
+
+
+def _emit(layer: _Layer, index: int, lengths: _Lengths) -> None:
+    emit = Emitter(layer.node, f"layers.{index}.attention")
+    query, key, value = layer.query, layer.key, layer.value
+    packed = emit("Concat", _emit_norms(emit, query, key), value.output, axis=-1, name="qkv").outputs[0]
+    written = emit("TensorScatter", layer.past[2], layer.score, query.write_indices, name="score")
+    bias = _emit_bias(emit, layer, written.outputs[0], lengths)
+    fused = emit(
+        "GroupQueryAttention",
+        packed,
+        None,
+        None,
+        layer.past[0],
+        layer.past[1],
+        lengths.last_slot,
+        lengths.total,
+        query.cos,
+        query.sin,
+        None,  # position_ids: the slots themselves
+        bias,
+        *[None] * 5,  # head_sink, scales of a quantized cache, norms of query and key
+        lengths.tokens,
+        domain=CONTRIB,
+        outputs=3,
+        num_heads=query.heads,
+        kv_num_heads=key.heads,
+        do_rotary=1,
+        scale=attribute(layer.node, "scale"),
+    )
+    layer.output.replace_all_uses_with(fused.outputs[0])
+    for old, new in zip(layer.present, (fused.outputs[1], fused.outputs[2], written.outputs[0]), strict=True):
+        take_place(old, new)
+
+
+def _emit_norms(emit: Emitter, query: _Head, key: _Head) -> ir.Value:
+    """Query and key heads of all rows normalised by one operator: `[B, Q, (H+Hkv)*D]`, not rotated yet."""
+    heads = emit("Concat", query.linear.output, key.linear.output, axis=-1, name="query_key").outputs[0]
+    split = emit.ints(0, 0, query.heads + key.heads, -1, name="heads_shape")
+    states = emit("Reshape", heads, split, name="heads").outputs[0]
+    # ONNX Runtime folds the weight: a row per head.
+    rows = [
+        emit("Expand", head.weight, emit.ints(head.heads, 1, name=f"{what}_rows"), name=f"{what}_norm").outputs[0]
+        for what, head in (("query", query), ("key", key))
+    ]
+    weight = emit("Concat", *rows, axis=0, name="norm_weight").outputs[0]
+    normed = emit("RMSNormalization", states, weight, epsilon=query.epsilon, axis=-1, name="normed").outputs[0]
+    return emit("Reshape", normed, emit.ints(0, 0, -1, name="merged_shape"), name="merged").outputs[0]
+
+
+def _emit_bias(emit: Emitter, layer: _Layer, score: ir.Value, lengths: _Lengths) -> ir.Value:
+    """Scores of the slots in use, `[B, Hkv, L, 1]` -> `[B, 1 or H, Q, K]`."""
+    zero, axis = emit.ints(0, name="zero"), emit.ints(2, name="slot_axis")
+    used = emit("Slice", score, zero, lengths.total_1d, axis, name="used_scores").outputs[0]
+    heads, kv_heads = layer.query.heads, layer.key.heads
+    if kv_heads > 1 and heads > kv_heads:
+        head_map = emit.ints(*(head // (heads // kv_heads) for head in range(heads)), name="head_map")
+        used = emit("Gather", used, head_map, axis=1, name="head_scores").outputs[0]
+    shape = emit.ints(0, 0, 1, -1, name="row_shape")
+    row = emit("Reshape", used, shape, name="score_row").outputs[0]
+    return emit("Expand", row, lengths.score_rows, name="bias").outputs[0]

@@ -1,0 +1,35 @@
+"""A tied vocabulary projection without a transposed copy of the embedding."""
+
+from __future__ import annotations
+
+import onnx_ir as ir
+
+from doge_deploy.targets.ort.matching import CONTRIB, Emitter, attribute, expect, require_contrib, take_place
+
+
+class TiedHeadPass(ir.passes.InPlacePass):
+    """Transpose(embedding) + MatMul -> FusedMatMul, which reads the embedding `[V, C]` as it is.
+
+    Needs: a MatMul by a transposed initializer. Promises: the same products in another order.
+
+    1. Fires where `Transpose(perm=[1, 0])` of a 2-D initializer is read by a MatMul as its second input.
+    """
+
+    def call(self, model: ir.Model) -> ir.passes.PassResult:
+        found = [node for node in model.graph if node.op_type == "MatMul" and _transposed(node) is not None]
+        expect(bool(found), "no product with a transposed weight: the head is not tied")
+        for node in found:
+            weight = _transposed(node)
+            emit = Emitter(node, node.outputs[0].name or "head")
+            fused = emit("FusedMatMul", node.inputs[0], weight, domain=CONTRIB, transB=1)
+            take_place(node.outputs[0], fused.outputs[0])
+        require_contrib(model)
+        return ir.passes.PassResult(model, True)
+
+
+def _transposed(node: ir.Node) -> ir.Value | None:
+    transpose = node.inputs[1].producer() if node.inputs[1] is not None else None
+    if transpose is None or transpose.op_type != "Transpose" or attribute(transpose, "perm") != (1, 0):
+        return None
+    weight = transpose.inputs[0]
+    return weight if weight is not None and weight.is_initializer() else None

@@ -1,0 +1,67 @@
+"""The order of the lowering for ONNX Runtime's CPU provider."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import onnx_ir as ir
+import onnx_ir.passes.common as common
+
+from doge_deploy.targets.ort.attention import FUSED_ATTENTION_SINCE, FuseAttentionPass
+from doge_deploy.targets.ort.head import TiedHeadPass
+from doge_deploy.targets.ort.linears import PackLinearsPass
+from doge_deploy.targets.ort.matching import Declined
+from doge_deploy.targets.ort.norms import FuseNormsPass
+
+PASSES: tuple[type[ir.passes.PassBase], ...] = (
+    FuseAttentionPass,
+    PackLinearsPass,
+    TiedHeadPass,
+    FuseNormsPass,
+)
+"""In the order in which they run."""
+
+
+@dataclass(frozen=True)
+class Lowering:
+    """A lowered graph and how it came about."""
+
+    model: ir.Model
+    applied: tuple[str, ...]
+    """Names of the passes that changed the graph."""
+    declined: dict[str, str]
+    """Name of a pass that did not apply -> why."""
+
+    @property
+    def requires(self) -> str:
+        """The oldest ONNX Runtime that runs the graph; "" for any that runs bundles."""
+        return FUSED_ATTENTION_SINCE if FuseAttentionPass.__name__ in self.applied else ""
+
+
+def lower(model: ir.Model, passes: Sequence[type[ir.passes.PassBase]] = PASSES) -> Lowering:
+    """Rewrite a bundle's standard graph, in place, into a fast form for ONNX Runtime's CPU provider.
+
+    Args:
+        model: the graph as exported; its inputs and outputs stay the same.
+        passes: what to apply, in order. A pass that declines leaves the graph as it was.
+    """
+    applied: list[str] = []
+    declined: dict[str, str] = {}
+    dtype = model.graph.outputs[0].dtype
+    if dtype != ir.DataType.FLOAT:
+        reason = f"the graph computes in {dtype}; the CPU provider's fused operators are used in FLOAT only"
+        return Lowering(model, (), {make.__name__: reason for make in passes})
+    for make in passes:
+        name = make.__name__
+        try:
+            model = make()(model).model
+        except Declined as declining:
+            declined[name] = str(declining)
+        else:
+            applied.append(name)
+            model = common.RemoveUnusedNodesPass()(model).model
+    model = common.CommonSubexpressionEliminationPass()(model).model
+    model = common.RemoveUnusedFunctionsPass()(model).model  # type: ignore[no-untyped-call]
+    model = common.RemoveUnusedOpsetsPass()(model).model
+    return Lowering(model, tuple(applied), declined)
