@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.util
+import shutil
+import sys
+
 import nox
 
 nox.needs_version = ">=2024.4"
@@ -51,3 +55,31 @@ def typing(session: nox.Session) -> None:
     """Types, strict on the package."""
     install(session, "export,cpu,plugins,dev")
     session.run("mypy", "doge_deploy")
+
+
+_interop: dict[str, str] = {}
+
+
+def interop_bundles(session: nox.Session) -> str:
+    """A directory of bundles and of what `doge-deploy generate` makes of them, written once for all sessions."""
+    if "bundles" not in _interop:
+        if importlib.util.find_spec("doge_deploy") is None:
+            session.error("run .venv/bin/nox: the environment of `make setup` exports the bundles")
+        _interop["bundles"] = session.create_tmp()
+        shutil.rmtree(_interop["bundles"])
+        session.run(sys.executable, "tests/interop/prepare.py", _interop["bundles"], external=True)
+    return _interop["bundles"]
+
+
+@nox.session(name="interop-optimum")
+def interop_optimum(session: nox.Session) -> None:
+    """Bundles in optimum's ORTModelForCausalLM: the same greedy tokens."""
+    session.install("-r", "tests/interop/requirements-optimum.txt")
+    session.run("python", "tests/interop/optimum_client.py", interop_bundles(session))
+
+
+@nox.session(name="interop-genai")
+def interop_genai(session: nox.Session) -> None:
+    """Bundles in onnxruntime-genai: the same greedy tokens."""
+    session.install("-r", "tests/interop/requirements-genai.txt")
+    session.run("python", "tests/interop/genai_client.py", interop_bundles(session))

@@ -14,6 +14,7 @@ from doge_deploy.bundle import Layout, Lowered, Manifest, file_entries, write_ma
 from doge_deploy.checkpoint import Checkpoint, check_finite, check_score_range, open_checkpoint
 from doge_deploy.config import DogeFacts
 from doge_deploy.errors import MissingDependencyError, UnsupportedModelError
+from doge_deploy.genai_config import GENAI_CONFIG, genai_config, write_genai_config
 from doge_deploy.options import ExportOptions
 from doge_deploy.revisions import REVISIONS
 from doge_deploy.signature import LAYOUTS, make_signature
@@ -55,6 +56,11 @@ def export(model: str, output: Path, options: ExportOptions, *, force: bool, pro
         layouts = _write_graphs(directory, checkpoint, options, max_length, progress)
         for file in checkpoint.companion_files:
             shutil.copyfile(file, directory / file.name)
+        if "growing" in layouts:
+            document = genai_config(
+                facts, layouts["growing"], max_length=max_length, generation_config=checkpoint.generation_config
+            )
+            write_genai_config(directory / GENAI_CONFIG, document)
         advance = progress.stage("hash files")
         manifest = Manifest(
             tool={"name": "doge-deploy", "version": __version__},

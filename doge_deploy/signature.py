@@ -63,7 +63,7 @@ class Signature:
         return cls(data["layout"], specs(data["inputs"]), specs(data["outputs"]))
 
 
-def past_name(layer: int, kind: str) -> str:
+def past_name(layer: int | str, kind: str) -> str:
     return f"past_key_values.{layer}.{kind}"
 
 

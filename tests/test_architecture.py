@@ -18,6 +18,7 @@ ORDER = [
     "checkpoint",
     "engine",
     "bundle",
+    "genai_config",
     "model",
     "plugins",
     "graph",
