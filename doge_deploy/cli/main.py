@@ -25,6 +25,7 @@ _COMMANDS = {
     "export": "Trace a checkpoint to an ONNX bundle.",
     "verify": "Prove by numbers that a bundle computes what transformers computes.",
     "generate": "Generate text from a bundle.",
+    "bench": "Time a bundle, beside transformers and a plain export.",
     "inspect": "Show what a bundle is, and check its files.",
 }
 """In the order of use; each lives in a file of its own name here. The help texts spare `--help` their imports."""

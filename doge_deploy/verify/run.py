@@ -10,8 +10,6 @@ import numpy as np
 import onnx_ir as ir
 
 from doge_deploy.bundle import Bundle, open_bundle
-from doge_deploy.checkpoint import Checkpoint, open_checkpoint
-from doge_deploy.errors import UnsupportedModelError, UsageError
 from doge_deploy.graph.passes.expose_selections import ExposeSelectionsPass
 from doge_deploy.graph.schemas import CDMOE, DYNAMIC_MASK_ATTENTION
 from doge_deploy.revisions import KEEPS_ALL
@@ -21,6 +19,7 @@ from doge_deploy.verify.cases import Call, Case, Limits, chunk, distinct_ids, re
 from doge_deploy.verify.parity import CaseResult, References, Runners, verify_layouts
 from doge_deploy.verify.reference import Reference
 from doge_deploy.verify.replay import Replay
+from doge_deploy.verify.source import open_reference
 from doge_deploy.verify.tolerance import WIDER
 from doge_deploy.verify.weights import WeightsResult, compare_weights
 
@@ -100,7 +99,7 @@ def verify(
     """
     bundle = open_bundle(path)
     manifest = bundle.manifest
-    checkpoint = _open_reference(bundle, reference)
+    checkpoint = open_reference(bundle, reference)
     started("compare weights")
     weights = compare_weights(bundle, checkpoint)
     started("load the reference")
@@ -136,22 +135,6 @@ def open_runners(bundle: Bundle, layout: str, *, portable: bool = False) -> Runn
         model = ExposeSelectionsPass(operators)(ir.load(bundle.path / graph_file(chosen, portable=portable))).model
         exposed = open_runner(bundle, layout, spin=False, model=ir.to_proto(model).SerializeToString())
     return Runners(plain, exposed)
-
-
-def _open_reference(bundle: Bundle, reference: str | None) -> Checkpoint:
-    manifest = bundle.manifest
-    source = reference or manifest.checkpoint["source"]
-    if source is None:
-        raise UsageError(
-            f"{bundle.path} was exported from a directory; name the checkpoint it came from with --reference MODEL"
-        )
-    checkpoint = open_checkpoint(source, num_layers=manifest.options["num_layers"])
-    if checkpoint.sha256 != manifest.checkpoint["sha256"]:
-        raise UnsupportedModelError(
-            f"{source} is not the checkpoint of {bundle.path}: its weights have sha256 {checkpoint.sha256[:12]}..., "
-            f"the bundle's {manifest.checkpoint['sha256'][:12]}..."
-        )
-    return checkpoint
 
 
 def _unreachable(bundle: Bundle) -> dict[str, str]:

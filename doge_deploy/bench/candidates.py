@@ -1,0 +1,77 @@
+"""Whatever can be timed.
+
+A candidate is described in plain values, because it is opened in a process of its own.
+"""
+
+from __future__ import annotations
+
+import importlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from doge_deploy.runtime.base import Runner
+
+Kind = Literal["bundle", "transformers", "naive"]
+
+_LIBRARIES = {
+    "bundle": ("onnxruntime", "doge_deploy.runtime.ort"),
+    "transformers": ("torch", "transformers.models.doge.modeling_doge", "doge_deploy.bench.peers.eager"),
+    "naive": ("onnxruntime", "doge_deploy.bench.peers.naive"),
+}
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """Something that runs a Doge."""
+
+    name: str
+    kind: Kind
+    path: str
+    """The bundle, the checkpoint of transformers, or the directory of a plain export."""
+    dtype: str
+    """NumPy's name of the dtype that it computes in."""
+    max_length: int
+    """Most tokens a row can hold."""
+    vocab_size: int
+    layout: str | None = None
+    """Of a bundle."""
+    last_logits: bool = True
+    """Whether a call gives logits of the last token alone."""
+    num_layers: int | None = None
+    """Of transformers: only so many layers; all where None."""
+
+
+def import_libraries(candidate: Candidate) -> None:
+    """Import what `open_candidate` needs, so that loading can be timed without it."""
+    for name in _LIBRARIES[candidate.kind]:
+        importlib.import_module(name)
+
+
+def open_candidate(candidate: Candidate, threads: int) -> Runner:
+    """Load a model, ready to run with `threads` threads.
+
+    Raises:
+        DogeDeployError: it cannot be loaded.
+    """
+    if candidate.kind == "bundle":
+        from doge_deploy.bundle import open_bundle
+        from doge_deploy.runtime.ort import open_runner
+
+        return open_runner(open_bundle(candidate.path, check="quick"), candidate.layout, threads=threads)
+    if candidate.kind == "transformers":
+        from doge_deploy.bench.peers.eager import open_eager
+
+        return open_eager(
+            Path(candidate.path),
+            dtype=candidate.dtype,
+            num_layers=candidate.num_layers,
+            max_length=candidate.max_length,
+            last_logits=candidate.last_logits,
+            threads=threads,
+        )
+    from doge_deploy.bench.peers.naive import open_naive
+
+    return open_naive(
+        Path(candidate.path), max_length=candidate.max_length, last_logits=candidate.last_logits, threads=threads
+    )

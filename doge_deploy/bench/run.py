@@ -1,0 +1,273 @@
+"""A benchmark: which candidates, then fresh processes, then rounds."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from time import sleep
+
+from doge_deploy.bench.candidates import Candidate
+from doge_deploy.bench.machine import available_cpus, this_machine
+from doge_deploy.bench.measure import RoundTimes
+from doge_deploy.bench.process import WorkerProcess
+from doge_deploy.bench.report import Load, Measurements, Report, Settings, WorkloadResult
+from doge_deploy.bench.roofline import buffer_bytes
+from doge_deploy.bench.schedule import rotated
+from doge_deploy.bench.traffic import decode_traffic
+from doge_deploy.bench.workload import Workload
+from doge_deploy.bundle import Bundle, open_bundle
+from doge_deploy.checkpoint import Checkpoint
+from doge_deploy.errors import UsageError
+from doge_deploy.export import require_export_dependencies
+from doge_deploy.verify.source import open_reference
+
+PEERS = ("transformers", "naive")
+
+_SETTLE_S = 0.05
+"""Pause before a section, so that threads of the one before it stop waiting for work and go to sleep."""
+
+
+@dataclass(frozen=True)
+class BenchOptions:
+    """What to measure; the cross product of lengths and batches are the workloads."""
+
+    prompt_lengths: tuple[int, ...] = (128,)
+    past_lengths: tuple[int, ...] = (0,)
+    batch_sizes: tuple[int, ...] = (1,)
+    decode_steps: int = 32
+    rounds: int = 8
+    loads: int = 3
+    threads: int | None = None
+    """All available CPUs where None."""
+    layouts: tuple[str, ...] = ()
+    """Of every bundle; its first where empty."""
+    against: tuple[str, ...] = ()
+    """Of `PEERS`."""
+    reference: str | None = None
+    roofline: bool = False
+    cache: Path | None = None
+    """Where plain exports are kept; `default_cache()` where None."""
+
+    def workloads(self) -> list[Workload]:
+        return [
+            Workload(batch, past, prompt, self.decode_steps)
+            for batch in self.batch_sizes
+            for past in self.past_lengths
+            for prompt in self.prompt_lengths
+        ]
+
+
+def default_cache() -> Path:
+    """`$XDG_CACHE_HOME/doge-deploy`, or what stands for it."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "doge-deploy"
+
+
+def bench(
+    paths: Sequence[Path],
+    options: BenchOptions,
+    *,
+    argv: Sequence[str] = (),
+    started: Callable[[str], None] = lambda what: None,
+    finished: Callable[[Report, WorkloadResult], None] = lambda report, result: None,
+) -> Report:
+    """Time bundles, and their peers, in turns.
+
+    Every candidate lives in a process of its own. For load time and memory these are fresh ones, `loads` per
+    candidate and workload, one alive at a time. For speed all are alive and take turns, one section at a time, in an
+    order that is rotated every round.
+
+    Args:
+        paths: bundles of one checkpoint (of any, where there are no peers); the first is what others are held against.
+        options: what to measure.
+        argv: the command line, for the report.
+        started: told what is about to be done.
+        finished: told each workload when it is done.
+
+    Raises:
+        UsageError: a workload does not fit into a bundle, or the checkpoint of peers is not known.
+        UnsupportedModelError: a bundle or the checkpoint is broken, or a process died.
+        MissingDependencyError: a package is missing.
+    """
+    opened = [open_bundle(path) for path in paths]
+    bundles = _bundle_candidates(opened, options.layouts)
+    _check_lengths(list(bundles), options.workloads())
+    threads = options.threads or available_cpus()
+    peers = _peers(opened, options, threads, started) if options.against else []
+    candidates = [*bundles, *peers]
+    settings = Settings(threads, options.rounds, options.loads, tuple(argv))
+    report = Report(this_machine(), settings, candidates)
+    for workload in options.workloads():
+        result = WorkloadResult(workload, [_empty(candidate, workload) for candidate in candidates])
+        for candidate, bundle in bundles.items():
+            result.of(candidate.name).traffic = decode_traffic(
+                bundle,
+                bundle.layout(candidate.layout),
+                batch_size=workload.batch_size,
+                keys=workload.decode_lengths[workload.decode_steps // 2],
+            )
+        taking_part = [candidate for candidate in candidates if result.of(candidate.name).not_measured is None]
+        _measure_loads(taking_part, result, options.loads, threads, started)
+        _measure_rounds(taking_part, result, options, report, started)
+        report.results.append(result)
+        finished(report, result)
+    return report
+
+
+def _bundle_candidates(bundles: Sequence[Bundle], layouts: Sequence[str]) -> dict[Candidate, Bundle]:
+    """One per bundle and layout; where two bundles have a name in common, by their whole path."""
+    names = [bundle.path.resolve().name for bundle in bundles]
+    unique = len(set(names)) == len(names)
+    candidates: dict[Candidate, Bundle] = {}
+    for bundle, name in zip(bundles, names, strict=True):
+        manifest = bundle.manifest
+        for layout in layouts or (bundle.layout().signature.layout,):
+            parts = [name if unique else str(bundle.path), *([layout] if len(layouts) > 1 else [])]
+            candidate = Candidate(
+                name=" ".join(parts),
+                kind="bundle",
+                path=str(bundle.path),
+                dtype=manifest.dtype,
+                max_length=manifest.max_length,
+                vocab_size=manifest.facts.vocab_size,
+                layout=bundle.layout(layout).signature.layout,
+                last_logits=manifest.options["logits"] == "last",
+            )
+            if candidate in candidates:
+                raise UsageError(f"{candidate.name} is named twice")
+            candidates[candidate] = bundle
+    return candidates
+
+
+def _check_lengths(candidates: Sequence[Candidate], workloads: Sequence[Workload]) -> None:
+    for candidate in candidates:
+        for workload in workloads:
+            if workload.total_length > candidate.max_length:
+                raise UsageError(
+                    f"{workload.name} and its decode steps need {workload.total_length} tokens, but the max_length of "
+                    f"{candidate.path} is {candidate.max_length}: ask for shorter ones"
+                )
+
+
+def _empty(candidate: Candidate, workload: Workload) -> Measurements:
+    fits = workload.total_length <= candidate.max_length
+    reason = None if fits else f"right for at most {candidate.max_length} tokens, needs {workload.total_length}"
+    return Measurements(candidate.name, not_measured=reason)
+
+
+def _peers(
+    bundles: Sequence[Bundle], options: BenchOptions, threads: int, started: Callable[[str], None]
+) -> list[Candidate]:
+    """The peers that were asked for, in the dtype of the first bundle; a plain export is made where there is none."""
+    require_export_dependencies()
+    first = bundles[0]
+    others = {bundle.manifest.checkpoint["sha256"] for bundle in bundles}
+    if len(others) > 1:
+        raise UsageError(f"--against needs bundles of one checkpoint; these come from {len(others)}")
+    checkpoint = open_reference(first, options.reference)
+    manifest, facts = first.manifest, checkpoint.facts
+    last = manifest.options["logits"] == "last"
+    peers = []
+    for name in options.against:
+        path, length = str(checkpoint.path), facts.max_position_embeddings
+        if name == "naive":
+            from doge_deploy.bench.peers.naive import naive_max_length
+
+            path, length = _naive(checkpoint, first, options, threads, started), naive_max_length(facts)
+        peers.append(
+            Candidate(
+                name=name,
+                kind="naive" if name == "naive" else "transformers",
+                path=path,
+                dtype=manifest.dtype,
+                max_length=max(length, manifest.max_length) if name == "transformers" else length,
+                vocab_size=facts.vocab_size,
+                last_logits=last,
+                num_layers=facts.num_hidden_layers,
+            )
+        )
+    return peers
+
+
+def _naive(
+    checkpoint: Checkpoint, bundle: Bundle, options: BenchOptions, threads: int, started: Callable[[str], None]
+) -> str:
+    from doge_deploy.bench.peers.naive import naive_directory
+
+    manifest, facts = bundle.manifest, checkpoint.facts
+    last = manifest.options["logits"] == "last"
+    cache = options.cache or default_cache()
+    directory = naive_directory(cache, checkpoint.sha256, facts, manifest.dtype, last_logits=last)
+    if not directory.is_dir():
+        started("export transformers' model plainly (kept for next time)")
+        with WorkerProcess(threads) as process:
+            process.ask(
+                "export_naive",
+                checkpoint=str(checkpoint.path),
+                output=str(directory),
+                facts=facts.to_json(),
+                dtype=manifest.dtype,
+                num_layers=facts.num_hidden_layers,
+                last_logits=last,
+            )
+    return str(directory)
+
+
+def _measure_loads(
+    candidates: Sequence[Candidate],
+    result: WorkloadResult,
+    loads: int,
+    threads: int,
+    started: Callable[[str], None],
+) -> None:
+    """Fresh processes, one alive at a time."""
+    for number in range(loads):
+        for candidate in rotated(candidates, number):
+            started(f"{result.workload.name}: load {candidate.name} in a new process, {number + 1} of {loads}")
+            with WorkerProcess(threads) as process:
+                loaded = process.ask("load", candidate=asdict(candidate), threads=threads)
+                ready_ns = process.age_ns()
+                first = process.ask("first", workload=asdict(result.workload))
+                memory = process.ask("memory")
+            result.of(candidate.name).loads.append(
+                Load(
+                    ready_ns=ready_ns,
+                    first_prefill_ns=first["prefill_ns"],
+                    first_decode_ns=first["decode_ns"],
+                    **loaded,
+                    **memory,
+                )
+            )
+
+
+def _measure_rounds(
+    candidates: Sequence[Candidate],
+    result: WorkloadResult,
+    options: BenchOptions,
+    report: Report,
+    started: Callable[[str], None],
+) -> None:
+    """All alive, one timed at a time; the bandwidth probe is one more that takes turns."""
+    threads, workload = report.settings.threads, asdict(result.workload)
+    with contextlib.ExitStack() as stack:
+        processes: dict[str | None, WorkerProcess] = {}
+        for candidate in candidates:
+            started(f"{result.workload.name}: load {candidate.name}")
+            process = processes[candidate.name] = stack.enter_context(WorkerProcess(threads))
+            process.ask("load", candidate=asdict(candidate), threads=threads)
+            result.of(candidate.name).tokens = process.ask("first", workload=workload)["tokens"]
+        if options.roofline:
+            probe = processes[None] = stack.enter_context(WorkerProcess(1))
+            nbytes = buffer_bytes(report.machine.last_level_cache_bytes)
+            result.probe_bytes = probe.ask("probe", threads=threads, nbytes=nbytes)["nbytes"]
+        for number in range(options.rounds):
+            started(f"{result.workload.name}: round {number + 1} of {options.rounds}")
+            for name in rotated(list(processes), number):
+                sleep(_SETTLE_S)
+                if name is None:
+                    result.sweeps_ns.append(processes[name].ask("sweep")["sweeps_ns"])
+                else:
+                    answer = processes[name].ask("round", workload=workload)
+                    result.of(name).rounds.append(RoundTimes(**answer))

@@ -1,0 +1,124 @@
+"""The process that one candidate lives in: reads a JSON request a line, answers with one.
+
+    {"do": "load", "candidate": {...}, "threads": 2}   import libraries, then load the model
+    {"do": "first", "workload": {...}}                 the first calls
+    {"do": "round", "workload": {...}}                 one timed round
+    {"do": "memory"}                                   peak resident memory so far
+    {"do": "export_naive", ...}                        make a plain export (in a process that times nothing)
+    {"do": "probe", "threads": 2, "nbytes": ...}       become a bandwidth probe
+    {"do": "sweep"}                                    read the probe's array
+
+Errors of this package are answered as {"error": class, "message": line}; any other ends the process.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from time import perf_counter_ns
+from typing import TYPE_CHECKING, Any
+
+from doge_deploy.errors import DogeDeployError
+
+if TYPE_CHECKING:
+    from doge_deploy.bench.roofline import BandwidthProbe
+    from doge_deploy.bench.workload import Workload
+    from doge_deploy.runtime.base import IntArray, Runner
+
+
+class Worker:
+    """State of the process: a loaded candidate or a probe."""
+
+    def __init__(self) -> None:
+        self._runner: Runner | None = None
+        self._vocab_size = 0
+        self._probe: BandwidthProbe | None = None
+        self.answers: dict[str, Callable[..., dict[str, Any]]] = {
+            "load": self.load,
+            "first": self.first,
+            "round": self.round,
+            "memory": self.memory,
+            "export_naive": self.export_naive,
+            "probe": self.probe,
+            "sweep": self.sweep,
+        }
+
+    def load(self, candidate: dict[str, Any], threads: int) -> dict[str, Any]:
+        from doge_deploy.bench.candidates import Candidate, import_libraries, open_candidate
+        from doge_deploy.bench.machine import memory_bytes
+
+        described = Candidate(**candidate)
+        start = perf_counter_ns()
+        import_libraries(described)
+        imported, before = perf_counter_ns(), memory_bytes()
+        self._runner = open_candidate(described, threads)
+        self._vocab_size = described.vocab_size
+        return {
+            "import_ns": imported - start,
+            "load_ns": perf_counter_ns() - imported,
+            "imported_bytes": before,
+            "loaded_bytes": memory_bytes(),
+        }
+
+    def first(self, workload: dict[str, Any]) -> dict[str, Any]:
+        from doge_deploy.bench.measure import time_first_calls
+
+        return asdict(time_first_calls(*self._run_of(workload)))
+
+    def round(self, workload: dict[str, Any]) -> dict[str, Any]:
+        from doge_deploy.bench.measure import time_round
+
+        return asdict(time_round(*self._run_of(workload)))
+
+    def _run_of(self, workload: dict[str, Any]) -> tuple[Runner, Workload, IntArray]:
+        from doge_deploy.bench.workload import Workload
+
+        assert self._runner is not None
+        described = Workload(**workload)
+        return self._runner, described, described.input_ids(self._vocab_size)
+
+    def memory(self) -> dict[str, Any]:
+        from doge_deploy.bench.machine import peak_memory_bytes
+
+        return {"peak_bytes": peak_memory_bytes()}
+
+    def export_naive(self, checkpoint: str, output: str, facts: dict[str, Any], **choices: Any) -> dict[str, Any]:
+        from doge_deploy.bench.peers.naive import export_naive
+        from doge_deploy.config import DogeFacts
+
+        export_naive(Path(checkpoint), Path(output), facts=DogeFacts.from_json(facts), **choices)
+        return {}
+
+    def probe(self, threads: int, nbytes: int) -> dict[str, Any]:
+        from doge_deploy.bench.roofline import BandwidthProbe
+
+        self._probe = BandwidthProbe(threads, nbytes)
+        return {"nbytes": self._probe.nbytes}
+
+    def sweep(self) -> dict[str, Any]:
+        assert self._probe is not None
+        return {"sweeps_ns": self._probe.time_sweeps()}
+
+
+def main() -> None:
+    """Answer requests until there are no more."""
+    # Libraries print; what they print to standard output must not end up among the answers.
+    answers = os.fdopen(os.dup(sys.stdout.fileno()), "w", encoding="utf-8")
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
+    worker = Worker()
+    for line in sys.stdin:
+        request = json.loads(line)
+        try:
+            answer = worker.answers[request.pop("do")](**request)
+        except DogeDeployError as error:
+            answer = {"error": type(error).__name__, "message": str(error)}
+        answers.write(json.dumps(answer) + "\n")
+        answers.flush()
+
+
+if __name__ == "__main__":
+    main()

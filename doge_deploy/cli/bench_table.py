@@ -1,0 +1,180 @@
+"""What `bench` prints: a table per workload, ratios below it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from statistics import median
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.table import Table
+
+from doge_deploy.bench.report import (
+    NOTABLE_NEIGHBOURS,
+    Measurements,
+    Ratio,
+    Report,
+    WorkloadResult,
+    bandwidths,
+    compared,
+    equal_tokens,
+    figures,
+    neighbours,
+    ratios,
+)
+
+if TYPE_CHECKING:
+    from rich.status import Status
+
+_WIDTH_WITHOUT_TERMINAL = 150
+
+Figures = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class _Column:
+    name: str
+    text: Callable[[Figures], str]
+
+
+_COLUMNS = (
+    _Column("first token ms", lambda row: _spread(row["first_token_ms"])),
+    _Column("prefill tok/s", lambda row: _number(row["prefill_tokens_per_s"])),
+    _Column("decode tok/s", lambda row: _number(row["decode_tokens_per_s"])),
+    _Column("ms a step", lambda row: _spread(row["decode_step_ms"])),
+    _Column("n", lambda row: str(row["decode_step_ms"]["n"])),
+    _Column("load ms", lambda row: _number(row.get("load_ms"))),
+    _Column("process to first token s", lambda row: _seconds(row.get("process_to_first_token_ms"))),
+    _Column("peak MB (over libraries)", lambda row: _memory(row)),
+)
+
+
+class BenchTables:
+    """Says on standard error what is going on, and prints each workload when it is done; a context manager."""
+
+    def __init__(self) -> None:
+        console = Console()
+        self.console = console if console.is_terminal else Console(width=_WIDTH_WITHOUT_TERMINAL)
+        self.errors = Console(stderr=True)
+        self._status: Status | None = None
+        self._any = False
+
+    def __enter__(self) -> BenchTables:
+        if self.errors.is_terminal:
+            self._status = self.errors.status("open bundles")
+            self._status.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._status is not None:
+            self._status.stop()
+
+    def started(self, what: str) -> None:
+        """Told what is about to be done."""
+        if self._status is not None:
+            self._status.update(what)
+
+    def finished(self, report: Report, result: WorkloadResult) -> None:
+        """Print one workload."""
+        if not self._any:
+            self._print(_conditions(report))
+            self._any = True
+        self._print("")
+        self.console.print(_table(result))
+        for line in _notes(report, result):
+            self._print(line)
+
+    def _print(self, line: str) -> None:
+        self.console.print(line, highlight=False, markup=False, soft_wrap=True)
+
+
+def _conditions(report: Report) -> str:
+    machine, settings = report.machine, report.settings
+    versions = ", ".join(f"{name} {version}" for name, version in machine.versions.items())
+    dtypes = ", ".join(f"{candidate.name} {candidate.dtype}" for candidate in report.candidates)
+    return (
+        f"{machine.processor}, {machine.cpus} CPUs, {settings.threads} threads each; {machine.system}\n{versions}\n"
+        f"computing in: {dtypes}"
+    )
+
+
+def _table(result: WorkloadResult) -> Table:
+    steps = result.workload.decode_lengths
+    title = f"{result.workload.name}; decode over {steps.start} to {steps.stop - 1} keys; medians (p90)"
+    table = Table(title=title, title_justify="left")
+    table.add_column("")
+    for column in _COLUMNS:
+        table.add_column(column.name, justify="right")
+    for found in result.measurements:
+        row = figures(result, found)
+        table.add_row(found.candidate, *(column.text(row) if row else "" for column in _COLUMNS))
+    return table
+
+
+def _notes(report: Report, result: WorkloadResult) -> list[str]:
+    lines = [f"{found.candidate}: {found.not_measured}" for found in result.measurements if found.not_measured]
+    for own, other in compared(report):
+        mine, theirs = result.of(own), result.of(other)
+        if mine.rounds and theirs.rounds:
+            lines.append(_ratio_line(own, other, mine, theirs))
+    if result.sweeps_ns:
+        measured = [value / 1e9 for value in bandwidths(result)]
+        lines.append(
+            f"memory bandwidth: {median(measured):.1f} GB/s ({min(measured):.1f} to {max(measured):.1f}), read by "
+            f"{report.settings.threads} threads"
+        )
+        lines += [_roofline_line(report, result, found) for found in result.measurements if found.traffic is not None]
+    others = neighbours(result)
+    if others is None:
+        lines.append("other processes: not counted on this system")
+    else:
+        warning = "; too much to trust these times" if others > NOTABLE_NEIGHBOURS else ""
+        lines.append(f"other processes used {others:.1%} of the CPUs during timed rounds{warning}")
+    return lines
+
+
+def _ratio_line(own: str, other: str, mine: Measurements, theirs: Measurements) -> str:
+    same, of = equal_tokens(mine, theirs)
+    shown = ", ".join(f"{name} {_ratio(value)}" for name, value in ratios(mine, theirs).items())
+    return f"{own} against {other}, times better: {shown}; likeliest tokens equal: {same}/{of}"
+
+
+def _roofline_line(report: Report, result: WorkloadResult, found: Measurements) -> str:
+    row = figures(result, found)
+    share, nbytes = row["bandwidth_share"], row["decode_step_bytes"]
+    line = (
+        f"{found.candidate}: a decode step must read {nbytes / 1e6:.1f} MB: "
+        f"{share['median']:.0%} of the bandwidth ({share['lowest']:.0%} to {share['highest']:.0%})"
+    )
+    cache = report.machine.last_level_cache_bytes
+    if cache is not None and nbytes < 2 * cache:
+        line += f"; much of it stays in the {cache >> 20} MiB cache, so memory is not the limit"
+    return line
+
+
+def _ratio(value: Ratio) -> str:
+    return f"{value.of_medians:.2f} ({value.lowest:.2f} to {value.highest:.2f})"
+
+
+def _spread(times: dict[str, float]) -> str:
+    return f"{_number(times['median'])} ({_number(times['p90'])})"
+
+
+def _number(value: float | None) -> str:
+    """Three significant digits, or whole numbers above a hundred."""
+    if value is None:
+        return ""
+    return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def _seconds(ms: float | None) -> str:
+    return "" if ms is None else f"{ms / 1000:.2f}"
+
+
+def _memory(row: Figures) -> str:
+    peak, imported = row.get("peak_bytes"), row.get("imported_bytes")
+    return "" if peak is None or imported is None else f"{peak / 1e6:.0f} ({(peak - imported) / 1e6:.0f})"

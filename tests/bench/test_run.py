@@ -1,0 +1,180 @@
+"""A whole benchmark: who is asked what in which order, and once for real."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+from bundles import make_bundle
+
+from doge_deploy.bench import run as bench_run
+from doge_deploy.bench.files import write_json
+from doge_deploy.bench.measure import PREFILLS
+from doge_deploy.bench.report import figures, ratios, to_json
+from doge_deploy.bench.roofline import SWEEPS
+from doge_deploy.bench.run import BenchOptions, bench
+from doge_deploy.errors import UsageError
+
+Asked = tuple[int, str, str]
+"""Number of the process, whom it holds, what it was asked."""
+
+
+class ScriptedProcess:
+    """Answers at once, and notes who was asked what and how many processes were alive."""
+
+    log: list[Asked]
+    alive: list[int]
+    number = 0
+
+    def __init__(self, threads: int) -> None:
+        type(self).number += 1
+        self.number, self.name = type(self).number, ""
+
+    def __enter__(self) -> ScriptedProcess:
+        self.alive.append(self.number)
+        return self
+
+    def __exit__(self, *unused: object) -> None:
+        self.alive.remove(self.number)
+
+    def age_ns(self) -> int:
+        return 100
+
+    def ask(self, do: str, **request: Any) -> dict[str, Any]:
+        if do == "load":
+            self.name = request["candidate"]["name"]
+        self.name = "probe" if do == "probe" else self.name
+        self.log.append((self.number, self.name, do))
+        # what is answered depends on the process and on how often it was asked: ratios of different runs would show
+        turn = sum(number == self.number and what == do for number, _, what in self.log)
+        return {
+            "load": {"import_ns": 1, "load_ns": self.number, "imported_bytes": 1, "loaded_bytes": 2},
+            "first": {"prefill_ns": 1000, "decode_ns": 1000, "tokens": [[1], [2]]},
+            "round": {"prefill_ns": [turn * 10] * 3, "decode_ns": [turn * self.number] * 2, "neighbours": 0.0},
+            "memory": {"peak_bytes": 3 * len(self.alive)},
+            "probe": {"nbytes": 1000},
+            "sweep": {"sweeps_ns": [turn]},
+            "export_naive": {},
+        }[do]
+
+
+@pytest.fixture
+def scripted(monkeypatch: pytest.MonkeyPatch) -> type[ScriptedProcess]:
+    ScriptedProcess.log, ScriptedProcess.alive, ScriptedProcess.number = [], [], 0
+    monkeypatch.setattr(bench_run, "WorkerProcess", ScriptedProcess)
+    monkeypatch.setattr(bench_run, "_SETTLE_S", 0)
+    return ScriptedProcess
+
+
+def rounds_of(log: list[Asked], size: int) -> list[list[str]]:
+    order = [name for _, name, do in log if do in ("round", "sweep")]
+    return [order[begin : begin + size] for begin in range(0, len(order), size)]
+
+
+def test_candidates_and_the_probe_take_turns_in_every_round(tiny_bundle: Path, scripted: type[ScriptedProcess]) -> None:
+    options = BenchOptions((16,), decode_steps=4, rounds=6, layouts=("static", "growing"), roofline=True)
+    bench([tiny_bundle], options)
+    rounds = rounds_of(scripted.log, 3)
+    everyone = {"doge-tiny static", "doge-tiny growing", "probe"}
+    assert len(rounds) == 6 and all(set(order) == everyone for order in rounds)
+    assert Counter(order[0] for order in rounds) == dict.fromkeys(everyone, 2), "each goes first equally often"
+
+
+def test_load_and_memory_are_of_fresh_processes_one_alive_at_a_time(
+    tiny_bundle: Path, scripted: type[ScriptedProcess]
+) -> None:
+    options = BenchOptions((16,), decode_steps=4, rounds=2, loads=3, layouts=("static", "growing"))
+    report = bench([tiny_bundle], options)
+    measured = [number for number, _, do in scripted.log if do == "memory"]
+    assert len(set(measured)) == len(measured) == 2 * 3
+    assert all(load.peak_bytes == 3 for found in report.results[0].measurements for load in found.loads)
+    assert not {number for number, _, do in scripted.log if do == "round"} & set(measured)
+
+
+def test_ratios_come_from_the_same_processes_and_rounds(tiny_bundle: Path, scripted: type[ScriptedProcess]) -> None:
+    report = bench([tiny_bundle], BenchOptions((16,), decode_steps=4, rounds=4, loads=1, layouts=("static", "growing")))
+    (result,) = report.results
+    own, other = result.measurements
+    timed = {name: number for number, name, do in scripted.log if do == "round"}
+    expected = timed[other.candidate] / timed[own.candidate]
+    decode = ratios(own, other)["decode"]
+    assert (decode.of_medians, decode.lowest, decode.highest) == (expected,) * 3
+
+
+def test_workloads_are_the_cross_product() -> None:
+    options = BenchOptions((8, 16), (0, 32), (1, 2), decode_steps=4)
+    assert [workload.name for workload in options.workloads()] == [
+        "prompt 8",
+        "prompt 16",
+        "past 32, prompt 8",
+        "past 32, prompt 16",
+        "batch 2, prompt 8",
+        "batch 2, prompt 16",
+        "batch 2, past 32, prompt 8",
+        "batch 2, past 32, prompt 16",
+    ]
+
+
+def test_a_workload_that_does_not_fit_is_refused_before_anything_is_measured(
+    tiny_bundle: Path, scripted: type[ScriptedProcess]
+) -> None:
+    with pytest.raises(UsageError, match=r"past 5000, prompt 16 .* need 5022 tokens, but the max_length of"):
+        bench([tiny_bundle], BenchOptions((16,), (0, 5000), decode_steps=4))
+    assert not scripted.log
+
+
+def test_the_same_bundle_twice_is_refused(tiny_bundle: Path) -> None:
+    with pytest.raises(UsageError, match="named twice"):
+        bench([tiny_bundle, tiny_bundle], BenchOptions((16,), decode_steps=4))
+
+
+def test_peers_need_one_checkpoint(tiny_bundle: Path, tiny_moe_bundle: Path) -> None:
+    with pytest.raises(UsageError, match="one checkpoint; these come from 2"):
+        bench([tiny_bundle, tiny_moe_bundle], BenchOptions((16,), decode_steps=4, against=("transformers",)))
+
+
+def test_a_plain_export_is_left_out_where_its_trace_would_be_wrong(
+    tiny_bundle: Path, scripted: type[ScriptedProcess], tmp_path: Path
+) -> None:
+    options = BenchOptions((16, 64), decode_steps=4, rounds=2, loads=1, against=("naive",), cache=tmp_path)
+    short, long = bench([tiny_bundle], options).results
+    assert short.of("naive").rounds and not long.of("naive").rounds
+    assert long.of("naive").not_measured == "right for at most 64 tokens, needs 70"
+    assert to_json(bench([tiny_bundle], options))["results"][1]["ratios"] == []
+
+
+def test_for_real(tmp_path: Path) -> None:
+    bundle = make_bundle("doge-tiny", tmp_path / "bundle", num_layers=1)
+    options = BenchOptions(
+        (16,),
+        decode_steps=3,
+        rounds=2,
+        loads=1,
+        threads=1,
+        against=("transformers", "naive"),
+        roofline=True,
+        cache=tmp_path,
+    )
+    report = bench([bundle], options)
+    (result,) = report.results
+    own, *peers = result.measurements
+    assert len(peers) == 2
+    for found in (own, *peers):
+        assert found.tokens == own.tokens, f"{found.candidate} computes something else"
+        assert [len(times.decode_ns) for times in found.rounds] == [3, 3]
+        assert [len(times.prefill_ns) for times in found.rounds] == [PREFILLS] * 2
+        assert all(time > 0 for times in found.rounds for time in (*times.prefill_ns, *times.decode_ns))
+    assert [len(sweeps) for sweeps in result.sweeps_ns] == [SWEEPS] * 2
+    assert figures(result, own)["bandwidth_share"]["lowest"] > 0
+    data = to_json(report)
+    assert [row["against"] for row in data["results"][0]["ratios"]] == ["transformers", "naive"]
+    write_json(report, tmp_path / "bench.json")
+    assert (tmp_path / "bench.json").stat().st_size > 1000
+
+    from doge_deploy.bench.plot import plot
+
+    plot(report, tmp_path / "bench.png")
+    assert (tmp_path / "bench.png").read_bytes().startswith(b"\x89PNG")
+    assert not list(tmp_path.glob(".*")), "nothing half-written is left"

@@ -1,0 +1,110 @@
+"""Bytes of a decode step, against the tensors that transformers reads in one."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import DynamicCache
+
+from doge_deploy.bench.peers.eager import load_model
+from doge_deploy.bench.traffic import WEIGHTS_FILE, decode_traffic, stored_tensors
+from doge_deploy.bundle import Bundle, open_bundle
+from doge_deploy.checkpoint import open_checkpoint
+
+
+class ReadBytes(TorchDispatchMode):
+    """Counts how much of each parameter the operators of a call read: all of it, or the rows that are looked up."""
+
+    def __init__(self, parameters: Mapping[str, torch.Tensor]) -> None:
+        super().__init__()
+        self.names = {tensor.untyped_storage().data_ptr(): name for name, tensor in parameters.items()}
+        self.read: dict[str, int] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if func is torch.ops.aten.embedding.default:
+            self._note(args[0], result.nbytes)
+        elif not func.is_view:
+            for tensor in args:
+                if isinstance(tensor, torch.Tensor):
+                    self._note(tensor, tensor.nbytes)
+        return result
+
+    def _note(self, tensor: torch.Tensor, nbytes: int) -> None:
+        name = self.names.get(tensor.untyped_storage().data_ptr())
+        if name is not None:
+            self.read[name] = max(self.read.get(name, 0), nbytes)
+
+
+def decode_in_transformers(model: str | Path, keys: int, batch: int) -> tuple[dict[str, int], int]:
+    """Bytes read of every parameter, and bytes of the cached keys and values, by a step that attends to `keys`."""
+    doge = load_model(open_checkpoint(str(model)).path, dtype="float32", num_layers=None)
+    cache = DynamicCache()
+    with torch.no_grad():
+        doge(input_ids=torch.arange(3, keys + 2).repeat(batch, 1), past_key_values=cache, use_cache=True)
+        with ReadBytes(dict(doge.named_parameters())) as counted:
+            doge(input_ids=torch.full((batch, 1), 5), past_key_values=cache, use_cache=True)
+    caches: Any = cache.layers
+    return counted.read, sum(layer.keys.nbytes + layer.values.nbytes for layer in caches)
+
+
+def rope_rows(bundle: Bundle) -> int:
+    """transformers computes angles; a bundle reads a row of each table."""
+    return sum(nbytes // rows for name, rows, nbytes in stored_tensors(bundle.path / WEIGHTS_FILE) if "rope" in name)
+
+
+@pytest.mark.parametrize("name", ["doge-tiny", "doge-tiny-moe"])
+@pytest.mark.parametrize("layout", ["static", "growing"])
+def test_weights_and_caches_are_those_that_transformers_reads(
+    name: str, layout: str, request: pytest.FixtureRequest
+) -> None:
+    bundle = open_bundle(request.getfixturevalue("tiny_moe_bundle" if "moe" in name else "tiny_bundle"))
+    facts, keys = bundle.manifest.facts, 10
+    parameters, caches = decode_in_transformers(name, keys, batch=1)
+    traffic = decode_traffic(bundle, bundle.layout(layout), batch_size=1, keys=keys)
+    assert traffic.weight_bytes - rope_rows(bundle) == sum(parameters.values())
+    assert keys <= facts.keep_window_size
+    scores = facts.num_hidden_layers * facts.num_key_value_heads * keys * 4
+    assert traffic.cache_bytes == caches + (scores if layout == "static" else 0)
+
+
+def test_only_the_routed_experts_are_read(tiny_moe_bundle: Path) -> None:
+    bundle = open_bundle(tiny_moe_bundle)
+    facts = bundle.manifest.facts
+    parameters, _ = decode_in_transformers("doge-tiny-moe", 10, batch=1)
+    experts = {name: read for name, read in parameters.items() if "_embed." in name and "layers" in name}
+    assert len(experts) == 2 * facts.num_hidden_layers
+    assert set(experts.values()) == {facts.num_experts_per_tok * facts.hidden_size * 4}
+    assert facts.num_experts_per_tok < facts.num_experts
+
+
+def test_rows_of_a_batch_share_the_weights_and_not_the_caches(tiny_bundle: Path) -> None:
+    bundle = open_bundle(tiny_bundle)
+    one, three = (decode_traffic(bundle, bundle.layout("static"), batch_size=b, keys=10) for b in (1, 3))
+    parameters, caches = decode_in_transformers("doge-tiny", 10, batch=3)
+    assert three.weight_bytes == one.weight_bytes == sum(parameters.values()) + rope_rows(bundle)
+    assert three.cache_bytes == 3 * one.cache_bytes
+    growing = decode_traffic(bundle, bundle.layout("growing"), batch_size=3, keys=10)
+    assert growing.cache_bytes == caches
+
+
+def test_above_the_window_only_kept_keys_are_read(tiny_bundle: Path) -> None:
+    bundle = open_bundle(tiny_bundle)
+    facts, window = bundle.manifest.facts, bundle.manifest.facts.keep_window_size
+    assert window < bundle.manifest.max_length, "doge-tiny drops keys"
+    at, above = (
+        decode_traffic(bundle, bundle.layout("static"), batch_size=1, keys=keys).cache_bytes
+        for keys in (window, window + 7)
+    )
+    heads = facts.num_hidden_layers * facts.num_key_value_heads
+    assert above - at == heads * 7 * 4, "seven more scores"
+    at, above = (
+        decode_traffic(bundle, bundle.layout("growing"), batch_size=1, keys=keys).cache_bytes
+        for keys in (window, window + 7)
+    )
+    assert above - at == heads * 7 * facts.head_dim * 4, "seven more values, to compute their scores from"

@@ -1,0 +1,88 @@
+"""`doge-deploy bench`: options, errors, what it prints."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+
+from doge_deploy.bench.candidates import Candidate
+from doge_deploy.bench.machine import Machine
+from doge_deploy.bench.measure import RoundTimes
+from doge_deploy.bench.report import Load, Measurements, Report, Settings, WorkloadResult
+from doge_deploy.bench.traffic import Traffic
+from doge_deploy.bench.workload import Workload
+from doge_deploy.cli.main import run_command
+
+BAD: dict[str, tuple[list[str], int, str]] = {
+    "no bundle": ([], 2, "Missing argument 'BUNDLE...'"),
+    "not a bundle": (["nowhere"], 2, "nowhere is not a directory"),
+    "not a number": (["x", "--prompt-length", "128,many"], 2, "'many' is not a whole number from 1 up"),
+    "no row": (["x", "--batch", "0"], 2, "'0' is not a whole number from 1 up"),
+    "no such peer": (["x", "--against", "transformers,llama"], 2, "'llama' is not one of transformers, naive"),
+    "a file that cannot be written": (["x", "--json", "nowhere/report.json"], 2, "nowhere/report.json"),
+}
+
+
+@pytest.mark.parametrize(("arguments", "code", "message"), BAD.values(), ids=BAD.keys())
+def test_bad_input_is_one_line(
+    arguments: list[str],
+    code: int,
+    message: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert run_command(["bench", *arguments]) == code
+    error = capfd.readouterr().err
+    assert message in error and error.count("\n") == 1, error
+
+
+def test_a_missing_matplotlib_is_told_before_anything_is_timed(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert run_command(["bench", "nowhere", "--plot", str(tmp_path / "x.png")]) == 4
+    assert "pip install 'doge-deploy[bench]'" in capfd.readouterr().err
+
+
+def test_what_is_printed(capfd: pytest.CaptureFixture[str]) -> None:
+    from doge_deploy.cli.bench_table import BenchTables
+
+    workload = Workload(1, 0, 128, 2)
+    found = [
+        Measurements(
+            name,
+            [Load(900_000_000, 1, 100_000_000 * times, 100_000_000, 1, 50_000_000, 1, 150_000_000 * times)],
+            [RoundTimes([64_000_000 * times], [2_000_000 * times] * 2, 0.2)],
+            [[1], [2]],
+        )
+        for name, times in (("doge", 1), ("transformers", 3))
+    ]
+    found[0].traffic = Traffic(59_000_000, 1_000_000)
+    result = WorkloadResult(workload, found, sweeps_ns=[[25_000_000]], probe_bytes=1_000_000_000)
+    candidates = [
+        Candidate("doge", "bundle", "b", "float32", 2048, 100),
+        Candidate("transformers", "transformers", "c", "float32", 2048, 100),
+    ]
+    machine = Machine("Linux", "A processor", 2, 32 << 20, None, {"numpy": "2"})
+    report = Report(machine, Settings(2, 1, 1), candidates, [result])
+    with BenchTables() as tables:
+        tables.finished(report, result)
+    printed = capfd.readouterr().out
+    for expected in (
+        "A processor, 2 CPUs, 2 threads each",
+        "prompt 128; decode over 131 to 132 keys",
+        "500",  # tokens per second of 2 ms a step
+        "2000",  # 128 tokens in 64 ms
+        "150 (100)",  # peak, and over libraries
+        "doge against transformers, times better: decode 3.00 (3.00 to 3.00)",
+        "likeliest tokens equal: 2/2",
+        "memory bandwidth: 40.0 GB/s",
+        "must read 60.0 MB: 75% of the bandwidth",
+        "stays in the 32 MiB cache",
+        "other processes used 20.0% of the CPUs during timed rounds; too much",
+    ):
+        assert expected in printed
