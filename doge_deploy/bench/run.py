@@ -168,6 +168,10 @@ def _peers(
         raise UsageError(f"--against needs bundles of one checkpoint; these come from {len(others)}")
     checkpoint = open_reference(first, options.reference)
     manifest, facts = first.manifest, checkpoint.facts
+    if facts.is_legacy:
+        raise UsageError(
+            f"--against: transformers cannot run {checkpoint.path}, a checkpoint of the {facts.revision} code"
+        )
     last = manifest.options["logits"] == "last"
     peers = []
     for name in options.against:

@@ -6,6 +6,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import golden_legacy
 import pytest
 from bundles import make_bundle
 
@@ -143,6 +144,15 @@ def test_a_plain_export_is_left_out_where_its_trace_would_be_wrong(
     assert short.of("naive").rounds and not long.of("naive").rounds
     assert long.of("naive").not_measured == "right for at most 64 tokens, needs 70"
     assert to_json(bench([tiny_bundle], options))["results"][1]["ratios"] == []
+
+
+def test_a_legacy_checkpoint_has_no_peers(tmp_path: Path, scripted: type[ScriptedProcess]) -> None:
+    checkpoint = golden_legacy.DIRECTORY / "dense"
+    bundle = make_bundle(checkpoint, tmp_path / "bundle", num_layers=1)
+    options = BenchOptions((4,), decode_steps=2, against=("transformers",), reference=str(checkpoint))
+    with pytest.raises(UsageError, match=r"transformers cannot run .*, a checkpoint of the 2025-08 code"):
+        bench([bundle], options)
+    assert not scripted.log
 
 
 def test_for_real(tmp_path: Path) -> None:
