@@ -36,6 +36,8 @@ class Candidate:
     vocab_size: int
     layout: str | None = None
     """Of a bundle."""
+    portable: bool = False
+    """Of a bundle: the standard graph, not the one lowered for ONNX Runtime."""
     last_logits: bool = True
     """Whether a call gives logits of the last token alone."""
     num_layers: int | None = None
@@ -58,7 +60,8 @@ def open_candidate(candidate: Candidate, threads: int) -> Runner:
         from doge_deploy.bundle import open_bundle
         from doge_deploy.runtime.ort import open_runner
 
-        return open_runner(open_bundle(candidate.path, check="quick"), candidate.layout, threads=threads)
+        bundle = open_bundle(candidate.path, check="quick")
+        return open_runner(bundle, candidate.layout, threads=threads, portable=candidate.portable)
     if candidate.kind == "transformers":
         from doge_deploy.bench.peers.eager import open_eager
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from time import sleep
@@ -44,6 +44,8 @@ class BenchOptions:
     """All available CPUs where None."""
     layouts: tuple[str, ...] = ()
     """Of every bundle; its first where empty."""
+    portable: bool = False
+    """The standard graph of a lowered layout too, as one more candidate."""
     against: tuple[str, ...] = ()
     """Of `PEERS`."""
     reference: str | None = None
@@ -92,7 +94,7 @@ def bench(
         MissingDependencyError: a package is missing.
     """
     opened = [open_bundle(path) for path in paths]
-    bundles = _bundle_candidates(opened, options.layouts)
+    bundles = _bundle_candidates(opened, options)
     _check_lengths(list(bundles), options.workloads())
     threads = options.threads or available_cpus()
     peers = _peers(opened, options, threads, started) if options.against else []
@@ -116,15 +118,19 @@ def bench(
     return report
 
 
-def _bundle_candidates(bundles: Sequence[Bundle], layouts: Sequence[str]) -> dict[Candidate, Bundle]:
-    """One per bundle and layout; where two bundles have a name in common, by their whole path."""
+def _bundle_candidates(bundles: Sequence[Bundle], options: BenchOptions) -> dict[Candidate, Bundle]:
+    """One per bundle and graph; where two bundles have a name in common, by their whole path."""
     names = [bundle.path.resolve().name for bundle in bundles]
     unique = len(set(names)) == len(names)
     candidates: dict[Candidate, Bundle] = {}
     for bundle, name in zip(bundles, names, strict=True):
         manifest = bundle.manifest
-        for layout in layouts or (bundle.layout().signature.layout,):
-            parts = [name if unique else str(bundle.path), *([layout] if len(layouts) > 1 else [])]
+        for layout, portable in _graphs(bundle, options):
+            parts = [
+                name if unique else str(bundle.path),
+                *([layout] if len(options.layouts) > 1 else []),
+                *(["portable"] if portable else []),
+            ]
             candidate = Candidate(
                 name=" ".join(parts),
                 kind="bundle",
@@ -132,13 +138,25 @@ def _bundle_candidates(bundles: Sequence[Bundle], layouts: Sequence[str]) -> dic
                 dtype=manifest.dtype,
                 max_length=manifest.max_length,
                 vocab_size=manifest.facts.vocab_size,
-                layout=bundle.layout(layout).signature.layout,
+                layout=layout,
+                portable=portable,
                 last_logits=manifest.options["logits"] == "last",
             )
             if candidate in candidates:
                 raise UsageError(f"{candidate.name} is named twice")
             candidates[candidate] = bundle
     return candidates
+
+
+def _graphs(bundle: Bundle, options: BenchOptions) -> Iterator[tuple[str, bool]]:
+    """Layout, and whether its standard graph is meant where there is another one."""
+    from doge_deploy.runtime.ort import graph_file
+
+    for name in options.layouts or (None,):
+        layout = bundle.layout(name)
+        yield layout.signature.layout, False
+        if options.portable and graph_file(layout) != layout.file:
+            yield layout.signature.layout, True
 
 
 def _check_lengths(candidates: Sequence[Candidate], workloads: Sequence[Workload]) -> None:

@@ -85,6 +85,7 @@ def _parts(values: tuple[str, ...]) -> list[str]:
 )
 @click.option("--threads", type=click.IntRange(min=1), metavar="N", help="Of every candidate; default: all CPUs.")
 @click.option("--layout", "layouts", multiple=True, metavar="static|growing", help="Default: the first; repeatable.")
+@click.option("--portable", is_flag=True, help="Also time the standard graph, beside the one lowered for ONNX Runtime.")
 @click.option(
     "--against",
     multiple=True,

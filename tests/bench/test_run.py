@@ -83,6 +83,11 @@ def test_candidates_and_the_probe_take_turns_in_every_round(tiny_bundle: Path, s
     assert Counter(order[0] for order in rounds) == dict.fromkeys(everyone, 2), "each goes first equally often"
 
 
+def test_the_standard_graph_is_a_candidate_of_its_own(tiny_bundle: Path, scripted: type[ScriptedProcess]) -> None:
+    report = bench([tiny_bundle], BenchOptions((16,), decode_steps=4, rounds=2, loads=1, portable=True))
+    assert [(c.name, c.portable) for c in report.candidates] == [("doge-tiny", False), ("doge-tiny portable", True)]
+
+
 def test_load_and_memory_are_of_fresh_processes_one_alive_at_a_time(
     tiny_bundle: Path, scripted: type[ScriptedProcess]
 ) -> None:
