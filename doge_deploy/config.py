@@ -16,6 +16,7 @@ from doge_deploy.config_keys import (
     INERT_DOGE_KEYS,
     TRAINED_ACTIVATIONS,
     ConfigReader,
+    is_integer,
     key_findings,
 )
 from doge_deploy.errors import UnsupportedModelError
@@ -92,11 +93,24 @@ class DogeFacts:
 
     @property
     def stateless_length(self) -> int | None:
-        """Length up to which RoPE has no memory of longer inputs; None where it never has.
+        """Length up to which the angles of a position are always the same; None where they always are.
 
         Reference: `dynamic_rope_update` in transformers' modeling_rope_utils.py.
         """
         return self.original_max_position_embeddings if self.rope_type in STATEFUL_TYPES else None
+
+    def rope_changes(self, max_length: int) -> bool:
+        """Whether rows of up to `max_length` tokens reach past `stateless_length`."""
+        return self.stateless_length is not None and max_length > self.stateless_length
+
+    def rope_remembers(self, max_length: int) -> bool:
+        """Whether the angles of a call then depend on earlier calls too; those of longrope do on the call alone."""
+        return self.rope_changes(max_length) and self.rope_type == "dynamic"
+
+    def keep_window(self, max_length: int) -> bool:
+        """Whether a row of `max_length` tokens can see more keys than it keeps."""
+        visible = max_length if self.sliding_window is None else min(max_length, self.sliding_window)
+        return visible > self.keep_window_size
 
     @property
     def eos_token_ids(self) -> tuple[int, ...]:
@@ -183,13 +197,22 @@ def _read_sizes(reader: ConfigReader) -> dict[str, Any]:
         "attention_bias": reader.flag("attention_bias"),
         "mlp_bias": reader.flag("mlp_bias"),
         "keep_window_size": reader.size("keep_window_size", 2048),
-        "sliding_window": None,
+        "sliding_window": _read_sliding_window(reader),
     }
     values["head_dim"] = _read_head_dim(reader, values["hidden_size"], heads)
-    window = reader.config.get("sliding_window")
-    if window is not None:
-        reader.findings.append(f"sliding_window={window!r}: not supported yet; null is")
     return values
+
+
+def _read_sliding_window(reader: ConfigReader) -> int | None:
+    """A window of 1 is refused: transformers' cache then keeps every key, and its calls fail or see all of them.
+
+    Reference: `DynamicSlidingWindowLayer.update` in transformers' cache_utils.py, where `-1 + 1` slices nothing off.
+    """
+    window = reader.config.get("sliding_window")
+    if window is None or (is_integer(window) and window >= 2):
+        return window
+    reader.note("sliding_window", "null or a whole number >= 2")
+    return None
 
 
 def _read_key_value_heads(reader: ConfigReader, heads: int) -> int:

@@ -13,7 +13,7 @@ from doge_deploy import __version__
 from doge_deploy.bundle import Layout, Lowered, Manifest, file_entries, write_manifest, writing_bundle
 from doge_deploy.checkpoint import Checkpoint, check_finite, check_score_range, open_checkpoint
 from doge_deploy.config import DogeFacts
-from doge_deploy.errors import MissingDependencyError, UnsupportedModelError
+from doge_deploy.errors import MissingDependencyError
 from doge_deploy.genai_config import GENAI_CONFIG, genai_config, write_genai_config
 from doge_deploy.options import ExportOptions
 from doge_deploy.revisions import REVISIONS
@@ -92,21 +92,13 @@ def require_export_dependencies() -> None:
 
 
 def resolve_max_length(facts: DogeFacts, asked: int | None) -> int:
-    """The number of positions of a bundle: what was asked for, or all that the checkpoint has.
-
-    Raises:
-        UnsupportedModelError: beyond the length up to which the checkpoint's RoPE type has no memory.
+    """The number of positions of a bundle: what was asked for, or all that the checkpoint has and whose angles do not
+    depend on how a text is cut into calls.
     """
+    if asked is not None:
+        return asked
     limit = facts.stateless_length
-    if asked is None:
-        return facts.max_position_embeddings if limit is None else min(limit, facts.max_position_embeddings)
-    if limit is not None and asked > limit:
-        raise UnsupportedModelError(
-            f"max_length={asked}: rope_type={facts.rope['rope_type']!r} changes its frequencies beyond {limit} "
-            f"positions; "
-            f"give at most {limit}"
-        )
-    return asked
+    return facts.max_position_embeddings if limit is None else min(limit, facts.max_position_embeddings)
 
 
 def _write_graphs(
@@ -117,12 +109,12 @@ def _write_graphs(
 
     from doge_deploy.graph.check import check_model
     from doge_deploy.graph.trace import trace
-    from doge_deploy.graph.weights import ROPE_TENSORS, WEIGHTS_FILE, write_weights
-    from doge_deploy.model.rope import rope_tables
+    from doge_deploy.graph.weights import WEIGHTS_FILE, write_weights
+    from doge_deploy.model.rope import rope_tensors
 
     facts, dtype = checkpoint.facts, DTYPES[options.dtype]
     last_logits = options.logits == "last"
-    keep_window = max_length > facts.keep_window_size
+    keep_window = facts.keep_window(max_length)
     notes: tuple[str, ...] = ()
     if not REVISIONS[facts.revision].drops_keys:
         notes = (f"no top-k of the dynamic mask: a Doge of {facts.revision} keeps every key",)
@@ -142,7 +134,6 @@ def _write_graphs(
                 signature,
                 dtype=dtype,
                 max_length=max_length,
-                keep_window=keep_window,
                 routing=options.routing,
                 last_logits=last_logits,
             )
@@ -151,7 +142,7 @@ def _write_graphs(
         layouts[name] = Layout(file, signature, keep_window, notes)
         advance(1)
     advance = progress.stage("write weights", sum(tensor.nbytes for tensor in checkpoint.tensors.values()))
-    rope = dict(zip(ROPE_TENSORS, rope_tables(checkpoint.config, max_length), strict=True))
+    rope = rope_tensors(checkpoint.config, facts, max_length)
     write_weights(directory / WEIGHTS_FILE, models, checkpoint, rope, advance=advance)
     for layout, model in zip(layouts.values(), models, strict=True):
         model.producer_name, model.producer_version = "doge-deploy", __version__

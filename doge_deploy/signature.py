@@ -16,6 +16,13 @@ BATCH = "batch_size"
 SEQUENCE = "sequence_length"
 PAST = "past_sequence_length"
 TOTAL = f"{PAST} + {SEQUENCE}"
+SEEN = "total_sequence_length"
+"""All tokens so far, where a sliding cache holds fewer."""
+PRESENT = "present_sequence_length"
+"""Slots of a sliding cache after the call: P + Q, at most `sliding_window - 1`."""
+PAST_ROPE = "past_rope_length"
+PRESENT_ROPE = "present_rope_length"
+"""The memory of RoPE type `dynamic` beyond its original length: tokens of the longest text so far, 0 for none."""
 
 LAYOUTS = ("static", "growing")
 """Cache layouts, the default first."""
@@ -47,6 +54,11 @@ class Signature:
         for spec in self.inputs:
             if spec.name.startswith("past_key_values."):
                 yield spec, present[present_name(spec.name)]
+
+    @property
+    def remembers_rope(self) -> bool:
+        """Whether `past_rope_length` is an input, whose next value is the output `present_rope_length`."""
+        return any(spec.name == PAST_ROPE for spec in self.inputs)
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -83,15 +95,19 @@ def make_signature(facts: DogeFacts, layout: str, *, dtype: str, max_length: int
         last_logits: logits of one token per row.
     """
     past_axis: str | int = max_length if layout == "static" else PAST
-    present_axis: str | int = max_length if layout == "static" else TOTAL
+    sliding = facts.sliding_window is not None
+    present_axis: str | int = max_length if layout == "static" else PRESENT if sliding else TOTAL
     ids = [TensorSpec("input_ids", "int64", (BATCH, SEQUENCE))]
     if layout == "growing":
-        ids.append(TensorSpec("attention_mask", "int64", (BATCH, TOTAL)))
+        ids.append(TensorSpec("attention_mask", "int64", (BATCH, SEEN if sliding else TOTAL)))
         ids.append(TensorSpec("position_ids", "int64", (BATCH, SEQUENCE)))
     else:
         ids.append(TensorSpec("write_indices", "int64", (BATCH,)))
         if last_logits:
             ids.append(TensorSpec("sequence_lengths", "int64", (BATCH,)))
+    memory = facts.rope_remembers(max_length)
+    if memory:
+        ids.append(TensorSpec(PAST_ROPE, "int64", (1,)))
     past, present = [], []
     for layer in range(facts.num_hidden_layers):
         for kind in CACHE_KINDS[layout]:
@@ -101,4 +117,6 @@ def make_signature(facts: DogeFacts, layout: str, *, dtype: str, max_length: int
             past.append(TensorSpec(name, kind_dtype, (BATCH, heads, past_axis, width)))
             present.append(TensorSpec(present_name(name), kind_dtype, (BATCH, heads, present_axis, width)))
     logits = TensorSpec("logits", dtype, (BATCH, 1 if last_logits else SEQUENCE, facts.vocab_size))
+    if memory:
+        present.append(TensorSpec(PRESENT_ROPE, "int64", (1,)))
     return Signature(layout, (*ids, *past), (logits, *present))

@@ -263,7 +263,7 @@ BROKEN: dict[str, Broken] = {
     "unknown-activation": Broken(config(hidden_act="silly"), ("hidden_act='silly'", "did you mean 'silu'?")),
     "misspelt-key": Broken(config(keep_window=8), ("unknown key 'keep_window' (did you mean 'keep_window_size'?)",)),
     "code-in-checkpoint": Broken(code_and_unknown_key, ("unknown key 'keep_windows_size'",)),
-    "sliding-window": Broken(config(sliding_window=16), ("sliding_window=16: not supported yet",)),
+    "sliding-window": Broken(config(sliding_window=1), ("sliding_window=1: must be null or a whole number >= 2",)),
     "contradictory-rope": Broken(
         config(
             rope_scaling={"rope_type": "linear", "factor": 2.0},

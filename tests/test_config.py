@@ -188,7 +188,8 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "huge-eps": ({"rms_norm_eps": 10**400}, "must be a finite number"),
     "activation": ({"hidden_act": "sillu"}, "(did you mean 'silu'?)"),
     "trained-activation": ({"hidden_act": "prelu"}, "weights of their own"),
-    "sliding-window": ({"sliding_window": 128}, "sliding_window=128: not supported yet; null is"),
+    "sliding-window-of-one": ({"sliding_window": 1}, "sliding_window=1: must be null or a whole number >= 2"),
+    "sliding-window-of-none": ({"sliding_window": 0}, "sliding_window=0: must be null or a whole number >= 2"),
     "too-many-experts": (
         {"is_moe": True, "num_experts": 20, "num_experts_per_tok": 17},
         "num_experts_per_tok=17: must be at most 16, the reachable experts of num_experts=20",
@@ -248,6 +249,7 @@ def test_refused_by_name(change: dict[str, Any], words: str) -> None:
 ACCEPTED: dict[str, dict[str, Any]] = {
     "code-map": {"auto_map": {"AutoModelForCausalLM": "modeling_doge.DogeForCausalLM"}},
     "null-window": {"sliding_window": None},
+    "window": {"sliding_window": 2},
     "null-quantisation": {"quantization_config": None},
     "dense-with-default-experts": {"is_moe": False, "num_experts": 4, "num_experts_per_tok": 64},
     "wide-head": {"hidden_size": 64, "num_attention_heads": 4, "head_dim": 128},

@@ -19,7 +19,7 @@ from safetensors import safe_open
 from doge_deploy import export as export_module
 from doge_deploy.bundle import open_bundle
 from doge_deploy.cli.main import run_command
-from doge_deploy.errors import UnsupportedModelError, UsageError
+from doge_deploy.errors import UsageError
 from doge_deploy.options import ExportOptions
 
 
@@ -113,10 +113,14 @@ def test_first_layers_only(dense_doge: Path, tmp_path: Path) -> None:
     assert run_command(["verify", str(bundle), "--reference", str(dense_doge), "--greedy-steps", "4"]) == 0
 
 
-def test_stateful_rope_is_refused_beyond_its_length(tmp_path: Path) -> None:
-    with pytest.raises(UnsupportedModelError, match=r"max_length=513: rope_type='dynamic' .* give at most 512"):
-        make_bundle("doge-tiny", tmp_path / "bundle", max_length=513)
-    assert not list(tmp_path.iterdir())
+@pytest.mark.parametrize(("length", "memory"), [(None, False), (512, False), (513, True)])
+def test_rope_has_a_memory_only_beyond_its_length(tmp_path: Path, length: int | None, memory: bool) -> None:
+    """doge-tiny has rope_type dynamic and an original length of 512."""
+    layout = open_bundle(make_bundle("doge-tiny", tmp_path / "bundle", max_length=length)).layout()
+    assert layout.signature.remembers_rope is memory
+    with safe_open(tmp_path / "bundle" / "weights.safetensors", framework="pt") as file:
+        assert ("rope_frequencies" in file.keys()) is memory  # noqa: SIM118
+        assert ("rope_cos" in file.keys()) is not memory  # noqa: SIM118
 
 
 def test_existing_output_is_replaced_only_with_force(dense_doge: Path, tmp_path: Path) -> None:

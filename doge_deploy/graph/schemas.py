@@ -6,12 +6,15 @@ A runtime takes such a node as a local function (its body is standard ONNX); a p
 from __future__ import annotations
 
 import onnx.defs
+from onnx import helper
 from onnx.defs import OpSchema
 
 DOMAIN = "doge"
 VERSION = 1
 DYNAMIC_MASK_ATTENTION = "DynamicMaskAttention"
 CDMOE = "CDMoE"
+ACTIVATION = "Activation"
+"""Exists only while a graph is traced: every call is inlined before the graph is handed on."""
 
 _FLOATS = ["tensor(float)", "tensor(float16)", "tensor(bfloat16)"]
 _Parameter = OpSchema.FormalParameter
@@ -47,6 +50,11 @@ def _dynamic_mask_attention() -> OpSchema:
         attributes=[
             _Attribute("keep_window_size", _INT, "keys kept per row, ties to the lowest index; 0 keeps all"),
             _Attribute("scale", _FLOAT, "multiplies q k^T"),
+            _Attribute(
+                "sliding_window",
+                helper.make_attribute("sliding_window", 0),
+                "a row sees its own slot and the sliding_window - 1 before it; 0, or absent: all before it",
+            ),
         ],
     )
 
@@ -74,8 +82,20 @@ def _cdmoe() -> OpSchema:
     )
 
 
+def _activation() -> OpSchema:
+    return OpSchema(
+        ACTIVATION,
+        DOMAIN,
+        VERSION,
+        doc="the activation of the feed-forward layer",
+        inputs=[_Parameter("x", "T", "any shape")],
+        outputs=[_Parameter("y", "T", "the shape of x")],
+        type_constraints=[("T", _FLOATS, "")],
+    )
+
+
 def register_schemas() -> None:
     """Make the `doge` schemas known to onnx in this process; calling it again does nothing."""
-    for schema in (_dynamic_mask_attention(), _cdmoe()):
+    for schema in (_dynamic_mask_attention(), _cdmoe(), _activation()):
         if not onnx.defs.has(schema.name, VERSION, DOMAIN):
             onnx.defs.register_schema(schema)

@@ -21,11 +21,11 @@ from onnxscript.values import Opset
 
 from doge_deploy.config import DogeFacts
 from doge_deploy.graph import schemas
-from doge_deploy.graph.functions import cdmoe_function, dynamic_mask_attention_function
+from doge_deploy.graph.functions import activation_function, cdmoe_function, dynamic_mask_attention_function
 from doge_deploy.graph.functions.text import OPSET
 from doge_deploy.graph.passes import run_passes
 from doge_deploy.model.attention import hidden_bias
-from doge_deploy.model.decoder import CausalLM, GrowingCausalLM, StaticCausalLM
+from doge_deploy.model.decoder import CausalLM, GrowingCausalLM, StaticCausalLM, Windows
 from doge_deploy.model.moe import candidate_pairs
 from doge_deploy.signature import Signature, TensorSpec
 
@@ -33,9 +33,12 @@ TORCH_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": 
 _MODELS: dict[str, type[CausalLM]] = {"growing": GrowingCausalLM, "static": StaticCausalLM}
 
 # Sizes of the example inputs: any that differ from each other and from 0 and 1, which torch.export would specialise on.
-_EXAMPLE_SIZES = {"batch_size": 2, "sequence_length": 3, "past_sequence_length": 5}
+_EXAMPLE_SIZES = {"batch_size": 2, "sequence_length": 3, "past_sequence_length": 5, "total_sequence_length": 11}
 
 _standard = Opset("", OPSET)
+
+_END = 2**63 - 1
+"""Where a Slice to the end ends."""
 
 
 def trace(
@@ -44,7 +47,6 @@ def trace(
     *,
     dtype: str,
     max_length: int,
-    keep_window: bool,
     routing: str,
     last_logits: bool,
     decompose: bool = False,
@@ -55,19 +57,19 @@ def trace(
         facts: the checkpoint; `num_hidden_layers` layers are traced.
         signature: what `make_signature` gives for the same arguments.
         dtype: "float32", "float16" or "bfloat16".
-        max_length: rows of the RoPE tables (and slots of a static cache).
-        keep_window: whether the cache can exceed `keep_window_size`.
+        max_length: positions (and slots of a static cache).
         routing: "reference" or "per-token".
         last_logits: logits of one token per row.
         decompose: see `_convert`; the graph is the same.
     """
     schemas.register_schemas()
     torch_dtype = TORCH_DTYPES[dtype]
+    windows = reachable_windows(facts, signature.layout, max_length)
     with torch.device("meta"):
         model = _MODELS[signature.layout](
             facts,
             max_length=max_length,
-            keep_window_size=facts.keep_window_size if keep_window else 0,
+            windows=windows,
             routing=routing,
             last_logits=last_logits,
             dtype=torch_dtype,
@@ -81,9 +83,11 @@ def trace(
         dynamic_mask_attention_function(
             facts,
             has_key_mask=signature.layout == "growing",
-            keep_window=keep_window,
+            keep_window=bool(windows.keep),
+            sliding=bool(windows.sliding),
             hidden_bias=hidden_bias(torch_dtype),
-        )
+        ),
+        activation_function(facts.hidden_act),
     ]
     if facts.is_moe:
         pairs = candidate_pairs(facts.num_experts_per_tok, facts.num_keys)
@@ -93,23 +97,27 @@ def trace(
     return run_passes(onnx_model)
 
 
+def reachable_windows(facts: DogeFacts, layout: str, max_length: int) -> Windows:
+    """The checkpoint's windows as far as they can hide a key in a bundle of `max_length` tokens a row.
+
+    Padding takes up slots of a growing cache, so there a sliding window can be left by shorter texts too.
+    """
+    sliding = facts.sliding_window or 0
+    if layout == "static" and sliding >= max_length:
+        sliding = 0
+    return Windows(facts.keep_window_size if facts.keep_window(max_length) else 0, sliding)
+
+
 def _convert(exported: torch.export.ExportedProgram, *, decompose: bool) -> ir.Model:
     """The exported program as ONNX.
 
     The exporter would first decompose the program, which traces it all over again: more than half of the time. Every
-    operator of our models has a translation of its own, so that is done only if one lacks it (some activations).
+    operator of our models has a translation of its own, so that is not needed.
     """
     if not decompose:
         undecomposed = copy.copy(exported)
         undecomposed.run_decompositions = lambda table=None: exported
-        try:
-            return _to_onnx(undecomposed)
-        except torch.onnx.OnnxExporterError:
-            pass
-    return _to_onnx(exported)
-
-
-def _to_onnx(exported: torch.export.ExportedProgram) -> ir.Model:
+        exported = undecomposed
     program = torch.onnx.export(
         exported,
         (),
@@ -186,14 +194,27 @@ def _translations() -> dict[Any, Any]:
         index = op.Unsqueeze(op.Sub(lengths, op.Constant(value_int=1)), ints(1, 2))
         return op.GatherND(x, index, batch_dims=1)
 
+    def last_slots(x: Any, count: int) -> Any:
+        return op.Slice(x, ints(-count), ints(_END), ints(2))
+
+    def mask_of_slots(mask: Any, input_ids: Any, past_key: Any) -> Any:
+        count = op.Add(op.Shape(input_ids, start=1, end=2), op.Shape(past_key, start=2, end=3))
+        return op.Slice(mask, op.Neg(count), ints(_END), ints(1))
+
+    def longest_position(position_ids: Any) -> Any:
+        return op.Add(op.Reshape(op.ReduceMax(position_ids, keepdims=0), ints(1)), op.Constant(value_int=1))
+
     def to_dtype(x: Any, dtype: int) -> Any:  # the exporter gives dtypes as ONNX numbers
         return op.Cast(x, to=dtype) if x.dtype != dtype else op.Identity(x)
 
-    def attention(query, key, value, score, first_slot, key_mask, keep_window_size, scale):  # type: ignore[no-untyped-def]
+    def attention(  # type: ignore[no-untyped-def]
+        query, key, value, score, first_slot, key_mask, keep_window_size, scale, sliding_window=0
+    ):
         inputs = (query, key, value, score, first_slot) + (() if key_mask is None else (key_mask,))
-        return doge.DynamicMaskAttention(*inputs, keep_window_size=keep_window_size, scale=scale)
+        sliding = {"sliding_window": sliding_window} if sliding_window else {}
+        return doge.DynamicMaskAttention(*inputs, keep_window_size=keep_window_size, scale=scale, **sliding)
 
-    def cdmoe(hidden, router, down, up, num_experts_per_tok, norm_topk_prob, routing, activation):  # type: ignore[no-untyped-def]
+    def cdmoe(hidden, router, down, up, num_experts_per_tok, norm_topk_prob, routing, hidden_act):  # type: ignore[no-untyped-def]
         return doge.CDMoE(
             hidden,
             router,
@@ -202,7 +223,7 @@ def _translations() -> dict[Any, Any]:
             num_experts_per_tok=num_experts_per_tok,
             norm_topk_prob=int(norm_topk_prob),
             routing=routing,
-            activation=activation,
+            activation=hidden_act,
         )
 
     return {
@@ -214,6 +235,10 @@ def _translations() -> dict[Any, Any]:
         custom.row_positions.default: row_positions,
         custom.past_slots.default: past_slots,
         custom.last_token.default: last_token,
+        custom.last_slots.default: last_slots,
+        custom.mask_of_slots.default: mask_of_slots,
+        custom.longest_position.default: longest_position,
+        custom.activation.default: lambda x, name: doge.Activation(x),
         custom.dynamic_mask_attention.default: attention,
         custom.cdmoe.default: cdmoe,
         torch.ops.aten.to.dtype: to_dtype,

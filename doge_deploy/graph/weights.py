@@ -17,10 +17,9 @@ import torch
 
 from doge_deploy.checkpoint import Checkpoint
 from doge_deploy.graph.passes.transpose_weights import TRANSPOSED_SUFFIX
+from doge_deploy.model.rope import ROPE_TENSORS
 
 WEIGHTS_FILE = "weights.safetensors"
-
-ROPE_TENSORS = ("rope_cos", "rope_sin")
 
 # safetensors' name of a dtype, and the dtype to convert to.
 _DTYPES = {
@@ -45,7 +44,7 @@ class StoredTensor:
 
 
 def stored_initializers(model: ir.Model, names: Iterable[str]) -> dict[str, ir.Value]:
-    """The initializers of `model` that stand for one of the checkpoint's `names`, or for a RoPE table."""
+    """The initializers of `model` that stand for one of the checkpoint's `names`, or for RoPE."""
     known = {*names, *ROPE_TENSORS}
     return {
         name: value for name, value in model.graph.initializers.items() if name.removesuffix(TRANSPOSED_SUFFIX) in known
@@ -66,7 +65,7 @@ def write_weights(
         path: the file; its name becomes the `location` of the external data.
         models: traced graphs whose initializers carry checkpoint names, some with the transpose suffix.
         checkpoint: where the numbers come from; they are cast to the initializer's dtype.
-        rope: `rope_cos` and `rope_sin`, float32.
+        rope: see `doge_deploy.model.rope.rope_tensors`.
         advance: told the bytes of each tensor once it is written.
     """
     values = [stored_initializers(model, checkpoint.tensors) for model in models]

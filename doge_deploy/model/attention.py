@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from doge_deploy.config import DogeFacts
-from doge_deploy.model.ops import merge_heads, rms_norm, rotary_embedding, split_heads, tensor_scatter
+from doge_deploy.model.ops import last_slots, merge_heads, rms_norm, rotary_embedding, split_heads, tensor_scatter
 
 
 def hidden_bias(dtype: torch.dtype) -> float:
@@ -41,6 +41,7 @@ def dynamic_mask_attention(
     key_mask: torch.Tensor | None,
     keep_window_size: int,
     scale: float,
+    sliding_window: int = 0,
 ) -> torch.Tensor:
     """softmax(q k^T * scale + bias) v, where `bias` is the key's score, and a key outside the row's best w is hidden.
 
@@ -52,6 +53,7 @@ def dynamic_mask_attention(
         key_mask: `[B, K]` bool, False for slots nobody may see (padding); None where there are none.
         keep_window_size: keys kept per row; 0 keeps all.
         scale: multiplies q k^T.
+        sliding_window: a row sees its own slot and the `sliding_window - 1` before it; 0 for all before it.
 
     Returns:
         `[B, H, Q, D]` in the dtype of `query`.
@@ -59,6 +61,8 @@ def dynamic_mask_attention(
     rows = first_slot[:, None] + torch.arange(query.shape[2], device=query.device)
     columns = torch.arange(key.shape[2], device=query.device)
     visible = (columns <= rows[:, :, None])[:, None]  # [B, 1, Q, K]
+    if sliding_window:
+        visible = visible & (columns > rows[:, :, None] - sliding_window)[:, None]
     if key_mask is not None:
         visible = visible & key_mask[:, None, None, :]
     row_score = score.transpose(2, 3)  # [B, S, 1, K]
@@ -93,12 +97,16 @@ class RMSNorm(nn.Module):
 
 
 class Attention(nn.Module):
-    """The attention layer; parameter names are those of transformers' `DogeAttention`."""
+    """The attention layer; parameter names are those of transformers' `DogeAttention`.
 
-    def __init__(self, facts: DogeFacts, keep_window_size: int, dtype: torch.dtype) -> None:
+    `keep_window_size` and `sliding_window` are 0 where they can hide no key.
+    """
+
+    def __init__(self, facts: DogeFacts, keep_window_size: int, sliding_window: int, dtype: torch.dtype) -> None:
         super().__init__()
         self.facts = facts
         self.keep_window_size = keep_window_size
+        self.sliding_window = sliding_window
         width, kv_width = facts.num_attention_heads * facts.head_dim, facts.num_key_value_heads * facts.head_dim
         bias = facts.attention_bias
         self.q_proj = nn.Linear(facts.hidden_size, width, bias=bias, dtype=dtype)
@@ -138,7 +146,9 @@ class Attention(nn.Module):
     ) -> torch.Tensor:
         """The operator and the output projection: -> `[B, Q, hidden]`."""
         scale = self.facts.head_dim**-0.5
-        mixed = dynamic_mask_attention(query, key, value, score, first_slot, key_mask, self.keep_window_size, scale)
+        mixed = dynamic_mask_attention(
+            query, key, value, score, first_slot, key_mask, self.keep_window_size, scale, self.sliding_window
+        )
         projected: torch.Tensor = self.o_proj(merge_heads(mixed.transpose(1, 2)))
         return projected
 
@@ -151,12 +161,17 @@ class Attention(nn.Module):
         key_mask: torch.Tensor,
         past: tuple[torch.Tensor, ...],
     ) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
-        """`past` is (key, value) `[B, Hkv, P, D]`; returns the output and the concatenated (key, value)."""
+        """`past` is (key, value) `[B, Hkv, P, D]`; returns the output and the concatenated (key, value), of which a
+        sliding cache keeps the last `sliding_window - 1`.
+        """
         query, key, value = self.project(x, cos, sin)
         key = torch.cat((past[0], key), dim=2)
         value = torch.cat((past[1], split_heads(value, self.facts.num_key_value_heads).transpose(1, 2)), dim=2)
         score = self.score(merge_heads(value.transpose(1, 2)))
-        return self.attend(query, key, value, score, first_slot, key_mask), (key, value)
+        attended = self.attend(query, key, value, score, first_slot, key_mask)
+        if self.sliding_window:
+            key, value = (last_slots(t, self.sliding_window - 1) for t in (key, value))
+        return attended, (key, value)
 
     def forward_static(
         self,

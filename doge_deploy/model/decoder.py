@@ -8,7 +8,8 @@ D head_dim, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import cast
+from dataclasses import dataclass
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -17,18 +18,31 @@ from torch import nn
 from doge_deploy.config import DogeFacts
 from doge_deploy.model.attention import Attention, RMSNorm
 from doge_deploy.model.moe import MLP
-from doge_deploy.model.ops import last_token, past_slots, row_positions
+from doge_deploy.model.ops import last_token, longest_position, mask_of_slots, past_slots, row_positions
+from doge_deploy.model.rope import rope_shapes
 
 Past = Sequence[tuple[torch.Tensor, ...]]
+Outputs = tuple[Any, ...]
+"""Logits, the caches of each layer, and `present_rope_length` where RoPE has a memory."""
+
+
+@dataclass(frozen=True)
+class Windows:
+    """Keys that a row can lose, 0 where the bundle cannot reach the limit."""
+
+    keep: int
+    """`keep_window_size`"""
+    sliding: int = 0
+    """`sliding_window`"""
 
 
 class DecoderLayer(nn.Module):
     """x = input_residual * x + attn(norm(x)); x = post_attention_residual * x + mlp(norm(x))."""
 
-    def __init__(self, facts: DogeFacts, keep_window_size: int, routing: str, dtype: torch.dtype) -> None:
+    def __init__(self, facts: DogeFacts, windows: Windows, routing: str, dtype: torch.dtype) -> None:
         super().__init__()
         self.input_layernorm = RMSNorm(facts.hidden_size, facts.rms_norm_eps, dtype)
-        self.self_attn = Attention(facts, keep_window_size, dtype)
+        self.self_attn = Attention(facts, windows.keep, windows.sliding, dtype)
         self.input_residual = nn.Parameter(torch.empty(facts.hidden_size, dtype=dtype))
         self.post_attention_layernorm = RMSNorm(facts.hidden_size, facts.rms_norm_eps, dtype)
         self.mlp = MLP(facts, routing, dtype)
@@ -44,11 +58,11 @@ class DecoderLayer(nn.Module):
 class Decoder(nn.Module):
     """Embedding, layers and final norm; the part called `model.` in a checkpoint."""
 
-    def __init__(self, facts: DogeFacts, keep_window_size: int, routing: str, dtype: torch.dtype) -> None:
+    def __init__(self, facts: DogeFacts, windows: Windows, routing: str, dtype: torch.dtype) -> None:
         super().__init__()
         self.embed_tokens = nn.Embedding(facts.vocab_size, facts.hidden_size, dtype=dtype)
         self.layers = nn.ModuleList(
-            DecoderLayer(facts, keep_window_size, routing, dtype) for _ in range(facts.num_hidden_layers)
+            DecoderLayer(facts, windows, routing, dtype) for _ in range(facts.num_hidden_layers)
         )
         self.norm = RMSNorm(facts.hidden_size, facts.rms_norm_eps, dtype)
 
@@ -58,38 +72,68 @@ class CausalLM(nn.Module):
 
     Args:
         facts: the checkpoint.
-        max_length: positions in the RoPE tables.
-        keep_window_size: keys kept per row, 0 where the cache cannot exceed the checkpoint's window.
+        max_length: positions that the graph can be given.
+        windows: keys that a row can lose.
         routing: "reference" or "per-token".
         last_logits: the head runs on one token per row only.
         dtype: of weights, caches and logits; scores stay float32.
     """
+
+    rope_cos: torch.Tensor
+    rope_sin: torch.Tensor
+    rope_frequencies: torch.Tensor
+    rope_scaling: torch.Tensor
 
     def __init__(
         self,
         facts: DogeFacts,
         *,
         max_length: int,
-        keep_window_size: int,
+        windows: Windows,
         routing: str,
         last_logits: bool,
         dtype: torch.dtype,
     ) -> None:
         super().__init__()
         self.facts = facts
+        self.windows = windows
         self.last_logits = last_logits
-        self.model = Decoder(facts, keep_window_size, routing, dtype)
+        self.model = Decoder(facts, windows, routing, dtype)
         if not facts.tie_word_embeddings:
             self.lm_head = nn.Linear(facts.hidden_size, facts.vocab_size, bias=False, dtype=dtype)
-        self.rope_cos = nn.Buffer(torch.empty(max_length, facts.head_dim // 2, dtype=dtype))
-        self.rope_sin = nn.Buffer(torch.empty(max_length, facts.head_dim // 2, dtype=dtype))
+        self.dtype = dtype
+        self.rope_changes = facts.rope_changes(max_length)
+        self.rope_remembers = facts.rope_remembers(max_length)
+        for name, shape in rope_shapes(facts, max_length).items():
+            setattr(self, name, nn.Buffer(torch.empty(shape, dtype=torch.float32 if self.rope_changes else dtype)))
 
     def layers(self) -> list[DecoderLayer]:
         return cast("list[DecoderLayer]", list(self.model.layers))
 
-    def rotation(self, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """cos and sin `[B, Q, D/2]` of `position_ids` `[B, Q]`."""
-        return F.embedding(position_ids, self.rope_cos), F.embedding(position_ids, self.rope_sin)
+    def rotation(
+        self, position_ids: torch.Tensor, past_rope_length: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor, tuple[torch.Tensor, ...]]:
+        """cos and sin `[B, Q, D/2]` of `position_ids` `[B, Q]`, and `present_rope_length` `[1]` where RoPE remembers.
+
+        Beyond the length that the angles were made for, all positions of a call are rotated by the frequencies of
+        the longest text: that of the call for longrope, that seen so far for dynamic. A call shorter than the original
+        length makes dynamic forget.
+        Reference: `dynamic_rope_update` in transformers' modeling_rope_utils.py.
+        """
+        if not self.rope_changes:
+            return F.embedding(position_ids, self.rope_cos), F.embedding(position_ids, self.rope_sin), ()
+        longest = longest_position(position_ids)
+        original = torch.full_like(longest, cast(int, self.facts.stateless_length))
+        memory: tuple[torch.Tensor, ...] = ()
+        if self.rope_remembers:
+            assert past_rope_length is not None
+            length = torch.where(longest < original, original, torch.maximum(past_rope_length, longest))
+            memory, row = (length,), length - original
+        else:
+            row = (longest > original).to(torch.int64)
+        angles = position_ids.unsqueeze(-1).to(torch.float32) * F.embedding(row, self.rope_frequencies)
+        cos, sin = (function(angles) * self.rope_scaling for function in (torch.cos, torch.sin))
+        return cos.to(self.dtype), sin.to(self.dtype), memory
 
     def head(self, x: torch.Tensor) -> torch.Tensor:
         """Final norm and vocabulary projection: `[B, Q, hidden]` -> `[B, Q, V]`."""
@@ -101,14 +145,22 @@ class GrowingCausalLM(CausalLM):
     """Past tensors grow by concatenation: the convention of Hugging Face tools."""
 
     def forward(
-        self, input_ids: torch.Tensor, attention_mask: torch.Tensor, position_ids: torch.Tensor, past_key_values: Past
-    ) -> tuple[torch.Tensor, list[tuple[torch.Tensor, ...]]]:
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor,
+        position_ids: torch.Tensor,
+        past_key_values: Past,
+        past_rope_length: torch.Tensor | None = None,
+    ) -> Outputs:
         """`attention_mask` `[B, K]`, `past_key_values` one (key, value) `[B, Hkv, P, D]` per layer.
 
-        Returns logits `[B, Q or 1, V]` and the (key, value) `[B, Hkv, K, D]` of each layer.
+        Returns logits `[B, Q or 1, V]` and the (key, value) `[B, Hkv, K, D]` of each layer. With a sliding window P is
+        at most `sliding_window - 1`, the present is cut to as much, and the mask has a column for every token so far.
         """
         x = self.model.embed_tokens(input_ids)
-        cos, sin = self.rotation(position_ids)
+        cos, sin, memory = self.rotation(position_ids, past_rope_length)
+        if self.windows.sliding:
+            attention_mask = mask_of_slots(attention_mask, input_ids, past_key_values[0][0])
         key_mask = attention_mask != 0
         first_slot = past_slots(input_ids, past_key_values[0][0])
         present = []
@@ -117,7 +169,7 @@ class GrowingCausalLM(CausalLM):
             attended, caches = layer.self_attn.forward_growing(normed, cos, sin, first_slot, key_mask, past)
             x = layer.add_attention(x, attended)
             present.append(caches)
-        return self.head(x[:, -1:] if self.last_logits else x), present
+        return self.head(x[:, -1:] if self.last_logits else x), present, *memory
 
 
 class StaticCausalLM(CausalLM):
@@ -129,7 +181,8 @@ class StaticCausalLM(CausalLM):
         write_indices: torch.Tensor,
         past_key_values: Past,
         sequence_lengths: torch.Tensor | None = None,
-    ) -> tuple[torch.Tensor, list[tuple[torch.Tensor, ...]]]:
+        past_rope_length: torch.Tensor | None = None,
+    ) -> Outputs:
         """`write_indices` `[B]`: tokens that row b already holds, which is also its next position.
 
         `past_key_values`: one (key, value, score) per layer, `[B, Hkv, L, D]`, the score `[B, S, L, 1]` float32.
@@ -137,7 +190,7 @@ class StaticCausalLM(CausalLM):
         the last real one. Padding follows the real tokens; its slots are overwritten by later calls.
         """
         x = self.model.embed_tokens(input_ids)
-        cos, sin = self.rotation(row_positions(write_indices, input_ids))
+        cos, sin, memory = self.rotation(row_positions(write_indices, input_ids), past_rope_length)
         present = []
         for layer, past in zip(self.layers(), past_key_values, strict=True):
             normed = layer.input_layernorm(x)
@@ -146,4 +199,4 @@ class StaticCausalLM(CausalLM):
             present.append(caches)
         if sequence_lengths is not None:
             x = last_token(x, sequence_lengths)
-        return self.head(x), present
+        return self.head(x), present, *memory

@@ -13,6 +13,7 @@ from torch import nn
 from transformers.activations import ACT2FN
 
 from doge_deploy.config import DogeFacts
+from doge_deploy.model.ops import activation
 
 
 def candidate_pairs(k: int, n: int) -> list[tuple[int, int]]:
@@ -62,7 +63,7 @@ def cdmoe(
     num_experts_per_tok: int,
     norm_topk_prob: bool,
     routing: str,
-    activation: str,
+    hidden_act: str,
 ) -> torch.Tensor:
     """The routed part of the layer: sum over the k experts e of act(h . down_embed[e]) * weight_e * up_embed[e].
 
@@ -71,7 +72,7 @@ def cdmoe(
         router_logits: `[B, Q, 2n]`.
         down_embed, up_embed: `[E, C]`.
         routing: "reference" or "per-token", see `split_router`.
-        activation: name of the activation, as in transformers.
+        hidden_act: name of the activation, as in transformers.
 
     Returns:
         `[B, Q, C]` in the dtype of `hidden`.
@@ -79,7 +80,7 @@ def cdmoe(
     tokens = hidden.flatten(0, 1)
     ids, weights = route(split_router(router_logits, routing), num_experts_per_tok, norm_topk_prob)
     dots = torch.matmul(down_embed[ids], tokens[:, :, None]).squeeze(-1)
-    gates = ACT2FN[activation](dots) * weights
+    gates = ACT2FN[hidden_act](dots) * weights
     return torch.matmul(gates[:, None, :], up_embed[ids]).reshape(hidden.shape)
 
 
@@ -99,14 +100,13 @@ class MLP(nn.Module):
         self.gate_proj = nn.Linear(hidden, inner, bias=bias, dtype=dtype)
         self.up_proj = nn.Linear(hidden, inner, bias=bias, dtype=dtype)
         self.down_proj = nn.Linear(inner, hidden, bias=bias, dtype=dtype)
-        self.act_fn = ACT2FN[facts.hidden_act]
         if facts.is_moe:
             self.router_gate = nn.Linear(hidden, 2 * facts.num_keys, bias=False, dtype=dtype)
             self.down_embed = nn.Embedding(facts.num_experts, hidden, dtype=dtype)
             self.up_embed = nn.Embedding(facts.num_experts, hidden, dtype=dtype)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        shared: torch.Tensor = self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
+        shared: torch.Tensor = self.down_proj(activation(self.gate_proj(x), self.facts.hidden_act) * self.up_proj(x))
         if not self.facts.is_moe:
             return shared
         routed: torch.Tensor = cdmoe(

@@ -8,6 +8,7 @@ Reference: https://onnx.ai/onnx/operators/ for the ONNX semantics.
 from __future__ import annotations
 
 import torch
+from transformers.activations import ACT2FN
 
 
 @torch.library.custom_op("doge::rms_norm", mutates_args=())
@@ -113,3 +114,51 @@ def last_token(x: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
 @last_token.register_fake
 def _(x: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
     return x.new_empty((x.shape[0], 1, x.shape[2]))
+
+
+@torch.library.custom_op("doge::activation", mutates_args=())
+def activation(x: torch.Tensor, name: str) -> torch.Tensor:
+    """The activation that transformers calls `name` (`ACT2FN`), elementwise on `x` of any shape and float dtype."""
+    result: torch.Tensor = ACT2FN[name](x)
+    return result.clone() if result is x else result  # "linear": an operator must not return its input
+
+
+@activation.register_fake
+def _(x: torch.Tensor, name: str) -> torch.Tensor:
+    return torch.empty_like(x)
+
+
+@torch.library.custom_op("doge::last_slots", mutates_args=())
+def last_slots(x: torch.Tensor, count: int) -> torch.Tensor:
+    """What a sliding cache keeps: the last `count` slots of `x` `[B, Hkv, K, D]`, all where it has fewer."""
+    return x[:, :, -count:].clone()
+
+
+@last_slots.register_fake
+def _(x: torch.Tensor, count: int) -> torch.Tensor:
+    return x.new_empty((*x.shape[:2], torch.sym_min(x.shape[2], count), x.shape[3]))  # type: ignore[no-untyped-call]
+
+
+@torch.library.custom_op("doge::mask_of_slots", mutates_args=())
+def mask_of_slots(attention_mask: torch.Tensor, input_ids: torch.Tensor, past_key: torch.Tensor) -> torch.Tensor:
+    """The columns of a mask of all tokens so far that a sliding cache still has slots for.
+
+    `attention_mask` `[B, T]`, `input_ids` `[B, Q]`, `past_key` `[B, Hkv, P, D]` -> `[B, P + Q]`, the last columns.
+    """
+    return attention_mask[:, attention_mask.shape[1] - past_key.shape[2] - input_ids.shape[1] :].clone()
+
+
+@mask_of_slots.register_fake
+def _(attention_mask: torch.Tensor, input_ids: torch.Tensor, past_key: torch.Tensor) -> torch.Tensor:
+    return attention_mask.new_empty((attention_mask.shape[0], past_key.shape[2] + input_ids.shape[1]))
+
+
+@torch.library.custom_op("doge::longest_position", mutates_args=())
+def longest_position(position_ids: torch.Tensor) -> torch.Tensor:
+    """Length of text that a call reaches, padding included: `[B, Q]` int64 -> `[1]`, the largest position plus one."""
+    return position_ids.amax().reshape(1) + 1
+
+
+@longest_position.register_fake
+def _(position_ids: torch.Tensor) -> torch.Tensor:
+    return position_ids.new_empty(1)

@@ -1,4 +1,4 @@
-"""Rotary position tables: transformers' own frequencies, and cosines that no machine or thread can change."""
+"""Rotary positions: transformers' own frequencies, and cosines that no machine or thread can change."""
 
 from __future__ import annotations
 
@@ -8,17 +8,40 @@ from typing import Any
 import numpy as np
 import torch
 
+from doge_deploy.config import DogeFacts
 
-def rope_tables(config: Mapping[str, Any], max_length: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """cos and sin of positions 0..max_length-1: two `[max_length, D/2]` float32 tables, attention scaling included.
+ROPE_TENSORS = ("rope_cos", "rope_sin", "rope_frequencies", "rope_scaling")
+"""Names of everything that `rope_tensors` can give: tensors of a graph that no checkpoint has."""
 
-    The angles are transformers' to the last bit: its frequencies times the position, in float32. Their cosines are
-    computed in float64 and rounded, one thread and no vendor library involved: the tables are the same bytes everywhere
-    and always, and within an ulp of PyTorch's. (PyTorch hands large float32 tables to a library that splits them among
-    threads; once its second half came out wrong.)
 
-    `config` is the checkpoint's config.json. `max_length` must lie within the length up to which the RoPE type has no
-    memory (`DogeFacts.stateless_length`); the caller checks.
+def rope_shapes(facts: DogeFacts, max_length: int) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of what `rope_tensors` gives."""
+    half = facts.head_dim // 2
+    if not facts.rope_changes(max_length):
+        return {"rope_cos": (max_length, half), "rope_sin": (max_length, half)}
+    assert facts.stateless_length is not None
+    rows = max_length - facts.stateless_length + 1 if facts.rope_remembers(max_length) else 2
+    return {"rope_frequencies": (rows, half), "rope_scaling": (1,)}
+
+
+def rope_tensors(config: Mapping[str, Any], facts: DogeFacts, max_length: int) -> dict[str, torch.Tensor]:
+    """What a graph of `max_length` positions rotates by, float32.
+
+    Within the length that the angles were made for: `rope_cos` and `rope_sin` `[max_length, D/2]` of positions
+    0..max_length-1, attention scaling included. The angles are transformers' to the last bit: its frequencies times the
+    position, in float32. Their cosines are computed in float64 and rounded, one thread and no vendor library involved:
+    the tables are the same bytes everywhere and always, and within an ulp of PyTorch's. (PyTorch hands large float32
+    tables to a library that splits them among threads; once its second half came out wrong.)
+
+    Beyond it: `rope_frequencies` and `rope_scaling` `[1]`, which multiplies cosines and sines. Row i of the frequencies
+    belongs to a longest text of original + i tokens for dynamic, `[max_length - original + 1, D/2]`; the two rows of
+    longrope are the short and the long ones.
+
+    Args:
+        config: the checkpoint's config.json.
+        facts: what was read from it.
+        max_length: positions of the bundle.
+
     Reference: `DogeRotaryEmbedding` in transformers' modeling_doge.py, `modeling_rope_utils.py`.
     """
     from transformers import DogeConfig
@@ -28,8 +51,23 @@ def rope_tables(config: Mapping[str, Any], max_length: int) -> tuple[torch.Tenso
     # Configs were read strictly by us; transformers' remarks on them are noise here.
     logging.set_verbosity_error()  # type: ignore[no-untyped-call]
     rotary = DogeRotaryEmbedding(DogeConfig.from_dict(dict(config)))
-    frequencies = rotary.inv_freq.numpy()
-    angles = np.outer(np.arange(max_length, dtype=np.float32), frequencies).astype(np.float64)
     scaling = np.float32(rotary.attention_scaling)
+    if facts.rope_changes(max_length):
+        return {
+            "rope_frequencies": _frequencies(rotary, facts, max_length),
+            "rope_scaling": torch.tensor([float(scaling)], dtype=torch.float32),
+        }
+    angles = np.outer(np.arange(max_length, dtype=np.float32), rotary.inv_freq.numpy()).astype(np.float64)
     cos, sin = (function(angles).astype(np.float32) * scaling for function in (np.cos, np.sin))
-    return torch.from_numpy(cos), torch.from_numpy(sin)
+    return {"rope_cos": torch.from_numpy(cos), "rope_sin": torch.from_numpy(sin)}
+
+
+def _frequencies(rotary: Any, facts: DogeFacts, max_length: int) -> torch.Tensor:
+    """transformers' frequencies for every longest text: it is asked for each, as a model would be by a position."""
+    assert facts.stateless_length is not None
+    last = max_length if facts.rope_remembers(max_length) else facts.stateless_length + 1
+    rows = [rotary.original_inv_freq.clone()]
+    for length in range(facts.stateless_length + 1, last + 1):
+        rotary(torch.empty(0), torch.tensor([[length - 1]]))
+        rows.append(rotary.inv_freq.clone())
+    return torch.stack(rows)

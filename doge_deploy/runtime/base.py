@@ -75,5 +75,5 @@ class Runner(ABC):
     @abstractmethod
     def cache(self) -> dict[str, list[FloatArray]]:
         """What the rows hold: for every present tensor one `[Hkv, n_b, D]` array per row, its n_b real slots in
-        order.
+        order; a sliding cache no longer holds the first ones.
         """

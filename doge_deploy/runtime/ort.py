@@ -15,6 +15,7 @@ from doge_deploy.bundle import Bundle, Layout
 from doge_deploy.errors import MissingDependencyError, UnsupportedModelError
 from doge_deploy.runtime.base import FloatArray, IntArray, Runner
 from doge_deploy.runtime.padding import left_padded
+from doge_deploy.signature import PAST_ROPE, PRESENT_ROPE
 
 if TYPE_CHECKING:
     import onnxruntime
@@ -139,6 +140,22 @@ class OrtRunner(Runner):
         shape = [sizes[axis] if isinstance(axis, str) else axis for axis in self._shapes[name]]
         return np.zeros(shape, self._dtypes[name])
 
+    def _reset_rope(self) -> None:
+        """Forget the longest text so far, see `Signature.remembers_rope`."""
+        names = (PAST_ROPE, PRESENT_ROPE) if self.signature.remembers_rope else ()
+        self._rope_outputs = names[1:]
+        self._rope = {name: self._zeros(name) for name in names}
+
+    def _bind_rope(self) -> None:
+        if self._rope:
+            self._binding.bind_ortvalue_input(PAST_ROPE, _wrap(self._rope[PAST_ROPE]))
+            self._binding.bind_ortvalue_output(PRESENT_ROPE, _wrap(self._rope[PRESENT_ROPE]))
+
+    def _note_rope(self) -> None:
+        """After a call: what it gave is what the next one gets."""
+        if self._rope:
+            self._rope[PAST_ROPE][:] = self._rope[PRESENT_ROPE]
+
 
 class StaticOrtRunner(OrtRunner):
     """Arrays that are bound once as inputs and outputs: the graph writes the caches, and the logits, in place.
@@ -154,6 +171,7 @@ class StaticOrtRunner(OrtRunner):
         self._binding.clear_binding_inputs()
         self._binding.clear_binding_outputs()
         self._bound = None
+        self._reset_rope()
         self._buffers = {}
         for past, present in self.past:
             buffer = self._zeros(past, batch_size=batch_size)
@@ -161,6 +179,7 @@ class StaticOrtRunner(OrtRunner):
             value = _wrap(buffer)
             self._binding.bind_ortvalue_input(past, value)
             self._binding.bind_ortvalue_output(present, value)
+        self._bind_rope()
 
     def _bind(self, batch: int, width: int) -> None:
         """Bind arrays for calls of `width` tokens."""
@@ -185,8 +204,9 @@ class StaticOrtRunner(OrtRunner):
         for name in self.extra_outputs:  # their shapes change from call to call
             self._binding.bind_output(name, "cpu")
         self.session.run_with_iobinding(self._binding)
+        self._note_rope()
         if self.extra_outputs:
-            names = [*(present for _, present in self.past), "logits", *self.extra_outputs]
+            names = [*(present for _, present in self.past), *self._rope_outputs, "logits", *self.extra_outputs]
             outputs = dict(zip(names, self._binding.get_outputs(), strict=True))
             self.extra = {name: outputs[name].numpy() for name in self.extra_outputs}
         logits: FloatArray = self._logits.copy()
@@ -214,6 +234,7 @@ class GrowingOrtRunner(OrtRunner):
     """
 
     def _reset(self, batch_size: int) -> None:
+        self._reset_rope()
         empty = {"batch_size": batch_size, "past_sequence_length": 0}
         self._values = {present: _wrap(self._zeros(past, **empty)) for past, present in self.past}
         self.real = np.zeros((batch_size, 0), bool)
@@ -237,10 +258,12 @@ class GrowingOrtRunner(OrtRunner):
         self._binding.bind_cpu_input("input_ids", np.ascontiguousarray(input_ids))
         self._binding.bind_cpu_input("attention_mask", np.ascontiguousarray(attention_mask))
         self._binding.bind_cpu_input("position_ids", np.ascontiguousarray(position_ids))
+        self._bind_rope()
         for name in ("logits", *self.extra_outputs):
             self._binding.bind_output(name, "cpu")
         self.session.run_with_iobinding(self._binding)
-        names = [*(present for _, present in self.past), "logits", *self.extra_outputs]
+        self._note_rope()
+        names = [*(present for _, present in self.past), *self._rope_outputs, "logits", *self.extra_outputs]
         outputs = dict(zip(names, self._binding.get_outputs(), strict=True))
         self._values = {present: outputs[present] for _, present in self.past}
         self.extra = {name: outputs[name].numpy() for name in self.extra_outputs}
@@ -249,7 +272,7 @@ class GrowingOrtRunner(OrtRunner):
 
     def cache(self) -> dict[str, list[FloatArray]]:
         return {
-            name: [rows[b][:, real] for b, real in enumerate(self.real)]
+            name: [rows[b][:, real[len(real) - rows.shape[2] :]] for b, real in enumerate(self.real)]
             for name, rows in ((name, value.numpy()) for name, value in self._values.items())
         }
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from doge_deploy.config import DogeFacts
 from doge_deploy.runtime.base import IntArray
 
 
@@ -44,7 +45,15 @@ class Limits:
     vocab_size: int
     max_length: int
     keep_window_size: int
-    greedy_steps: int = 128
+    sliding_window: int | None = None
+    original_length: int | None = None
+    """Where RoPE begins to change, if the bundle reaches so far."""
+
+    @classmethod
+    def of(cls, facts: DogeFacts, max_length: int) -> Limits:
+        """The limits of a bundle of `max_length` tokens a row."""
+        original = facts.stateless_length if facts.rope_changes(max_length) else None
+        return cls(facts.vocab_size, max_length, facts.keep_window_size, facts.sliding_window, original)
 
 
 def chunk(rows: Sequence[IntArray], sizes: Sequence[Sequence[int]]) -> tuple[Call, ...]:
@@ -86,6 +95,8 @@ def exact_cases(limits: Limits, seed: int) -> Iterator[Case]:
     yield Case("chunked prefill", chunk(one, [[n] for n in _chunks(length)]), exact=True)
     yield from _batch_case(limits, seed)
     yield from _window_cases(limits, seed)
+    yield from _sliding_cases(limits, seed)
+    yield from _rope_cases(limits, seed)
 
 
 def _chunks(length: int) -> list[int]:
@@ -120,6 +131,46 @@ def _window_cases(limits: Limits, seed: int) -> Iterator[Case]:
     if w > 8 and w + 8 <= capacity:
         row = distinct_ids(limits, w + 8, seed + 5)
         yield Case("window chunk", chunk([row], [[w - 8], [16]]), exact=True)
+
+
+def _sliding_cases(limits: Limits, seed: int) -> Iterator[Case]:
+    """Across the sliding window: in one call, token by token, in a chunk, in a batch whose padding takes up slots."""
+    window = limits.sliding_window
+    if window is None:
+        return
+    length = min(window + 5, limits.max_length)
+    row = distinct_ids(limits, length, seed + 6)
+    yield Case("sliding prefill", chunk([row], [[length]]), exact=True)
+    first = max(1, window - 3)
+    if first < length:
+        yield Case("sliding decode", chunk([row], [[first]] + [[1]] * (length - first)), exact=True)
+        yield Case("sliding chunk", chunk([row], [[first], [length - first]]), exact=True)
+    if limits.max_length >= 16:
+        rows = [distinct_ids(limits, 16, seed + 7), distinct_ids(limits, 16, seed + 8)]
+        yield Case("sliding batch", chunk(rows, [[7, 3], [1, 1], [4, 2], [1, 1], [1, 1]]), exact=True)
+
+
+def _rope_cases(limits: Limits, seed: int) -> Iterator[Case]:
+    """Around the length where RoPE changes: to it, over it, beyond it, and in a batch of which one row is over it.
+
+    Whether a call shorter than that length follows a longer one, and the memory is lost, lies with the runner's user:
+    a case cannot go back in a text.
+    """
+    original = limits.original_length
+    if original is None:
+        return
+    end = min(2 * original + 3, limits.max_length)
+    row = distinct_ids(limits, end, seed + 9)
+    yield Case("rope prefill beyond", chunk([row], [[end]]), exact=True)
+    if original > 1:
+        steps = min(6, end - (original - 1))
+        yield Case("rope decode over", chunk([row], [[original - 1]] + [[1]] * steps), exact=True)
+    if original > 2 and end >= original + 6:
+        sizes = [[original - 2], [5], [1], [end - original - 4]]
+        yield Case("rope chunks over", chunk([row], sizes), exact=True)
+        other = distinct_ids(limits, end, seed + 10)
+        sizes = [[original, 2], [1, 1], [3, 2], [1, 1]]
+        yield Case("rope batch", chunk([row, other], sizes), exact=True)
 
 
 def natural_case(limits: Limits, text_ids: IntArray) -> Case:

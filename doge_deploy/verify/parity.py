@@ -102,7 +102,7 @@ def verify_layouts(
         finished: told each result when it is there.
     """
     facts = bundle.manifest.facts
-    limits = Limits(facts.vocab_size, bundle.manifest.max_length, facts.keep_window_size)
+    limits = Limits.of(facts, bundle.manifest.max_length)
     judges = [Judge(bundle, layout, pair, references) for layout, pair in runners.items()]
     prompt = np.resize(text_ids, min(16, max(1, limits.max_length // 2)))
     steps = min(greedy_steps, limits.max_length - len(prompt))
@@ -171,12 +171,13 @@ class Judge:
             padding="left" if layout == "growing" else "right",
             tokenwise=self.manifest.facts.is_moe and self.manifest.options["routing"] == "per-token",
             last_logits=runners.plain.last_logits,
+            sliding_window=self.manifest.facts.sliding_window,
         )
 
     def selects(self, case: Case) -> bool:
         """Whether the bundle chooses keys or experts in this case."""
-        window = self.manifest.facts.keep_window_size
-        return self.runners.exposed is not None and (self.manifest.facts.is_moe or case.longest > window)
+        facts = self.manifest.facts
+        return self.runners.exposed is not None and (facts.is_moe or facts.keep_window(case.longest))
 
     def widest(self, make: Callable[[int], Case]) -> Case:
         """The case of that seed on which the reference's choices are clearest."""

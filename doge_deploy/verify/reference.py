@@ -72,6 +72,9 @@ class Reference:
         self.given: Selections = {}
         self.use_given = True
         self.real_rows: torch.Tensor | None = None
+        self.longest: int | None = None
+        self.rotary = self.model.model.rotary_emb
+        self.rotary.forward = partial(self._rotate, self.rotary.forward)
         for index, layer in enumerate(self.model.model.layers):
             attention = layer.self_attn
             attention.prepare_dynamic_mask = partial(self._mask, index, attention.prepare_dynamic_mask)
@@ -91,22 +94,41 @@ class Reference:
         given: Selections | None = None,
         use_given: bool = True,
         real_rows: Array | None = None,
+        longest: int | None = None,
     ) -> tuple[torch.Tensor, Watch]:
-        """One call: `input_ids` and `position_ids` `[B, Q]`, `attention_mask` `[B, K]`; `cache` is updated.
+        """One call: `input_ids` and `position_ids` `[B, Q]`, `attention_mask` `[B, T]`, or `[B, 1, Q, K]`, true
+        where visible; `cache` is updated.
 
         `given` selections are held against the reference's own, and, with `use_given`, replace them, both in rows that
-        are real (`real_rows` `[B, Q]`, all where None).
+        are real (`real_rows` `[B, Q]`, all where None). `longest`: RoPE takes the call for a part of one
+        that reaches that many tokens.
         """
+        self.longest = longest
         self.watch, self.given, self.use_given = Watch(), given or {}, use_given
         self.real_rows = None if real_rows is None else torch.from_numpy(real_rows)
         logits = self.model(
             input_ids=torch.from_numpy(np.ascontiguousarray(input_ids)),
-            attention_mask=torch.from_numpy(np.ascontiguousarray(attention_mask).astype(np.int64)),
+            attention_mask=_as_mask(attention_mask),
             position_ids=torch.from_numpy(np.ascontiguousarray(position_ids)),
             past_key_values=cache,
             use_cache=True,
         ).logits
         return logits, self.watch
+
+    def forget(self) -> None:
+        """Make RoPE forget the texts so far, as if the model had just been loaded."""
+        self.rotary.max_seq_len_cached = self.rotary.original_max_seq_len
+        self.rotary.inv_freq = self.rotary.original_inv_freq.clone()
+
+    def _rotate(
+        self, original: Callable[..., tuple[torch.Tensor, torch.Tensor]], x: torch.Tensor, position_ids: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Around `DogeRotaryEmbedding.forward`: shows it the last position of the whole call too, where it is told."""
+        if self.longest is None:
+            return original(x, position_ids)
+        last = torch.full_like(position_ids[:, :1], self.longest - 1)
+        cos, sin = original(x, torch.cat((position_ids, last), dim=1))
+        return cos[:, :-1], sin[:, :-1]
 
     def _mask(
         self,
@@ -140,7 +162,8 @@ class Reference:
         """The given selection where there is one, after measuring how far it is from the best; else `own`."""
         if name not in self.given:
             return own
-        given = torch.from_numpy(self.given[name])
+        # A sliding cache has lost the first columns.
+        given = torch.from_numpy(self.given[name][..., self.given[name].shape[-1] - own.shape[-1] :])
         real = (
             torch.ones(own.shape[:1] + own.shape[2:3], dtype=torch.bool) if self.real_rows is None else self.real_rows
         )
@@ -210,6 +233,9 @@ def _load_model(checkpoint: Checkpoint, dtype: torch.dtype) -> DogeForCausalLM:
         local_files_only=True,
     )
     return model
+def _as_mask(mask: Array) -> torch.Tensor:
+    tensor = torch.from_numpy(np.ascontiguousarray(mask))
+    return tensor.to(torch.int64) if tensor.ndim == 2 else tensor
 
 
 def checkpoint_size(checkpoint: Checkpoint) -> int:
@@ -245,21 +271,31 @@ class ReferenceRows:
         batch: rows.
         padding: where the padding of a call with rows of different length goes: "right" (its keys stay as holes that
         later calls do not see: the content of a static cache) or "left" (the convention of Hugging Face tools).
+        ragged: some call pads a row on the right. transformers' sliding window would count that padding, a static cache
+        does not have it: the window is then given as a mask of slots, on a cache that keeps everything.
     """
 
-    def __init__(self, reference: Reference, batch: int, padding: str) -> None:
+    def __init__(self, reference: Reference, batch: int, padding: str, *, ragged: bool = False) -> None:
         from transformers import DynamicCache
 
         self.reference = reference
         self.padding = padding
-        self.cache = DynamicCache()
+        self.sliding_by_slot = reference.facts.sliding_window if ragged and padding == "right" else None
+        self.cache = DynamicCache() if self.sliding_by_slot else DynamicCache(config=reference.model.config)
         self.real: Array = np.zeros((batch, 0), bool)
-        """`[B, K]`: cached columns that hold a real token."""
+        """`[B, T]`: columns so far that hold a real token."""
+        reference.forget()
 
     def run(
-        self, input_ids: IntArray, lengths: IntArray, given: Selections | None = None, *, use_given: bool = True
+        self,
+        input_ids: IntArray,
+        lengths: IntArray,
+        given: Selections | None = None,
+        *,
+        use_given: bool = True,
+        longest: int | None = None,
     ) -> tuple[list[torch.Tensor], Watch]:
-        """Feed one call; returns the logits `[lengths[b], V]` of each row's real tokens."""
+        """Feed one call; returns the logits `[lengths[b], V]` of each row's real tokens. `longest`: see `Reference`."""
         width = input_ids.shape[1]
         before = self.real.sum(axis=1)
         if self.padding == "left":
@@ -272,21 +308,44 @@ class ReferenceRows:
             # Padding sees what is before it, itself and other padding of this call, as in a static cache.
             seen = np.concatenate((self.real, np.ones_like(rows)), axis=1)
         positions = np.maximum(before[:, None] + source, 0)
+        if self.sliding_by_slot:
+            seen = self._near_slots(seen, positions, self.sliding_by_slot)
         # Padding on the left sees nothing that a selection could be judged by; on the right it sees what is before it.
         judged = rows if self.padding == "left" else None
         logits, watch = self.reference(
-            input_ids, seen, positions, self.cache, given=given, use_given=use_given, real_rows=judged
+            input_ids,
+            seen,
+            positions,
+            self.cache,
+            given=given,
+            use_given=use_given,
+            real_rows=judged,
+            longest=longest,
         )
         self.real = np.concatenate((self.real, rows), axis=1)
         return [logits[b][torch.from_numpy(rows[b])] for b in range(len(rows))], watch
 
+    def _near_slots(self, seen: Array, slots: IntArray, sliding_window: int) -> Array:
+        """`[B, 1, Q, T]`: of the `seen` `[B, T]` columns those whose slot is less than the window back.
+
+        `slots` `[B, Q]`: where the call's tokens go in a static cache.
+        """
+        held = np.concatenate((np.cumsum(self.real, axis=1) - 1, slots), axis=1)[:, None, None]
+        row = slots[:, None, :, None]
+        near: Array = seen[:, None, None] & (held <= row) & (held > row - sliding_window)
+        return near
+
     def present(self, scores: Mapping[int, torch.Tensor]) -> dict[str, list[torch.Tensor]]:
-        """`present.{i}.key|value|score`, each `[Hkv, n_b, D]` per row: the row's real tokens in order."""
+        """`present.{i}.key|value|score`, each `[Hkv, n_b, D]` per row: the row's real tokens in order, as far as the
+        cache holds them.
+        """
         result: dict[str, list[torch.Tensor]] = {}
-        columns = [torch.from_numpy(np.flatnonzero(row)) for row in self.real]
         for index, layer in enumerate(cast("list[DynamicLayer]", self.cache.layers)):
             assert layer.keys is not None and layer.values is not None  # every call filled them
-            kinds = {"key": layer.keys, "value": layer.values, "score": scores[index].unsqueeze(-1)}
+            held = layer.keys.shape[2]
+            columns = [torch.from_numpy(np.flatnonzero(row[len(row) - held :])) for row in self.real]
+            score = scores[index][..., scores[index].shape[-1] - held :].unsqueeze(-1)
+            kinds = {"key": layer.keys, "value": layer.values, "score": score}
             for kind, tensor in kinds.items():
                 result[f"present.{index}.{kind}"] = [tensor[b][:, c] for b, c in enumerate(columns)]
         return result

@@ -60,6 +60,11 @@ class Replay:
     tokenwise: bool
     """Per-token routing equals transformers only at N = 1: every row and token is a call of its own there."""
     last_logits: bool
+    sliding_window: int | None = None
+
+    def _held(self, rows: list[Array]) -> list[Array]:
+        """Of present rows `[Hkv, n, D]` what a sliding cache keeps: a static one has all of them."""
+        return rows if self.sliding_window is None else [row[:, -(self.sliding_window - 1) :] for row in rows]
 
     def feed(self, runner: OrtRunner, case: Case) -> CandidateTrace:
         """Run `case` on a bundle."""
@@ -72,7 +77,7 @@ class Replay:
             columns = [self._columns(*rows) for rows in zip(before, real, strict=True)]
             trace.selections.append(_selections(runner, columns, real.shape[1]))
         signature = {spec.name for spec in runner.signature.outputs}
-        trace.present = {name: rows for name, rows in runner.cache().items() if name in signature}
+        trace.present = {name: self._held(rows) for name, rows in runner.cache().items() if name in signature}
         return trace
 
     def _columns(self, before: Array, real: Array) -> Array:
@@ -81,7 +86,7 @@ class Replay:
         In a static cache the padding of this very call is among them: its rows see it, and a mixture that routes as the
         reference does carries what they see to real tokens.
         """
-        if self.tokenwise:
+        if self.tokenwise and self.padding == "right":
             return np.arange(real.sum())
         if self.padding == "right":
             return np.concatenate((np.flatnonzero(before), np.arange(len(before), len(real))))
@@ -101,7 +106,11 @@ class Replay:
         """Run `case` on the reference; `given[c]` are selections for call c, see `Reference.__call__`."""
         batch = len(case.calls[0].lengths)
         single = self.tokenwise
-        rows = [ReferenceRows(reference, 1 if single else batch, self.padding) for _ in range(batch if single else 1)]
+        ragged = not single and any(call.lengths.min() < call.input_ids.shape[1] for call in case.calls)
+        rows = [
+            ReferenceRows(reference, 1 if single else batch, self.padding, ragged=ragged)
+            for _ in range(batch if single else 1)
+        ]
         trace = ReplayTrace()
         scores: list[dict[int, torch.Tensor]] = [{} for _ in rows]
         for index, call in enumerate(case.calls):
@@ -115,7 +124,8 @@ class Replay:
             trace.logits += [(row[-1:] if self.last_logits else row).double().numpy() for row in logits]
         for row, row_scores in zip(rows, scores, strict=True):
             for name, tensors in row.present(row_scores).items():
-                trace.present.setdefault(name, []).extend(tensor.double().numpy() for tensor in tensors)
+                held = self._held([tensor.double().numpy() for tensor in tensors])
+                trace.present.setdefault(name, []).extend(held)
         return trace
 
     def _run_tokenwise(
@@ -127,17 +137,24 @@ class Replay:
         trace: ReplayTrace,
         scores: list[dict[int, torch.Tensor]],
     ) -> list[torch.Tensor]:
-        one = np.ones(1, np.int64)
         width = call.input_ids.shape[1]
+        lengths = [int(length) for length in call.lengths]
+        # Padding on the left takes up slots of the cache: it is fed too. That on the right is overwritten.
+        added = lengths if self.padding == "left" else [width] * len(rows)
+        longest = max(int(row.real.sum()) + count for row, count in zip(rows, added, strict=True))
         logits = []
         for b, row in enumerate(rows):
-            offset = width - int(call.lengths[b]) if self.padding == "left" else 0
+            offset = width - lengths[b] if self.padding == "left" else 0
             outputs = []
-            for q in range(int(call.lengths[b])):
-                part = _of_token(given, b, q + offset, width, row.real.shape[1] + 1) if given else None
-                (output,), watch = row.run(call.input_ids[b : b + 1, q : q + 1], one, part, use_given=use_given)
-                outputs.append(output)
-                trace.note(watch)
+            for column in range(offset + lengths[b]):
+                part = _of_token(given, b, column, width, row.real.shape[1] + 1) if given else None
+                q = max(column - offset, 0)
+                real = np.array([int(column >= offset)])
+                ids = call.input_ids[b : b + 1, q : q + 1]
+                (output,), watch = row.run(ids, real, part, use_given=use_given, longest=longest)
+                if real:
+                    outputs.append(output)
+                    trace.note(watch)
                 scores[b] = watch.scores
             logits.append(torch.cat(outputs))
         return logits
@@ -174,8 +191,11 @@ def _selections(runner: OrtRunner, columns: Sequence[Array], total: int) -> Sele
             result[name] = value
             continue
         kept = np.zeros((*value.shape[:3], total), bool)
+        # A sliding cache has lost the first columns.
+        lost = runner.real.shape[1] - value.shape[3] if isinstance(runner, GrowingOrtRunner) else 0
         for b, (target, source) in enumerate(zip(columns, own, strict=True)):
-            kept[b][:, :, target] = value[b][:, :, source]
+            held = source >= lost
+            kept[b][:, :, target[held]] = value[b][:, :, source[held] - lost]
         result[name] = kept
     return result
 

@@ -159,13 +159,13 @@ def _text_ids(bundle: Bundle) -> IntArray:
         ids = Tokenizer.from_file(str(bundle.path / "tokenizer.json")).encode(TEXT).ids
         if max(ids) < facts.vocab_size:
             return np.asarray(ids, np.int64)
-    return repeating_ids(Limits(facts.vocab_size, bundle.manifest.max_length, facts.keep_window_size), 256)
+    return repeating_ids(Limits.of(facts, bundle.manifest.max_length), 256)
 
 
 def compare_reference_with_itself(bundle: Bundle, reference: Reference) -> SelfDifference:
     """The same row in one call and token by token, both in transformers."""
     manifest = bundle.manifest
-    limits = Limits(manifest.facts.vocab_size, manifest.max_length, manifest.facts.keep_window_size)
+    limits = Limits.of(manifest.facts, manifest.max_length)
     row = distinct_ids(limits, min(24, limits.max_length), seed=0)
     replay = Replay(padding="right", tokenwise=False, last_logits=False)
     whole: tuple[Call, ...] = chunk([row], [[len(row)]])

@@ -10,8 +10,8 @@ from safetensors import safe_open
 from doge_deploy.bundle import Bundle
 from doge_deploy.checkpoint import Checkpoint
 from doge_deploy.graph.passes.transpose_weights import TRANSPOSED_SUFFIX
-from doge_deploy.graph.weights import ROPE_TENSORS, WEIGHTS_FILE
-from doge_deploy.model.rope import rope_tables
+from doge_deploy.graph.weights import WEIGHTS_FILE
+from doge_deploy.model.rope import rope_tensors
 
 
 @dataclass(frozen=True)
@@ -30,8 +30,7 @@ class WeightsResult:
 
 def compare_weights(bundle: Bundle, checkpoint: Checkpoint) -> WeightsResult:
     """Each tensor of the weight file must be the checkpoint's, rounded to the stored dtype, bit for bit."""
-    tables = rope_tables(checkpoint.config, bundle.manifest.max_length)
-    rope = dict(zip(ROPE_TENSORS, tables, strict=True))
+    rope = rope_tensors(checkpoint.config, checkpoint.facts, bundle.manifest.max_length)
     failures, found = [], set()
     with safe_open(bundle.path / WEIGHTS_FILE, framework="pt") as file:
         names = sorted(file.keys())

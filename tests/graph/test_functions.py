@@ -11,12 +11,14 @@ import onnx_ir as ir
 import onnxruntime
 import pytest
 import torch
+from transformers.activations import ACT2FN
 
 from doge_deploy.checkpoint import open_checkpoint
 from doge_deploy.config import DogeFacts
 from doge_deploy.errors import UnsupportedModelError
 from doge_deploy.graph import schemas
 from doge_deploy.graph.functions import cdmoe_function, dynamic_mask_attention_function
+from doge_deploy.graph.functions.activations import SUPPORTED, activation_function
 from doge_deploy.graph.passes.expose_selections import ExposeSelectionsPass
 from doge_deploy.model.attention import dynamic_mask_attention, hidden_bias, keep_mask
 from doge_deploy.model.moe import candidate_pairs, cdmoe
@@ -142,9 +144,40 @@ def test_cdmoe(facts: DogeFacts, experts: int, k: int, norm: bool, ties: bool, r
     np.testing.assert_allclose(output, expected.numpy(), rtol=1e-5, atol=1e-4)
 
 
-@pytest.mark.parametrize(
-    "name", ["silu", "gelu", "gelu_new", "gelu_pytorch_tanh", "relu", "relu2", "tanh", "mish", "linear"]
-)
+@pytest.mark.parametrize("reach", [1, 5, 12, 40], ids=lambda n: f"s={n}")
+def test_a_sliding_window_hides_by_distance(facts: DogeFacts, reach: int) -> None:
+    inputs = attention_inputs(2, 7, 20, facts.num_attention_heads, facts.num_key_value_heads, None)
+    function = dynamic_mask_attention_function(
+        facts, has_key_mask=False, keep_window=True, hidden_bias=hidden_bias(torch.float32), sliding=True
+    )
+    output, kept = run(function, inputs, {"keep_window_size": 6, "scale": 0.25, "sliding_window": reach})
+    expected = dynamic_mask_attention(*inputs.values(), None, 6, 0.25, reach)
+    np.testing.assert_allclose(output, expected.numpy(), rtol=0, atol=2e-6)
+    assert kept.sum(-1).max() == min(6, reach)
+    for batch, first in enumerate(inputs["first_slot"].tolist()):
+        columns = np.flatnonzero(kept[batch, :, 3].any(0))
+        assert first + 3 - reach < columns.min() <= columns.max() <= first + 3
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["fp32", "fp16"])
+@pytest.mark.parametrize("name", sorted(SUPPORTED))
+def test_activations_are_as_near_to_the_formula_as_those_of_transformers(name: str, dtype: torch.dtype) -> None:
+    x = torch.linspace(-12, 12, 4001).to(dtype)
+    function = activation_function(name)
+    value = ir.Value(name="x", type=ir.TensorType(ir.DataType.from_numpy(x.numpy().dtype)), shape=ir.Shape(x.shape))
+    node = ir.node(function.name, [value], domain=schemas.DOMAIN)
+    node.outputs[0].name, node.outputs[0].dtype = "y", value.dtype
+    graph = ir.Graph([value], node.outputs, nodes=[node], opset_imports={"": 24, schemas.DOMAIN: 1}, name="one")
+    model = ir.Model(graph, ir_version=11, functions=[function])
+    session = onnxruntime.InferenceSession(ir.to_proto(model).SerializeToString(), providers=["CPUExecutionProvider"])
+    found = session.run(None, {"x": x.numpy()})[0].astype(np.float64)
+    exact = ACT2FN[name](x.double()).numpy()
+    ulp = torch.finfo(dtype).eps * np.maximum(np.abs(exact), 1.0)
+    own = np.abs(ACT2FN[name](x).double().numpy() - exact)
+    assert (np.abs(found - exact) <= np.maximum(2 * own.max(), 2 * ulp)).all()
+
+
+@pytest.mark.parametrize("name", sorted(SUPPORTED))
 def test_activation_bodies_equal_transformers(facts: DogeFacts, name: str) -> None:
     changed = replace(facts, is_moe=True, num_experts=16, num_experts_per_tok=2, hidden_act=name)
     torch.manual_seed(3)
@@ -162,6 +195,6 @@ def test_activation_bodies_equal_transformers(facts: DogeFacts, name: str) -> No
 
 
 def test_an_activation_without_a_body_is_refused_by_name(facts: DogeFacts) -> None:
-    changed = replace(facts, is_moe=True, num_experts=16, num_experts_per_tok=2, hidden_act="laplace")
-    with pytest.raises(UnsupportedModelError, match="hidden_act='laplace' cannot be exported inside CDMoE"):
+    changed = replace(facts, is_moe=True, num_experts=16, num_experts_per_tok=2, hidden_act="prelu")
+    with pytest.raises(UnsupportedModelError, match="hidden_act='prelu' cannot be exported"):
         cdmoe_function(changed, routing="per-token", pairs=candidate_pairs(2, 4))

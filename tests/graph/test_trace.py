@@ -40,7 +40,6 @@ def test_without_decompositions_the_graph_is_the_same(moe_doge: Path, layout: st
             signature,
             dtype=dtype,
             max_length=32,
-            keep_window=True,
             routing="reference",
             last_logits=True,
             decompose=decompose,
@@ -54,7 +53,7 @@ def test_without_decompositions_the_graph_is_the_same(moe_doge: Path, layout: st
     assert list(short.graph.initializers) == list(long.graph.initializers)
 
 
-def test_an_activation_that_must_be_decomposed_still_exports(tmp_path: Path) -> None:
+def test_an_activation_is_inlined_and_exports(tmp_path: Path) -> None:
     from bundles import make_bundle
     from random_doge import save_random_doge
 

@@ -10,11 +10,20 @@ from random_doge import SMALL, SMALL_MOE, random_doge
 from transformers import DogeForCausalLM
 
 from doge_deploy.config import DogeFacts
-from doge_deploy.model.decoder import CausalLM, GrowingCausalLM, StaticCausalLM
-from doge_deploy.model.rope import rope_tables
+from doge_deploy.model.decoder import CausalLM, GrowingCausalLM, StaticCausalLM, Windows
+from doge_deploy.model.rope import rope_tensors
 
 LENGTH = 24  # three times the window of SMALL
+CAPACITY = 64
 
+DYNAMIC = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0}
+LONGROPE = {
+    "rope_type": "longrope",
+    "rope_theta": 1e4,
+    "short_factor": [1.0, 1.1, 1.2, 1.3],
+    "long_factor": [2.0, 2.5, 3.0, 4.0],
+    "original_max_position_embeddings": 16,
+}
 CONFIGS: dict[str, dict[str, Any]] = {
     "dense": {},
     "moe": SMALL_MOE,
@@ -26,6 +35,10 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "wide-head": {"head_dim": 24},
     "yarn": {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0}},
     "gelu": {"hidden_act": "gelu"},
+    "sliding": {"sliding_window": 7},
+    "sliding-above-the-window": {"sliding_window": 12},
+    "dynamic-beyond": {"max_position_embeddings": 16, "rope_parameters": {**DYNAMIC}},
+    "longrope-beyond": {"rope_parameters": {**LONGROPE}},
 }
 
 
@@ -34,17 +47,18 @@ def ours(reference: DogeForCausalLM, kind: type[CausalLM], **options: Any) -> Ca
     config = reference.config.to_dict()
     facts = DogeFacts.from_config({**config, "architectures": None})
     arguments = {
-        "max_length": facts.max_position_embeddings,
-        "keep_window_size": facts.keep_window_size,
+        "max_length": CAPACITY,
+        "windows": Windows(facts.keep_window_size, facts.sliding_window or 0),
         "routing": "reference",
         "last_logits": False,
         "dtype": torch.float32,
     }
     model = kind(facts, **{**arguments, **options}).eval()
     missing, unexpected = model.load_state_dict(reference.state_dict(), strict=False)
-    assert set(missing) == {"rope_cos", "rope_sin"}
+    rope = rope_tensors(config, facts, CAPACITY)
+    assert set(missing) == set(rope)
     assert set(unexpected) <= {"lm_head.weight"}  # tied
-    model.rope_cos.data, model.rope_sin.data = rope_tables(config, facts.max_position_embeddings)
+    model.load_state_dict(rope, strict=False)
     return model
 
 
@@ -66,17 +80,49 @@ def test_prefill_and_decode_equal_transformers(kind: type[CausalLM], config: dic
     reference = random_doge(**config)
     model, ids = ours(reference, kind), distinct_ids()
     split = LENGTH - 3
-    past = empty_past(model, 64 if kind is StaticCausalLM else 0)
+    past = empty_past(model, CAPACITY if kind is StaticCausalLM else 0)
     cache = None
+    memory: dict[str, torch.Tensor] = {"past_rope_length": torch.zeros(1, dtype=torch.long)}
+    if not model.rope_remembers:
+        memory = {}
     for start, stop in ((0, split), (split, split + 1), (split + 1, LENGTH)):
         expected = reference(ids[:, start:stop], past_key_values=cache, use_cache=True)
         cache = expected.past_key_values
         if kind is StaticCausalLM:
-            logits, past = model(ids[:, start:stop], torch.tensor([start]), past)
+            outputs = model(ids[:, start:stop], torch.tensor([start]), past, **memory)
         else:
             positions = torch.arange(start, stop)[None]
-            logits, past = model(ids[:, start:stop], torch.ones(1, stop, dtype=torch.long), positions, past)
+            outputs = model(ids[:, start:stop], torch.ones(1, stop, dtype=torch.long), positions, past, **memory)
+        logits, past, *length = outputs
+        if memory:
+            memory["past_rope_length"] = length[0]
+            assert length[0].tolist() == [max(stop, 16)]
         torch.testing.assert_close(logits, expected.logits, rtol=0, atol=2e-5)
+
+
+@torch.no_grad()
+def test_a_short_call_makes_dynamic_rope_forget() -> None:
+    """transformers returns to the original angles in a call shorter than the original length, and only then."""
+    model = ours(random_doge(**CONFIGS["dynamic-beyond"]), StaticCausalLM)
+    positions = torch.arange(20)[None]
+    seen = {
+        (past, reach): int(model.rotation(positions[:, :reach], torch.tensor([past]))[2][0])
+        for past in (0, 16, 19)
+        for reach in (3, 15, 16, 17, 20)
+    }
+    assert {key: value for key, value in seen.items() if value != 16} == {
+        **{(past, 17): 17 for past in (0, 16)},
+        **{(past, 20): 20 for past in (0, 16, 19)},
+        (19, 16): 19,  # as long as the original length: not shorter
+        (19, 17): 19,
+    }
+    reference = random_doge(**CONFIGS["dynamic-beyond"]).model.rotary_emb
+    for (past, reach), length in seen.items():
+        reference.max_seq_len_cached, reference.inv_freq = 16, reference.original_inv_freq.clone()
+        if past:
+            reference(torch.empty(0), positions[:, :past])
+        reference(torch.empty(0), positions[:, :reach])
+        assert torch.equal(reference.inv_freq, model.rope_frequencies[length - 16]), (past, reach)
 
 
 @torch.no_grad()
@@ -85,7 +131,7 @@ def test_last_logits_are_those_of_each_rows_last_real_token() -> None:
     ids = torch.cat((distinct_ids(1), distinct_ids(2)))
     whole, last = ours(reference, StaticCausalLM), ours(reference, StaticCausalLM, last_logits=True)
     start, lengths = torch.zeros(2, dtype=torch.long), torch.tensor([LENGTH, 9])
-    past = [tuple(t.expand(2, -1, -1, -1) for t in layer) for layer in empty_past(whole, 64)]
+    past = [tuple(t.expand(2, -1, -1, -1) for t in layer) for layer in empty_past(whole, CAPACITY)]
     every, _ = whole(ids, start, past)
     some, _ = last(ids, start, past, sequence_lengths=lengths)
     torch.testing.assert_close(some[:, 0], every[[0, 1], lengths - 1])

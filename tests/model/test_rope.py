@@ -11,7 +11,8 @@ import torch
 from transformers import DogeConfig
 from transformers.models.doge.modeling_doge import DogeRotaryEmbedding
 
-from doge_deploy.model.rope import rope_tables
+from doge_deploy.config import DogeFacts
+from doge_deploy.model.rope import rope_tensors
 
 LENGTH = 512
 HALF = 16
@@ -45,9 +46,14 @@ def config(rope: dict[str, Any]) -> dict[str, Any]:
     return DogeConfig(**values, rope_parameters=dict(rope)).to_dict()
 
 
+def tensors(rope: dict[str, Any], length: int) -> dict[str, torch.Tensor]:
+    facts = DogeFacts.from_config({**config(rope), "architectures": None})
+    return rope_tensors(config(rope), facts, length)
+
+
 @pytest.mark.parametrize("rope", ROPES.values(), ids=ROPES)
 def test_tables_are_within_an_ulp_of_transformers(rope: dict[str, Any]) -> None:
-    cos, sin = rope_tables(config(rope), LENGTH)
+    cos, sin = tensors(rope, LENGTH).values()
     module = DogeRotaryEmbedding(DogeConfig.from_dict(config(rope)))
     expected = module(torch.empty(0), torch.arange(LENGTH)[None])
     for table, both_halves in zip((cos, sin), expected, strict=True):
@@ -58,8 +64,25 @@ def test_tables_are_within_an_ulp_of_transformers(rope: dict[str, Any]) -> None:
 
 def test_tables_are_correctly_rounded_cosines_of_float32_angles() -> None:
     rope = ROPES["dynamic"]
-    cos, _ = rope_tables(config(rope), LENGTH)
+    cos, _ = tensors(rope, LENGTH).values()
     frequencies = DogeRotaryEmbedding(DogeConfig.from_dict(config(rope))).inv_freq.numpy()
     for position in (0, 1, 255, 256, LENGTH - 1):
         angles = [np.float32(position) * frequency for frequency in frequencies]
         assert cos[position].tolist() == [float(np.float32(math.cos(angle))) for angle in angles]
+
+
+@pytest.mark.parametrize(("name", "rows"), [("dynamic", 41), ("longrope", 2)])
+def test_frequencies_beyond_the_original_length_are_those_of_transformers(name: str, rows: int) -> None:
+    found = tensors(ROPES[name], LENGTH + 40)
+    module = DogeRotaryEmbedding(DogeConfig.from_dict(config(ROPES[name])))
+    assert found["rope_frequencies"].shape == (rows, HALF)
+    assert found["rope_scaling"].tolist() == [np.float32(module.attention_scaling)]
+    for length in (LENGTH, LENGTH + 1, LENGTH + 40):
+        module(torch.empty(0), torch.tensor([[length - 1]]))
+        row = length - LENGTH if name == "dynamic" else int(length > LENGTH)
+        assert torch.equal(found["rope_frequencies"][row], module.inv_freq)
+
+
+@pytest.mark.parametrize("name", ["default", "linear", "yarn", "llama3"])
+def test_other_types_have_tables_of_any_length(name: str) -> None:
+    assert tensors(ROPES[name], 2 * LENGTH)["rope_cos"].shape == (2 * LENGTH, HALF)

@@ -17,6 +17,14 @@ from doge_deploy.verify.run import Report, verify
 
 BOTH = ("static", "growing")
 
+DYNAMIC = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0}
+LONGROPE = {
+    "rope_type": "longrope",
+    "rope_theta": 1e4,
+    "short_factor": [1.0, 1.1, 1.2, 1.3],
+    "long_factor": [2.0, 2.5, 3.0, 4.0],
+    "original_max_position_embeddings": 16,
+}
 CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "dense-fp32-all": ({}, {"logits": "all"}),
     "dense-fp16": ({}, {"dtype": "fp16"}),
@@ -29,6 +37,21 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "moe-window-unreachable": ({**SMALL_MOE, "keep_window_size": 128}, {}),
     "untied-biases": ({"tie_word_embeddings": False, "attention_bias": True, "mlp_bias": True}, {}),
     "one-kv-head-per-head": ({"num_key_value_heads": 4}, {"logits": "all"}),
+    "sliding": ({"sliding_window": 12}, {}),
+    "sliding-below-the-window": ({"sliding_window": 6}, {"logits": "all"}),
+    "sliding-of-two-fp16": ({"sliding_window": 2}, {"dtype": "fp16"}),
+    "sliding-beyond-capacity": ({"sliding_window": 64, "max_position_embeddings": 64}, {}),
+    "sliding-moe": ({**SMALL_MOE, "sliding_window": 12}, {}),
+    "dynamic-beyond": ({"max_position_embeddings": 16, "rope_parameters": DYNAMIC}, {"max_length": 64}),
+    "longrope-beyond-bf16": ({"rope_parameters": LONGROPE}, {"max_length": 64, "dtype": "bf16"}),
+    "dynamic-beyond-moe": (
+        {**SMALL_MOE, "max_position_embeddings": 16, "rope_parameters": DYNAMIC},
+        {"max_length": 64, "logits": "all"},
+    ),
+    "dynamic-beyond-sliding-moe-per-token": (
+        {**SMALL_MOE, "max_position_embeddings": 16, "rope_parameters": DYNAMIC, "sliding_window": 12},
+        {"max_length": 64, "routing": "per-token"},
+    ),
     "short-capacity": ({}, {"max_length": 12}),
 }
 

@@ -4,7 +4,8 @@
                        hidden           otherwise
     output = softmax(q k^T * scale + bias) v
 
-"Visible" is j <= first_slot[b] + q, and key_mask[b, j] where there is one. Ranking is done on the float32 score, over
+"Visible" is j <= first_slot[b] + q, less than sliding_window slots back, and key_mask[b, j], the latter two where they
+are given. Ranking is done on the float32 score, over
 visible keys only, so a row that sees fewer than w keys keeps them all whatever the cache holds elsewhere.
 Slow twin: `doge_deploy.model.attention.dynamic_mask_attention`.
 """
@@ -39,14 +40,25 @@ _VISIBLE = """
     causal = LessOrEqual (columns, row_slot_4d)
 """
 
+_SLIDING = """
+    reach = Constant <value_int: int = @sliding_window> ()
+    last_hidden = Sub (row_slot_4d, reach)
+    near = Greater (columns, last_hidden)
+    seen = And (causal, near)
+"""
+
+_NOT_SLIDING = """
+    seen = Identity (causal)
+"""
+
 _KEY_MASK = """
     key_axes = Constant <value_ints = [1, 2]> ()
     key_mask_4d = Unsqueeze (key_mask, key_axes)
-    visible = And (causal, key_mask_4d)
+    visible = And (seen, key_mask_4d)
 """
 
 _NO_KEY_MASK = """
-    visible = Identity (causal)
+    visible = Identity (seen)
 """
 
 # Hidden keys rank below every score (none is negative): they are chosen only where fewer than w are visible.
@@ -79,7 +91,7 @@ _ATTEND = """
 
 
 def dynamic_mask_attention_function(
-    facts: DogeFacts, *, has_key_mask: bool, keep_window: bool, hidden_bias: float
+    facts: DogeFacts, *, has_key_mask: bool, keep_window: bool, hidden_bias: float, sliding: bool = False
 ) -> ir.Function:
     """The local function for one graph.
 
@@ -87,10 +99,11 @@ def dynamic_mask_attention_function(
         facts: heads and groups of the checkpoint.
         has_key_mask: the node has a sixth input (growing caches).
         keep_window: the cache can exceed `keep_window_size`, so the top-w selection is part of the body.
+        sliding: the node has the attribute `sliding_window`.
         hidden_bias: bias of a hidden key, see `doge_deploy.model.attention.hidden_bias`.
     """
     groups = facts.num_attention_heads // facts.num_score_heads
-    body = _VISIBLE + (_KEY_MASK if has_key_mask else _NO_KEY_MASK)
+    body = _VISIBLE + (_SLIDING if sliding else _NOT_SLIDING) + (_KEY_MASK if has_key_mask else _NO_KEY_MASK)
     body += "    row_score = Transpose <perm = [0, 1, 3, 2]> (score)\n"
     body += _KEEP_WINDOW if keep_window else "    kept = Identity (visible)\n"
     body += _BIAS.replace("HIDDEN", repr(hidden_bias))
@@ -102,4 +115,5 @@ def dynamic_mask_attention_function(
         body += f"    head_map = Constant <value_ints = [{head_map}]> ()\n"
         body += "    bias = Gather <axis = 1> (score_bias, head_map)\n"
     inputs = ["query", "key", "value", "score", "first_slot", *(["key_mask"] if has_key_mask else [])]
-    return parse_function(DYNAMIC_MASK_ATTENTION, inputs, ["output"], ["keep_window_size", "scale"], body + _ATTEND)
+    attributes = ["keep_window_size", "scale", *(["sliding_window"] if sliding else [])]
+    return parse_function(DYNAMIC_MASK_ATTENTION, inputs, ["output"], attributes, body + _ATTEND)

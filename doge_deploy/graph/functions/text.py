@@ -16,8 +16,9 @@ def parse_function(
     name: str, inputs: Sequence[str], outputs: Sequence[str], attributes: Sequence[str], body: str
 ) -> ir.Function:
     """A local function `doge::name`; `body` is a list of nodes in ONNX text form, with `@name` for attributes."""
+    head = f"{name} <{', '.join(attributes)}>" if attributes else name
     text = (
         f'<domain: "{DOMAIN}", opset_import: ["" : {OPSET}, "{DOMAIN}" : {VERSION}]>\n'
-        f"{name} <{', '.join(attributes)}> ({', '.join(inputs)}) => ({', '.join(outputs)}) {{\n{body}\n}}"
+        f"{head} ({', '.join(inputs)}) => ({', '.join(outputs)}) {{\n{body}\n}}"
     )
     return ir.serde.deserialize_function(onnx.parser.parse_function(text))

@@ -7,12 +7,14 @@ import onnx_ir.passes.common as common
 
 from doge_deploy.graph.passes.name_nodes import NameNodesPass
 from doge_deploy.graph.passes.transpose_weights import TransposeWeightsPass
+from doge_deploy.graph.schemas import ACTIVATION
 
 
 def run_passes(model: ir.Model) -> ir.Model:
     """Tidy a fresh trace: every pass here is exact (no number changes)."""
     return ir.passes.Sequential(
         common.ClearMetadataAndDocStringPass(),
+        common.InlinePass(lambda function: function.name == ACTIVATION),
         common.IdentityEliminationPass(),
         TransposeWeightsPass(),
         common.CommonSubexpressionEliminationPass(),
