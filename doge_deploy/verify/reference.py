@@ -233,6 +233,8 @@ def _load_model(checkpoint: Checkpoint, dtype: torch.dtype) -> DogeForCausalLM:
         local_files_only=True,
     )
     return model
+
+
 def _as_mask(mask: Array) -> torch.Tensor:
     tensor = torch.from_numpy(np.ascontiguousarray(mask))
     return tensor.to(torch.int64) if tensor.ndim == 2 else tensor
