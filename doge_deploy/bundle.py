@@ -101,6 +101,11 @@ class Manifest:
         return {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}[self.options["dtype"]]
 
     @property
+    def task(self) -> str:
+        """What the graphs are for; "causal-lm" in bundles from before there was a choice."""
+        return str(self.options.get("task", "causal-lm"))
+
+    @property
     def max_length(self) -> int:
         """Most tokens a row may hold."""
         return int(self.options["max_length"])

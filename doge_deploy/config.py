@@ -26,6 +26,13 @@ from doge_deploy.rope_config import STATEFUL_TYPES, read_rope
 
 ARCHITECTURE = "DogeForCausalLM"
 
+TASKS = {
+    "DogeForCausalLM": ("causal-lm", "features"),
+    "DogeForSequenceClassification": ("sequence-classification", "features"),
+    "DogeModel": ("features",),
+}
+"""What a checkpoint of each architecture has the weights for."""
+
 
 @dataclass(frozen=True)
 class DogeFacts:
@@ -57,6 +64,10 @@ class DogeFacts:
     bos_token_id: int | None
     eos_token_id: int | tuple[int, ...] | None
     pad_token_id: int | None
+    architecture: str = ARCHITECTURE
+    """A key of `TASKS`."""
+    num_labels: int | None = None
+    """Of a sequence classification."""
     revision: str = TRANSFORMERS
     """A name of `doge_deploy.revisions.REVISIONS`; a config.json does not say it, the tensors do."""
 
@@ -157,6 +168,9 @@ class DogeFacts:
         values["original_max_position_embeddings"] = values["rope"].get(
             "original_max_position_embeddings", values["max_position_embeddings"]
         )
+        values["architecture"] = (config.get("architectures") or [ARCHITECTURE])[0]
+        if values["architecture"] == "DogeForSequenceClassification":
+            values["num_labels"] = _read_num_labels(reader)
         _check_inert(reader)
         if reader.findings:
             raise UnsupportedModelError(f"{source}: {join_findings(reader.findings)}")
@@ -167,18 +181,16 @@ def check_model_type(config: Mapping[str, Any], source: str = "config.json") -> 
     """Refuse a config of another model, before anything else is said about it.
 
     Raises:
-        UnsupportedModelError: `model_type` is not "doge", or the architecture not the causal language model.
+        UnsupportedModelError: `model_type` is not "doge", or the architecture not one of `TASKS`.
     """
     model_type = config.get("model_type")
     if model_type != "doge":
         raise UnsupportedModelError(f"{source}: model_type={model_type!r}: not a Doge; must be 'doge'")
     architectures = config.get("architectures")
-    if architectures in (None, [ARCHITECTURE]):
+    if architectures is None or architectures in [[name] for name in TASKS]:
         return
-    message = f"{source}: architectures={architectures!r}: must be ['{ARCHITECTURE}']"
-    if "Classification" in str(architectures):
-        message += "; sequence classification is not supported by this export yet"
-    raise UnsupportedModelError(message)
+    legal = ", ".join(f"['{name}']" for name in TASKS)
+    raise UnsupportedModelError(f"{source}: architectures={architectures!r}: must be one of {legal}")
 
 
 def _read_sizes(reader: ConfigReader) -> dict[str, Any]:
@@ -268,6 +280,17 @@ def _read_token_ids(reader: ConfigReader, vocab_size: int) -> dict[str, Any]:
         "eos_token_id": reader.token_ids("eos_token_id", vocab_size),
         "pad_token_id": reader.token_id("pad_token_id", vocab_size),
     }
+
+
+def _read_num_labels(reader: ConfigReader) -> int:
+    """As transformers counts labels: those of `id2label`, which outweighs `num_labels`; 2 where neither is given."""
+    labels = reader.config.get("id2label")
+    if labels is None:
+        return reader.size("num_labels", 2)
+    if not isinstance(labels, Mapping) or not labels:
+        reader.note("id2label", "an object with a name for each label")
+        return 2
+    return len(labels)
 
 
 def _check_inert(reader: ConfigReader) -> None:

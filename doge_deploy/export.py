@@ -12,12 +12,12 @@ from typing import Protocol
 from doge_deploy import __version__
 from doge_deploy.bundle import Layout, Lowered, Manifest, file_entries, write_manifest, writing_bundle
 from doge_deploy.checkpoint import Checkpoint, check_finite, check_score_range, open_checkpoint
-from doge_deploy.config import DogeFacts
-from doge_deploy.errors import MissingDependencyError
+from doge_deploy.config import TASKS, DogeFacts
+from doge_deploy.errors import MissingDependencyError, UsageError
 from doge_deploy.genai_config import GENAI_CONFIG, genai_config, write_genai_config
 from doge_deploy.options import ExportOptions
 from doge_deploy.revisions import REVISIONS
-from doge_deploy.signature import LAYOUTS, make_signature
+from doge_deploy.signature import LAYOUTS, UNCACHED, make_signature, uncached_signature
 
 DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 
@@ -40,7 +40,7 @@ def export(model: str, output: Path, options: ExportOptions, *, force: bool, pro
         progress: told what is being done.
 
     Raises:
-        UsageError: `output` cannot be written.
+        UsageError: `output` cannot be written, or the checkpoint has no weights for the task.
         UnsupportedModelError: the checkpoint is broken, or cannot be exported exactly with these options.
         MissingDependencyError: torch, transformers or onnxscript is not installed.
     """
@@ -49,6 +49,7 @@ def export(model: str, output: Path, options: ExportOptions, *, force: bool, pro
         advance = progress.stage("check checkpoint")
         checkpoint = open_checkpoint(model, num_layers=options.num_layers)
         facts = checkpoint.facts
+        check_task(facts, options, model)
         max_length = resolve_max_length(facts, options.max_length)
         warnings = tuple(check_score_range(checkpoint, DTYPES[options.dtype]))
         check_finite(checkpoint, dtype=DTYPES[options.dtype])
@@ -56,7 +57,8 @@ def export(model: str, output: Path, options: ExportOptions, *, force: bool, pro
         layouts = _write_graphs(directory, checkpoint, options, max_length, progress)
         for file in checkpoint.companion_files:
             shutil.copyfile(file, directory / file.name)
-        if "growing" in layouts:
+        # onnxruntime-genai knows neither a cache that slides nor an input for what RoPE remembers
+        if "growing" in layouts and not (facts.sliding_window or facts.rope_remembers(max_length)):
             document = genai_config(
                 facts, layouts["growing"], max_length=max_length, generation_config=checkpoint.generation_config
             )
@@ -67,7 +69,7 @@ def export(model: str, output: Path, options: ExportOptions, *, force: bool, pro
             libraries={name: importlib.metadata.version(name) for name in _LIBRARIES},
             checkpoint={"sha256": checkpoint.sha256, "source": checkpoint.source},
             facts=facts,
-            options={**options.model_dump(mode="json"), "max_length": max_length},
+            options={**options.model_dump(mode="json"), "max_length": max_length, **_cache_options(options)},
             layouts=layouts,
             warnings=warnings,
             files=file_entries(directory),
@@ -89,6 +91,22 @@ def require_export_dependencies() -> None:
             raise MissingDependencyError(
                 f"export needs {name}, which is not installed: pip install 'doge-deploy[export]'"
             ) from None
+
+
+def check_task(facts: DogeFacts, options: ExportOptions, source: str) -> None:
+    """Raises UsageError where the checkpoint has no weights for the task, or an option has no meaning in it."""
+    possible = TASKS[facts.architecture]
+    if options.task not in possible:
+        raise UsageError(
+            f"task={options.task}: {source} is a {facts.architecture}; give --task {' or --task '.join(possible)}"
+        )
+    for name in ("kv_cache", "logits"):
+        if options.task != "causal-lm" and name in options.model_fields_set:
+            raise UsageError(f"{name}={getattr(options, name)!r}: has no meaning for task={options.task}; leave it out")
+
+
+def _cache_options(options: ExportOptions) -> dict[str, object]:
+    return {} if options.task == "causal-lm" else {"kv_cache": [], "logits": None}
 
 
 def resolve_max_length(facts: DogeFacts, asked: int | None) -> int:
@@ -125,9 +143,13 @@ def _write_graphs(
         )
     layouts: dict[str, Layout] = {}
     models = []
-    for name in (layout for layout in LAYOUTS if layout in options.kv_cache):
-        advance = progress.stage(f"trace {name}")
-        signature = make_signature(facts, name, dtype=dtype, max_length=max_length, last_logits=last_logits)
+    cached = options.task == "causal-lm"
+    for name in (layout for layout in LAYOUTS if layout in options.kv_cache) if cached else (UNCACHED,):
+        advance = progress.stage(f"trace {name if cached else options.task}")
+        if cached:
+            signature = make_signature(facts, name, dtype=dtype, max_length=max_length, last_logits=last_logits)
+        else:
+            signature = uncached_signature(facts, options.task, dtype=dtype, max_length=max_length)
         models.append(
             trace(
                 facts,
@@ -136,6 +158,7 @@ def _write_graphs(
                 max_length=max_length,
                 routing=options.routing,
                 last_logits=last_logits,
+                task=options.task,
             )
         )
         file = "model.onnx" if not layouts else f"model.{name}.onnx"

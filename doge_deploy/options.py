@@ -17,6 +17,7 @@ from doge_deploy.errors import UsageError
 from doge_deploy.findings import join_findings, suggest
 
 CacheLayout = Literal["static", "growing"]
+Task = Literal["causal-lm", "sequence-classification", "features"]
 
 _Options = TypeVar("_Options", bound=BaseModel)
 
@@ -31,6 +32,7 @@ class ExportOptions(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
+    task: Task = Field("causal-lm", description="one of causal-lm, sequence-classification, features")
     dtype: Literal["fp32", "fp16", "bf16"] = Field("fp32", description="one of fp32, fp16, bf16")
     kv_cache: tuple[CacheLayout, ...] = Field(
         ("static",), min_length=1, description="static, growing or a list of both"

@@ -27,6 +27,9 @@ PRESENT_ROPE = "present_rope_length"
 LAYOUTS = ("static", "growing")
 """Cache layouts, the default first."""
 
+UNCACHED = "uncached"
+"""The one layout of tasks other than causal-lm: a whole text in one call."""
+
 CACHE_KINDS = {"growing": ("key", "value"), "static": ("key", "value", "score")}
 """What a layout keeps per layer, in graph order."""
 
@@ -82,6 +85,28 @@ def past_name(layer: int | str, kind: str) -> str:
 def present_name(past: str) -> str:
     """`past_key_values.3.key` -> `present.3.key`."""
     return past.replace("past_key_values.", "present.", 1)
+
+
+def uncached_signature(facts: DogeFacts, task: str, *, dtype: str, max_length: int) -> Signature:
+    """The signature of a graph for "features" or "sequence-classification".
+
+    Without a padding token transformers classifies one text at a time: B is 1 there.
+    """
+    classifies = task == "sequence-classification"
+    batch: str | int = 1 if classifies and facts.pad_token_id is None else BATCH
+    inputs = [
+        TensorSpec("input_ids", "int64", (batch, SEQUENCE)),
+        TensorSpec("attention_mask", "int64", (batch, SEQUENCE)),
+    ]
+    if classifies:
+        assert facts.num_labels is not None
+        outputs = [TensorSpec("logits", dtype, (batch, facts.num_labels))]
+    else:
+        outputs = [TensorSpec("last_hidden_state", dtype, (batch, SEQUENCE, facts.hidden_size))]
+    if facts.rope_remembers(max_length):
+        inputs.append(TensorSpec(PAST_ROPE, "int64", (1,)))
+        outputs.append(TensorSpec(PRESENT_ROPE, "int64", (1,)))
+    return Signature(UNCACHED, tuple(inputs), tuple(outputs))
 
 
 def make_signature(facts: DogeFacts, layout: str, *, dtype: str, max_length: int, last_logits: bool) -> Signature:

@@ -253,7 +253,7 @@ BROKEN: dict[str, Broken] = {
     # what the config says
     "other-model": Broken(config(model_type="llama"), ("model_type='llama': not a Doge; must be 'doge'",)),
     "sequence-classifier": Broken(
-        config(architectures=["DogeForSequenceClassification"]), ("sequence classification is not supported",)
+        config(architectures=["DogeForSequenceClassification"]), ("1 missing: score.weight",)
     ),
     "negative-size": Broken(config(hidden_size=-32), ("hidden_size=-32: must be a whole number >= 1",)),
     "zero-window": Broken(config(keep_window_size=0), ("keep_window_size=0",)),

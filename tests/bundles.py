@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import onnx_ir as ir
+import torch
+from safetensors import safe_open
 
 from doge_deploy.bundle import file_entries, open_bundle, write_manifest
 from doge_deploy.export import export
@@ -47,3 +49,15 @@ def broken_copy(
         weights(target / "weights.safetensors")
     write_manifest(target, replace(opened.manifest, files=file_entries(target)))
     return target
+
+
+def edit_tensor(path: Path, name: str, edit: Callable[[torch.Tensor], None]) -> None:
+    """Change one float32 tensor of a safetensors file in place."""
+    with safe_open(path, framework="pt") as file:
+        tensor = file.get_tensor(name).clone()
+    edit(tensor)
+    data = path.read_bytes()
+    header = int.from_bytes(data[:8], "little")
+    begin, end = eval(data[8 : 8 + header])[name]["data_offsets"]  # the header is a literal of ours
+    start = 8 + header
+    path.write_bytes(data[: start + begin] + tensor.numpy().tobytes() + data[start + end :])

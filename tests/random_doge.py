@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import DogeConfig, DogeForCausalLM
+from transformers import DogeConfig, DogeForCausalLM, DogeForSequenceClassification, DogeModel
 
 SMALL: dict[str, Any] = {
     "vocab_size": 64,
@@ -25,19 +25,30 @@ SMALL: dict[str, Any] = {
 SMALL_MOE: dict[str, Any] = {**SMALL, "is_moe": True, "num_experts": 20, "num_experts_per_tok": 3}
 
 
-def random_doge(seed: int = 0, **config: Any) -> DogeForCausalLM:
-    """A small Doge in eval mode; A is drawn too, which transformers initialises to zero."""
+def random_doge(seed: int = 0, *, kind: type[Any] = DogeForCausalLM, **config: Any) -> Any:
+    """A small Doge in eval mode; A is drawn too, which transformers initialises to zero.
+
+    `kind`: transformers' class, that of the causal language model unless another is named.
+    """
     torch.manual_seed(seed)
-    model = DogeForCausalLM(DogeConfig(**{**SMALL, **config})).eval()
+    model = kind(DogeConfig(**{**SMALL, **config})).eval()
     with torch.no_grad():
-        for layer in model.model.layers:
+        for layer in getattr(model, "model", model).layers:
             layer.self_attn.A.normal_()
             for scale in (layer.input_layernorm.weight, layer.input_residual, layer.self_attn.q_norm.weight):
                 scale.normal_(mean=1.0, std=0.15)
     return model
 
 
-def save_random_doge(directory: Path, seed: int = 0, **config: Any) -> Path:
-    """Write such a model as `save_pretrained` does; returns `directory`."""
-    random_doge(seed, **config).save_pretrained(directory)
+KINDS = {
+    "causal-lm": DogeForCausalLM,
+    "sequence-classification": DogeForSequenceClassification,
+    "features": DogeModel,
+}
+"""transformers' class that is made for a task."""
+
+
+def save_random_doge(directory: Path, seed: int = 0, *, task: str = "causal-lm", **config: Any) -> Path:
+    """Write a model for `task` as `save_pretrained` does; returns `directory`."""
+    random_doge(seed, kind=KINDS[task], **config).save_pretrained(directory)
     return directory

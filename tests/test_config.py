@@ -22,6 +22,10 @@ from doge_deploy.findings import join_findings, suggest
 DOGE = {"model_type": "doge"}
 
 
+OURS = {"rope", "head_dim", "original_max_position_embeddings", "revision", "architecture", "num_labels"}
+"""Facts that a DogeConfig spells otherwise or does not have."""
+
+
 def refusal(config: dict[str, Any]) -> str:
     """The message with which a config is refused, which must be one line."""
     with pytest.raises(UnsupportedModelError) as caught:
@@ -33,7 +37,7 @@ def refusal(config: dict[str, Any]) -> str:
 def test_absent_keys_have_the_defaults_of_transformers() -> None:
     facts, reference = DogeFacts.from_config(DOGE), DogeConfig()
     for name, value in facts.to_json().items():
-        if name not in ("rope", "head_dim", "original_max_position_embeddings", "revision"):
+        if name not in OURS:
             assert value == getattr(reference, name), name
     assert facts.rope == reference.rope_parameters
     assert facts.head_dim == reference.hidden_size // reference.num_attention_heads
@@ -149,11 +153,14 @@ def test_all_findings_are_in_one_message() -> None:
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "no-model-type": ({"model_type": None}, "not a Doge"),
     "llama": ({"model_type": "llama"}, "model_type='llama'"),
-    "sequence-classification": (
-        {"architectures": ["DogeForSequenceClassification"]},
-        "sequence classification is not supported by this export yet",
+    "token-classification": (
+        {"architectures": ["DogeForTokenClassification"]},
+        "must be one of ['DogeForCausalLM'], ['DogeForSequenceClassification'], ['DogeModel']",
     ),
-    "bare-model": ({"architectures": ["DogeModel"]}, "must be ['DogeForCausalLM']"),
+    "no-labels": (
+        {"architectures": ["DogeForSequenceClassification"], "id2label": {}},
+        "id2label={}: must be an object with a name for each label",
+    ),
     "legacy-mask-ratio": ({"dynamic_mask_ratio": 0.0}, "legacy config: dynamic_mask_ratio=0.0"),
     "legacy-experts": (
         {"num_cdmoe_experts": 9, "num_cdmoe_heads": 4},
@@ -257,6 +264,7 @@ ACCEPTED: dict[str, dict[str, Any]] = {
     "no-architecture": {"architectures": None},
     "old-dtype-key": {"torch_dtype": "bfloat16", "transformers_version": "4.55.4"},
     "generation-settings": {"max_length": 20, "do_sample": True, "temperature": 0.8},
+    "bare-model": {"architectures": ["DogeModel"]},
     "null-dropout": {"attention_dropout": None},
 }
 
@@ -264,6 +272,13 @@ ACCEPTED: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("change", ACCEPTED.values(), ids=ACCEPTED.keys())
 def test_accepted(change: dict[str, Any]) -> None:
     DogeFacts.from_config({**DOGE, **change})
+
+
+@pytest.mark.parametrize("labels", [{}, {"num_labels": 1}, {"num_labels": 5}, {"id2label": {"0": "no", "1": "yes"}}])
+def test_labels_are_counted_as_transformers_counts_them(labels: dict[str, Any]) -> None:
+    config = {"architectures": ["DogeForSequenceClassification"], **labels}
+    reference = DogeConfig.from_dict({**DOGE, **config})
+    assert DogeFacts.from_config({**DOGE, **config}).num_labels == reference.num_labels
 
 
 def test_join_findings_counts_the_rest() -> None:

@@ -76,7 +76,7 @@ def test_a_file_without_options_means_the_defaults(tmp_path: Path) -> None:
 BAD_FILES = {
     "unknown-option": (
         "export: {dtyp: fp16}",
-        "unknown key 'dtyp' (did you mean 'dtype'?); known: dtype, kv_cache",
+        "unknown key 'dtyp' (did you mean 'dtype'?); known: task, dtype, kv_cache",
     ),
     "unknown-section": ("exports: {dtype: fp16}", "unknown key 'exports' (did you mean 'export'?)"),
     "option-at-top": ("dtype: fp16", "unknown key 'dtype'; known: name, description, sources, export, build"),

@@ -14,7 +14,7 @@ Nothing of a checkpoint is run and nothing is unpickled.
 from doge_deploy.checkpoint.find import BUNDLED_MODELS, find_checkpoint
 from doge_deploy.checkpoint.finite import check_finite
 from doge_deploy.checkpoint.headers import TensorInfo
-from doge_deploy.checkpoint.names import expected_tensors
+from doge_deploy.checkpoint.names import expected_tensors, task_tensors
 from doge_deploy.checkpoint.read import Checkpoint, open_checkpoint
 from doge_deploy.checkpoint.score_range import check_score_range
 
@@ -27,4 +27,5 @@ __all__ = [
     "expected_tensors",
     "find_checkpoint",
     "open_checkpoint",
+    "task_tensors",
 ]

@@ -8,14 +8,30 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 
 from doge_deploy.checkpoint.headers import DTYPES, TensorInfo
-from doge_deploy.config import DogeFacts
+from doge_deploy.config import ARCHITECTURE, DogeFacts
 from doge_deploy.errors import UnsupportedModelError
 from doge_deploy.findings import MAX_FINDINGS
 
 EMBEDDING = "model.embed_tokens.weight"
 HEAD = "lm_head.weight"
+SCORE = "score.weight"
 
 Shapes = dict[str, tuple[int, ...]]
+
+
+PREFIX = "model."
+"""Before the names of the decoder's tensors, but for a `DogeModel` that was saved without a head."""
+
+
+def with_prefix(tensors: Mapping[str, TensorInfo]) -> dict[str, TensorInfo]:
+    """The tensors of a checkpoint of the decoder alone under the names that they have in one with a head."""
+    return {PREFIX + name: info for name, info in tensors.items()}
+
+
+def task_tensors(facts: DogeFacts, task: str) -> Shapes:
+    """The tensors that a bundle for `task` has: all but the head for features."""
+    shapes = expected_tensors(facts)
+    return {name: shape for name, shape in shapes.items() if task != "features" or name.startswith(PREFIX)}
 
 
 def expected_tensors(facts: DogeFacts) -> Shapes:
@@ -25,7 +41,9 @@ def expected_tensors(facts: DogeFacts) -> Shapes:
         prefix = f"model.layers.{layer}."
         shapes |= {prefix + name: shape for name, shape in layer_tensors(facts).items()}
     shapes["model.norm.weight"] = (facts.hidden_size,)
-    if not facts.tie_word_embeddings:
+    if facts.num_labels is not None:
+        shapes[SCORE] = (facts.num_labels, facts.hidden_size)
+    elif facts.architecture == ARCHITECTURE and not facts.tie_word_embeddings:
         shapes[HEAD] = (facts.vocab_size, facts.hidden_size)
     return shapes
 

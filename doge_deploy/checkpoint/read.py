@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from doge_deploy.checkpoint.find import find_checkpoint, model_source
 from doge_deploy.checkpoint.headers import TensorInfo, read_headers, read_json
 from doge_deploy.checkpoint.legacy import EARLY, find_revision, legacy_facts, old_name, rename_config, rename_tensors
-from doge_deploy.checkpoint.names import EMBEDDING, HEAD, check_tensors, expected_tensors
+from doge_deploy.checkpoint.names import EMBEDDING, HEAD, PREFIX, check_tensors, expected_tensors, with_prefix
 from doge_deploy.config import DogeFacts, check_model_type
 from doge_deploy.errors import UnsupportedModelError, UsageError
 
@@ -126,6 +126,9 @@ def open_checkpoint(model: str, *, num_layers: int | None = None) -> Checkpoint:
     config = read_json(config_file)
     check_model_type(config, str(config_file))
     stored = read_headers(path)
+    bare = config.get("architectures") == ["DogeModel"] and not any(name.startswith(PREFIX) for name in stored)
+    if bare:
+        stored = with_prefix(stored)
     revision = find_revision(config, stored, model)
     early = revision.name in EARLY
     if early:
@@ -133,13 +136,18 @@ def open_checkpoint(model: str, *, num_layers: int | None = None) -> Checkpoint:
     facts = DogeFacts.from_config(config, str(config_file))
     if revision.name != facts.revision:
         facts = legacy_facts(facts, config, revision, str(config_file))
-    check_tensors(stored, facts, model, spell=old_name if early else str)
+    spell = old_name if early else _without_prefix if bare else str
+    check_tensors(stored, facts, model, spell=spell)
     _check_stored_head(stored, facts, model)
     if num_layers is not None:
         facts = _with_layers(facts, num_layers)
         config = {**config, "num_hidden_layers": num_layers}
     tensors = {name: stored[name] for name in expected_tensors(facts)}
     return Checkpoint(path, model_source(model), config, facts, tensors, _read_generation_config(path))
+
+
+def _without_prefix(name: str) -> str:
+    return name.removeprefix(PREFIX)
 
 
 def _check_stored_head(stored: Mapping[str, TensorInfo], facts: DogeFacts, source: str) -> None:

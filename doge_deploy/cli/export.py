@@ -13,6 +13,11 @@ from doge_deploy.cli.progress import progress
 @click.command("export")
 @click.argument("model")
 @click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="Directory of the new bundle.")
+@click.option(
+    "--task",
+    type=click.Choice(["causal-lm", "sequence-classification", "features"]),
+    help="What the bundle is for.  [default: causal-lm]",
+)
 @click.option("--dtype", type=click.Choice(["fp32", "fp16", "bf16"]), help="Of weights and caches.  [default: fp32]")
 @click.option(
     "--kv-cache",

@@ -13,7 +13,7 @@ from doge_deploy.revisions import REVISIONS
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from doge_deploy.bundle import Bundle, Layout
+    from doge_deploy.bundle import Bundle, Layout, Manifest
 
 
 @click.command("inspect")
@@ -48,9 +48,10 @@ def _show(bundle: Bundle) -> None:
         f"{facts.num_attention_heads}/{facts.num_key_value_heads} heads of {facts.head_dim}, vocabulary "
         f"{facts.vocab_size}",
         "revision": f"{facts.revision} ({REVISIONS[facts.revision].title})" if facts.is_legacy else facts.revision,
+        "task": manifest.task,
         "window": _window(bundle),
         "dtype": f"{options['dtype']}, scores fp32",
-        "logits": f"of the {'last token' if options['logits'] == 'last' else 'whole call'}",
+        **_logits(manifest),
         **({"routing": options["routing"]} if facts.is_moe else {}),
         "made by": ", ".join(f"{name} {version}" for name, version in _tools(bundle).items()),
     }
@@ -68,6 +69,13 @@ def _show(bundle: Bundle) -> None:
     console.print(
         f"\n{len(manifest.files)} files, {total / 1e6:.1f} MB, every sha256 as in the manifest", highlight=False
     )
+
+
+def _logits(manifest: Manifest) -> dict[str, str]:
+    """Of which tokens there are logits, where that was a choice."""
+    if manifest.task != "causal-lm":
+        return {}
+    return {"logits": f"of the {'last token' if manifest.options['logits'] == 'last' else 'whole call'}"}
 
 
 def _window(bundle: Bundle) -> str:

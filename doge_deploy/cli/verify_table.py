@@ -111,7 +111,7 @@ class VerifyTable:
         tied = sum(result.tied_rows for result in report.results)
         say(
             f"{report.weights.compared} weights {'' if report.weights.passed else 'NOT '}bit for bit the checkpoint's; "
-            f"{passed} of {len(report.results)} cases within tolerance; greedy tokens equal: {_greedy(report)}; "
+            f"{passed} of {len(report.results)} cases within tolerance{_greedy(report)}; "
             f"{tied} rows chose among ties or near-ties",
             highlight=False,
             soft_wrap=True,
@@ -136,7 +136,7 @@ def _greedy(report: Report) -> str:
     from doge_deploy.verify.parity import GREEDY
 
     rows = [result for result in report.results if result.case == GREEDY]
-    return ", ".join(_greedy_row(row) for row in rows) or "not run"
+    return f"; greedy tokens equal: {', '.join(_greedy_row(row) for row in rows)}" if rows else ""
 
 
 def _greedy_row(row: CaseResult) -> str:

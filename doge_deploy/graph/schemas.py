@@ -6,7 +6,6 @@ A runtime takes such a node as a local function (its body is standard ONNX); a p
 from __future__ import annotations
 
 import onnx.defs
-from onnx import helper
 from onnx.defs import OpSchema
 
 DOMAIN = "doge"
@@ -52,8 +51,9 @@ def _dynamic_mask_attention() -> OpSchema:
             _Attribute("scale", _FLOAT, "multiplies q k^T"),
             _Attribute(
                 "sliding_window",
-                helper.make_attribute("sliding_window", 0),
-                "a row sees its own slot and the sliding_window - 1 before it; 0, or absent: all before it",
+                _INT,
+                "a row sees its own slot and the sliding_window - 1 before it; absent: all before it",
+                required=False,
             ),
         ],
     )

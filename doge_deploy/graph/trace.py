@@ -25,12 +25,12 @@ from doge_deploy.graph.functions import activation_function, cdmoe_function, dyn
 from doge_deploy.graph.functions.text import OPSET
 from doge_deploy.graph.passes import run_passes
 from doge_deploy.model.attention import hidden_bias
-from doge_deploy.model.decoder import CausalLM, GrowingCausalLM, StaticCausalLM, Windows
+from doge_deploy.model.decoder import Doge, GrowingCausalLM, StaticCausalLM, UncachedDoge, Windows
 from doge_deploy.model.moe import candidate_pairs
 from doge_deploy.signature import Signature, TensorSpec
 
 TORCH_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-_MODELS: dict[str, type[CausalLM]] = {"growing": GrowingCausalLM, "static": StaticCausalLM}
+_MODELS: dict[str, type[Doge]] = {"growing": GrowingCausalLM, "static": StaticCausalLM, "uncached": UncachedDoge}
 
 # Sizes of the example inputs: any that differ from each other and from 0 and 1, which torch.export would specialise on.
 _EXAMPLE_SIZES = {"batch_size": 2, "sequence_length": 3, "past_sequence_length": 5, "total_sequence_length": 11}
@@ -49,6 +49,7 @@ def trace(
     max_length: int,
     routing: str,
     last_logits: bool,
+    task: str = "causal-lm",
     decompose: bool = False,
 ) -> ir.Model:
     """The ONNX model of one layout, weights by name only.
@@ -60,6 +61,7 @@ def trace(
         max_length: positions (and slots of a static cache).
         routing: "reference" or "per-token".
         last_logits: logits of one token per row.
+        task: what the graph is for.
         decompose: see `_convert`; the graph is the same.
     """
     schemas.register_schemas()
@@ -73,6 +75,7 @@ def trace(
             routing=routing,
             last_logits=last_logits,
             dtype=torch_dtype,
+            task=task,
         ).eval()
     arguments, dynamic = _example_arguments(facts, signature)
     with _quiet(), torch.no_grad():
@@ -82,7 +85,7 @@ def trace(
     functions = [
         dynamic_mask_attention_function(
             facts,
-            has_key_mask=signature.layout == "growing",
+            has_key_mask=signature.layout != "static",
             keep_window=bool(windows.keep),
             sliding=bool(windows.sliding),
             hidden_bias=hidden_bias(torch_dtype),
@@ -103,7 +106,7 @@ def reachable_windows(facts: DogeFacts, layout: str, max_length: int) -> Windows
     Padding takes up slots of a growing cache, so there a sliding window can be left by shorter texts too.
     """
     sliding = facts.sliding_window or 0
-    if layout == "static" and sliding >= max_length:
+    if layout != "growing" and sliding >= max_length:
         sliding = 0
     return Windows(facts.keep_window_size if facts.keep_window(max_length) else 0, sliding)
 
@@ -148,6 +151,8 @@ def _example_arguments(facts: DogeFacts, signature: Signature) -> tuple[dict[str
     for spec in signature.inputs:
         if spec not in caches:
             arguments[spec.name], dynamic[spec.name] = example(spec), axes(spec)
+    if not caches:
+        return arguments, dynamic
     per_layer = len(caches) // facts.num_hidden_layers
     layers = [caches[i : i + per_layer] for i in range(0, len(caches), per_layer)]
     arguments["past_key_values"] = [tuple(example(spec) for spec in layer) for layer in layers]
@@ -194,6 +199,15 @@ def _translations() -> dict[Any, Any]:
         index = op.Unsqueeze(op.Sub(lengths, op.Constant(value_int=1)), ints(1, 2))
         return op.GatherND(x, index, batch_dims=1)
 
+    def last_unlike(x: Any, input_ids: Any, pad: int) -> Any:
+        zero, one = op.Constant(value_int=0), op.Constant(value_int=1)
+        columns = op.Range(zero, op.Squeeze(op.Shape(input_ids, start=1)), one)
+        index = op.ReduceMax(op.Where(op.Equal(input_ids, op.Constant(value_int=pad)), zero, columns), ints(1))
+        return op.GatherND(x, op.Unsqueeze(index, ints(1)), batch_dims=1)
+
+    def no_past(input_ids: Any) -> Any:
+        return op.Expand(ints(0), op.Shape(input_ids, start=0, end=1))
+
     def last_slots(x: Any, count: int) -> Any:
         return op.Slice(x, ints(-count), ints(_END), ints(2))
 
@@ -236,6 +250,8 @@ def _translations() -> dict[Any, Any]:
         custom.past_slots.default: past_slots,
         custom.last_token.default: last_token,
         custom.last_slots.default: last_slots,
+        custom.last_unlike.default: last_unlike,
+        custom.no_past.default: no_past,
         custom.mask_of_slots.default: mask_of_slots,
         custom.longest_position.default: longest_position,
         custom.activation.default: lambda x, name: doge.Activation(x),

@@ -152,6 +152,14 @@ class Attention(nn.Module):
         projected: torch.Tensor = self.o_proj(merge_heads(mixed.transpose(1, 2)))
         return projected
 
+    def forward_uncached(
+        self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, first_slot: torch.Tensor, key_mask: torch.Tensor
+    ) -> torch.Tensor:
+        """A whole text in one call; `first_slot` is 0 in every row."""
+        query, key, value = self.project(x, cos, sin)
+        heads = split_heads(value, self.facts.num_key_value_heads).transpose(1, 2)
+        return self.attend(query, key, heads, self.score(value), first_slot, key_mask)
+
     def forward_growing(
         self,
         x: torch.Tensor,

@@ -18,7 +18,15 @@ from torch import nn
 from doge_deploy.config import DogeFacts
 from doge_deploy.model.attention import Attention, RMSNorm
 from doge_deploy.model.moe import MLP
-from doge_deploy.model.ops import last_token, longest_position, mask_of_slots, past_slots, row_positions
+from doge_deploy.model.ops import (
+    last_token,
+    last_unlike,
+    longest_position,
+    mask_of_slots,
+    no_past,
+    past_slots,
+    row_positions,
+)
 from doge_deploy.model.rope import rope_shapes
 
 Past = Sequence[tuple[torch.Tensor, ...]]
@@ -67,8 +75,8 @@ class Decoder(nn.Module):
         self.norm = RMSNorm(facts.hidden_size, facts.rms_norm_eps, dtype)
 
 
-class CausalLM(nn.Module):
-    """Common to both layouts: the weights, the position tables and the head.
+class Doge(nn.Module):
+    """Common to all layouts and tasks: the weights, the position tables and the head.
 
     Args:
         facts: the checkpoint.
@@ -76,6 +84,7 @@ class CausalLM(nn.Module):
         windows: keys that a row can lose.
         routing: "reference" or "per-token".
         last_logits: the head runs on one token per row only.
+        task: "causal-lm", "sequence-classification" or "features"; which head there is.
         dtype: of weights, caches and logits; scores stay float32.
     """
 
@@ -93,13 +102,17 @@ class CausalLM(nn.Module):
         routing: str,
         last_logits: bool,
         dtype: torch.dtype,
+        task: str = "causal-lm",
     ) -> None:
         super().__init__()
         self.facts = facts
         self.windows = windows
         self.last_logits = last_logits
         self.model = Decoder(facts, windows, routing, dtype)
-        if not facts.tie_word_embeddings:
+        self.task = task
+        if task == "sequence-classification":
+            self.score = nn.Linear(facts.hidden_size, cast(int, facts.num_labels), bias=False, dtype=dtype)
+        elif task == "causal-lm" and not facts.tie_word_embeddings:
             self.lm_head = nn.Linear(facts.hidden_size, facts.vocab_size, bias=False, dtype=dtype)
         self.dtype = dtype
         self.rope_changes = facts.rope_changes(max_length)
@@ -141,7 +154,32 @@ class CausalLM(nn.Module):
         return F.linear(self.model.norm(x), self.model.embed_tokens.weight if tied else self.lm_head.weight)
 
 
-class GrowingCausalLM(CausalLM):
+class UncachedDoge(Doge):
+    """Features or classes of a text that comes in one call."""
+
+    def forward(
+        self, input_ids: torch.Tensor, attention_mask: torch.Tensor, past_rope_length: torch.Tensor | None = None
+    ) -> Outputs:
+        """`input_ids` and `attention_mask` `[B, Q]`; positions are columns, as in transformers where none are given.
+
+        Returns the last hidden state `[B, Q, hidden]`, or logits `[B, num_labels]` of the rightmost token that is not
+        the padding token.
+        """
+        x = self.model.embed_tokens(input_ids)
+        first_slot = no_past(input_ids)
+        cos, sin, memory = self.rotation(row_positions(first_slot, input_ids), past_rope_length)
+        key_mask = attention_mask != 0
+        for layer in self.layers():
+            attended = layer.self_attn.forward_uncached(layer.input_layernorm(x), cos, sin, first_slot, key_mask)
+            x = layer.add_attention(x, attended)
+        if self.task == "features":
+            return self.model.norm(x), *memory
+        pad = self.facts.pad_token_id
+        pooled = x[:, -1:] if pad is None else last_unlike(x, input_ids, pad)
+        return self.score(self.model.norm(pooled)).squeeze(1), *memory
+
+
+class GrowingCausalLM(Doge):
     """Past tensors grow by concatenation: the convention of Hugging Face tools."""
 
     def forward(
@@ -172,7 +210,7 @@ class GrowingCausalLM(CausalLM):
         return self.head(x[:, -1:] if self.last_logits else x), present, *memory
 
 
-class StaticCausalLM(CausalLM):
+class StaticCausalLM(Doge):
     """Past tensors are buffers of `max_length` slots, written in place at `write_indices`."""
 
     def forward(

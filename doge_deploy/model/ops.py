@@ -116,6 +116,34 @@ def _(x: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
     return x.new_empty((x.shape[0], 1, x.shape[2]))
 
 
+@torch.library.custom_op("doge::last_unlike", mutates_args=())
+def last_unlike(x: torch.Tensor, input_ids: torch.Tensor, pad: int) -> torch.Tensor:
+    """State of each row's rightmost token that is not `pad`, of its first token where all are.
+
+    `x` `[B, Q, C]`, `input_ids` `[B, Q]` -> `[B, 1, C]`.
+    Reference: `GenericForSequenceClassification.forward` in transformers' modeling_layers.py.
+    """
+    columns = torch.arange(input_ids.shape[1], device=input_ids.device)
+    index = (columns * (input_ids != pad)).amax(dim=1)
+    return x[torch.arange(x.shape[0], device=x.device), index][:, None]
+
+
+@last_unlike.register_fake
+def _(x: torch.Tensor, input_ids: torch.Tensor, pad: int) -> torch.Tensor:
+    return x.new_empty((x.shape[0], 1, x.shape[2]))
+
+
+@torch.library.custom_op("doge::no_past", mutates_args=())
+def no_past(input_ids: torch.Tensor) -> torch.Tensor:
+    """The first slot of rows that hold nothing: `input_ids` `[B, Q]` -> `[B]` int64 zeros."""
+    return torch.zeros_like(input_ids[:, 0])
+
+
+@no_past.register_fake
+def _(input_ids: torch.Tensor) -> torch.Tensor:
+    return torch.empty_like(input_ids[:, 0])
+
+
 @torch.library.custom_op("doge::activation", mutates_args=())
 def activation(x: torch.Tensor, name: str) -> torch.Tensor:
     """The activation that transformers calls `name` (`ACT2FN`), elementwise on `x` of any shape and float dtype."""

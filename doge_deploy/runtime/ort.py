@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from doge_deploy.bundle import Bundle, Layout
-from doge_deploy.errors import MissingDependencyError, UnsupportedModelError
+from doge_deploy.errors import MissingDependencyError, UnsupportedModelError, UsageError
 from doge_deploy.runtime.base import FloatArray, IntArray, Runner
 from doge_deploy.runtime.padding import left_padded
-from doge_deploy.signature import PAST_ROPE, PRESENT_ROPE
+from doge_deploy.signature import PAST_ROPE, PRESENT_ROPE, UNCACHED
 
 if TYPE_CHECKING:
     import onnxruntime
@@ -112,10 +112,11 @@ def open_runner(
 
         source = widen_bfloat16(source)
     session = open_session(source, bundle.path, threads=threads, spin=spin)
+    manifest = bundle.manifest
+    if chosen.signature.layout == UNCACHED:
+        return UncachedOrtRunner(session, chosen, manifest.max_length, manifest.facts.pad_token_id)
     kind = StaticOrtRunner if chosen.signature.layout == "static" else GrowingOrtRunner
-    return kind(
-        session, chosen, max_length=bundle.manifest.max_length, last=bundle.manifest.options["logits"] == "last"
-    )
+    return kind(session, chosen, max_length=manifest.max_length, last=manifest.options["logits"] == "last")
 
 
 class OrtRunner(Runner):
@@ -155,6 +156,45 @@ class OrtRunner(Runner):
         """After a call: what it gave is what the next one gets."""
         if self._rope:
             self._rope[PAST_ROPE][:] = self._rope[PRESENT_ROPE]
+
+
+class UncachedOrtRunner(OrtRunner):
+    """A text in one call: `run` once after each `reset`. It returns last hidden states `[B, Q, hidden]` or class logits
+    `[B, 1, labels]`.
+    """
+
+    def __init__(
+        self, session: onnxruntime.InferenceSession, layout: Layout, max_length: int, pad_token_id: int | None
+    ) -> None:
+        self.output = layout.signature.outputs[0].name
+        super().__init__(session, layout, max_length=max_length, last=self.output == "logits")
+        self.pad_token_id = pad_token_id
+        self._reset_rope()
+
+    def _reset(self, batch_size: int) -> None:
+        self._reset_rope()
+
+    def _run(self, input_ids: IntArray, lengths: IntArray) -> FloatArray:
+        if self.row_lengths.any():
+            raise UsageError("this bundle has no cache: a text comes in one call, after `reset`")
+        real = np.arange(input_ids.shape[1]) < lengths[:, None]
+        padding = input_ids if self.pad_token_id is None else self.pad_token_id
+        feeds = {
+            "input_ids": np.where(real, input_ids, padding),
+            "attention_mask": real.astype(np.int64),
+            **({PAST_ROPE: self._rope[PAST_ROPE]} if self._rope else {}),
+        }
+        names = [self.output, *self._rope_outputs, *self.extra_outputs]
+        outputs = dict(zip(names, self.session.run(names, feeds), strict=True))
+        if self._rope:
+            self._rope[PRESENT_ROPE] = outputs[PRESENT_ROPE]
+            self._note_rope()
+        self.extra = {name: outputs[name] for name in self.extra_outputs}
+        result: FloatArray = outputs[self.output]
+        return result[:, None] if self.last_logits else result
+
+    def cache(self) -> dict[str, list[FloatArray]]:
+        return {}
 
 
 class StaticOrtRunner(OrtRunner):

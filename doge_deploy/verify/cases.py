@@ -49,11 +49,27 @@ class Limits:
     original_length: int | None = None
     """Where RoPE begins to change, if the bundle reaches so far."""
 
+    task: str = "causal-lm"
+    pad_token_id: int | None = None
+
     @classmethod
-    def of(cls, facts: DogeFacts, max_length: int) -> Limits:
+    def of(cls, facts: DogeFacts, max_length: int, task: str = "causal-lm") -> Limits:
         """The limits of a bundle of `max_length` tokens a row."""
         original = facts.stateless_length if facts.rope_changes(max_length) else None
-        return cls(facts.vocab_size, max_length, facts.keep_window_size, facts.sliding_window, original)
+        return cls(
+            facts.vocab_size,
+            max_length,
+            facts.keep_window_size,
+            facts.sliding_window,
+            original,
+            task,
+            facts.pad_token_id,
+        )
+
+    @property
+    def batches(self) -> bool:
+        """Whether a call may have several rows: a classification without a padding token may not."""
+        return self.task != "sequence-classification" or self.pad_token_id is not None
 
 
 def chunk(rows: Sequence[IntArray], sizes: Sequence[Sequence[int]]) -> tuple[Call, ...]:
@@ -72,6 +88,8 @@ def chunk(rows: Sequence[IntArray], sizes: Sequence[Sequence[int]]) -> tuple[Cal
 def distinct_ids(limits: Limits, count: int, seed: int) -> IntArray:
     """`count` ids of which none repeats (as far as the vocabulary reaches)."""
     order = np.random.default_rng(seed).permutation(limits.vocab_size)
+    if limits.task == "sequence-classification" and limits.vocab_size > 1:
+        order = order[order != limits.pad_token_id]  # a text that ends in padding is classified by what is before it
     return np.resize(order, count).astype(np.int64)
 
 
@@ -85,7 +103,22 @@ def repeating_ids(limits: Limits, count: int, seed: int = 0) -> IntArray:
 
 
 def exact_cases(limits: Limits, seed: int) -> Iterator[Case]:
-    """Prefill, decode from a past, chunked prefill, a batch, and the window boundary; ids that do not repeat."""
+    """Prefill, decode from a past, chunked prefill, a batch, and the window boundary; ids that do not repeat.
+
+    A task without a cache has those that are one call.
+    """
+    cases = _cached_cases(limits, seed)
+    if limits.task == "causal-lm":
+        yield from cases
+        return
+    yield from (case for case in cases if len(case.calls) == 1)
+    if limits.batches and limits.max_length > 1:
+        length = min(24, limits.max_length)
+        rows = [distinct_ids(limits, length, seed + row) for row in (11, 12, 13)]
+        yield Case("batch of 3", chunk(rows, [[length, length // 2 + 1, 1]]), exact=True)
+
+
+def _cached_cases(limits: Limits, seed: int) -> Iterator[Case]:
     length = min(48, limits.max_length)
     row = distinct_ids(limits, length, seed)
     one = [row]
@@ -178,5 +211,5 @@ def natural_case(limits: Limits, text_ids: IntArray) -> Case:
     beyond = limits.keep_window_size + 48
     length = beyond if beyond <= limits.max_length else min(96, limits.max_length)
     row = np.resize(text_ids, length)
-    steps = min(8, length - 1)
+    steps = min(8, length - 1) if limits.task == "causal-lm" else 0
     return Case("natural text", chunk([row], [[length - steps]] + [[1]] * steps), exact=False)

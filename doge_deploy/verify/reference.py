@@ -19,7 +19,8 @@ from typing import TYPE_CHECKING, Any, cast
 import numpy as np
 import torch
 import torch.nn.functional as F
-from transformers import DogeConfig, DogeForCausalLM
+import transformers
+from transformers import DogeConfig
 from transformers.models.doge.modeling_doge import DogeRMSNorm
 
 from doge_deploy.checkpoint import Checkpoint
@@ -46,6 +47,8 @@ class Watch:
     """Per layer `[B, S, K]`."""
     router: dict[int, torch.Tensor] = field(default_factory=dict)
     """Per layer `[2, N, n]`."""
+    classes: list[torch.Tensor] = field(default_factory=list)
+    """Of a classification, per row: class logits `[tokens, labels]` of every real token, not of the chosen alone."""
     gap: float = float("inf")
     """Smallest distance, over rows and layers, between the last kept and the first dropped score."""
     violation: dict[str, float] = field(default_factory=dict)
@@ -57,29 +60,34 @@ class Watch:
 class Reference:
     """transformers' model with its attention mask and router hooks in place."""
 
-    def __init__(self, checkpoint: Checkpoint, dtype: str) -> None:
+    def __init__(self, checkpoint: Checkpoint, dtype: str, task: str = "causal-lm") -> None:
         from transformers.utils import logging
 
         logging.disable_progress_bar()  # type: ignore[no-untyped-call]
         # Configs were read strictly by us; transformers' remarks on them are noise here.
         logging.set_verbosity_error()  # type: ignore[no-untyped-call]
         loaded = _load_model(checkpoint, getattr(torch, dtype))
+        self.task = task
         if checkpoint_size(checkpoint) < SMALL_PARAMETERS:
             torch.set_num_threads(1)
-        self.model = loaded.eval()  # type: ignore[no-untyped-call]
+        self.model = loaded.eval()
         self.facts = checkpoint.facts
         self.watch = Watch()
         self.given: Selections = {}
         self.use_given = True
         self.real_rows: torch.Tensor | None = None
         self.longest: int | None = None
-        self.rotary = self.model.model.rotary_emb
+        self.body = getattr(self.model, "model", self.model)
+        """The decoder, with or without a head around it."""
+        self.rotary = self.body.rotary_emb
         self.rotary.forward = partial(self._rotate, self.rotary.forward)
-        for index, layer in enumerate(self.model.model.layers):
+        for index, layer in enumerate(self.body.layers):
             attention = layer.self_attn
             attention.prepare_dynamic_mask = partial(self._mask, index, attention.prepare_dynamic_mask)
             if self.facts.is_moe:
                 layer.mlp.forward = partial(self._experts, index, layer.mlp, layer.mlp.forward)
+        if task == "sequence-classification":
+            self.model.score.register_forward_hook(self._note_classes)
         if dtype == "float64":
             _widen_norms(self.model)
 
@@ -106,19 +114,23 @@ class Reference:
         self.longest = longest
         self.watch, self.given, self.use_given = Watch(), given or {}, use_given
         self.real_rows = None if real_rows is None else torch.from_numpy(real_rows)
-        logits = self.model(
+        called = self.body if self.task == "features" else self.model
+        output = called(
             input_ids=torch.from_numpy(np.ascontiguousarray(input_ids)),
             attention_mask=_as_mask(attention_mask),
             position_ids=torch.from_numpy(np.ascontiguousarray(position_ids)),
             past_key_values=cache,
             use_cache=True,
-        ).logits
-        return logits, self.watch
+        )
+        return output.last_hidden_state if self.task == "features" else output.logits, self.watch
 
     def forget(self) -> None:
         """Make RoPE forget the texts so far, as if the model had just been loaded."""
         self.rotary.max_seq_len_cached = self.rotary.original_max_seq_len
         self.rotary.inv_freq = self.rotary.original_inv_freq.clone()
+
+    def _note_classes(self, _module: torch.nn.Module, _inputs: Any, output: torch.Tensor) -> None:
+        self.watch.classes = list(output)
 
     def _rotate(
         self, original: Callable[..., tuple[torch.Tensor, torch.Tensor]], x: torch.Tensor, position_ids: torch.Tensor
@@ -220,11 +232,12 @@ class Reference:
         return given if self.use_given else own
 
 
-def _load_model(checkpoint: Checkpoint, dtype: torch.dtype) -> DogeForCausalLM:
+def _load_model(checkpoint: Checkpoint, dtype: torch.dtype) -> Any:
+    """The class that the checkpoint was saved from."""
     if checkpoint.facts.is_legacy:
         return load_legacy_model(checkpoint, dtype)
     config = DogeConfig.from_dict({**checkpoint.config, "num_hidden_layers": checkpoint.facts.num_hidden_layers})
-    model: DogeForCausalLM = DogeForCausalLM.from_pretrained(
+    return getattr(transformers, checkpoint.facts.architecture).from_pretrained(
         checkpoint.path,
         config=config,
         dtype=dtype,
@@ -232,7 +245,6 @@ def _load_model(checkpoint: Checkpoint, dtype: torch.dtype) -> DogeForCausalLM:
         use_safetensors=True,
         local_files_only=True,
     )
-    return model
 
 
 def _as_mask(mask: Array) -> torch.Tensor:
@@ -272,7 +284,8 @@ class ReferenceRows:
         reference: the model.
         batch: rows.
         padding: where the padding of a call with rows of different length goes: "right" (its keys stay as holes that
-        later calls do not see: the content of a static cache) or "left" (the convention of Hugging Face tools).
+        later calls do not see: the content of a static cache), "left" (the convention of Hugging Face tools) or
+        "masked" (on the right and never seen).
         ragged: some call pads a row on the right. transformers' sliding window would count that padding, a static cache
         does not have it: the window is then given as a mask of slots, on a cache that keeps everything.
     """
@@ -297,7 +310,9 @@ class ReferenceRows:
         use_given: bool = True,
         longest: int | None = None,
     ) -> tuple[list[torch.Tensor], Watch]:
-        """Feed one call; returns the logits `[lengths[b], V]` of each row's real tokens. `longest`: see `Reference`."""
+        """Feed one call; returns the logits (or features) `[lengths[b], V]` of each row's real tokens, or class logits
+        `[1, labels]`. `longest`: see `Reference`.
+        """
         width = input_ids.shape[1]
         before = self.real.sum(axis=1)
         if self.padding == "left":
@@ -307,8 +322,10 @@ class ReferenceRows:
         else:
             source = np.broadcast_to(np.arange(width), input_ids.shape)
             rows = source < lengths[:, None]
+            if self.padding == "masked" and self.reference.facts.pad_token_id is not None:
+                input_ids = np.where(rows, input_ids, self.reference.facts.pad_token_id)
             # Padding sees what is before it, itself and other padding of this call, as in a static cache.
-            seen = np.concatenate((self.real, np.ones_like(rows)), axis=1)
+            seen = np.concatenate((self.real, rows if self.padding == "masked" else np.ones_like(rows)), axis=1)
         positions = np.maximum(before[:, None] + source, 0)
         if self.sliding_by_slot:
             seen = self._near_slots(seen, positions, self.sliding_by_slot)
@@ -325,6 +342,9 @@ class ReferenceRows:
             longest=longest,
         )
         self.real = np.concatenate((self.real, rows), axis=1)
+        watch.classes = [row[torch.from_numpy(real)] for row, real in zip(watch.classes, rows, strict=False)]
+        if logits.ndim == 2:  # one set of class logits for a row
+            return [logits[b][None] for b in range(len(rows))], watch
         return [logits[b][torch.from_numpy(rows[b])] for b in range(len(rows))], watch
 
     def _near_slots(self, seen: Array, slots: IntArray, sliding_window: int) -> Array:

@@ -38,6 +38,7 @@ class ReplayTrace:
     present: dict[str, list[Array]] = field(default_factory=dict)
     router: dict[int, list[Array]] = field(default_factory=dict)
     violation: dict[str, float] = field(default_factory=dict)
+    classes: list[Array] = field(default_factory=list)
     gap: float = float("inf")
     differing: int = 0
 
@@ -45,6 +46,7 @@ class ReplayTrace:
         """Take over what was seen in one call."""
         self.gap = min(self.gap, watch.gap)
         self.differing += watch.differing
+        self.classes += [row.double().numpy() for row in watch.classes]
         for name, value in watch.violation.items():
             self.violation[name] = max(self.violation.get(name, 0.0), value)
         for layer, halves in watch.router.items():
@@ -56,7 +58,9 @@ class Replay:
     """How one layout's calls are made in the reference."""
 
     padding: str
-    """Where padding goes: "right" for static caches, "left" for growing ones."""
+    """Where padding goes: "right" for static caches, "left" for growing ones, "masked" (on the right, and hidden by a
+    mask) where there is no cache.
+    """
     tokenwise: bool
     """Per-token routing equals transformers only at N = 1: every row and token is a call of its own there."""
     last_logits: bool
@@ -86,9 +90,9 @@ class Replay:
         In a static cache the padding of this very call is among them: its rows see it, and a mixture that routes as the
         reference does carries what they see to real tokens.
         """
-        if self.tokenwise and self.padding == "right":
+        if self.tokenwise and self.padding != "left":
             return np.arange(real.sum())
-        if self.padding == "right":
+        if self.padding != "left":
             return np.concatenate((np.flatnonzero(before), np.arange(len(before), len(real))))
         return np.flatnonzero(real)
 

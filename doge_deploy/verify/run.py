@@ -103,14 +103,16 @@ def verify(
     started("compare weights")
     weights = compare_weights(bundle, checkpoint)
     started("load the reference")
-    references = References(Reference(checkpoint, manifest.dtype), Reference(checkpoint, WIDER[manifest.dtype]))
+    same, wider = (Reference(checkpoint, dtype, manifest.task) for dtype in (manifest.dtype, WIDER[manifest.dtype]))
+    references = References(same, wider)
     routing = manifest.options["routing"] if manifest.facts.is_moe else None
     facts = manifest.facts
     name = f"the reference of legacy Doges ({facts.revision})" if facts.is_legacy else "transformers"
     report = Report(bundle.path, manifest.dtype, routing, name, weights, skipped=_unreachable(bundle))
     chosen = layouts or tuple(manifest.layouts)
     report.graphs = {name: graph_file(bundle.layout(name), portable=portable) for name in chosen}
-    report.reference_itself = compare_reference_with_itself(bundle, references.same)
+    if manifest.task == "causal-lm":
+        report.reference_itself = compare_reference_with_itself(bundle, references.same)
     text_ids = _text_ids(bundle)
     report.results = verify_layouts(
         bundle,

@@ -35,6 +35,7 @@ TOLERANCES: dict[str, Tolerance] = {
         "of layers add up in rms alike; 3 leaves room for fused norms and softmax. The largest of many elements "
         "scatters twice as far.",
     ),
+    "last_hidden_state": Tolerance(6.0, 3.0, 1.0, "As logits."),
     "key": Tolerance(6.0, 3.0, 1.0, "As logits."),
     "value": Tolerance(6.0, 3.0, 1.0, "As logits."),
     "score": Tolerance(

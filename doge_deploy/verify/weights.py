@@ -8,7 +8,7 @@ import torch
 from safetensors import safe_open
 
 from doge_deploy.bundle import Bundle
-from doge_deploy.checkpoint import Checkpoint
+from doge_deploy.checkpoint import Checkpoint, task_tensors
 from doge_deploy.graph.passes.transpose_weights import TRANSPOSED_SUFFIX
 from doge_deploy.graph.weights import WEIGHTS_FILE
 from doge_deploy.model.rope import rope_tensors
@@ -42,7 +42,8 @@ def compare_weights(bundle: Bundle, checkpoint: Checkpoint) -> WeightsResult:
                 continue
             expected = rope[source] if source in rope else checkpoint.read(source)
             failures += _difference(name, file.get_tensor(name), expected.T if name != source else expected)
-    failures += [f"{name} is not in {WEIGHTS_FILE}" for name in sorted(checkpoint.tensors.keys() - found)]
+    wanted = task_tensors(checkpoint.facts, bundle.manifest.task)
+    failures += [f"{name} is not in {WEIGHTS_FILE}" for name in sorted(wanted.keys() - found)]
     return WeightsResult(len(names), tuple(failures))
 
 

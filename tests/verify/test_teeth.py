@@ -10,8 +10,7 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 import torch
-from bundles import broken_copy
-from safetensors import safe_open
+from bundles import broken_copy, edit_tensor
 
 from doge_deploy.bundle import open_bundle
 from doge_deploy.cli.main import run_command
@@ -22,18 +21,6 @@ from doge_deploy.model.moe import candidate_pairs
 from doge_deploy.verify.cases import Limits, exact_cases
 from doge_deploy.verify.replay import Replay
 from doge_deploy.verify.run import open_runners
-
-
-def edit_tensor(path: Path, name: str, edit: Callable[[torch.Tensor], None]) -> None:
-    """Change one float32 tensor of a safetensors file in place."""
-    with safe_open(path, framework="pt") as file:
-        tensor = file.get_tensor(name).clone()
-    edit(tensor)
-    data = path.read_bytes()
-    header = int.from_bytes(data[:8], "little")
-    begin, end = eval(data[8 : 8 + header])[name]["data_offsets"]  # the header is a literal of ours
-    start = 8 + header
-    path.write_bytes(data[: start + begin] + tensor.numpy().tobytes() + data[start + end :])
 
 
 def one_percent(tensor: torch.Tensor) -> None:
