@@ -31,7 +31,7 @@ def install(session: nox.Session, extras: str) -> None:
 @nox.session(python=["3.11", "3.12", "3.13"])
 def tests(session: nox.Session) -> None:
     """All tests that need no special device."""
-    install(session, "export,cpu,plugins,bench,dev")
+    install(session, "export,cpu,rtx,plugins,bench,dev")
     session.run("pytest", *session.posargs)
 
 
@@ -53,7 +53,7 @@ def lint(session: nox.Session) -> None:
 @nox.session
 def typing(session: nox.Session) -> None:
     """Types, strict on the package."""
-    install(session, "export,cpu,plugins,bench,dev")
+    install(session, "export,cpu,rtx,plugins,bench,dev")
     session.run("mypy", "doge_deploy")
 
 

@@ -268,18 +268,28 @@ def sha256_file(path: Path) -> str:
 
 
 def file_entries(directory: Path) -> dict[str, dict[str, Any]]:
-    """`files` of a manifest: every file in `directory` but the manifest itself."""
-    return {
-        file.name: {"sha256": sha256_file(file), "bytes": file.stat().st_size}
-        for file in sorted(directory.iterdir())
-        if file.name != MANIFEST
-    }
+    """`files` of a manifest: every file in `directory` but the manifest itself, and without engines."""
+    return {file.name: file_entry(file) for file in sorted(directory.iterdir()) if _is_listed(file)}
+
+
+def _is_listed(file: Path) -> bool:
+    return file.is_file() and file.name != MANIFEST
+
+
+def file_entry(file: Path) -> dict[str, Any]:
+    """What a manifest says of one file."""
+    return {"sha256": sha256_file(file), "bytes": file.stat().st_size}
 
 
 def write_manifest(directory: Path, manifest: Manifest) -> None:
-    """Write manifest.json, the same bytes for the same manifest."""
+    """Write manifest.json, the same bytes for the same manifest. An older one is replaced in one step."""
     text = json.dumps(manifest.to_json(), indent=2, ensure_ascii=False) + "\n"
-    (directory / MANIFEST).write_text(text, encoding="utf-8")
+    aside = directory / f".{MANIFEST}.partial"
+    with aside.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    aside.replace(directory / MANIFEST)
 
 
 @contextlib.contextmanager

@@ -54,7 +54,7 @@ class Decomposed(_Record):
 
 
 class LayerCounts(_Record):
-    """Layers of the network that the builder was given, before it fuses any."""
+    """Layers of the network that the vendor's parser made of the graph, before the builder fuses any."""
 
     total: int
     by_type: dict[str, int]
@@ -63,6 +63,17 @@ class LayerCounts(_Record):
     attention: int
     """Native attention layers."""
     decomposed: tuple[Decomposed, ...] = ()
+
+
+class KernelCounts(_Record):
+    """What the builder made of the layers, by its own list (all profiles together)."""
+
+    total: int
+    by_type: dict[str, int]
+    by_precision: dict[str, int]
+    """Of the first output, in the vendor's words; kernels without one, such as waits, are not counted."""
+    fused_attention: int
+    """Kernels that compute a whole attention."""
 
 
 class PluginUse(_Record):
@@ -122,8 +133,15 @@ class EngineRecord(_Record):
     """Of the graph after the lowering, as TensorRT's parser got it."""
     options: BuildOptions
     layers: LayerCounts
+    kernels: KernelCounts | None = None
+    """None where the builder did not say, as with `verbosity: none`."""
     weight_bytes: int = Field(description="bytes of the weights that the lowered graph refers to, each once")
     engine_bytes: int
+    activation_bytes: int | None = None
+    """Scratch memory of an execution context at the largest sizes, caches apart, as the builder says; the largest of
+    the profiles."""
+    engine_weight_bytes: int | None = None
+    """Weights in the engine, as the builder says."""
     build_seconds: float
     """From the start of the child process to the finished file."""
     peak_memory_bytes: int

@@ -19,11 +19,13 @@ ORDER = [
     "engine",
     "bundle",
     "genai_config",
+    "engine_store",
     "model",
     "plugins",
     "graph",
     "targets",
     "export",
+    "build",
     "runtime",
     "verify",
     "bench",
@@ -78,7 +80,7 @@ def modules_after(code: str) -> set[str]:
     return set(output.split("\n"))
 
 
-HEAVY = {"torch", "transformers", "onnxruntime", "onnx", "onnx_ir", "pydantic", "rich", "tensorrt"}
+HEAVY = {"torch", "transformers", "onnxruntime", "onnx", "onnx_ir", "pydantic", "rich", "tensorrt", "tensorrt_rtx"}
 
 
 def test_help_imports_nothing_heavy() -> None:
@@ -87,9 +89,10 @@ def test_help_imports_nothing_heavy() -> None:
 
 
 @pytest.mark.parametrize("command", ["export", "verify", "generate", "bench", "inspect"])
+@pytest.mark.parametrize("command", ["export", "build", "verify", "generate", "inspect"])
 def test_help_of_a_command_imports_neither_torch_nor_a_runtime(command: str) -> None:
     code = f"from doge_deploy.cli.main import run_command\nassert run_command([{command!r}, '--help']) == 0"
-    assert not {"torch", "transformers", "onnxruntime", "tensorrt"} & modules_after(code)
+    assert not {"torch", "transformers", "onnxruntime", "tensorrt", "tensorrt_rtx"} & modules_after(code)
 
 
 def test_the_runtime_needs_neither_torch_nor_transformers_nor_the_graph() -> None:

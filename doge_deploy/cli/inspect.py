@@ -18,14 +18,25 @@ if TYPE_CHECKING:
 
 @click.command("inspect")
 @click.argument("bundle", type=click.Path(path_type=Path))
-@click.option("--json", "as_json", is_flag=True, help="The manifest as JSON.")
-def inspect(bundle: Path, as_json: bool) -> None:
+@click.option("--json", "as_json", is_flag=True, help="The manifest, or an engine's record and layers, as JSON.")
+@click.option("--layers", is_flag=True, help="Of an engine: every layer.")
+def inspect(bundle: Path, as_json: bool, layers: bool) -> None:
     """Show what BUNDLE is, and check the hash of every file.
+
+    BUNDLE may also be an engine in a bundle (BUNDLE/engines/NAME): then that engine is shown, from what was found when
+    it was built.
 
     Exit code 3: a file is missing or was altered.
     """
     from doge_deploy.bundle import open_bundle
+    from doge_deploy.cli.inspect_engine import find_engine, show_engine
 
+    engine = find_engine(bundle)
+    if engine is not None:
+        show_engine(open_bundle(engine[0]), engine[1], as_json=as_json, layers=layers)
+        return
+    if layers:
+        raise click.UsageError(f"--layers is for an engine, and {bundle} is not one: give BUNDLE/engines/NAME")
     opened = open_bundle(bundle)
     if as_json:
         import json
@@ -63,6 +74,13 @@ def _show(bundle: Bundle) -> None:
         for line in _lowering(layout):
             console.print(f"  {line}", highlight=False)
         console.print(_signature(layout), highlight=False)
+    for name, record in manifest.engines.items():
+        console.print(
+            f"\n[bold]engine {name}[/bold]: {record.product} {record.version}, {record.engine_bytes / 1e6:.1f} MB, "
+            f"profiles {', '.join(profile.name for profile in record.profiles)}; more: inspect "
+            f"{bundle.path / record.directory}",
+            highlight=False,
+        )
     for warning in manifest.warnings:
         console.print(f"\nwarning: {warning}", style="yellow", highlight=False)
     total = sum(entry["bytes"] for entry in manifest.files.values())

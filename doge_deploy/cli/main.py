@@ -23,6 +23,7 @@ EXIT_TERMINATED = 128 + signal.SIGTERM
 
 _COMMANDS = {
     "export": "Trace a checkpoint to an ONNX bundle.",
+    "build": "Build a TensorRT engine of a bundle.",
     "verify": "Prove by numbers that a bundle computes what transformers computes.",
     "generate": "Generate text from a bundle.",
     "bench": "Time a bundle, beside transformers and a plain export.",

@@ -1,0 +1,74 @@
+"""`doge-deploy build`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from doge_deploy.cli.progress import progress
+
+
+@click.command("build")
+@click.argument("bundle", type=click.Path(path_type=Path))
+@click.option(
+    "--target",
+    type=click.Choice(["trt-rtx", "trt"]),
+    help="trt-rtx: compiled on the CPU, for RTX GPUs; trt: on the GPU that the engine is for.  [default: trt-rtx]",
+)
+@click.option(
+    "--compute-capability",
+    "compute_capabilities",
+    multiple=True,
+    metavar="CC",
+    help="Of a GPU to build for, such as 8.9; repeatable.  [default: all that the target covers]",
+)
+@click.option("--batch-size", metavar="MIN,OPT,MAX", help="Rows of a call, or one number.  [default: 1]")
+@click.option(
+    "--sequence-length", metavar="MIN,OPT,MAX", help="Tokens of a prefill.  [default: all that the bundle holds]"
+)
+@click.option(
+    "--profiles",
+    type=click.Choice(["shared", "separate"]),
+    help="One optimization profile for prefill and decode, or one for each.  [default: shared for trt-rtx]",
+)
+@click.option("--workspace-mib", type=click.IntRange(min=1), metavar="N", help="Most scratch memory of a kernel.")
+@click.option("--strip-weights", is_flag=True, default=None, help="Leave the weights out of the engine.")
+@click.option("--plugins/--no-plugins", default=None, help="Of --target trt: plugins, or native layers only.")
+@click.option(
+    "--verbosity",
+    type=click.Choice(["none", "names", "detailed"]),
+    help="What the engine tells profilers about its layers.  [default: detailed]",
+)
+@click.option("--timing-cache", metavar="FILE", help="Of --target trt: measured kernels, read and brought up to date.")
+@click.option(
+    "--config", "config_file", type=click.Path(path_type=Path), metavar="FILE", help="Options from a YAML file."
+)
+@click.option(
+    "--set", "assignments", multiple=True, metavar="KEY=VALUE", help="Change an option of the file; repeatable."
+)
+@click.option("--force", is_flag=True, help="Replace an engine of the same name.")
+def build(bundle: Path, config_file: Path | None, assignments: tuple[str, ...], force: bool, **choices: Any) -> None:
+    """Build a TensorRT engine of BUNDLE's static graph into BUNDLE.
+
+    Exit code 3: the target cannot do what the graph needs; 4: the target's library or device is missing, or its library
+    broke down.
+    """
+    from doge_deploy.build import build as run
+    from doge_deploy.build_options import load_build_options
+
+    given = {key: value for key, value in choices.items() if value not in (None, ())}
+    options = load_build_options(config_file, given, assignments)
+    with progress() as display:
+        record = run(bundle, options, force=force, progress=display)
+    click.echo(
+        f"{bundle / record.directory}: {record.product} {record.version}, {record.dtype}, "
+        f"{record.engine_bytes / 1e6:.1f} MB, {record.build_seconds:.1f} s, peak memory "
+        f"{record.peak_memory_bytes / 1e6:.0f} MB"
+    )
+    layers = record.layers
+    click.echo(f"{layers.kv_cache_update} cache writes in place, {layers.attention} native attention layers")
+    for reason in sorted({layer.reason for layer in layers.decomposed}):
+        count = sum(layer.reason == reason for layer in layers.decomposed)
+        click.echo(f"{count} of them decomposed: {reason}")

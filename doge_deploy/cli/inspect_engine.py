@@ -1,0 +1,138 @@
+"""What `doge-deploy inspect` shows of an engine: its record, and what the builder said about its layers."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from doge_deploy.bundle import Bundle
+    from doge_deploy.engine import EngineRecord
+
+
+def find_engine(path: Path) -> tuple[Path, str] | None:
+    """The bundle and the engine's name where `path` is an engine's folder or a file in one, else None."""
+    from doge_deploy.bundle import MANIFEST
+    from doge_deploy.engine import ENGINES
+
+    folder = path.resolve()
+    folder = folder.parent if folder.is_file() else folder
+    if folder.parent.name == ENGINES and (folder.parent.parent / MANIFEST).is_file():
+        return folder.parent.parent, folder.name
+    return None
+
+
+def show_engine(bundle: Bundle, name: str, *, as_json: bool, layers: bool) -> None:
+    """Print the engine's record and report."""
+    from rich.console import Console
+
+    record = bundle.engine(name)
+    report: dict[str, Any] = json.loads((bundle.path / record.report_file).read_text(encoding="utf-8"))
+    console = Console()
+    if as_json:
+        data = {"record": record.model_dump(mode="json"), "report": report}
+        console.print(json.dumps(data, indent=2), highlight=False, soft_wrap=True, markup=False)
+        return
+    console.print(_grid(_facts(record, report)), highlight=False)
+    console.print(_profiles(record), highlight=False)
+    console.print(_counts(record, report), highlight=False)
+    if layers:
+        console.print(_kernels(report) if report["kernels"] else _network(report), highlight=False)
+
+
+def _facts(record: EngineRecord, report: dict[str, Any]) -> dict[str, str]:
+    caps = ", ".join(record.compute_capabilities) or f"every GPU that {record.product}'s default covers"
+    size = f"{record.engine_bytes / 1e6:.1f} MB, {record.engine_bytes / record.weight_bytes:.2f} times its weights"
+    facts = {
+        "engine": record.engine_file,
+        "built by": f"{record.product} {record.version} on {record.platform}, "
+        f"{record.build_seconds:.1f} s, peak memory {record.peak_memory_bytes / 1e6:.0f} MB",
+        "for": f"compute capability {caps}",
+        "from": f"{record.onnx.file} (sha256 {record.onnx.sha256[:12]}...), {record.weights.file} "
+        f"({record.weights.sha256[:12]}...)",
+        "lowering": f"{record.lowering}, strongly typed {record.dtype}, scores fp32",
+        "flags": ", ".join(record.flags) or "none",
+        "size": size + (", weights stripped" if record.strip_weights else ""),
+        "scratch": _bytes(record.activation_bytes) + " beside weights and caches",
+        "cache": f"{record.layers.kv_cache_update} layers write it in place "
+        f"({len(record.aliases)} outputs share the buffer of an input)",
+        "attention": f"{record.layers.attention} native layers" + _fused(record),
+    }
+    for reason in sorted({layer.reason for layer in record.layers.decomposed}):
+        named = [layer.layer for layer in record.layers.decomposed if layer.reason == reason]
+        facts["decomposed"] = f"{len(named)} attention layers ({named[0]} to {named[-1]}): {reason}"
+    for plugin in record.plugins:
+        facts[f"plugin {plugin.name}"] = f"version {plugin.version}, {plugin.layers} layers"
+    return facts
+
+
+def _fused(record: EngineRecord) -> str:
+    if record.kernels is None:
+        return ""
+    each = record.layers.attention * len(record.profiles)
+    return f"; {record.kernels.fused_attention} of {each} (one per layer and profile) run as one kernel"
+
+
+def _bytes(size: int | None) -> str:
+    return "unknown" if size is None else f"{size / 1e6:.1f} MB"
+
+
+def _grid(rows: dict[str, str]) -> Table:
+    from rich.table import Table
+
+    grid = Table.grid(padding=(0, 2))
+    for key, value in rows.items():
+        grid.add_row(f"[bold]{key}[/bold]", value)
+    return grid
+
+
+def _profiles(record: EngineRecord) -> Table:
+    from rich.table import Table
+
+    table = Table("profile", "axis", "min", "opt", "max")
+    for profile in record.profiles:
+        for index, (axis, sizes) in enumerate(profile.axes.items()):
+            name = "" if index else profile.name
+            table.add_row(name, axis, str(sizes.min), str(sizes.opt), str(sizes.max))
+    return table
+
+
+def _counts(record: EngineRecord, report: dict[str, Any]) -> Table:
+    """Layers of the network by type and precision, beside the kernels that the builder made of them."""
+    from rich.table import Table
+
+    table = Table("layers of the network", "", "kernels in the engine", "", title_justify="left")
+    precisions = Counter(layer["outputs"][0]["dtype"] for layer in report["network"] if layer["outputs"])
+    left = [*record.layers.by_type.items(), ("", ""), *precisions.most_common()]
+    kernels = record.kernels
+    right: list[tuple[str, Any]] = [("the builder did not say", "")]
+    if kernels is not None:
+        right = [*kernels.by_type.items(), ("", ""), *kernels.by_precision.items()]
+    for index in range(max(len(left), len(right))):
+        a = left[index] if index < len(left) else ("", "")
+        b = right[index] if index < len(right) else ("", "")
+        table.add_row(a[0], str(a[1]), b[0], str(b[1]))
+    return table
+
+
+def _kernels(report: dict[str, Any]) -> Table:
+    from rich.table import Table
+
+    table = Table("kernel", "type", "precision", "computes")
+    for kernel in report["kernels"]:
+        precision = kernel["outputs"][0]["dtype"] if kernel["outputs"] else ""
+        table.add_row(kernel["name"], kernel["type"], precision, ", ".join(kernel["onnx_layers"]))
+    return table
+
+
+def _network(report: dict[str, Any]) -> Table:
+    from rich.table import Table
+
+    table = Table("layer", "type", "precision")
+    for layer in report["network"]:
+        table.add_row(layer["name"], layer["type"], layer["outputs"][0]["dtype"] if layer["outputs"] else "")
+    return table

@@ -1,0 +1,254 @@
+"""A build in a process of its own: `python -m doge_deploy.targets.trt.worker JOB.json`.
+
+The vendor's library may end the process; then only this one ends. Events go to standard output, one JSON object a line
+(job.py); everything else, the vendor's own output too, goes to standard error.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import IO, Any, Literal
+
+from doge_deploy.engine import Decomposed
+from doge_deploy.errors import DogeDeployError, MissingDependencyError, UnsupportedModelError, UsageError
+from doge_deploy.targets.trt.job import Failed, Finished, Job, Progress
+from doge_deploy.targets.trt.layers import BuilderLog, count_kernels, describe
+from doge_deploy.targets.trt.network import (
+    attention_layers,
+    binding_tensors,
+    count_layers,
+    create_config,
+    create_network,
+    describe_layers,
+    flags_of,
+)
+from doge_deploy.targets.trt.phases import Phases
+from doge_deploy.targets.trt.plugins import plugins_for
+from doge_deploy.targets.trt.vendor import PRODUCTS, import_product
+
+_NO_KERNEL = "not supported by a dedicated kernel"
+"""In the vendor's message where an attention has no fused kernel and may not be decomposed."""
+
+_NEEDS_DEVICE = "CHECK(status == CUDA_SUCCESS)"
+"""In the vendor's message where a build calls the driver. TensorRT-RTX 1.7 does so to strip or refit weights."""
+
+_MESSAGE = 2000
+"""Characters of a vendor's message that are kept in the log."""
+
+_STEP = 0.005
+"""Progress is told in steps of half a percent."""
+
+
+class Channel:
+    """Where events go. Thread-safe: the builder calls from threads of its own."""
+
+    def __init__(self, stream: IO[str]) -> None:
+        self._stream = stream
+        self._lock = threading.Lock()
+
+    def send(self, event: Progress | Failed | Finished) -> bool:
+        """Write one event; False where nobody listens any more."""
+        with self._lock:
+            try:
+                self._stream.write(event.model_dump_json() + "\n")
+                self._stream.flush()
+            except OSError:
+                return False
+        return True
+
+
+def main(job_file: str) -> int:
+    """Run the job; the result is an event, the exit status 0 in every orderly case."""
+    _die_with_parent()
+    channel = Channel(_take_stdout())
+    job = Job.model_validate_json(Path(job_file).read_text(encoding="utf-8"))
+    try:
+        finished = run(job, channel)
+    except DogeDeployError as error:
+        channel.send(Failed(kind=_kind(error), message=str(error)))
+    else:
+        channel.send(finished)
+    return 0
+
+
+def _kind(error: DogeDeployError) -> Literal["usage", "unsupported", "missing"]:
+    if isinstance(error, UsageError):
+        return "usage"
+    return "missing" if isinstance(error, MissingDependencyError) else "unsupported"
+
+
+def _die_with_parent() -> None:
+    """Linux ends this process when its parent ends, however that was killed. (Elsewhere the broken pipe does.)"""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides, and ends us
+    if sys.platform == "linux":
+        import ctypes
+
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+
+
+def _take_stdout() -> IO[str]:
+    """The real standard output, for events alone; what others write to it goes to standard error from now on."""
+    sys.stdout.flush()
+    mine = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(2, 1)
+    return mine
+
+
+def run(job: Job, channel: Channel) -> Finished:
+    """Build the engine and write it, and the report of its layers.
+
+    Raises:
+        UsageError, UnsupportedModelError, MissingDependencyError: no engine, and the reason.
+    """
+    plugins = plugins_for(job.plugins)
+    trt = import_product(job.target)
+    for plugin in plugins:
+        plugin.register()
+    log = BuilderLog()
+    logger = _make_logger(trt, log)
+    builder = trt.Builder(logger)
+    network = create_network(trt, builder, logger, job)
+    attentions = attention_layers(trt, network)
+    with _timing_cache(job) as cache:
+        config, engine = _attempt(trt, builder, network, job, channel, cache)
+        decomposed: tuple[Decomposed, ...] = ()
+        if engine is None and any(_NO_KERNEL in error for error in log.errors):
+            decomposed = _decompose(attentions, job)
+            log.forget()
+            config, engine = _attempt(trt, builder, network, job, channel, cache)
+    if engine is None:
+        raise _failure(trt, job, log)
+    Path(job.engine_file).write_bytes(memoryview(engine))
+    report = {"network": describe_layers(network), "kernels": describe(log.kernels)}
+    Path(job.report_file).write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    inputs, outputs = binding_tensors(network, job)
+    return Finished(
+        version=trt.__version__,
+        compute_capabilities=job.compute_capabilities,
+        flags=flags_of(trt, config),
+        inputs=inputs,
+        outputs=outputs,
+        layers_by_type=count_layers(network),
+        decomposed=decomposed,
+        kernels=count_kernels(log.kernels),
+        activation_bytes=log.activation_bytes,
+        engine_weight_bytes=log.weight_bytes,
+        peak_memory_bytes=peak_memory_bytes(),
+    )
+
+
+def _attempt(
+    trt: ModuleType, builder: Any, network: Any, job: Job, channel: Channel, cache: bytearray | None
+) -> tuple[Any, Any]:
+    """One build: the configuration, and the engine's bytes or None."""
+    config = create_config(trt, builder, network, job)
+    monitor = _make_monitor(trt, channel)
+    config.progress_monitor = monitor
+    timing = None
+    if cache is not None:
+        timing = config.create_timing_cache(bytes(cache))
+        config.set_timing_cache(timing, ignore_mismatch=False)
+    engine = builder.build_serialized_network(network, config)
+    if cache is not None and timing is not None and engine is not None:
+        cache[:] = bytes(memoryview(config.get_timing_cache().serialize()))
+    return config, engine
+
+
+def _decompose(attentions: list[Any], job: Job) -> tuple[Decomposed, ...]:
+    """Let the attentions run as several kernels. They all have the same shape, so that one speaks for all."""
+    for attention in attentions:
+        attention.decomposable = True
+    lengths = ", ".join(f"{p.name} {p.axes['sequence_length']}" for p in job.profiles)
+    reason = f"no fused kernel for these heads and this dtype at sequence lengths {lengths}"
+    return tuple(Decomposed(layer=attention.name, reason=reason) for attention in attentions)
+
+
+def _failure(trt: ModuleType, job: Job, log: BuilderLog) -> DogeDeployError:
+    """The vendor's last error in one line, and whose move it is."""
+    product = f"{PRODUCTS[job.target].name} {trt.__version__}"
+    reason = " ".join(log.errors[-1].split()) if log.errors else "it does not say why"
+    if _NEEDS_DEVICE in reason:
+        what = "to strip weights" if job.strip_weights else "to build this"
+        return MissingDependencyError(f"{product} needs a CUDA device {what}, and there is none: {reason}")
+    return UnsupportedModelError(f"{product} cannot build this graph: {reason}")
+
+
+@contextlib.contextmanager
+def _timing_cache(job: Job) -> Iterator[bytearray | None]:
+    """The timing cache file, read before and replaced after; None where there is none."""
+    if job.timing_cache is None:
+        yield None
+        return
+    file = Path(job.timing_cache)
+    cache = bytearray(file.read_bytes() if file.is_file() else b"")
+    yield cache
+    aside = file.with_name(f".{file.name}.partial")
+    aside.write_bytes(cache)
+    aside.replace(file)
+
+
+def _make_logger(trt: ModuleType, log: BuilderLog) -> Any:
+    class Logger(trt.ILogger):  # type: ignore[misc,name-defined]
+        def __init__(self) -> None:
+            trt.ILogger.__init__(self)
+
+        def log(self, severity: Any, message: str) -> None:
+            is_error = severity <= trt.ILogger.ERROR
+            log.read(message, is_error=is_error)
+            if severity <= trt.ILogger.INFO:
+                sys.stderr.write(f"[{severity.name}] {message[:_MESSAGE]}\n")
+                sys.stderr.flush()
+
+    return Logger()
+
+
+def _make_monitor(trt: ModuleType, channel: Channel) -> Any:
+    class Monitor(trt.IProgressMonitor):  # type: ignore[misc,name-defined]
+        def __init__(self) -> None:
+            trt.IProgressMonitor.__init__(self)
+            self.phases = Phases()
+            self.told = 0.0
+
+        def phase_start(self, phase_name: str, parent_phase: str | None, num_steps: int) -> None:
+            self.phases.start(phase_name, parent_phase, num_steps)
+
+        def step_complete(self, phase_name: str, step: int) -> bool:
+            self.phases.step(phase_name, step)
+            fraction = self.phases.fraction()
+            if fraction < self.told + _STEP:
+                return True
+            self.told = fraction
+            return channel.send(Progress(fraction=fraction, phase=phase_name))
+
+        def phase_finish(self, phase_name: str) -> None:
+            self.phases.finish(phase_name)
+
+    return Monitor()
+
+
+def peak_memory_bytes() -> int:
+    """Largest resident set of this process so far.
+
+    Linux gives it per program; getrusage would count the process that started this one too.
+    """
+    status = Path("/proc/self/status")
+    if status.is_file():
+        for line in status.read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1]))

@@ -1,0 +1,183 @@
+"""The lowered graph: standard operators only, the same numbers, and refusals by name."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import pytest
+from bundles import make_bundle
+
+from doge_deploy.build import cache_aliases, lower_layout, serialize, weight_bytes
+from doge_deploy.bundle import Bundle, open_bundle
+from doge_deploy.errors import MissingDependencyError, UnsupportedModelError
+from doge_deploy.runtime.ort import open_runner
+from doge_deploy.targets.trt import plugins
+from doge_deploy.targets.trt.lowering import lower
+
+
+def lowered(bundle: Bundle) -> ir.Model:
+    return lower_layout(bundle, bundle.layout("static"), use_plugins=False)[0]
+
+
+def count(model: ir.Model) -> dict[str, int]:
+    counts: dict[str, int] = {}
+    for node in model.graph:
+        assert node.domain in ("", "ai.onnx"), node
+        counts[node.op_type] = counts.get(node.op_type, 0) + 1
+    return counts
+
+
+@pytest.mark.parametrize("name", ["tiny_bundle", "tiny_moe_bundle"])
+def test_every_layer_has_its_native_operators(name: str, request: pytest.FixtureRequest) -> None:
+    bundle = open_bundle(request.getfixturevalue(name))
+    layers = bundle.manifest.facts.num_hidden_layers
+    model = lowered(bundle)
+    counts = count(model)
+    assert not model.functions
+    assert counts["TensorScatter"] == 3 * layers
+    assert counts["Attention"] == layers
+    assert counts["RotaryEmbedding"] == 2 * layers
+    assert not any("softmax_precision" in node.attributes for node in model.graph)
+
+
+def test_names_say_the_layer(tiny_bundle: Path) -> None:
+    names = [node.name for node in lowered(open_bundle(tiny_bundle)).graph]
+    assert len(set(names)) == len(names)
+    assert {"Attention_0", "Attention_1", "Attention_2"} <= set(names)
+
+
+def test_the_interface_is_that_of_the_signature(tiny_bundle: Path) -> None:
+    bundle = open_bundle(tiny_bundle)
+    signature = bundle.layout("static").signature
+    model = lowered(bundle)
+    assert [value.name for value in model.graph.inputs] == [spec.name for spec in signature.inputs]
+    assert [value.name for value in model.graph.outputs] == [spec.name for spec in signature.outputs]
+    assert cache_aliases(model) == {present.name: past.name for past, present in signature.past()}
+
+
+def test_weights_stay_where_they_are(tiny_bundle: Path) -> None:
+    bundle = open_bundle(tiny_bundle)
+    model = lowered(bundle)
+    assert len(serialize(model)) < 200_000
+    stored = (tiny_bundle / "weights.safetensors").stat().st_size
+    assert 0 < weight_bytes(model) <= stored
+
+
+@pytest.mark.parametrize("name", ["tiny_bundle", "tiny_moe_bundle"])
+def test_the_lowered_graph_computes_the_same(name: str, request: pytest.FixtureRequest) -> None:
+    bundle = open_bundle(request.getfixturevalue(name))
+    runners = [open_runner(bundle, "static"), open_runner(bundle, "static", model=serialize(lowered(bundle)))]
+    ids = np.random.default_rng(0).integers(0, bundle.manifest.facts.vocab_size, (2, 9))
+    found = []
+    for runner in runners:
+        runner.reset(2)
+        found.append([runner.run(ids, [9, 5]), runner.run(ids[:, :1])])
+    for standard, other in zip(*found, strict=True):
+        np.testing.assert_allclose(standard[:, -1], other[:, -1], rtol=0, atol=1e-5 * np.abs(standard).max())
+
+
+def test_the_same_bundle_gives_the_same_bytes(tiny_bundle: Path) -> None:
+    bundle = open_bundle(tiny_bundle)
+    assert serialize(lowered(bundle)) == serialize(lowered(bundle))
+
+
+def test_a_node_without_a_body_is_refused_by_name(tiny_bundle: Path) -> None:
+    model = ir.load(tiny_bundle / "model.onnx")
+    model.functions.clear()
+    with pytest.raises(
+        UnsupportedModelError, match=r"node layers.0.DynamicMaskAttention is doge::DynamicMaskAttention"
+    ):
+        lower(model)
+
+
+def test_a_foreign_node_is_refused_although_there_are_plugins(tiny_bundle: Path) -> None:
+    class Nothing:
+        operator, namespace, version, plugin_names = "CDMoE", "doge", "1", ("doge_route",)
+
+        def lower(self, model: ir.Model) -> ir.Model:
+            model.functions.clear()
+            return model
+
+        def register(self) -> None: ...
+
+    with pytest.raises(UnsupportedModelError, match=r"known plugins: \[\('doge', 'doge_route'\)\]"):
+        lower(ir.load(tiny_bundle / "model.onnx"), [Nothing()])
+
+
+def test_a_window_beyond_top_k_is_refused_with_the_reason(tmp_path: Path) -> None:
+    from random_doge import save_random_doge
+
+    checkpoint = save_random_doge(tmp_path / "wide", keep_window_size=4000, max_position_embeddings=4096)
+    bundle = open_bundle(make_bundle(checkpoint, tmp_path / "bundle"))
+    assert bundle.layout("static").keep_window
+    with pytest.raises(UnsupportedModelError, match="TopK at most 3840: keep_window_size=4000 needs the plugins"):
+        lowered(bundle)
+
+
+def test_a_window_beyond_top_k_that_cannot_be_reached_is_no_problem(tmp_path: Path) -> None:
+    from random_doge import save_random_doge
+
+    checkpoint = save_random_doge(tmp_path / "wide", keep_window_size=4000, max_position_embeddings=4096)
+    bundle = open_bundle(make_bundle(checkpoint, tmp_path / "bundle", max_length=4000))
+    assert "TopK" not in count(lowered(bundle))
+
+
+class Doubling:
+    """A plugin lowering that replaces attention by one node and another operator by nothing."""
+
+    operator, namespace, version = "DynamicMaskAttention", "doge", "1"
+    plugin_names = ("doge_attention",)
+
+    def lower(self, model: ir.Model) -> ir.Model:
+        for node in model.graph:
+            if node.op_type == self.operator:
+                node.op_type = "doge_attention"
+                node.attributes["plugin_namespace"] = ir.AttrString("plugin_namespace", "doge")
+                node.attributes["plugin_version"] = ir.AttrString("plugin_version", "1")
+        return model
+
+    def register(self) -> None: ...
+
+
+class Entry:
+    name, value = "DynamicMaskAttention", "somewhere:plugin"
+
+    def load(self) -> object:
+        return Doubling()
+
+
+def test_plugins_come_in_by_entry_point(tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(plugins.importlib.metadata, "entry_points", lambda group: [Entry()])
+    bundle = open_bundle(tiny_bundle)
+    model, used = lower_layout(bundle, bundle.layout("static"), use_plugins=True)
+    assert [plugin.operator for plugin in used] == ["DynamicMaskAttention"]
+    nodes = [node for node in model.graph if node.op_type == "doge_attention"]
+    assert len(nodes) == bundle.manifest.facts.num_hidden_layers
+    assert not model.functions
+    onnx.load_model_from_string(serialize(model))
+
+
+def test_without_an_installed_plugin_the_remedies_are_named(tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(plugins.importlib.metadata, "entry_points", lambda group: [])
+    bundle = open_bundle(tiny_bundle)
+    with pytest.raises(MissingDependencyError, match=r"no plugin for DynamicMaskAttention is installed .*--no-plugins"):
+        lower_layout(bundle, bundle.layout("static"), use_plugins=True)
+
+
+def test_two_plugins_for_one_operator_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(plugins.importlib.metadata, "entry_points", lambda group: [Entry(), Entry()])
+    with pytest.raises(UnsupportedModelError, match="two packages bring a plugin for DynamicMaskAttention"):
+        plugins.find_plugins()
+
+
+def test_a_plugin_that_does_not_load_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Broken(Entry):
+        def load(self) -> object:
+            raise ImportError("no module named triton")
+
+    monkeypatch.setattr(plugins.importlib.metadata, "entry_points", lambda group: [Broken()])
+    with pytest.raises(UnsupportedModelError, match=r"somewhere:plugin\) cannot be loaded: ImportError: no module"):
+        plugins.find_plugins()
