@@ -13,6 +13,11 @@ import click
 @click.option("--layout", "layouts", multiple=True, metavar="static|growing", help="Only this layout; repeatable.")
 @click.option("--greedy-steps", type=click.IntRange(min=1), default=128, show_default=True, metavar="N")
 @click.option("--portable", is_flag=True, help="Judge the standard graph, not the one lowered for ONNX Runtime.")
+@click.option(
+    "--lowering",
+    type=click.Choice(["trt-rtx", "trt"]),
+    help="Judge the static graph as it is lowered for TensorRT (without plugins), in ONNX Runtime.",
+)
 @click.option("--json", "json_file", type=click.Path(path_type=Path), metavar="FILE", help="Write every number here.")
 @click.option(
     "--junit", "junit_file", type=click.Path(path_type=Path), metavar="FILE", help="Write a JUnit report here."
@@ -23,6 +28,7 @@ def verify(
     layouts: tuple[str, ...],
     greedy_steps: int,
     portable: bool,
+    lowering: str | None,
     json_file: Path | None,
     junit_file: Path | None,
 ) -> None:
@@ -51,6 +57,7 @@ def verify(
             layouts=layouts,
             greedy_steps=greedy_steps,
             portable=portable,
+            lowering=lowering is not None,
             started=table.started,
             finished=table.finished,
         )

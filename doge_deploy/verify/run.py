@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -30,6 +31,9 @@ TEXT = (
     "about memory, and the score is a promise about attention. Keep the window, keep the score, and keep the promise."
 )
 """Natural text with its repetitions, for bundles that have a tokenizer."""
+
+LOWERED_LAYOUT = "static"
+"""The layout that engines are built from."""
 
 
 @dataclass
@@ -78,6 +82,7 @@ def verify(
     layouts: tuple[str, ...] = (),
     greedy_steps: int = 128,
     portable: bool = False,
+    lowering: bool = False,
     started: Callable[[str], None] = lambda what: None,
     finished: Callable[[CaseResult], None] = lambda result: None,
 ) -> Report:
@@ -89,6 +94,7 @@ def verify(
         layouts: which of its layouts; all where empty.
         greedy_steps: tokens of the greedy case, fewer where the bundle holds fewer.
         portable: judge the standard graphs, not those lowered for ONNX Runtime that `generate` runs.
+        lowering: judge the static graph as it is lowered for TensorRT, in ONNX Runtime.
         started: told what is about to be done.
         finished: told each case when it is judged.
 
@@ -109,14 +115,16 @@ def verify(
     facts = manifest.facts
     name = f"the reference of legacy Doges ({facts.revision})" if facts.is_legacy else "transformers"
     report = Report(bundle.path, manifest.dtype, routing, name, weights, skipped=_unreachable(bundle))
-    chosen = layouts or tuple(manifest.layouts)
+    chosen = _layouts(bundle, layouts, lowering)
     report.graphs = {name: graph_file(bundle.layout(name), portable=portable) for name in chosen}
+    if lowering:
+        report.graphs = {name: describe_lowered(bundle, name) for name in chosen}
     if manifest.task == "causal-lm":
         report.reference_itself = compare_reference_with_itself(bundle, references.same)
     text_ids = _text_ids(bundle)
     report.results = verify_layouts(
         bundle,
-        {layout: open_runners(bundle, layout, portable=portable) for layout in chosen},
+        {layout: open_runners(bundle, layout, portable=portable, lowering=lowering) for layout in chosen},
         references,
         text_ids=text_ids,
         greedy_steps=greedy_steps,
@@ -126,16 +134,48 @@ def verify(
     return report
 
 
-def open_runners(bundle: Bundle, layout: str, *, portable: bool = False) -> Runners:
-    """The layout's graph as it is, and with its selections exposed where it has any; see `open_runner`."""
+def _layouts(bundle: Bundle, asked: tuple[str, ...], lowering: bool) -> tuple[str, ...]:
+    """The layouts to judge: those asked for or all; of a lowering the one that is lowered."""
+    if not lowering:
+        return asked or tuple(bundle.manifest.layouts)
+    if asked not in ((), (LOWERED_LAYOUT,)):
+        raise UsageError(f"--lowering is of the {LOWERED_LAYOUT} layout, not of {', '.join(asked)}")
+    bundle.layout(LOWERED_LAYOUT)
+    return (LOWERED_LAYOUT,)
+
+
+def describe_lowered(bundle: Bundle, layout: str) -> str:
+    """What is judged where a lowering is: its hash, and the engines that were built from the same graph."""
+    digest = hashlib.sha256(_lowered(ir.load(bundle.path / bundle.layout(layout).file))).hexdigest()
+    built = [name for name, record in bundle.manifest.engines.items() if record.lowered_onnx_sha256 == digest]
+    of = f", that of {', '.join(built)}" if built else ""
+    return f"{bundle.layout(layout).file} lowered for TensorRT (sha256 {digest[:12]}...{of})"
+
+
+def _lowered(model: ir.Model) -> bytes:
+    from doge_deploy.targets.trt.lowering import lower
+
+    data: bytes = ir.to_proto(lower(model)).SerializeToString()
+    return data
+
+
+def open_runners(bundle: Bundle, layout: str, *, portable: bool = False, lowering: bool = False) -> Runners:
+    """The layout's graph as it is, and with its selections exposed where it has any; see `open_runner`.
+
+    With `lowering` both are lowered for TensorRT (and run in ONNX Runtime).
+    """
     chosen = bundle.layout(layout)
-    plain = open_runner(bundle, layout, spin=False, portable=portable)
+    source = bundle.path / graph_file(chosen, portable=portable or lowering)
+    rewrite = _lowered if lowering else lambda model: ir.to_proto(model).SerializeToString()
+    plain = open_runner(
+        bundle, layout, spin=False, portable=portable, model=rewrite(ir.load(source)) if lowering else None
+    )
     exposed: OrtRunner | None = None
     operators = [DYNAMIC_MASK_ATTENTION] if chosen.keep_window else []
     operators += [CDMOE] if bundle.manifest.facts.is_moe else []
     if operators:
-        model = ExposeSelectionsPass(operators)(ir.load(bundle.path / graph_file(chosen, portable=portable))).model
-        exposed = open_runner(bundle, layout, spin=False, model=ir.to_proto(model).SerializeToString())
+        model = ExposeSelectionsPass(operators)(ir.load(source)).model
+        exposed = open_runner(bundle, layout, spin=False, model=rewrite(model))
     return Runners(plain, exposed)
 
 
