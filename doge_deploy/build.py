@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import subprocess
 import sys
 import time
@@ -87,6 +88,7 @@ def build(path: str | Path, options: BuildOptions, *, force: bool, progress: Pro
         (aside / "lowered.onnx").write_bytes(data)
         job = Job(
             target=options.target,
+            parent_pid=os.getpid(),
             onnx_file=str(aside / "lowered.onnx"),
             weights_beside=str(bundle.path / layout.file),
             engine_file=str(aside / ENGINE_FILE),

@@ -11,6 +11,7 @@ import numpy as np
 import onnx_ir as ir
 
 from doge_deploy.bundle import Bundle, open_bundle
+from doge_deploy.errors import UsageError
 from doge_deploy.graph.passes.expose_selections import ExposeSelectionsPass
 from doge_deploy.graph.schemas import CDMOE, DYNAMIC_MASK_ATTENTION
 from doge_deploy.revisions import KEEPS_ALL

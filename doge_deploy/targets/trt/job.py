@@ -18,6 +18,8 @@ class Job(_Message):
     """One engine to build."""
 
     target: Target
+    parent_pid: int
+    """The process that waits for the result; without it there is nothing to do."""
     onnx_file: str
     """The lowered graph."""
     weights_beside: str

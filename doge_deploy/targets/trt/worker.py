@@ -67,9 +67,9 @@ class Channel:
 
 def main(job_file: str) -> int:
     """Run the job; the result is an event, the exit status 0 in every orderly case."""
-    _die_with_parent()
     channel = Channel(_take_stdout())
     job = Job.model_validate_json(Path(job_file).read_text(encoding="utf-8"))
+    _die_with_parent(job.parent_pid)
     try:
         finished = run(job, channel)
     except DogeDeployError as error:
@@ -85,13 +85,15 @@ def _kind(error: DogeDeployError) -> Literal["usage", "unsupported", "missing"]:
     return "missing" if isinstance(error, MissingDependencyError) else "unsupported"
 
 
-def _die_with_parent() -> None:
+def _die_with_parent(parent: int) -> None:
     """Linux ends this process when its parent ends, however that was killed. (Elsewhere the broken pipe does.)"""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides, and ends us
     if sys.platform == "linux":
         import ctypes
 
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+        if os.getppid() != parent:  # it ended before that
+            sys.exit(1)
 
 
 def _take_stdout() -> IO[str]:
