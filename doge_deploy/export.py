@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import importlib.metadata
+import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Protocol
@@ -45,6 +46,16 @@ def export(model: str, output: Path, options: ExportOptions, *, force: bool, pro
         MissingDependencyError: torch, transformers or onnxscript is not installed.
     """
     require_export_dependencies()
+    if options.quantize is not None and options.dtype != "fp32":
+        raise UsageError(
+            f"quantize={options.quantize} with dtype={options.dtype}: quantized weights are computed with in fp32; "
+            "leave dtype at fp32"
+        )
+    if options.quantize is not None and options.task != "causal-lm":
+        raise UsageError(
+            f"quantize={options.quantize} with task={options.task}: what rounding costs is judged by the "
+            "predictions of a language model; quantize with task=causal-lm only"
+        )
     with writing_bundle(output, force=force) as directory:
         advance = progress.stage("check checkpoint")
         checkpoint = open_checkpoint(model, num_layers=options.num_layers)
@@ -127,7 +138,7 @@ def _write_graphs(
 
     from doge_deploy.graph.check import check_model
     from doge_deploy.graph.trace import trace
-    from doge_deploy.graph.weights import WEIGHTS_FILE, write_weights
+    from doge_deploy.graph.weights import WEIGHTS_FILE, TensorSources, write_weights
     from doge_deploy.model.rope import rope_tensors
 
     facts, dtype = checkpoint.facts, DTYPES[options.dtype]
@@ -166,7 +177,13 @@ def _write_graphs(
         advance(1)
     advance = progress.stage("write weights", sum(tensor.nbytes for tensor in checkpoint.tensors.values()))
     rope = rope_tensors(checkpoint.config, facts, max_length)
-    write_weights(directory / WEIGHTS_FILE, models, checkpoint, rope, advance=advance)
+    sources = TensorSources(checkpoint, rope, options.model_dump())
+    for model in models:
+        sources.quantize(model)
+    write_weights(directory / WEIGHTS_FILE, models, sources, advance=advance)
+    if sources.left:
+        notes = tuple(f"{name} is not quantized: {reason}" for name, reason in _by_kind(sources.left).items())
+        layouts = {name: replace(layout, notes=layout.notes + notes) for name, layout in layouts.items()}
     for layout, model in zip(layouts.values(), models, strict=True):
         model.producer_name, model.producer_version = "doge-deploy", __version__
         ir.save(model, directory / layout.file)
@@ -176,6 +193,11 @@ def _write_graphs(
         layouts["static"] = _lower(directory, layouts["static"])
         advance(1)
     return layouts
+
+
+def _by_kind(left: Mapping[str, str]) -> dict[str, str]:
+    """Reasons per kind of tensor: `model.layers.*.self_attn.dt_proj.weight` stands for that of every layer."""
+    return {re.sub(r"\.\d+\.", ".*.", name): reason for name, reason in left.items()}
 
 
 def _lower(directory: Path, layout: Layout) -> Layout:

@@ -32,6 +32,18 @@ from doge_deploy.cli.progress import progress
     help="Of a mixture of experts: as transformers does it, or without mixing tokens.  [default: reference]",
 )
 @click.option("--logits", type=click.Choice(["last", "all"]), help="Of which tokens of a call.  [default: last]")
+@click.option("--quantize", type=click.Choice(["int8", "int4"]), help="Store weights in 8 or 4 bits, block by block.")
+@click.option(
+    "--block-size",
+    type=click.Choice(["16", "32", "64", "128", "256"]),
+    callback=lambda _context, _parameter, value: None if value is None else int(value),
+    help="Numbers that share a scale.  [default: 32]",
+)
+@click.option(
+    "--symmetric/--asymmetric",
+    default=None,
+    help="The middle of the range, or a zero point per block.  [default: symmetric]",
+)
 @click.option("--num-layers", type=click.IntRange(min=1), metavar="N", help="Only the first N layers (to debug).")
 @click.option(
     "--config", "config_file", type=click.Path(path_type=Path), metavar="FILE", help="Options from a YAML file."
@@ -57,4 +69,5 @@ def export(
     for warning in manifest.warnings:
         click.echo(f"warning: {warning}", err=True)
     size = sum(entry["bytes"] for entry in manifest.files.values())
-    click.echo(f"{output}: {', '.join(manifest.layouts)}, {options.dtype}, {size / 1e6:.1f} MB")
+    kind = options.dtype if options.quantize is None else f"{options.quantize} weights"
+    click.echo(f"{output}: {', '.join(manifest.layouts)}, {kind}, {size / 1e6:.1f} MB")

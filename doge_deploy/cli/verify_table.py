@@ -14,6 +14,7 @@ from rich.text import Text
 
 if TYPE_CHECKING:
     from doge_deploy.verify.parity import CaseResult, Quantity
+    from doge_deploy.verify.quality import QualityResult
     from doge_deploy.verify.run import Report
 
 _WIDTH_WITHOUT_TERMINAL = 150
@@ -94,6 +95,9 @@ class VerifyTable:
         self._say_failures("weights", report.weights.failures)
         for result in report.results:
             self._say_failures(f"{result.layout}/{result.case}", result.failures)
+        for quality in report.quality:
+            say(_quality(quality, report), highlight=False, soft_wrap=True)
+            self._say_failures(f"{quality.layout}/quality", quality.failures)
         for case, reason in report.skipped.items():
             say(f"not reachable: {case}: {reason}", highlight=False, soft_wrap=True)
         itself = report.reference_itself
@@ -116,6 +120,15 @@ class VerifyTable:
             highlight=False,
             soft_wrap=True,
         )
+
+
+def _quality(result: QualityResult, report: Report) -> str:
+    sure = "" if result.sure_top1 is None else f", {result.sure_top1:.1%} of the {result.sure} where it is sure"
+    return (
+        f"quantized weights, {report.graphs[result.layout]} ({result.layout}), {result.tokens} tokens of held-out text"
+        f": KL {result.mean_kl:.2g} (max {result.max_kl:.2g}), top-1 {result.top1:.1%}{sure}, perplexity "
+        f"{result.perplexity:.2f} (reference {result.reference_perplexity:.2f})"
+    )
 
 
 def _cache(quantity: Quantity | None) -> tuple[str, str]:

@@ -8,16 +8,18 @@ Reference: https://github.com/huggingface/safetensors (format); onnx.proto `Tens
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import onnx_ir as ir
 import torch
 
 from doge_deploy.checkpoint import Checkpoint
+from doge_deploy.graph.passes.quantize_weights import QuantizedParts, QuantizeWeightsPass, part_of, scheme_of
 from doge_deploy.graph.passes.transpose_weights import TRANSPOSED_SUFFIX
-from doge_deploy.model.rope import ROPE_TENSORS
 
 WEIGHTS_FILE = "weights.safetensors"
 
@@ -26,6 +28,8 @@ _DTYPES = {
     ir.DataType.FLOAT: ("F32", torch.float32),
     ir.DataType.FLOAT16: ("F16", torch.float16),
     ir.DataType.BFLOAT16: ("BF16", torch.bfloat16),
+    ir.DataType.UINT8: ("U8", torch.uint8),
+    ir.DataType.UINT4: ("U8", torch.uint8),
 }
 
 _ALIGNMENT = 4096
@@ -43,19 +47,57 @@ class StoredTensor:
     nbytes: int
 
 
-def stored_initializers(model: ir.Model, names: Iterable[str]) -> dict[str, ir.Value]:
-    """The initializers of `model` that stand for one of the checkpoint's `names`, or for RoPE."""
-    known = {*names, *ROPE_TENSORS}
-    return {
-        name: value for name, value in model.graph.initializers.items() if name.removesuffix(TRANSPOSED_SUFFIX) in known
-    }
+class TensorSources:
+    """Where the numbers of a graph's initializers come from: the checkpoint, the RoPE tables, and quantization.
+
+    Args:
+        checkpoint: where weights are read from; they are cast to the initializer's dtype.
+        rope: see `doge_deploy.model.rope.rope_tensors`.
+        options: export options, for whether and how weights are quantized.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, rope: Mapping[str, torch.Tensor], options: Mapping[str, Any]) -> None:
+        self.checkpoint = checkpoint
+        self.rope = rope
+        self.scheme = scheme_of(options)
+        self._parts = None if self.scheme is None else QuantizedParts(checkpoint, self.scheme)
+        self.left: dict[str, str] = {}
+        """Tensors that were not quantized though that was asked for -> why."""
+
+    def quantize(self, model: ir.Model) -> None:
+        """Quantize the weights of a traced graph, in place, where that was asked for."""
+        if self.scheme is not None:
+            step = QuantizeWeightsPass(self.scheme)
+            step(model)
+            self.left |= step.left
+
+    def initializers(self, model: ir.Model) -> dict[str, ir.Value]:
+        """The initializers of `model` that this is the source of."""
+        known = {*self.checkpoint.tensors, *self.rope}
+        return {
+            name: value
+            for name, value in model.graph.initializers.items()
+            if name.removesuffix(TRANSPOSED_SUFFIX) in known or self._is_part(name)
+        }
+
+    def _is_part(self, name: str) -> bool:
+        return self.scheme is not None and part_of(name, self.scheme) is not None
+
+    def read(self, name: str, dtype: ir.DataType) -> torch.Tensor:
+        """The numbers of an initializer; those of less than a byte packed into bytes."""
+        if self._parts is not None and self._is_part(name):
+            return self._parts.data(name)
+        source = name.removesuffix(TRANSPOSED_SUFFIX)
+        tensor = self.rope[source] if source in self.rope else self.checkpoint.read(source)
+        if source != name:
+            tensor = tensor.T
+        return tensor.to(_DTYPES[dtype][1])
 
 
 def write_weights(
     path: Path,
     models: Iterable[ir.Model],
-    checkpoint: Checkpoint,
-    rope: Mapping[str, torch.Tensor],
+    sources: TensorSources,
     *,
     advance: Callable[[int], None] = lambda nbytes: None,
 ) -> None:
@@ -63,18 +105,18 @@ def write_weights(
 
     Args:
         path: the file; its name becomes the `location` of the external data.
-        models: traced graphs whose initializers carry checkpoint names, some with the transpose suffix.
-        checkpoint: where the numbers come from; they are cast to the initializer's dtype.
-        rope: see `doge_deploy.model.rope.rope_tensors`.
+        models: traced graphs whose initializers carry checkpoint names, some with the transpose suffix, or names of
+            `QuantizeWeightsPass`.
+        sources: where the numbers come from.
         advance: told the bytes of each tensor once it is written.
     """
-    values = [stored_initializers(model, checkpoint.tensors) for model in models]
+    values = [sources.initializers(model) for model in models]
     plan = _plan(values)
     with path.open("wb") as file:
         header = _header(plan)
         file.write(header)
         for stored in plan.values():
-            data = _data(stored, checkpoint, rope)
+            data = sources.read(stored.name, stored.dtype).contiguous()
             file.write(data.reshape(-1).view(torch.uint8).numpy().data)
             advance(stored.nbytes)
     for initializers in values:
@@ -102,17 +144,25 @@ def _plan(values: Iterable[Mapping[str, ir.Value]]) -> dict[str, StoredTensor]:
     plan, begin = {}, 0
     for name in sorted(wanted):
         dtype, shape = wanted[name]
-        nbytes = torch.Size(shape).numel() * dtype.itemsize
-        plan[name] = StoredTensor(name, dtype, shape, begin, int(nbytes))
-        begin += int(nbytes)
+        nbytes = math.ceil(math.prod(shape) * dtype.itemsize)
+        plan[name] = StoredTensor(name, dtype, shape, begin, nbytes)
+        begin += nbytes
     return plan
+
+
+def _stored_shape(stored: StoredTensor) -> list[int]:
+    """safetensors has no numbers of 4 bits: their rows are bytes there, or all of them where a row is no whole byte."""
+    if stored.dtype != ir.DataType.UINT4:
+        return list(stored.shape)
+    *rows, columns = stored.shape
+    return [*rows, columns // 2] if columns % 2 == 0 else [stored.nbytes]
 
 
 def _header(plan: Mapping[str, StoredTensor]) -> bytes:
     entries = {
         stored.name: {
             "dtype": _DTYPES[stored.dtype][0],
-            "shape": list(stored.shape),
+            "shape": _stored_shape(stored),
             "data_offsets": [stored.begin, stored.begin + stored.nbytes],
         }
         for stored in plan.values()
@@ -120,11 +170,3 @@ def _header(plan: Mapping[str, StoredTensor]) -> bytes:
     text = json.dumps(entries, separators=(",", ":")).encode()
     text += b" " * (-(8 + len(text)) % _ALIGNMENT)
     return len(text).to_bytes(8, "little") + text
-
-
-def _data(stored: StoredTensor, checkpoint: Checkpoint, rope: Mapping[str, torch.Tensor]) -> torch.Tensor:
-    name = stored.name.removesuffix(TRANSPOSED_SUFFIX)
-    tensor = rope[name] if name in rope else checkpoint.read(name)
-    if stored.name != name:
-        tensor = tensor.T
-    return tensor.to(_DTYPES[stored.dtype][1]).contiguous()

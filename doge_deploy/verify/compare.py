@@ -73,11 +73,12 @@ def difference(candidate: list[Array], reference: list[Array]) -> Difference:
 
 def kl_divergence(candidate: Array, reference: Array) -> float:
     """Largest KL(reference || candidate), in nats, of the distributions of logits `[T, V]`."""
-    p, q = _log_softmax(reference), _log_softmax(candidate)
+    p, q = log_softmax(reference), log_softmax(candidate)
     return float((np.exp(p) * (p - q)).sum(axis=-1).max()) if len(p) else 0.0
 
 
-def _log_softmax(logits: Array) -> Array:
+def log_softmax(logits: Array) -> Array:
+    """Log probabilities of logits `[T, V]`."""
     shifted = logits.astype(np.float64) - logits.max(axis=-1, keepdims=True)
     result: Array = shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
     return result

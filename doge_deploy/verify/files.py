@@ -14,7 +14,7 @@ from typing import Any
 from doge_deploy.errors import UsageError
 from doge_deploy.verify.parity import CaseResult
 from doge_deploy.verify.run import Report
-from doge_deploy.verify.tolerance import TOLERANCES
+from doge_deploy.verify.tolerance import QUALITY, TOLERANCES
 
 
 def report_json(report: Report) -> dict[str, Any]:
@@ -27,8 +27,10 @@ def report_json(report: Report) -> dict[str, Any]:
         "graphs": report.graphs,
         "weights": asdict(report.weights),
         "cases": [_case_json(result) for result in report.results],
+        "quality": [{**asdict(result), "passed": result.passed} for result in report.quality],
         "skipped": report.skipped,
         "reference_itself": asdict(report.reference_itself) if report.reference_itself else None,
+        "quality_limits": {name: asdict(row) for name, row in QUALITY.items()} if report.quality else {},
         "tolerances": {name: asdict(row) for name, row in TOLERANCES.items()},
     }
 
@@ -66,17 +68,19 @@ def write_json(report: Report, path: Path) -> None:
 
 def write_junit(report: Report, path: Path) -> None:
     """One test case per case and layout; unreachable ones are skipped. Raises UsageError where it cannot be written."""
-    failed = sum(not result.passed for result in report.results) + (not report.weights.passed)
+    failed = len(report.failed_cases)
     suite = ET.Element(
         "testsuite",
         name="doge-deploy verify",
-        tests=str(1 + len(report.results) + len(report.skipped)),
+        tests=str(1 + len(report.results) + len(report.quality) + len(report.skipped)),
         failures=str(failed),
         skipped=str(len(report.skipped)),
     )
     _add_case(suite, "verify", "weights", report.weights.failures)
     for result in report.results:
         _add_case(suite, f"verify.{result.layout}", result.case, result.failures)
+    for quality in report.quality:
+        _add_case(suite, f"verify.{quality.layout}", "quality", quality.failures)
     for name, reason in report.skipped.items():
         ET.SubElement(ET.SubElement(suite, "testcase", classname="verify", name=name), "skipped", message=reason)
     ET.indent(suite)

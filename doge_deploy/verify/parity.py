@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from doge_deploy.bundle import Bundle
+from doge_deploy.bundle import Bundle, Manifest
 from doge_deploy.runtime.base import IntArray
 from doge_deploy.runtime.ort import OrtRunner
 from doge_deploy.signature import UNCACHED
@@ -169,6 +169,16 @@ class References:
         return self._runs[key]
 
 
+def make_replay(manifest: Manifest, layout: str, *, last_logits: bool) -> Replay:
+    """How the calls of a bundle's layout are made in the reference."""
+    return Replay(
+        padding=PADDING[layout],
+        tokenwise=manifest.facts.is_moe and manifest.options["routing"] == "per-token",
+        last_logits=last_logits,
+        sliding_window=manifest.facts.sliding_window,
+    )
+
+
 class Judge:
     """Runs a case on both sides and compares."""
 
@@ -177,12 +187,7 @@ class Judge:
         self.layout = layout
         self.runners = runners
         self.references = references
-        self.replay = Replay(
-            padding=PADDING[layout],
-            tokenwise=self.manifest.facts.is_moe and self.manifest.options["routing"] == "per-token",
-            last_logits=runners.plain.last_logits,
-            sliding_window=self.manifest.facts.sliding_window,
-        )
+        self.replay = make_replay(self.manifest, layout, last_logits=runners.plain.last_logits)
 
     def selects(self, case: Case) -> bool:
         """Whether the bundle chooses keys or experts in this case."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -13,12 +13,15 @@ import onnx_ir as ir
 from doge_deploy.bundle import Bundle, open_bundle
 from doge_deploy.errors import UsageError
 from doge_deploy.graph.passes.expose_selections import ExposeSelectionsPass
+from doge_deploy.graph.passes.quantize_weights import scheme_of
 from doge_deploy.graph.schemas import CDMOE, DYNAMIC_MASK_ATTENTION
 from doge_deploy.revisions import KEEPS_ALL
 from doge_deploy.runtime.base import IntArray
 from doge_deploy.runtime.ort import OrtRunner, graph_file, open_runner
 from doge_deploy.verify.cases import Call, Case, Limits, chunk, distinct_ids, repeating_ids
-from doge_deploy.verify.parity import CaseResult, References, Runners, verify_layouts
+from doge_deploy.verify.held_out import HELD_OUT
+from doge_deploy.verify.parity import CaseResult, References, Runners, make_replay, verify_layouts
+from doge_deploy.verify.quality import QualityResult, judge_quality, quantized_names, use_dequantized
 from doge_deploy.verify.reference import Reference
 from doge_deploy.verify.replay import Replay
 from doge_deploy.verify.source import open_reference
@@ -64,16 +67,22 @@ class Report:
     reference_itself: SelfDifference | None = None
     graphs: dict[str, str] = field(default_factory=dict)
     """Per layout the file that was run."""
+    quality: list[QualityResult] = field(default_factory=list)
+    """Of a bundle with quantized weights: what the rounding costs, on the graphs that were run.
+
+    The cases are then those of the standard graph, against a reference with the same dequantized weights.
+    """
 
     @property
     def failed_cases(self) -> list[str]:
         """`weights`, and `<layout>/<case>`."""
         failed = [] if self.weights.passed else ["weights"]
-        return failed + [f"{result.layout}/{result.case}" for result in self.results if not result.passed]
+        failed += [f"{result.layout}/{result.case}" for result in self.results if not result.passed]
+        return failed + [f"{result.layout}/quality" for result in self.quality if not result.passed]
 
     @property
     def passed(self) -> bool:
-        return self.weights.passed and bool(self.results) and all(result.passed for result in self.results)
+        return bool(self.results) and not self.failed_cases
 
 
 def verify(
@@ -120,12 +129,22 @@ def verify(
     report.graphs = {name: graph_file(bundle.layout(name), portable=portable) for name in chosen}
     if lowering:
         report.graphs = {name: describe_lowered(bundle, name) for name in chosen}
+    scheme = scheme_of(manifest.options)
+    if scheme is not None:
+        if not lowering:
+            report.quality = _judge_quality(bundle, report.graphs, references.same, started)
+        names = quantized_names(bundle, scheme)
+        for twin in (references.same, references.wider):
+            use_dequantized(twin, checkpoint, names, scheme)
     if manifest.task == "causal-lm":
         report.reference_itself = compare_reference_with_itself(bundle, references.same)
     text_ids = _text_ids(bundle)
     report.results = verify_layouts(
         bundle,
-        {layout: open_runners(bundle, layout, portable=portable, lowering=lowering) for layout in chosen},
+        {
+            layout: open_runners(bundle, layout, portable=portable or scheme is not None, lowering=lowering)
+            for layout in chosen
+        },
         references,
         text_ids=text_ids,
         greedy_steps=greedy_steps,
@@ -133,6 +152,20 @@ def verify(
         finished=finished,
     )
     return report
+
+
+def _judge_quality(
+    bundle: Bundle, graphs: Mapping[str, str], reference: Reference, started: Callable[[str], None]
+) -> list[QualityResult]:
+    """What quantization costs in each of these graphs, against a reference with the checkpoint's own weights."""
+    results = []
+    text_ids = _text_ids(bundle, HELD_OUT)
+    for layout, file in graphs.items():
+        started(f"quality of {file}")
+        runner = open_runner(bundle, layout, spin=False, portable=file == bundle.layout(layout).file)
+        replay = make_replay(bundle.manifest, layout, last_logits=runner.last_logits)
+        results.append(judge_quality(layout, bundle.manifest.options["quantize"], runner, reference, replay, text_ids))
+    return results
 
 
 def _layouts(bundle: Bundle, asked: tuple[str, ...], lowering: bool) -> tuple[str, ...]:
@@ -193,13 +226,13 @@ def _unreachable(bundle: Bundle) -> dict[str, str]:
     }
 
 
-def _text_ids(bundle: Bundle) -> IntArray:
+def _text_ids(bundle: Bundle, text: str = TEXT) -> IntArray:
     """Natural text: through the bundle's tokenizer, or random ids with as many repetitions."""
     facts = bundle.manifest.facts
     if "tokenizer.json" in bundle.manifest.files:
         from tokenizers import Tokenizer
 
-        ids = Tokenizer.from_file(str(bundle.path / "tokenizer.json")).encode(TEXT).ids
+        ids = Tokenizer.from_file(str(bundle.path / "tokenizer.json")).encode(text).ids
         if max(ids) < facts.vocab_size:
             return np.asarray(ids, np.int64)
     return repeating_ids(Limits.of(facts, bundle.manifest.max_length), 256)

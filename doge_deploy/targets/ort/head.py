@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
-from doge_deploy.targets.ort.matching import CONTRIB, Emitter, attribute, expect, require_contrib, take_place
+from doge_deploy.targets.ort.matching import CONTRIB, Emitter, attribute, require_contrib, take_place
 
 
 class TiedHeadPass(ir.passes.InPlacePass):
@@ -17,14 +17,14 @@ class TiedHeadPass(ir.passes.InPlacePass):
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         found = [node for node in model.graph if node.op_type == "MatMul" and _transposed(node) is not None]
-        expect(bool(found), "no product with a transposed weight: the head is not tied")
         for node in found:
             weight = _transposed(node)
             emit = Emitter(node, node.outputs[0].name or "head")
             fused = emit("FusedMatMul", node.inputs[0], weight, domain=CONTRIB, transB=1)
             take_place(node.outputs[0], fused.outputs[0])
-        require_contrib(model)
-        return ir.passes.PassResult(model, True)
+        if found:
+            require_contrib(model)
+        return ir.passes.PassResult(model, bool(found))
 
 
 def _transposed(node: ir.Node) -> ir.Value | None:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import onnx_ir as ir
 
-from doge_deploy.targets.ort.matching import Emitter, Linear, attribute, expect
+from doge_deploy.targets.ort.matching import Emitter, Linear, attribute, expect, linear_of
 
 
 class PackLinearsPass(ir.passes.InPlacePass):
@@ -15,10 +15,10 @@ class PackLinearsPass(ir.passes.InPlacePass):
     The packed weight is a Concat of the stored ones, which ONNX Runtime folds when it loads the graph: nothing is
     stored twice.
 
-    Needs: weights `[in, out]` as initializers.
+    Needs: weights as initializers, plain or quantized.
     Promises: each number of a product is the same sum; only the order in which a kernel takes it may differ.
 
-    1. Fires on two or more layers with the same input, all with a bias or all without one.
+    1. Fires on two or more layers with the same input and of one kind: quantized alike, all with a bias or none.
     2. Parts that are only concatenated again stay together.
     """
 
@@ -31,41 +31,30 @@ class PackLinearsPass(ir.passes.InPlacePass):
 
 
 def _groups(graph: ir.Graph) -> list[list[Linear]]:
-    found: dict[tuple[ir.Value, bool], list[Linear]] = {}
+    found: dict[tuple[object, ...], list[Linear]] = {}
     for node in graph:
-        linear = _linear(node)
+        linear = linear_of(node)
         if linear is not None:
-            found.setdefault((linear.x, linear.bias is None), []).append(linear)
+            layout = {name: value.value for name, value in node.attributes.items() if name != "N"}
+            key = (linear.x, node.op_type, linear.bias is None, len(linear.weights), tuple(sorted(layout.items())))
+            found.setdefault(key, []).append(linear)
     return list(found.values())
 
 
-def _linear(node: ir.Node) -> Linear | None:
-    """The linear layer whose product `node` is."""
-    if node.op_type != "MatMul" or node.domain not in ("", "ai.onnx"):
-        return None
-    x, weight = node.inputs
-    if x is None or weight is None or not weight.is_initializer() or weight.shape is None or len(weight.shape) != 2:
-        return None
-    output = node.outputs[0]
-    users = [use.node for use in output.uses()]
-    if len(users) == 1 and users[0].op_type == "Add":
-        bias = users[0].inputs[1]
-        if bias is not None and bias.is_initializer() and bias.shape is not None and len(bias.shape) == 1:
-            return Linear(x, weight, bias, users[0].outputs[0])
-    return Linear(x, weight, None, output)
-
-
 def _pack(group: Sequence[Linear]) -> None:
-    first = group[0].output.producer()
-    assert first is not None
-    if group[0].bias is not None:
-        product = first.inputs[0]
-        assert product is not None
-        first = product.producer()
-        assert first is not None
-    emit = Emitter(first, f"{group[0].output.name}.packed")
-    weight = emit("Concat", *(linear.weight for linear in group), axis=1, name="weight").outputs[0]
-    packed = emit("MatMul", group[0].x, weight, name="product").outputs[0]
+    product = group[0].product
+    emit = Emitter(product, f"{group[0].output.name}.packed")
+    quantized = product.op_type == "MatMulNBits"
+    # A quantized weight has a row per output, a plain one a column.
+    axis = 0 if quantized else 1
+    weights = [
+        emit("Concat", *parts, axis=axis, name=f"weight.{index}").outputs[0]
+        for index, parts in enumerate(zip(*(linear.weights for linear in group), strict=True))
+    ]
+    attributes = {name: value.value for name, value in product.attributes.items()}
+    if quantized:
+        attributes["N"] = sum(linear.width for linear in group)
+    packed = emit(product.op_type, group[0].x, *weights, domain=product.domain, name="product", **attributes).outputs[0]
     if group[0].bias is not None:
         bias = emit("Concat", *(linear.bias for linear in group), axis=0, name="bias").outputs[0]
         packed = emit("Add", packed, bias, name="sum").outputs[0]

@@ -13,8 +13,10 @@ from doge_deploy.targets.ort.head import TiedHeadPass
 from doge_deploy.targets.ort.linears import PackLinearsPass
 from doge_deploy.targets.ort.matching import Declined
 from doge_deploy.targets.ort.norms import FuseNormsPass
+from doge_deploy.targets.ort.quantized import QuantizedWeightsPass
 
 PASSES: tuple[type[ir.passes.PassBase], ...] = (
+    QuantizedWeightsPass,
     FuseAttentionPass,
     PackLinearsPass,
     TiedHeadPass,
@@ -44,7 +46,8 @@ def lower(model: ir.Model, passes: Sequence[type[ir.passes.PassBase]] = PASSES) 
 
     Args:
         model: the graph as exported; its inputs and outputs stay the same.
-        passes: what to apply, in order. A pass that declines leaves the graph as it was.
+        passes: what to apply, in order. A pass that declines leaves the graph as it was; one that finds nothing to
+            do does so without a reason.
     """
     applied: list[str] = []
     declined: dict[str, str] = {}
@@ -55,12 +58,13 @@ def lower(model: ir.Model, passes: Sequence[type[ir.passes.PassBase]] = PASSES) 
     for make in passes:
         name = make.__name__
         try:
-            model = make()(model).model
+            result = make()(model)
         except Declined as declining:
             declined[name] = str(declining)
         else:
-            applied.append(name)
-            model = common.RemoveUnusedNodesPass()(model).model
+            model = common.RemoveUnusedNodesPass()(result.model).model
+            if result.modified:
+                applied.append(name)
     model = common.CommonSubexpressionEliminationPass()(model).model
     model = common.RemoveUnusedFunctionsPass()(model).model  # type: ignore[no-untyped-call]
     model = common.RemoveUnusedOpsetsPass()(model).model

@@ -74,19 +74,45 @@ def attribute(node: ir.Node, name: str, default: Any = None) -> Any:
 
 @dataclass(frozen=True)
 class Linear:
-    """x @ weight (+ bias), as torch.export writes a linear layer."""
+    """x @ weight (+ bias): a linear layer as torch.export writes it, or with a quantized weight."""
 
     x: ir.Value
-    weight: ir.Value
-    """`[in, out]`."""
+    product: ir.Node
+    """MatMul with a weight `[in, out]`, or MatMulNBits."""
     bias: ir.Value | None
     output: ir.Value
 
     @property
+    def weights(self) -> tuple[ir.Value | None, ...]:
+        """All inputs of the product after the first: initializers."""
+        return tuple(self.product.inputs[1:])
+
+    @property
     def width(self) -> int:
         """Number of outputs."""
-        assert self.weight.shape is not None
-        return int(self.weight.shape[1])  # type: ignore[arg-type]
+        if self.product.op_type == "MatMulNBits":
+            return int(attribute(self.product, "N"))
+        weight = self.product.inputs[1]
+        assert weight is not None and weight.shape is not None
+        return int(weight.shape[1])  # type: ignore[arg-type]
+
+
+def linear_of(product: ir.Node) -> Linear | None:
+    """The linear layer whose product `product` is; None where it is none."""
+    is_product = product.op_type == "MatMul" or (product.op_type == "MatMulNBits" and product.domain == CONTRIB)
+    if not is_product or any(value is None or not value.is_initializer() for value in product.inputs[1:]):
+        return None
+    x, weight = product.inputs[:2]
+    assert x is not None and weight is not None
+    if product.op_type == "MatMul" and (weight.shape is None or len(weight.shape) != 2):
+        return None
+    output = product.outputs[0]
+    users = [use.node for use in output.uses()]
+    if len(users) == 1 and users[0].op_type == "Add":
+        bias = users[0].inputs[1]
+        if bias is not None and bias.is_initializer() and bias.shape is not None and len(bias.shape) == 1:
+            return Linear(x, product, bias, users[0].outputs[0])
+    return Linear(x, product, None, output)
 
 
 def match_linear(value: ir.Value | None, what: str) -> Linear:
@@ -96,17 +122,12 @@ def match_linear(value: ir.Value | None, what: str) -> Linear:
         Declined: it is none.
     """
     node = None if value is None else value.producer()
-    bias = None
-    product = value
     if node is not None and node.op_type == "Add":
-        product, bias = node.inputs
-        expect(bias is not None and bias.is_initializer(), f"{what} adds something other than a bias")
-    matmul = producer(product, "MatMul", what)
-    x, weight = matmul.inputs
-    assert value is not None and x is not None
-    expect(weight is not None and weight.is_initializer(), f"the weight of {what} is computed")
-    assert weight is not None
-    return Linear(x, weight, bias, value)
+        node = None if node.inputs[0] is None else node.inputs[0].producer()
+    linear = linear_of(node) if node is not None else None
+    if linear is None or linear.output is not value:
+        raise Declined(f"{what} is not the output of a linear layer: it comes from {describe(value)}")
+    return linear
 
 
 class Emitter:

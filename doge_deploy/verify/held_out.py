@@ -1,0 +1,21 @@
+"""Text for judging quantized weights: written for this purpose, so that no checkpoint was trained on it."""
+
+HELD_OUT = (
+    "The function takes a list of numbers and returns a new list in which every number stands once. The order of the "
+    "numbers is kept: the first of several equal numbers stays, and the others are left out. If the list is empty, the "
+    "result is an empty list. If an element is not a number, a TypeError is raised, and the message names the element "
+    "and its position.\n\n"
+    "To read a file line by line, open it with the built-in function open() and use it in a for loop. The file object "
+    "is an iterator, so only one line is in memory at a time. It is good practice to use the with statement: the file "
+    "is closed at the end of the block, even if an exception was raised inside. The mode 'r' opens the file for "
+    "reading, 'w' for writing, and 'a' for appending at the end.\n\n"
+    "A class may define the method __len__, which returns the number of items as an integer. The method is called by "
+    "the function len(). When a class does not define __bool__, an object is considered true if __len__ returns a "
+    "value that is not zero. Objects of other types are always true, unless they are None.\n\n"
+    "Every morning the old man walked down to the harbour, looked at the boats for a while and went home again. He had "
+    "been a sailor for forty years. Now his hands were too weak for the ropes, but he still knew each boat by its "
+    "name, and he could tell from the colour of the sky what the weather would be in the evening.\n\n"
+    "A dictionary maps keys to values. Keys must be hashable, and each key can occur only once; when a value is "
+    "assigned to a key that exists already, the old value is forgotten. The method get() returns the value for a key, "
+    "or a default if the key is not there. Iterating over a dictionary gives its keys in the order of insertion."
+)

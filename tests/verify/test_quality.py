@@ -1,0 +1,121 @@
+"""Quantized bundles: exact against dequantized weights, judged for what the rounding costs, and damage is found."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+from bundles import broken_copy, make_bundle
+from safetensors import safe_open
+
+from doge_deploy.cli.main import run_command
+from doge_deploy.verify.run import Report, verify
+
+
+@pytest.fixture(scope="module")
+def quantized(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """doge-tiny with a window that its length cannot exceed, in the given kind of weights; do not write into it."""
+    made: dict[str, Path] = {}
+
+    def get(kind: str) -> Path:
+        if kind not in made:
+            path = tmp_path_factory.mktemp(kind) / "bundle"
+            made[kind] = make_bundle("doge-tiny", path, max_length=64, quantize=kind)
+        return made[kind]
+
+    return get
+
+
+def check(bundle: Path) -> Report:
+    return verify(bundle, greedy_steps=4)
+
+
+@pytest.mark.parametrize("kind", ["int8", "int4"])
+def test_a_good_bundle_passes_and_is_small(kind: str, quantized: Callable[[str], Path]) -> None:
+    report = check(quantized(kind))
+    assert report.passed, (report.failed_cases, report.quality)
+    (quality,) = report.quality
+    assert 0 < quality.mean_kl < {"int8": 0.01, "int4": 0.3}[kind]
+    assert report.graphs == {"static": "model.ort.onnx"}
+    with safe_open(quantized(kind) / "weights.safetensors", framework="np") as file:
+        names = set(file.keys())
+    assert f"model.embed_tokens.weight.q{kind[-1]}" in names
+    assert "model.embed_tokens.weight" not in names
+    assert "model.layers.0.self_attn.dt_proj.weight.T" in names
+
+
+def test_asymmetric_blocks_and_experts(tmp_path: Path) -> None:
+    options = {"quantize": "int8", "block_size": 16, "symmetric": False, "max_length": 48}
+    report = check(make_bundle("doge-tiny-moe", tmp_path / "b", **options))
+    assert report.passed, (report.failed_cases, report.quality)
+
+
+def scale_one_projection(model: ir.Model) -> None:
+    """As if the scales of one projection were 10 % too large."""
+    node = [node for node in model.graph if node.op_type == "MatMulNBits"][3]
+    factor = ir.node("Constant", [], {"value_float": 1.1})
+    scaled = ir.node("Mul", [node.outputs[0], factor.outputs[0]])
+    node.outputs[0].replace_all_uses_with(scaled.outputs[0])
+    scaled.replace_input_with(0, node.outputs[0])
+    model.graph.insert_after(node, [factor, scaled])
+
+
+def test_one_projection_off_by_ten_percent(quantized: Callable[[str], Path], tmp_path: Path) -> None:
+    report = check(broken_copy(quantized("int8"), tmp_path / "b", graph=scale_one_projection))
+    assert report.failed_cases == ["static/quality"]
+    assert report.quality[0].mean_kl > 0.01
+
+
+def edit_bytes(path: Path, name: str, edit: Callable[[np.ndarray], np.ndarray]) -> None:
+    """Change the bytes of one tensor of a safetensors file in place."""
+    data = path.read_bytes()
+    begin = 8 + int.from_bytes(data[:8], "little")
+    first, last = json.loads(data[8:begin])[name]["data_offsets"]
+    changed = edit(np.frombuffer(data[begin + first : begin + last], np.uint8).copy())
+    path.write_bytes(data[: begin + first] + changed.tobytes() + data[begin + last :])
+
+
+DAMAGE: dict[str, tuple[str, Callable[[np.ndarray], np.ndarray]]] = {
+    "halves-of-bytes-exchanged": ("model.embed_tokens.weight.q4", lambda b: (b >> 4) | (b << 4)),
+    "wrong-zero-point": ("zero_point.1024x4", lambda b: b - 0x11),
+}
+
+
+@pytest.mark.parametrize(("tensor", "edit"), DAMAGE.values(), ids=DAMAGE.keys())
+def test_damaged_weights(
+    tensor: str, edit: Callable[[np.ndarray], np.ndarray], quantized: Callable[[str], Path], tmp_path: Path
+) -> None:
+    broken = broken_copy(quantized("int4"), tmp_path / "b", weights=lambda path: edit_bytes(path, tensor, edit))
+    report = check(broken)
+    assert "weights" in report.failed_cases
+    assert "static/prefill" in report.failed_cases
+
+
+def test_halves_exchanged_lose_more_than_a_nat(quantized: Callable[[str], Path], tmp_path: Path) -> None:
+    tensor, edit = DAMAGE["halves-of-bytes-exchanged"]
+    broken = broken_copy(quantized("int4"), tmp_path / "b", weights=lambda path: edit_bytes(path, tensor, edit))
+    report = check(broken)
+    assert report.quality[0].mean_kl > 1
+    assert "static/quality" in report.failed_cases
+
+
+def test_quality_is_in_the_reports(
+    quantized: Callable[[str], Path], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    files = ["--json", str(tmp_path / "r.json"), "--junit", str(tmp_path / "r.xml")]
+    assert run_command(["verify", str(quantized("int4")), "--greedy-steps", "2", *files]) == 0
+    assert "tokens of held-out text: KL" in capfd.readouterr().out
+    report = json.loads((tmp_path / "r.json").read_text())
+    assert report["quality"][0]["passed"] is True
+    assert report["quality_limits"]["int4"]["reason"]
+    assert 'name="quality"' in (tmp_path / "r.xml").read_text()
+
+
+def test_quantized_weights_need_fp32(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    arguments = ["export", "doge-tiny", "-o", str(tmp_path / "b"), "--quantize", "int4", "--dtype", "fp16"]
+    assert run_command(arguments) == 2
+    assert "leave dtype at fp32" in capfd.readouterr().err
