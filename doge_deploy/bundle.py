@@ -42,13 +42,15 @@ class Lowered:
     """What a lowering made of a layout's graph."""
 
     file: str | None
-    """The lowered graph, with the inputs and outputs of the standard one; None where no pass applied."""
+    """The lowered graph; None where no pass applied."""
     applied: tuple[str, ...] = ()
     """Passes that changed the graph, in order."""
     declined: Mapping[str, str] = field(default_factory=dict)
     """Passes that did not apply, each with the reason."""
     requires: str = ""
     """The oldest runtime that runs the file, where not every one that runs bundles does."""
+    drops_keys: bool = False
+    """The graph has the signature of `doge_deploy.signature.windowed`: its runner drops keys that left the window."""
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -56,11 +58,14 @@ class Lowered:
             "applied": list(self.applied),
             "declined": dict(self.declined),
             "requires": self.requires,
+            "drops_keys": self.drops_keys,
         }
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Lowered:
-        return cls(data["file"], tuple(data["applied"]), data["declined"], data["requires"])
+        return cls(
+            data["file"], tuple(data["applied"]), data["declined"], data["requires"], data.get("drops_keys", False)
+        )
 
 
 @dataclass(frozen=True)

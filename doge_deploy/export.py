@@ -18,7 +18,7 @@ from doge_deploy.errors import MissingDependencyError, UsageError
 from doge_deploy.genai_config import GENAI_CONFIG, genai_config, write_genai_config
 from doge_deploy.options import ExportOptions
 from doge_deploy.revisions import REVISIONS
-from doge_deploy.signature import LAYOUTS, UNCACHED, make_signature, uncached_signature
+from doge_deploy.signature import LAYOUTS, UNCACHED, make_signature, uncached_signature, windowed
 
 DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 
@@ -212,5 +212,7 @@ def _lower(directory: Path, layout: Layout) -> Layout:
         return replace(layout, ort=Lowered(None, (), lowering.declined))
     file = layout.file.replace(".onnx", ".ort.onnx")
     ir.save(lowering.model, directory / file)
-    check_model(directory / file, layout.signature)
-    return replace(layout, ort=Lowered(file, lowering.applied, lowering.declined, lowering.requires))
+    drops = lowering.drops_keys
+    check_model(directory / file, windowed(layout.signature) if drops else layout.signature)
+    record = Lowered(file, lowering.applied, lowering.declined, lowering.requires, drops)
+    return replace(layout, ort=record)

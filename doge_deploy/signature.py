@@ -7,7 +7,7 @@ L `max_length` (a number, fixed at export).
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from doge_deploy.config import DogeFacts
@@ -107,6 +107,30 @@ def uncached_signature(facts: DogeFacts, task: str, *, dtype: str, max_length: i
         inputs.append(TensorSpec(PAST_ROPE, "int64", (1,)))
         outputs.append(TensorSpec(PRESENT_ROPE, "int64", (1,)))
     return Signature(UNCACHED, tuple(inputs), tuple(outputs))
+
+
+SLOT_INDICES = "slot_indices"
+SLOTS = "num_slots"
+
+
+def windowed(signature: Signature) -> Signature:
+    """The static signature of a graph whose runner drops keys that left the window.
+
+    The buffers have any number of slots, and `slot_indices` `[B]` is each row's next one; `write_indices` is then only
+    the next position.
+    """
+
+    def any_slots(spec: TensorSpec) -> TensorSpec:
+        if not spec.name.startswith(("past_key_values.", "present.")):
+            return spec
+        return replace(spec, shape=(*spec.shape[:2], SLOTS, *spec.shape[3:]))
+
+    inputs = []
+    for spec in signature.inputs:
+        inputs.append(any_slots(spec))
+        if spec.name == "write_indices":
+            inputs.append(TensorSpec(SLOT_INDICES, "int64", (BATCH,)))
+    return Signature(signature.layout, tuple(inputs), tuple(any_slots(spec) for spec in signature.outputs))
 
 
 def make_signature(facts: DogeFacts, layout: str, *, dtype: str, max_length: int, last_logits: bool) -> Signature:

@@ -32,15 +32,21 @@ def make_bundle(model: str | Path, output: Path, **options: Any) -> Path:
 
 
 def broken_copy(
-    bundle: Path, target: Path, *, graph: Callable[[ir.Model], None] | None = None, weights: Any = None
+    bundle: Path,
+    target: Path,
+    *,
+    graph: Callable[[ir.Model], None] | None = None,
+    weights: Any = None,
+    portable: bool = False,
 ) -> Path:
     """A copy whose first graph (the one that is run) or weight file was changed; its manifest's hashes are made to fit.
 
-    `graph` changes the model in place; `weights` is called with the path of the weight file.
+    `portable` takes the standard graph instead. `graph` changes the model in place, `weights`
+    is called with the path of the weight file.
     """
     shutil.copytree(bundle, target)
     opened = open_bundle(target)
-    file = target / graph_file(opened.layout())
+    file = target / graph_file(opened.layout(), portable=portable)
     if graph is not None:
         model = ir.load(file)
         graph(model)

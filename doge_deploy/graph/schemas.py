@@ -12,6 +12,8 @@ DOMAIN = "doge"
 VERSION = 1
 DYNAMIC_MASK_ATTENTION = "DynamicMaskAttention"
 CDMOE = "CDMoE"
+WINDOW_BIAS = "WindowBias"
+"""Only in graphs lowered for ONNX Runtime: the selection of DynamicMaskAttention without the attention."""
 ACTIVATION = "Activation"
 """Exists only while a graph is traced: every call is inlined before the graph is handed on."""
 

@@ -15,7 +15,7 @@ from doge_deploy.bundle import Bundle, Layout
 from doge_deploy.errors import MissingDependencyError, UnsupportedModelError, UsageError
 from doge_deploy.runtime.base import FloatArray, IntArray, Runner
 from doge_deploy.runtime.padding import left_padded
-from doge_deploy.signature import PAST_ROPE, PRESENT_ROPE, UNCACHED
+from doge_deploy.signature import PAST_ROPE, PRESENT_ROPE, SLOT_INDICES, UNCACHED, past_name, present_name
 
 if TYPE_CHECKING:
     import onnxruntime
@@ -115,8 +115,17 @@ def open_runner(
     manifest = bundle.manifest
     if chosen.signature.layout == UNCACHED:
         return UncachedOrtRunner(session, chosen, manifest.max_length, manifest.facts.pad_token_id)
+    last = manifest.options["logits"] == "last"
+    if any(value.name == SLOT_INDICES for value in session.get_inputs()):
+        from doge_deploy.runtime.window import WindowOrtRunner
+
+        mixes = manifest.facts.is_moe and manifest.options["routing"] == "reference"
+        window = manifest.facts.keep_window_size
+        return WindowOrtRunner(
+            session, chosen, max_length=manifest.max_length, last=last, window=window, whole_calls=mixes
+        )
     kind = StaticOrtRunner if chosen.signature.layout == "static" else GrowingOrtRunner
-    return kind(session, chosen, max_length=manifest.max_length, last=manifest.options["logits"] == "last")
+    return kind(session, chosen, max_length=manifest.max_length, last=last)
 
 
 class OrtRunner(Runner):
@@ -212,21 +221,23 @@ class StaticOrtRunner(OrtRunner):
         self._binding.clear_binding_outputs()
         self._bound = None
         self._reset_rope()
-        self._buffers = {}
+        self._bind_buffers({present: self._zeros(past, batch_size=batch_size) for past, present in self.past})
+        self._bind_rope()
+
+    def _bind_buffers(self, buffers: dict[str, np.ndarray[Any, Any]]) -> None:
+        """Take these arrays as caches; names are those of the present tensors."""
+        self._buffers = buffers
         for past, present in self.past:
-            buffer = self._zeros(past, batch_size=batch_size)
-            self._buffers[present] = buffer
-            value = _wrap(buffer)
+            value = _wrap(buffers[present])
             self._binding.bind_ortvalue_input(past, value)
             self._binding.bind_ortvalue_output(present, value)
-        self._bind_rope()
 
     def _bind(self, batch: int, width: int) -> None:
         """Bind arrays for calls of `width` tokens."""
         self._bound = batch, width
         self._inputs = {
             name: self._zeros(name, batch_size=batch, sequence_length=width)
-            for name in ("input_ids", "write_indices", "sequence_lengths")
+            for name in ("input_ids", "write_indices", SLOT_INDICES, "sequence_lengths")
             if name in self._shapes
         }
         self._logits = self._zeros("logits", batch_size=batch, sequence_length=width)
@@ -239,6 +250,8 @@ class StaticOrtRunner(OrtRunner):
             self._bind(*input_ids.shape)
         self._inputs["input_ids"][:] = input_ids
         self._inputs["write_indices"][:] = self.row_lengths
+        if SLOT_INDICES in self._inputs:
+            self._inputs[SLOT_INDICES][:] = self.held()
         if "sequence_lengths" in self._inputs:
             self._inputs["sequence_lengths"][:] = lengths
         for name in self.extra_outputs:  # their shapes change from call to call
@@ -252,10 +265,18 @@ class StaticOrtRunner(OrtRunner):
         logits: FloatArray = self._logits.copy()
         return logits
 
+    def held(self) -> IntArray:
+        """Slots in use of each row, `[B]`."""
+        return self.row_lengths
+
+    def positions(self, layer: int) -> list[IntArray]:
+        """Per row the position of the token in each slot in use, `[Hkv, n_b]`."""
+        heads = self._buffers[present_name(past_name(layer, "key"))].shape[1]
+        return [np.broadcast_to(np.arange(n), (heads, n)) for n in self.held()]
+
     def cache(self) -> dict[str, list[FloatArray]]:
         return {
-            name: [rows[b, :, :n].copy() for b, n in enumerate(self.row_lengths)]
-            for name, rows in self._buffers.items()
+            name: [rows[b, :, :n].copy() for b, n in enumerate(self.held())] for name, rows in self._buffers.items()
         }
 
 

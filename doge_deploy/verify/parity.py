@@ -266,6 +266,9 @@ class Judge:
         found = {output: candidate.logits, **candidate.present}
         expected = {output: same.logits, **same.present}
         exact = {output: wider.logits, **wider.present}
+        for name in candidate.present:
+            expected[name] = candidate.held(name, expected[name])
+            exact[name] = candidate.held(name, exact[name])
         for name, rows in found.items():
             noise = difference(expected[name], exact[name])
             if name == output and same.classes:

@@ -329,8 +329,10 @@ class ReferenceRows:
         positions = np.maximum(before[:, None] + source, 0)
         if self.sliding_by_slot:
             seen = self._near_slots(seen, positions, self.sliding_by_slot)
-        # Padding on the left sees nothing that a selection could be judged by; on the right it sees what is before it.
-        judged = rows if self.padding == "left" else None
+        # What padding selects matters only where its routing mixes with that of real tokens. Padding on the left sees
+        # nothing that a selection could be judged by; on the right it sees what is before it.
+        matters = self.reference.facts.is_moe if self.padding == "right" else self.padding == "masked"
+        judged = None if matters else rows
         logits, watch = self.reference(
             input_ids,
             seen,

@@ -13,6 +13,7 @@ import torch
 
 from doge_deploy.runtime.base import FloatArray, IntArray
 from doge_deploy.runtime.ort import GrowingOrtRunner, OrtRunner
+from doge_deploy.runtime.window import WindowOrtRunner
 from doge_deploy.verify.cases import Call, Case
 from doge_deploy.verify.compare import Array
 from doge_deploy.verify.reference import Reference, ReferenceRows, Selections, Watch
@@ -28,6 +29,15 @@ class CandidateTrace:
     """Per tensor and row, when all calls are done."""
     selections: list[Selections]
     """Per call, in the reference's columns; empty where the graph exposes none."""
+    positions: dict[int, list[Array]] = field(default_factory=dict)
+    """Per layer and row the tokens that `present` holds, `[Hkv, n_b]`; empty where it holds all."""
+
+    def held(self, name: str, rows: list[Array]) -> list[Array]:
+        """Of a reference's rows `[Hkv, n, D]` of the present tensor `name`, what the bundle holds too."""
+        if not self.positions:
+            return rows
+        positions = self.positions[int(name.split(".")[1])]
+        return [np.take_along_axis(row, held[..., None], axis=1) for row, held in zip(rows, positions, strict=True)]
 
 
 @dataclass
@@ -82,6 +92,9 @@ class Replay:
             trace.selections.append(_selections(runner, columns, real.shape[1]))
         signature = {spec.name for spec in runner.signature.outputs}
         trace.present = {name: self._held(rows) for name, rows in runner.cache().items() if name in signature}
+        if isinstance(runner, WindowOrtRunner):
+            layers = {int(name.split(".")[1]) for name in trace.present}
+            trace.positions = {layer: runner.positions(layer) for layer in layers}
         return trace
 
     def _columns(self, before: Array, real: Array) -> Array:

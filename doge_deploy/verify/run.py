@@ -14,7 +14,7 @@ from doge_deploy.bundle import Bundle, open_bundle
 from doge_deploy.errors import UsageError
 from doge_deploy.graph.passes.expose_selections import ExposeSelectionsPass
 from doge_deploy.graph.passes.quantize_weights import scheme_of
-from doge_deploy.graph.schemas import CDMOE, DYNAMIC_MASK_ATTENTION
+from doge_deploy.graph.schemas import CDMOE, DYNAMIC_MASK_ATTENTION, WINDOW_BIAS
 from doge_deploy.revisions import KEEPS_ALL
 from doge_deploy.runtime.base import IntArray
 from doge_deploy.runtime.ort import OrtRunner, graph_file, open_runner
@@ -205,7 +205,7 @@ def open_runners(bundle: Bundle, layout: str, *, portable: bool = False, lowerin
         bundle, layout, spin=False, portable=portable, model=rewrite(ir.load(source)) if lowering else None
     )
     exposed: OrtRunner | None = None
-    operators = [DYNAMIC_MASK_ATTENTION] if chosen.keep_window else []
+    operators = [DYNAMIC_MASK_ATTENTION, WINDOW_BIAS] if chosen.keep_window else []
     operators += [CDMOE] if bundle.manifest.facts.is_moe else []
     if operators:
         model = ExposeSelectionsPass(operators)(ir.load(source)).model

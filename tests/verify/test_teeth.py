@@ -56,13 +56,13 @@ def body(
 
 def window_plus_one(model: ir.Model) -> None:
     for node in model.graph:
-        if node.op_type == "DynamicMaskAttention":
+        if node.op_type in ("DynamicMaskAttention", "WindowBias"):
             node.attributes["keep_window_size"] = ir.AttrInt64("keep_window_size", 65)
 
 
-def verify(bundle: Path, capfd: pytest.CaptureFixture[str]) -> tuple[int, str, set[str]]:
+def verify(bundle: Path, capfd: pytest.CaptureFixture[str], *options: str) -> tuple[int, str, set[str]]:
     """Exit code, output, and the cases that the error line names."""
-    code = run_command(["verify", str(bundle), "--layout", "static", "--greedy-steps", "24"])
+    code = run_command(["verify", str(bundle), "--layout", "static", "--greedy-steps", "24", *options])
     captured = capfd.readouterr()
     found = re.search(r"what transformers computes: (.*)", captured.err)
     return code, captured.out + captured.err, set(found.group(1).split(", ")) if found else set()
@@ -99,7 +99,8 @@ def test_score_term_dropped(
         monkeypatch,
         facts,
     )
-    code, output, cases = verify(broken_copy(tiny_bundle, tmp_path / "b", graph=edit), capfd)
+    broken = broken_copy(tiny_bundle, tmp_path / "b", graph=edit, portable=True)
+    code, output, cases = verify(broken, capfd, "--portable")
     assert code == 1
     assert "static/prefill" in cases
     assert "FAIL static/prefill: logits" in output
@@ -116,9 +117,12 @@ def test_rotation_shifted_by_one_position(tiny_bundle: Path, tmp_path: Path, cap
     assert "present.0.key" in output
 
 
-def test_one_key_too_many(tiny_bundle: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    broken = broken_copy(tiny_bundle, tmp_path / "b", graph=window_plus_one)
-    code, _, cases = verify(broken, capfd)
+@pytest.mark.parametrize("options", [(), ("--portable",)], ids=["lowered", "portable"])
+def test_one_key_too_many(
+    options: tuple[str, ...], tiny_bundle: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    broken = broken_copy(tiny_bundle, tmp_path / "b", graph=window_plus_one, portable=bool(options))
+    code, _, cases = verify(broken, capfd, *options)
     assert code == 1
     assert {"static/window K=w+1", "static/window K=2w", "static/natural text"} <= cases
     assert not {"static/prefill", "static/window K=w"} & cases, "at or below the window nothing changes"

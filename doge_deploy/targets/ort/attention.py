@@ -6,7 +6,8 @@ from dataclasses import dataclass
 
 import onnx_ir as ir
 
-from doge_deploy.graph.schemas import DOMAIN, DYNAMIC_MASK_ATTENTION
+from doge_deploy.graph.schemas import DOMAIN, DYNAMIC_MASK_ATTENTION, WINDOW_BIAS
+from doge_deploy.signature import BATCH, SLOT_INDICES, SLOTS
 from doge_deploy.targets.ort.matching import (
     CONTRIB,
     Declined,
@@ -21,6 +22,7 @@ from doge_deploy.targets.ort.matching import (
     require_contrib,
     take_place,
 )
+from doge_deploy.targets.ort.window import window_bias_function
 
 FUSED_ATTENTION_SINCE = "1.32"
 """The first ONNX Runtime whose GroupQueryAttention has the inputs used here."""
@@ -40,6 +42,7 @@ class _Head:
     sin: ir.Value
     """The tables, `[L, D/2]`."""
     write_indices: ir.Value
+    positions: ir.Value
 
 
 @dataclass(frozen=True)
@@ -55,12 +58,20 @@ class _Layer:
     present: tuple[ir.Value, ir.Value, ir.Value]
     output: ir.Value
     """`[B, Q, H*D]`, heads merged."""
+    positions: ir.Value
+    """Of the new tokens, `[B, Q]`."""
+    window: int
+    """keep_window_size; 0 where all keys are kept."""
 
 
 @dataclass(frozen=True)
 class _Lengths:
     """Computed once for all layers."""
 
+    first_slot: ir.Value
+    """Slot of the first new token of each row, `[B]`."""
+    new: ir.Value
+    """Q, `[1]` int64."""
     tokens: ir.Value
     """Q for each row, `[B]` int32."""
     last_slot: ir.Value
@@ -80,10 +91,11 @@ class FuseAttentionPass(ir.passes.InPlacePass):
     slots in use only, where the standard body attends over all `max_length` of them. The scores of the slots in use go
     in as `attention_bias`; what a row may not see is hidden by the operator itself, which is causal.
 
-    Needs: the static layout; heads of a multiple of 16; every DynamicMaskAttention as the trace writes it, with no key
-    left out (`keep_window_size` 0), in float32; ONNX Runtime 1.32, the first whose operator takes `query_seqlens`
-    (without it a batch cannot continue with more than one token a row).
-    Promises: graph inputs and outputs as before; the same sum of products and the same softmax, in another order.
+    Needs: the static layout; heads of a multiple of 16; every DynamicMaskAttention as the trace writes it, in float32;
+    ONNX Runtime 1.32, the first whose operator takes `query_seqlens` (without it a batch cannot continue with more than
+    one token a row).
+    Promises: graph inputs and outputs as before (where keys are left out those of `signature.windowed`); the same sum
+    of products and the same softmax, in another order; the same keys kept, ties to the lowest slot.
 
     1. Fires on all layers or on none.
     2. Must not fire where a query is rotated by anything but its cache slot, or where the node has an input or
@@ -95,7 +107,12 @@ class FuseAttentionPass(ir.passes.InPlacePass):
         nodes = [node for node in graph if node.domain == DOMAIN and node.op_type == DYNAMIC_MASK_ATTENTION]
         layers = [_match(node) for node in nodes]
         expect(bool(layers), "the graph has no DynamicMaskAttention")
-        lengths = _emit_lengths(layers[0])
+        windows = {layer.window for layer in layers}
+        expect(len(windows) == 1, f"layers keep different numbers of keys: {sorted(windows)}")
+        slots = layers[0].query.write_indices
+        if layers[0].window:
+            slots = _add_slots(model, layers)
+        lengths = _emit_lengths(layers[0], slots)
         for index, layer in enumerate(layers):
             _emit(layer, index, lengths)
         require_contrib(model)
@@ -106,7 +123,6 @@ def _match(node: ir.Node) -> _Layer:
     expect(len(node.inputs) == 5, f"DynamicMaskAttention has {len(node.inputs)} inputs; 5 are known here")
     unknown = set(node.attributes) - {"keep_window_size", "scale"}
     expect(not unknown, f"DynamicMaskAttention has attributes that are not known here: {', '.join(sorted(unknown))}")
-    expect(attribute(node, "keep_window_size") == 0, "keys beyond keep_window_size are left out")
     query, key, value, score, first_slot = node.inputs
     query_head = _match_head(query, "the query")
     scatters = [_scatter(v, what) for v, what in ((key, "the key"), (value, "the value"), (score, "the score"))]
@@ -139,6 +155,8 @@ def _match(node: ir.Node) -> _Layer:
         new_score,
         tuple(scatter.outputs[0] for scatter in scatters),  # type: ignore[arg-type]
         reshape.outputs[0],
+        query_head.positions,
+        attribute(node, "keep_window_size"),
     )
 
 
@@ -172,7 +190,9 @@ def _match_head(value: ir.Value | None, what: str) -> _Head:
     size = linear.width // shape[2]
     expect(size % 16 == 0, f"head_dim={size}: GroupQueryAttention takes multiples of 16")
     epsilon = attribute(norm, "epsilon", 1e-5)
-    return _Head(linear, shape[2], weight, epsilon, tables[0][0], tables[1][0], _first_position(tables[0][1], what))
+    positions = tables[0][1]
+    start = _first_position(positions, what)
+    return _Head(linear, shape[2], weight, epsilon, tables[0][0], tables[1][0], start, positions)
 
 
 def _table(value: ir.Value | None, what: str) -> tuple[ir.Value, ir.Value]:
@@ -197,12 +217,31 @@ def _first_position(positions: ir.Value, what: str) -> ir.Value:
     return start
 
 
-def _emit_lengths(layer: _Layer) -> _Lengths:
+def _add_slots(model: ir.Model, layers: list[_Layer]) -> ir.Value:
+    """The form for a window: buffers of any number of slots, and a graph input that says which slot comes next.
+
+    A key that left the window of a row never comes back, so a runner may drop it and move the others together; then the
+    next slot is no longer the next position, which `write_indices` still says.
+    """
+    graph = model.graph
+    slots = ir.Value(name=SLOT_INDICES, shape=ir.Shape([BATCH]), type=ir.TensorType(ir.DataType.INT64))
+    place = 1 + [value.name for value in graph.inputs].index(layers[0].query.write_indices.name)
+    graph.inputs.insert(place, slots)
+    for layer in layers:
+        for value in (*layer.past, *layer.present):
+            assert value.shape is not None
+            value.shape = ir.Shape([SLOTS if axis == 2 else size for axis, size in enumerate(value.shape)])
+    function = window_bias_function(layers[0].query.heads, layers[0].key.heads)
+    model.functions[function.identifier()] = function
+    return slots
+
+
+def _emit_lengths(layer: _Layer, slots: ir.Value) -> _Lengths:
     emit = Emitter(_first_user(layer), "lengths")
     zero, one = emit.ints(0, name="zero"), emit.ints(1, name="one")
     tokens = emit("Shape", layer.query.linear.x, start=1, end=2, name="tokens").outputs[0]
     last_token = emit("Sub", tokens, one, name="last_token").outputs[0]
-    last_slot = emit("Add", layer.query.write_indices, last_token, name="last_slot").outputs[0]
+    last_slot = emit("Add", slots, last_token, name="last_slot").outputs[0]
     last_slot_int32 = emit("Cast", last_slot, to=ir.DataType.INT32, name="last_slot_int32").outputs[0]
     # All Q tokens of a row are written, padding too, as the standard graph does.
     batch = emit("Shape", last_slot, name="batch").outputs[0]
@@ -213,7 +252,7 @@ def _emit_lengths(layer: _Layer) -> _Lengths:
     scalar = emit("Squeeze", total, name="total_scalar").outputs[0]
     total_int32 = emit("Cast", scalar, to=ir.DataType.INT32, name="total_int32").outputs[0]
     rows = emit("Concat", one, one, tokens, one, axis=0, name="score_rows").outputs[0]
-    return _Lengths(row_tokens, last_slot_int32, total_int32, total, rows)
+    return _Lengths(slots, tokens, row_tokens, last_slot_int32, total_int32, total, rows)
 
 
 def _first_user(layer: _Layer) -> ir.Node:
@@ -228,7 +267,7 @@ def _emit(layer: _Layer, index: int, lengths: _Lengths) -> None:
     emit = Emitter(layer.node, f"layers.{index}.attention")
     query, key, value = layer.query, layer.key, layer.value
     packed = emit("Concat", _emit_norms(emit, query, key), value.output, axis=-1, name="qkv").outputs[0]
-    written = emit("TensorScatter", layer.past[2], layer.score, query.write_indices, name="score")
+    written = emit("TensorScatter", layer.past[2], layer.score, lengths.first_slot, name="score")
     bias = _emit_bias(emit, layer, written.outputs[0], lengths)
     fused = emit(
         "GroupQueryAttention",
@@ -241,7 +280,7 @@ def _emit(layer: _Layer, index: int, lengths: _Lengths) -> None:
         lengths.total,
         query.cos,
         query.sin,
-        None,  # position_ids: the slots themselves
+        layer.positions if layer.window else None,  # without a window positions are slots
         bias,
         *[None] * 5,  # head_sink, scales of a quantized cache, norms of query and key
         lengths.tokens,
@@ -276,6 +315,10 @@ def _emit_bias(emit: Emitter, layer: _Layer, score: ir.Value, lengths: _Lengths)
     """Scores of the slots in use, `[B, Hkv, L, 1]` -> `[B, 1 or H, Q, K]`."""
     zero, axis = emit.ints(0, name="zero"), emit.ints(2, name="slot_axis")
     used = emit("Slice", score, zero, lengths.total_1d, axis, name="used_scores").outputs[0]
+    if layer.window:
+        inputs = (used, lengths.first_slot, lengths.new)
+        node = emit(WINDOW_BIAS, *inputs, domain=DOMAIN, name="bias", keep_window_size=layer.window)
+        return node.outputs[0]
     heads, kv_heads = layer.query.heads, layer.key.heads
     if kv_heads > 1 and heads > kv_heads:
         head_map = emit.ints(*(head // (heads // kv_heads) for head in range(heads)), name="head_map")

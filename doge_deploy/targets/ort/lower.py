@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import onnx_ir as ir
 import onnx_ir.passes.common as common
 
+from doge_deploy.signature import SLOT_INDICES
 from doge_deploy.targets.ort.attention import FUSED_ATTENTION_SINCE, FuseAttentionPass
 from doge_deploy.targets.ort.head import TiedHeadPass
 from doge_deploy.targets.ort.linears import PackLinearsPass
@@ -34,6 +35,11 @@ class Lowering:
     """Names of the passes that changed the graph."""
     declined: dict[str, str]
     """Name of a pass that did not apply -> why."""
+
+    @property
+    def drops_keys(self) -> bool:
+        """The graph has the signature of `doge_deploy.signature.windowed`."""
+        return any(value.name == SLOT_INDICES for value in self.model.graph.inputs)
 
     @property
     def requires(self) -> str:

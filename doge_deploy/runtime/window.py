@@ -1,0 +1,155 @@
+"""A static cache that holds the window instead of the text.
+
+A row's w-th best score never falls as the row grows, so a key that once is not among the best w of its head never comes
+back: it can be dropped, and decoding stays exact whatever the length of the text. Slots are appended to; when there are
+too many, those in the window are moved together, in order, so that ties still go to the earliest token.
+
+Axes: B rows, Hkv key heads, S slots, Q tokens of a call, D size of a head, w keep_window_size.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from doge_deploy.runtime.base import FloatArray, IntArray
+from doge_deploy.runtime.ort import StaticOrtRunner
+from doge_deploy.signature import SLOTS, past_name, present_name
+
+CHUNK = 256
+"""Tokens of a prefill that are computed at once: [Hkv, Q, K] numbers per layer are compared for the selection."""
+
+SPARE = 64
+"""Slots beyond the window that decoding may fill before they are dropped: moving keys costs as much as several steps,
+and every slot is read in every step.
+"""
+
+
+class WindowOrtRunner(StaticOrtRunner):
+    """Runs a graph of `signature.windowed`, with at most w + `CHUNK` slots unless a call must stay whole.
+
+    Args:
+        window: w.
+        whole_calls: what a token gets depends on the call it is in (the reference's routing), so calls are not cut.
+    """
+
+    def __init__(self, *arguments: Any, window: int, whole_calls: bool, **keywords: Any) -> None:
+        super().__init__(*arguments, **keywords)
+        self.window = window
+        self.whole_calls = whole_calls
+        for name, shape in self._shapes.items():
+            if name.startswith(("past_key_values.", "present.")):
+                self._shapes[name] = (*shape[:2], SLOTS, *shape[3:])
+        self._shapes["slot_indices"] = self._shapes["write_indices"]
+        self._layers = len({name.split(".")[1] for _, name in self.past})
+        self._held: IntArray = np.zeros(0, np.int64)
+        self._positions: list[IntArray] = []
+        """Per layer `[B, Hkv, S]`: the token in each slot."""
+
+    def held(self) -> IntArray:
+        return self._held
+
+    def positions(self, layer: int) -> list[IntArray]:
+        return [self._positions[layer][b, :, :n] for b, n in enumerate(self._held)]
+
+    def _zeros(self, name: str, **sizes: int) -> Any:
+        return super()._zeros(name, **{SLOTS: min(self.window + CHUNK, self.max_length), **sizes})
+
+    def _reset(self, batch_size: int) -> None:
+        super()._reset(batch_size)
+        self._held = np.zeros(batch_size, np.int64)
+        shape = self._array(0, "key").shape[:3]
+        self._positions = [np.zeros(shape, np.int64) for _ in range(self._layers)]
+
+    def _run(self, input_ids: IntArray, lengths: IntArray) -> FloatArray:
+        before = self.row_lengths
+        step = input_ids.shape[1] if self.whole_calls else CHUNK
+        parts, kept = [], []
+        try:
+            for start in range(0, input_ids.shape[1], step):
+                part = input_ids[:, start : start + step]
+                parts.append(self._run_part(part, np.clip(lengths - start, 0, part.shape[1])))
+                kept.append(self.extra)
+        finally:
+            self.row_lengths = before  # the caller advances it
+        self.extra = {
+            name: _joined_selections([part[name] for part in kept], len(lengths)) for name in self.extra_outputs
+        }
+        if len(parts) == 1:
+            return parts[0]
+        if self.last_logits:
+            return np.stack([parts[part][b] for b, part in enumerate((lengths - 1) // step)])
+        return np.concatenate(parts, axis=1)
+
+    def _run_part(self, input_ids: IntArray, lengths: IntArray) -> FloatArray:
+        """A call without cutting; advances `row_lengths`."""
+        width = input_ids.shape[1]
+        needed = int(self._held.max()) + width
+        if needed > min(self._slots, self.window + max(SPARE, width)):
+            self._drop()
+            needed = int(self._held.max()) + width
+        if needed > self._slots:
+            self._grow(needed)
+        for b, first in enumerate(self._held):
+            tokens = self.row_lengths[b] + np.arange(width)
+            for positions in self._positions:
+                positions[b, :, first : first + width] = tokens
+        logits = super()._run(input_ids, np.maximum(lengths, 1))
+        self._held = self._held + lengths
+        self.row_lengths = self.row_lengths + lengths
+        self.extra = {name: self._by_position(name, value) for name, value in self.extra.items()}
+        return logits
+
+    @property
+    def _slots(self) -> int:
+        return int(self._positions[0].shape[2])
+
+    def _array(self, layer: int, kind: str) -> Any:
+        return self._buffers[present_name(past_name(layer, kind))]
+
+    def _drop(self) -> None:
+        """Move the slots of each row's window together; those of a row that is not beyond it stay where they are."""
+        for layer, positions in enumerate(self._positions):
+            score = self._array(layer, "score")
+            arrays = [self._array(layer, "key"), self._array(layer, "value"), score, positions[..., None]]
+            for b in np.flatnonzero(self._held > self.window):
+                order = np.argsort(-score[b, :, : self._held[b], 0], axis=1, kind="stable")
+                best = np.sort(order[:, : self.window], axis=1)
+                for array in arrays:
+                    array[b, :, : self.window] = np.take_along_axis(array[b], best[..., None], axis=1)
+        self._held = np.minimum(self._held, self.window)
+
+    def _grow(self, slots: int) -> None:
+        """More slots, for a call that must stay whole."""
+        more = slots - self._slots
+
+        def grown(array: Any) -> Any:
+            return np.concatenate((array, np.zeros((*array.shape[:2], more, *array.shape[3:]), array.dtype)), axis=2)
+
+        self._bind_buffers({name: grown(array) for name, array in self._buffers.items()})
+        self._positions = [grown(positions) for positions in self._positions]
+
+    def _by_position(self, name: str, value: Any) -> Any:
+        """A selection of keys `[B, Hkv, Q, slots in use]` -> `[B, Hkv, Q, positions]`; others as they are."""
+        if not name.startswith("kept."):
+            return value
+        positions = self._positions[int(name.split(".")[1])]
+        result = np.zeros((*value.shape[:3], int(positions.max()) + 1), bool)
+        columns = positions[:, :, None, : value.shape[3]]
+        # A slot beyond a row's own has an old position; nothing there is kept.
+        batch, head, row, slot = np.nonzero(value)
+        result[batch, head, row, columns[batch, head, 0, slot]] = True
+        return result
+
+
+def _joined_selections(parts: list[Any], batch: int) -> Any:
+    """Selections of the parts of a call as those of the call."""
+    if len(parts) == 1:
+        return parts[0]
+    if parts[0].ndim != 4:  # experts: [B*Q, k], row after row
+        rows = [part.reshape(batch, -1, part.shape[-1]) for part in parts]
+        return np.concatenate(rows, axis=1).reshape(-1, parts[0].shape[-1])
+    columns = max(part.shape[3] for part in parts)
+    padded = [np.pad(part, ((0, 0), (0, 0), (0, 0), (0, columns - part.shape[3]))) for part in parts]
+    return np.concatenate(padded, axis=2)
