@@ -10,7 +10,7 @@ from random_doge import SMALL, SMALL_MOE, random_doge
 from transformers import DogeForCausalLM
 
 from doge_deploy.config import DogeFacts
-from doge_deploy.model.decoder import CausalLM, GrowingCausalLM, StaticCausalLM, Windows
+from doge_deploy.model.decoder import Doge, GrowingCausalLM, StaticCausalLM, Windows
 from doge_deploy.model.rope import rope_tensors
 
 LENGTH = 24  # three times the window of SMALL
@@ -42,7 +42,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
 }
 
 
-def ours(reference: DogeForCausalLM, kind: type[CausalLM], **options: Any) -> CausalLM:
+def ours(reference: DogeForCausalLM, kind: type[Doge], **options: Any) -> CausalLM:
     """Our model with the weights of transformers' one."""
     config = reference.config.to_dict()
     facts = DogeFacts.from_config({**config, "architectures": None})
@@ -62,7 +62,7 @@ def ours(reference: DogeForCausalLM, kind: type[CausalLM], **options: Any) -> Ca
     return model
 
 
-def empty_past(model: CausalLM, slots: int) -> list[tuple[torch.Tensor, ...]]:
+def empty_past(model: Doge, slots: int) -> list[tuple[torch.Tensor, ...]]:
     facts = model.facts
     widths = (facts.head_dim, facts.head_dim, 1) if isinstance(model, StaticCausalLM) else (facts.head_dim,) * 2
     shape = (1, facts.num_key_value_heads, slots)
@@ -76,7 +76,7 @@ def distinct_ids(seed: int = 0) -> torch.Tensor:
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS.keys())
 @pytest.mark.parametrize("kind", [GrowingCausalLM, StaticCausalLM], ids=["growing", "static"])
 @torch.no_grad()
-def test_prefill_and_decode_equal_transformers(kind: type[CausalLM], config: dict[str, Any]) -> None:
+def test_prefill_and_decode_equal_transformers(kind: type[Doge], config: dict[str, Any]) -> None:
     reference = random_doge(**config)
     model, ids = ours(reference, kind), distinct_ids()
     split = LENGTH - 3
