@@ -23,7 +23,7 @@ _Options = TypeVar("_Options", bound=BaseModel)
 
 _LAYOUT_ORDER = ("static", "growing")
 
-_FILE_KEYS = ("name", "description", "sources", "export", "build")
+_FILE_KEYS = ("name", "description", "sources", "device", "export", "build")
 """Top-level keys of a file in export_configs/."""
 
 
@@ -129,16 +129,29 @@ def _parse_assignment(assignment: str) -> tuple[str, Any]:
 
 def _read_file(path: Path, section: str) -> dict[str, _Choice]:
     """The options under one key of a YAML file."""
+    options = read_document(path, section).get(section, {})
+    if not isinstance(options, dict):
+        raise UsageError(f"{path}: {section}={options!r}: must be a mapping of options")
+    return {str(key): _Choice(value, str(path)) for key, value in options.items()}
+
+
+def read_document(path: Path, section: str = "export") -> dict[str, Any]:
+    """A file of export_configs/, its top-level keys checked.
+
+    Args:
+        path: the file.
+        section: the key that was looked for, for the message about a file that is no mapping.
+
+    Raises:
+        UsageError: it cannot be read, is no mapping, or has unknown keys.
+    """
     document = _load_yaml(path)
     if not isinstance(document, dict):
         raise UsageError(f"{path}: must hold a mapping with the key {section!r}, not {_kind(document)}")
     findings = [_unknown("key", str(key), _FILE_KEYS) for key in document if key not in _FILE_KEYS]
-    options = document.get(section, {})
-    if not isinstance(options, dict):
-        findings.append(f"{section}={options!r}: must be a mapping of options")
     if findings:
         raise UsageError(f"{path}: {join_findings(findings)}")
-    return {str(key): _Choice(value, str(path)) for key, value in options.items()}
+    return document
 
 
 def _kind(document: Any) -> str:

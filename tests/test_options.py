@@ -79,7 +79,7 @@ BAD_FILES = {
         "unknown key 'dtyp' (did you mean 'dtype'?); known: task, dtype, kv_cache",
     ),
     "unknown-section": ("exports: {dtype: fp16}", "unknown key 'exports' (did you mean 'export'?)"),
-    "option-at-top": ("dtype: fp16", "unknown key 'dtype'; known: name, description, sources, export, build"),
+    "option-at-top": ("dtype: fp16", "unknown key 'dtype'; known: name, description, sources, device, export, build"),
     "bad-value": ("export: {dtype: fp8}", "dtype='fp8': must be one of fp32, fp16, bf16"),
     "bad-layout": (
         "export: {kv_cache: [static, paged]}",

@@ -1,0 +1,56 @@
+"""What NVIDIA's two inference libraries need and can do, as far as this tool depends on it.
+
+The numbers are the vendor's, with their place; a test holds them against the libraries that are installed.
+"""
+
+from __future__ import annotations
+
+import re
+
+RTX_CAPABILITIES = ("7.5", "8.0", "8.6", "8.9", "12.0", "12.1")
+"""Compute capabilities that TensorRT-RTX 1.7 compiles for: its enumeration `ComputeCapability`.
+
+Reference: https://docs.nvidia.com/deeplearning/tensorrt-rtx/latest/getting-started/support-matrix.html
+"""
+
+RTX_PORTABLE = ("8.6", "8.9", "12.0")
+"""Those that an engine covers unless others are named; same page."""
+
+TRT_FIRST_CAPABILITY = "7.5"
+"""TensorRT 11 runs on Turing and later.
+
+Reference: https://docs.nvidia.com/deeplearning/tensorrt/11.4.1/getting-started/support-matrix.html
+"""
+
+TRT_FIRST_NATIVE_LAYERS = "10.15.1"
+"""The first TensorRT with native layers for rotary embedding and for in-place cache updates, which every lowering
+of this tool has. Those after it and before the one in constraints.txt have not been tried.
+
+Reference: https://docs.nvidia.com/deeplearning/tensorrt/10.16.1/inference-library/work-with-transformers.html
+"""
+
+TRT_FIRST_AOT_PLUGINS = "10.9.0"
+"""The first TensorRT with plugins in Python whose kernels are compiled ahead of time.
+
+Reference: https://docs.nvidia.com/deeplearning/tensorrt/latest/getting-started/release-notes-10/10.9.0.html
+"""
+
+BF16_FIRST_CAPABILITY = "8.0"
+"""bfloat16 arithmetic came with Ampere; same support matrices."""
+
+
+def version_key(version: str) -> tuple[int, ...]:
+    """`10.15.1` -> (10, 15, 1), to be compared; what follows the numbers is left out."""
+    return tuple(int(part) for part in re.findall(r"\d+", version.split("+")[0]))
+
+
+def at_least(version: str, first: str) -> bool:
+    """Whether a version (or compute capability) is `first` or a later one; `10.15` counts as `10.15.0`."""
+    left, right = version_key(version), version_key(first)
+    width = max(len(left), len(right))
+    return left + (0,) * (width - len(left)) >= right + (0,) * (width - len(right))
+
+
+def supports_dtype(capability: str, dtype: str) -> bool:
+    """Whether a GPU computes in `dtype` (fp32, fp16 or bf16)."""
+    return dtype != "bf16" or at_least(capability, BF16_FIRST_CAPABILITY)
