@@ -35,6 +35,12 @@ TRT_FIRST_AOT_PLUGINS = "10.9.0"
 Reference: https://docs.nvidia.com/deeplearning/tensorrt/latest/getting-started/release-notes-10/10.9.0.html
 """
 
+TOPK_LIMIT = 3840
+"""The largest K of either library's TopK.
+
+Reference: https://docs.nvidia.com/deeplearning/tensorrt/latest/_static/operators/TopK.html
+"""
+
 BF16_FIRST_CAPABILITY = "8.0"
 """bfloat16 arithmetic came with Ampere; same support matrices."""
 

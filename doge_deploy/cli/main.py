@@ -22,6 +22,7 @@ EXIT_INTERRUPTED = 128 + signal.SIGINT
 EXIT_TERMINATED = 128 + signal.SIGTERM
 
 _COMMANDS = {
+    "doctor": "Say what this machine, or another device, can do.",
     "export": "Trace a checkpoint to an ONNX bundle.",
     "build": "Build a TensorRT engine of a bundle.",
     "verify": "Prove by numbers that a bundle computes what transformers computes.",

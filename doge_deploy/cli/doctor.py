@@ -1,0 +1,135 @@
+"""`doge-deploy doctor`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+if TYPE_CHECKING:
+    from doge_deploy.device_facts import DeviceFacts
+    from doge_deploy.doctor.machine import Machine
+    from doge_deploy.doctor.subject import Subject
+    from doge_deploy.doctor.targets import Target
+    from doge_deploy.doctor.ways import Way, Wish
+
+
+@click.command("doctor")
+@click.argument("model", metavar="[MODEL|BUNDLE]", required=False)
+@click.option(
+    "--target",
+    "names",
+    multiple=True,
+    metavar="DEVICE",
+    help="A device of export_configs/, some words of its name, or a YAML file; repeatable. Default: this machine.",
+)
+@click.option("--dtype", type=click.Choice(["fp32", "fp16", "bf16"]), help="Of a MODEL; default: the device's own.")
+@click.option(
+    "--batch-size", type=click.IntRange(min=1), metavar="N", help="Rows at a time; default: the device's own."
+)
+@click.option(
+    "--max-length", type=click.IntRange(min=1), metavar="N", help="Tokens per row of a MODEL; default: its own."
+)
+@click.option("--json", "as_json", is_flag=True, help="Everything as JSON.")
+def doctor(
+    model: str | None,
+    names: tuple[str, ...],
+    dtype: str | None,
+    batch_size: int | None,
+    max_length: int | None,
+    as_json: bool,
+) -> None:
+    """Say what this machine, or another device, can do, and whether a model fits.
+
+    Without MODEL and --target: what is installed here, and which targets can be used.
+
+    Exit code 4: no way to run on one of the devices that were named.
+    """
+    from doge_deploy.doctor.subject import open_subject
+
+    subject = open_subject(model, max_length=max_length) if model is not None else None
+    asked = {"dtype": dtype, "batch_size": batch_size}
+    machine, rows = _here() if not names else (None, [])
+    answers = list(_answers(names, machine, subject, asked))
+    if as_json:
+        _print_json(machine, rows, subject, answers)
+    else:
+        from doge_deploy.cli.doctor_table import show
+
+        show(machine, rows, subject, answers)
+    _complain([name for name, _, _, found in answers if not any(way.usable for way in found)])
+
+
+Answer = tuple[str, "DeviceFacts", "Wish", "list[Way]"]
+
+
+def _here() -> tuple[Machine, list[Target]]:
+    from doge_deploy.doctor.machine import this_machine
+    from doge_deploy.doctor.targets import targets
+
+    machine = this_machine()
+    return machine, targets(machine)
+
+
+def _answers(
+    names: tuple[str, ...], machine: Machine | None, subject: Subject | None, asked: dict[str, Any]
+) -> Iterator[Answer]:
+    """Name, facts, wishes and ways of every device that is asked about."""
+    from doge_deploy.device_facts import device_configs, find_devices, load_device_config
+    from doge_deploy.doctor.ways import Wish, ways
+
+    given = {key: value for key, value in asked.items() if value is not None}
+    if machine is not None:
+        if subject is not None:
+            facts, wish = machine.device(), Wish(**given)
+            yield "this machine", facts, wish, ways(facts, subject, wish)
+        return
+    known = device_configs()
+    chosen = {}
+    for name in names:
+        if name.endswith((".yaml", ".yml")):
+            config = load_device_config(Path(name))
+            chosen[config.name] = config
+        else:
+            chosen.update({one: known[one] for one in find_devices(name, list(known))})
+    for name, config in chosen.items():
+        choices: dict[str, Any] = {}
+        if config.build is not None:
+            build = config.build
+            choices = {
+                "engine_dtype": config.export.dtype,
+                "plugins": build.plugins,
+                "batch_size": build.batch_size.max,
+            }
+        wish = Wish(**{**choices, **given})
+        yield name, config.facts, wish, ways(config.facts, subject, wish)
+
+
+def _print_json(machine: Machine | None, rows: list[Target], subject: Subject | None, answers: list[Answer]) -> None:
+    import json
+
+    document = {
+        "machine": asdict(machine) if machine else None,
+        "targets": [asdict(row) for row in rows],
+        "model": {"name": subject.name, "dtype": subject.dtype, "max_length": subject.max_length} if subject else None,
+        "devices": [
+            {
+                "name": name,
+                "facts": facts.model_dump(),
+                "batch_size": wish.batch_size,
+                "ways": [{**asdict(way), "usable": way.usable} for way in found],
+            }
+            for name, facts, wish, found in answers
+        ],
+    }
+    click.echo(json.dumps(document, indent=2, ensure_ascii=False))
+
+
+def _complain(hopeless: list[str]) -> None:
+    from doge_deploy.errors import MissingDependencyError
+
+    if hopeless:
+        raise MissingDependencyError(f"no way to run on {', '.join(hopeless)}; the table has the reasons")

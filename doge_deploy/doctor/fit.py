@@ -1,0 +1,99 @@
+"""How much memory a Doge takes while it runs, and how fast memory lets it decode.
+
+Weights and caches are exact. Activations are an upper estimate: of a prefill of all slots in one call, whose attention
+runs as several kernels.
+
+Axes: B batch, Q tokens of a prefill call, L slots of the cache, H heads, Hkv key/value heads.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from doge_deploy.checkpoint.names import EMBEDDING, expected_tensors
+from doge_deploy.config import DogeFacts
+
+ITEM_BYTES = {"fp32": 4, "fp16": 2, "bf16": 2}
+
+_EXPERT_TABLES = ("mlp.down_embed.weight", "mlp.up_embed.weight")
+
+
+@dataclass(frozen=True)
+class Needs:
+    """Bytes, all at the same time."""
+
+    weight_bytes: int
+    cache_bytes: int
+    activation_bytes: int
+
+    @property
+    def total_bytes(self) -> int:
+        return self.weight_bytes + self.cache_bytes + self.activation_bytes
+
+
+def needs(facts: DogeFacts, dtype: str, *, batch_size: int, max_length: int, last_logits: bool = True) -> Needs:
+    """What a static-cache Doge takes: B rows of L slots, and a prefill of L tokens.
+
+    Args:
+        facts: the model.
+        dtype: fp32, fp16 or bf16; scores are fp32 in all of them.
+        batch_size: B.
+        max_length: L.
+        last_logits: logits of one token per row.
+    """
+    return Needs(
+        weight_bytes(facts, dtype),
+        batch_size * row_cache_bytes(facts, dtype, max_length),
+        activation_bytes(facts, dtype, batch_size=batch_size, tokens=max_length, keys=max_length, last=last_logits),
+    )
+
+
+def weight_bytes(facts: DogeFacts, dtype: str) -> int:
+    """Every tensor once; a tied embedding twice, since a runtime lays the head out in its own way."""
+    shapes = expected_tensors(facts)
+    count = sum(math.prod(shape) for shape in shapes.values())
+    if facts.tie_word_embeddings:
+        count += math.prod(shapes[EMBEDDING])
+    return count * ITEM_BYTES[dtype]
+
+
+def row_cache_bytes(facts: DogeFacts, dtype: str, length: int) -> int:
+    """Key, value and score of one row of `length` slots, all layers."""
+    per_slot = facts.num_key_value_heads * (2 * facts.head_dim * ITEM_BYTES[dtype] + ITEM_BYTES["fp32"])
+    return facts.num_hidden_layers * length * per_slot
+
+
+def activation_bytes(facts: DogeFacts, dtype: str, *, batch_size: int, tokens: int, keys: int, last: bool) -> int:
+    """An upper estimate of what one layer and the head hold at once.
+
+    The residual stream with its norms, projections of the widest part, the mask `[B, Hkv, Q, K]` in fp32 and in the
+    model's dtype, scores and weights of attention `[B, H, Q, K]` in fp32, the rows of both expert tables that a call
+    looks up, and the logits.
+    """
+    item, n = ITEM_BYTES[dtype], batch_size * tokens
+    stream = n * 4 * facts.hidden_size * item
+    square = batch_size * tokens * keys
+    attention = square * (facts.num_key_value_heads * (4 + item) + facts.num_attention_heads * 2 * 4)
+    attention += n * (facts.num_attention_heads + 2 * facts.num_key_value_heads) * facts.head_dim * item
+    mlp = n * 3 * facts.intermediate_size * item
+    if facts.is_moe:
+        mlp += n * facts.num_experts_per_tok * 2 * facts.hidden_size * item
+    logits = (batch_size if last else n) * facts.vocab_size * 4
+    return stream + max(attention, mlp) + logits
+
+
+def decode_bytes(facts: DogeFacts, dtype: str, *, batch_size: int, keys: int) -> int:
+    """What one decode step must read: weights once, the experts and the `keys` cached keys of every row.
+
+    Of an embedding that is not the head too only one row per token is read.
+    """
+    count = 0
+    for name, shape in expected_tensors(facts).items():
+        if name == EMBEDDING and not facts.tie_word_embeddings:
+            count += min(batch_size, shape[0]) * shape[1]
+        elif name.endswith(_EXPERT_TABLES):
+            count += min(batch_size * facts.num_experts_per_tok, shape[0]) * shape[1]
+        else:
+            count += math.prod(shape)
+    return count * ITEM_BYTES[dtype] + batch_size * row_cache_bytes(facts, dtype, keys)
