@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from doge_deploy.backends import BACKENDS, Backend
 from doge_deploy.errors import UsageError
 
 if TYPE_CHECKING:
@@ -46,6 +47,8 @@ EXIT_BROKEN_PIPE = 128 + 13
 @click.option("--layout", metavar="static|growing", help="Graph to run; default: the bundle's first.")
 @click.option("--portable", is_flag=True, help="Run the standard graph, not the one lowered for ONNX Runtime.")
 @click.option("--threads", type=click.IntRange(min=1), metavar="N", help="CPU threads; default: all cores.")
+@click.option("--backend", type=click.Choice(BACKENDS), default="ort", show_default=True, help="What runs the bundle.")
+@click.option("--engine", metavar="NAME", help="Which engine, where the backend has several.")
 @click.option("--quiet", is_flag=True, help="No statistics and no notes on standard error.")
 def generate(
     bundle: Path,
@@ -55,6 +58,8 @@ def generate(
     layout: str | None,
     portable: bool,
     threads: int | None,
+    backend: Backend,
+    engine: str | None,
     quiet: bool,
     **choices: Any,
 ) -> None:
@@ -71,7 +76,8 @@ def generate(
     with _quiet_ends():
         if prompt == "-":
             prompt = _decoded(sys.stdin.buffer.read()).removesuffix("\n")
-        session = _Session(bundle, asked, layout, portable, threads, quiet)
+        model = {"layout": layout, "portable": portable, "threads": threads, "backend": backend, "engine": engine}
+        session = _Session(bundle, asked, model, quiet)
         messages = [] if system is None else [{"role": "system", "content": system}]
         if prompt is None:
             session.converse(messages)
@@ -105,9 +111,7 @@ class _Session:
         self,
         path: Path,
         asked: Mapping[str, Any],
-        layout: str | None,
-        portable: bool,
-        threads: int | None,
+        model: Mapping[str, Any],
         quiet: bool,
     ) -> None:
         self._start = perf_counter()
@@ -115,7 +119,7 @@ class _Session:
         from doge_deploy.runtime.generate import GenerationOptions, settings_not_done
         from doge_deploy.runtime.tokenizer import Tokenizer
 
-        self._layout, self._portable, self._threads, self._quiet = layout, portable, threads, quiet
+        self._model, self._quiet = model, quiet
         self._load_ms: float | None = None
         self.bundle = open_bundle(path, check="quick")
         if (task := self.bundle.manifest.task) != "causal-lm":
@@ -144,10 +148,10 @@ class _Session:
             messages.append({"role": "assistant", "content": reply})
 
     def _load(self) -> TextGenerator:
+        from doge_deploy.runtime.backend import open_backend
         from doge_deploy.runtime.generate import TextGenerator
-        from doge_deploy.runtime.ort import open_runner
 
-        runner = open_runner(self.bundle, self._layout, threads=self._threads, portable=self._portable)
+        runner = open_backend(self.bundle, **self._model)
         self._load_ms = (perf_counter() - self._start) * 1000
         return TextGenerator(runner, self.tokenizer, self.options)
 

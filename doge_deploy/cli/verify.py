@@ -6,6 +6,8 @@ from pathlib import Path
 
 import click
 
+from doge_deploy.backends import BACKENDS, Backend
+
 
 @click.command("verify")
 @click.argument("bundle", type=click.Path(path_type=Path))
@@ -18,6 +20,8 @@ import click
     type=click.Choice(["trt-rtx", "trt"]),
     help="Judge the static graph as it is lowered for TensorRT (without plugins), in ONNX Runtime.",
 )
+@click.option("--backend", type=click.Choice(BACKENDS), default="ort", show_default=True, help="What runs the bundle.")
+@click.option("--engine", metavar="NAME", help="Which engine, where the backend has several.")
 @click.option("--json", "json_file", type=click.Path(path_type=Path), metavar="FILE", help="Write every number here.")
 @click.option(
     "--junit", "junit_file", type=click.Path(path_type=Path), metavar="FILE", help="Write a JUnit report here."
@@ -29,6 +33,8 @@ def verify(
     greedy_steps: int,
     portable: bool,
     lowering: str | None,
+    backend: Backend,
+    engine: str | None,
     json_file: Path | None,
     junit_file: Path | None,
 ) -> None:
@@ -58,6 +64,8 @@ def verify(
             greedy_steps=greedy_steps,
             portable=portable,
             lowering=lowering is not None,
+            backend=backend,
+            engine=engine,
             started=table.started,
             finished=table.finished,
         )

@@ -29,8 +29,7 @@ class Subject:
     @property
     def window(self) -> int | None:
         """`keep_window_size` where a row can hold more keys than that: keys are then selected."""
-        size = self.facts.keep_window_size
-        return size if self.max_length > size else None
+        return self.facts.keep_window_size if self.facts.keep_window(self.max_length) else None
 
 
 def open_subject(path: str, *, max_length: int | None = None) -> Subject:

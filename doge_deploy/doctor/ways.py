@@ -20,6 +20,7 @@ from doge_deploy.products import (
     at_least,
     supports_dtype,
 )
+from doge_deploy.signature import UNCACHED
 
 BACKENDS = ("trt", "trt-rtx", "ort")
 
@@ -131,7 +132,9 @@ def _obstacles(
         yield f"compute capability {capability} has no {dtype}", "export with --dtype fp16"
     if subject is None:
         return
-    if "static" not in subject.layouts:
+    if UNCACHED in subject.layouts:
+        yield f"{subject.name} has no cache, and engines are built for generating text", "use ort"
+    elif "static" not in subject.layouts:
         yield f"{subject.name} has no static layout", "export it with --kv-cache static"
     if lowering == "standard" and subject.window is not None and subject.window > TOPK_LIMIT:
         yield (

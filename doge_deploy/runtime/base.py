@@ -6,12 +6,14 @@ Axes: B batch, Q tokens of this call, V vocabulary.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from doge_deploy.errors import UsageError
+from doge_deploy.signature import Signature
 
 IntArray = npt.NDArray[np.int64]
 FloatArray = npt.NDArray[np.floating]
@@ -64,6 +66,10 @@ class Runner(ABC):
         self.row_lengths = self.row_lengths + real
         return logits
 
+    def refusal(self, batch_size: int, width: int) -> str | None:
+        """Why a call of `batch_size` rows and `width` tokens cannot be run, whatever the rows hold; None: it can."""
+        return None
+
     @abstractmethod
     def _reset(self, batch_size: int) -> None:
         """Make empty caches for `batch_size` rows."""
@@ -77,3 +83,12 @@ class Runner(ABC):
         """What the rows hold: for every present tensor one `[Hkv, n_b, D]` array per row, its n_b real slots in
         order; a sliding cache no longer holds the first ones.
         """
+
+
+class BundleRunner(Runner):
+    """A runner of one layout of a bundle."""
+
+    signature: Signature
+    """Of the layout."""
+    extra: Mapping[str, np.ndarray[Any, Any]]
+    """Values that the last call gave beyond the signature: selections, where they are exposed."""

@@ -13,7 +13,7 @@ import numpy as np
 
 from doge_deploy.bundle import Bundle, Layout
 from doge_deploy.errors import MissingDependencyError, UnsupportedModelError, UsageError
-from doge_deploy.runtime.base import FloatArray, IntArray, Runner
+from doge_deploy.runtime.base import BundleRunner, FloatArray, IntArray
 from doge_deploy.runtime.padding import left_padded
 from doge_deploy.signature import PAST_ROPE, PRESENT_ROPE, SLOT_INDICES, UNCACHED, past_name, present_name
 
@@ -128,7 +128,7 @@ def open_runner(
     return kind(session, chosen, max_length=manifest.max_length, last=last)
 
 
-class OrtRunner(Runner):
+class OrtRunner(BundleRunner):
     """What both layouts share: the session, its binding and the outputs beyond the signature."""
 
     def __init__(self, session: onnxruntime.InferenceSession, layout: Layout, *, max_length: int, last: bool) -> None:

@@ -12,10 +12,9 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from doge_deploy.bundle import Bundle, Manifest
-from doge_deploy.runtime.base import IntArray
-from doge_deploy.runtime.ort import OrtRunner
+from doge_deploy.runtime.base import BundleRunner, IntArray
 from doge_deploy.signature import UNCACHED
-from doge_deploy.verify.cases import Case, Limits, exact_cases, natural_case
+from doge_deploy.verify.cases import Case, Limits, chunk, exact_cases, natural_case
 from doge_deploy.verify.compare import Difference, Top1, difference, kl_divergence, top1
 from doge_deploy.verify.reference import Reference, Selections
 from doge_deploy.verify.replay import CandidateTrace, Replay, ReplayTrace, greedy_calls
@@ -97,6 +96,7 @@ def verify_layouts(
     greedy_steps: int,
     started: Callable[[str], None],
     finished: Callable[[CaseResult], None],
+    skipped: dict[str, str],
 ) -> list[CaseResult]:
     """Run every case, on each layout in turn (they share the reference's runs where the calls are the same).
 
@@ -108,6 +108,7 @@ def verify_layouts(
         greedy_steps: tokens of the greedy case.
         started: told each case before it is run.
         finished: told each result when it is there.
+        skipped: takes the cases that a runner cannot run or show, with the reason.
     """
     facts = bundle.manifest.facts
     task = bundle.manifest.task
@@ -120,7 +121,11 @@ def verify_layouts(
         if name == NATURAL:
             return natural_case(limits, text_ids)
         if name == GREEDY:
-            return Case(name, greedy_calls(judge.runners.plain, prompt, steps), exact=False)
+            shown = steps if not judge.runners.hides_selections else min(steps, limits.keep_window_size - len(prompt))
+            calls = chunk([prompt], [[len(prompt)]])
+            if judge.runners.plain.refusal(*calls[0].input_ids.shape) is None and shown > 0:
+                calls = greedy_calls(judge.runners.plain, prompt, shown)
+            return Case(name, calls, exact=False)
         return judge.widest(lambda seed: _case(limits, seed, name))
 
     results = []
@@ -129,7 +134,12 @@ def verify_layouts(
         started(name)
         references.forget()
         for judge in judges:
-            results.append(judge.judge(make(judge, name)))
+            case = make(judge, name)
+            reason = judge.obstacle(case)
+            if reason is not None:
+                skipped[name] = reason
+                continue
+            results.append(judge.judge(case))
             finished(results[-1])
     return results
 
@@ -142,9 +152,11 @@ def _case(limits: Limits, seed: int, name: str) -> Case:
 class Runners:
     """The graph under test."""
 
-    plain: OrtRunner
-    exposed: OrtRunner | None
-    """With its selections as further outputs; None where the graph selects nothing."""
+    plain: BundleRunner
+    exposed: BundleRunner | None
+    """With its selections as further outputs; None where the graph selects nothing, or does not show what."""
+    hides_selections: bool = False
+    """Whatever it selects, nobody sees it: an engine has the outputs that it was built with."""
 
 
 @dataclass(frozen=True)
@@ -192,7 +204,25 @@ class Judge:
     def selects(self, case: Case) -> bool:
         """Whether the bundle chooses keys or experts in this case."""
         facts = self.manifest.facts
-        return self.runners.exposed is not None and (facts.is_moe or facts.keep_window(case.longest))
+        chooses = self.runners.exposed is not None or self.runners.hides_selections
+        return chooses and (facts.is_moe or facts.keep_window(case.longest))
+
+    def obstacle(self, case: Case) -> str | None:
+        """Why the case cannot be run or judged here; None: it can."""
+        for call in case.calls:
+            reason = self.runners.plain.refusal(*call.input_ids.shape)
+            if reason is not None:
+                return reason
+        if not self.runners.hides_selections or not self.selects(case):
+            return None
+        if not case.exact:
+            return "selects among ties, and an engine does not show what it selects; the bundle itself can be judged"
+        same, wider = (
+            self.references.run(one, self.replay, case) for one in (self.references.same, self.references.wider)
+        )
+        if same.gap <= max(self._selection_limits(same, wider).values(), default=0.0):
+            return "the reference's own selections lie within its noise, and an engine does not show what it selects"
+        return None
 
     def widest(self, make: Callable[[int], Case]) -> Case:
         """The case of that seed on which the reference's choices are clearest."""
@@ -206,8 +236,7 @@ class Judge:
         """Compare one case."""
         candidate = self.replay.feed(self.runners.plain, case)
         given = None
-        if self.selects(case):
-            assert self.runners.exposed is not None
+        if self.runners.exposed is not None and self.selects(case):
             given = self.replay.feed(self.runners.exposed, case).selections
         same = self._reference(self.references.same, case, given, use_given=not case.exact)
         wider = self._reference(self.references.wider, case, given)

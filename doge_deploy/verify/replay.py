@@ -11,8 +11,8 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
-from doge_deploy.runtime.base import FloatArray, IntArray
-from doge_deploy.runtime.ort import GrowingOrtRunner, OrtRunner
+from doge_deploy.runtime.base import BundleRunner, FloatArray, IntArray
+from doge_deploy.runtime.ort import GrowingOrtRunner
 from doge_deploy.runtime.window import WindowOrtRunner
 from doge_deploy.verify.cases import Call, Case
 from doge_deploy.verify.compare import Array
@@ -80,7 +80,7 @@ class Replay:
         """Of present rows `[Hkv, n, D]` what a sliding cache keeps: a static one has all of them."""
         return rows if self.sliding_window is None else [row[:, -(self.sliding_window - 1) :] for row in rows]
 
-    def feed(self, runner: OrtRunner, case: Case) -> CandidateTrace:
+    def feed(self, runner: BundleRunner, case: Case) -> CandidateTrace:
         """Run `case` on a bundle."""
         trace = CandidateTrace([], {}, [])
         real = np.zeros((len(case.calls[0].lengths), 0), bool)
@@ -187,7 +187,7 @@ def _of_token(given: Selections, row: int, token: int, width: int, held: int) ->
     }
 
 
-def feed_call(runner: OrtRunner, call: Call) -> list[Array]:
+def feed_call(runner: BundleRunner, call: Call) -> list[Array]:
     """Run one call on a bundle; per row the logits of its real tokens, or of the last where the graph gives only
     that.
     """
@@ -195,7 +195,7 @@ def feed_call(runner: OrtRunner, call: Call) -> list[Array]:
     return [logits[b] if runner.last_logits else logits[b, :n] for b, n in enumerate(call.lengths)]
 
 
-def _selections(runner: OrtRunner, columns: Sequence[Array], total: int) -> Selections:
+def _selections(runner: BundleRunner, columns: Sequence[Array], total: int) -> Selections:
     """What the `doge` nodes of the last call selected, its keys moved to `columns[b]` of `total` reference columns."""
     result: dict[str, Array] = {}
     own = (
@@ -217,7 +217,7 @@ def _selections(runner: OrtRunner, columns: Sequence[Array], total: int) -> Sele
     return result
 
 
-def greedy_calls(runner: OrtRunner, prompt: IntArray, steps: int) -> tuple[Call, ...]:
+def greedy_calls(runner: BundleRunner, prompt: IntArray, steps: int) -> tuple[Call, ...]:
     """A bundle's own greedy continuation of `prompt` `[T]` as calls: the prompt, then each of its `steps` tokens."""
     runner.reset(1)
     calls = [Call(prompt[None], np.array([len(prompt)]))]

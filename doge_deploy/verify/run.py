@@ -10,12 +10,14 @@ from pathlib import Path
 import numpy as np
 import onnx_ir as ir
 
+from doge_deploy.backends import Backend
 from doge_deploy.bundle import Bundle, open_bundle
 from doge_deploy.errors import UsageError
 from doge_deploy.graph.passes.expose_selections import ExposeSelectionsPass
 from doge_deploy.graph.passes.quantize_weights import scheme_of
 from doge_deploy.graph.schemas import CDMOE, DYNAMIC_MASK_ATTENTION, WINDOW_BIAS
 from doge_deploy.revisions import KEEPS_ALL
+from doge_deploy.runtime.backend import check_engine_layout, open_backend
 from doge_deploy.runtime.base import IntArray
 from doge_deploy.runtime.ort import OrtRunner, graph_file, open_runner
 from doge_deploy.verify.cases import Call, Case, Limits, chunk, distinct_ids, repeating_ids
@@ -93,6 +95,8 @@ def verify(
     greedy_steps: int = 128,
     portable: bool = False,
     lowering: bool = False,
+    backend: Backend = "ort",
+    engine: str | None = None,
     started: Callable[[str], None] = lambda what: None,
     finished: Callable[[CaseResult], None] = lambda result: None,
 ) -> Report:
@@ -105,6 +109,8 @@ def verify(
         greedy_steps: tokens of the greedy case, fewer where the bundle holds fewer.
         portable: judge the standard graphs, not those lowered for ONNX Runtime that `generate` runs.
         lowering: judge the static graph as it is lowered for TensorRT, in ONNX Runtime.
+        backend: what runs the bundle. An engine shows no selections: what is judged by them is then left out, and said.
+        engine: which engine, where the backend has several.
         started: told what is about to be done.
         finished: told each case when it is judged.
 
@@ -116,6 +122,9 @@ def verify(
     bundle = open_bundle(path)
     manifest = bundle.manifest
     checkpoint = open_reference(bundle, reference)
+    if lowering and backend != "ort":
+        raise UsageError(f"--lowering is run in ONNX Runtime; --backend {backend} runs an engine")
+    engine_runner = None if backend == "ort" else open_backend(bundle, backend, engine=engine, portable=portable)
     started("compare weights")
     weights = compare_weights(bundle, checkpoint)
     started("load the reference")
@@ -125,14 +134,21 @@ def verify(
     facts = manifest.facts
     name = f"the reference of legacy Doges ({facts.revision})" if facts.is_legacy else "transformers"
     report = Report(bundle.path, manifest.dtype, routing, name, weights, skipped=_unreachable(bundle))
-    chosen = _layouts(bundle, layouts, lowering)
-    report.graphs = {name: graph_file(bundle.layout(name), portable=portable) for name in chosen}
-    if lowering:
-        report.graphs = {name: describe_lowered(bundle, name) for name in chosen}
     scheme = scheme_of(manifest.options)
-    if scheme is not None:
-        if not lowering:
+    if engine_runner is None:
+        chosen = _layouts(bundle, layouts, lowering)
+        report.graphs = {name: graph_file(bundle.layout(name), portable=portable) for name in chosen}
+        if lowering:
+            report.graphs = {name: describe_lowered(bundle, name) for name in chosen}
+        elif scheme is not None:
             report.quality = _judge_quality(bundle, report.graphs, references.same, started)
+        standard = portable or scheme is not None
+        runners = {layout: open_runners(bundle, layout, portable=standard, lowering=lowering) for layout in chosen}
+    else:
+        check_engine_layout(layouts)
+        report.graphs = {engine_runner.signature.layout: f"an engine, --backend {backend}"}
+        runners = {engine_runner.signature.layout: Runners(engine_runner, None, hides_selections=_selects(bundle))}
+    if scheme is not None:
         names = quantized_names(bundle, scheme)
         for twin in (references.same, references.wider):
             use_dequantized(twin, checkpoint, names, scheme)
@@ -141,17 +157,20 @@ def verify(
     text_ids = _text_ids(bundle)
     report.results = verify_layouts(
         bundle,
-        {
-            layout: open_runners(bundle, layout, portable=portable or scheme is not None, lowering=lowering)
-            for layout in chosen
-        },
+        runners,
         references,
         text_ids=text_ids,
         greedy_steps=greedy_steps,
         started=started,
         finished=finished,
+        skipped=report.skipped,
     )
     return report
+
+
+def _selects(bundle: Bundle) -> bool:
+    """Whether the static graph chooses keys or experts."""
+    return bundle.layout("static").keep_window or bundle.manifest.facts.is_moe
 
 
 def _judge_quality(

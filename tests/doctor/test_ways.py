@@ -113,6 +113,8 @@ def test_a_window_beyond_topk_needs_plugins() -> None:
 def test_an_engine_is_built_from_the_static_layout() -> None:
     growing = replace(TINY, layouts=("growing",))
     assert "has no static layout" in way("h100", "trt", growing).reason and way("h100", "ort", growing).usable
+    classifier = replace(TINY, layouts=("uncached",))
+    assert "has no cache" in way("h100", "trt", classifier).reason and way("h100", "ort", classifier).usable
 
 
 def test_what_runs_may_still_be_too_large_to_build_on_the_device() -> None:

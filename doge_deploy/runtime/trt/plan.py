@@ -1,0 +1,138 @@
+"""What is bound to an engine's inputs and outputs, and which profile takes a call: all from the engine's record.
+
+Axes: B rows, Q tokens of a call, L slots of the cache.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from doge_deploy.build_options import Range
+from doge_deploy.engine import EngineRecord, EngineTensor
+from doge_deploy.errors import BrokenBundleError, UsageError
+from doge_deploy.signature import BATCH, SEQUENCE, Signature
+
+ITEM_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "int64": 8, "int32": 4}
+
+
+@dataclass(frozen=True)
+class CacheBuffer:
+    """Device memory that is a past input and a present output at once: the engine writes it in place."""
+
+    past: str
+    present: str
+    tensor: EngineTensor
+
+    def shape(self, batch_size: int) -> tuple[int, ...]:
+        """`[B, Hkv, L, D]`"""
+        return _shape(self.tensor, {BATCH: batch_size})
+
+
+@dataclass(frozen=True)
+class BindingPlan:
+    """Every input and output of an engine by what it is for."""
+
+    record: EngineRecord
+    caches: tuple[CacheBuffer, ...]
+    inputs: tuple[EngineTensor, ...]
+    """Those that are filled anew in every call: `input_ids`, `write_indices`, `sequence_lengths`, RoPE's memory."""
+    outputs: tuple[EngineTensor, ...]
+    """Those that are read after every call: `logits`, RoPE's memory."""
+
+    def profile(self, batch_size: int, width: int) -> int:
+        """Index of the optimization profile for a call of B rows and Q tokens.
+
+        Raises:
+            UsageError: no profile takes it.
+        """
+        reason = self.refusal(batch_size, width)
+        if reason is not None:
+            raise UsageError(reason)
+        index = self.record.profile_for(**{BATCH: batch_size, SEQUENCE: width})
+        assert index is not None
+        return index
+
+    def refusal(self, batch_size: int, width: int) -> str | None:
+        """Why no profile takes a call of B rows and Q tokens, and what would be legal; None: one does."""
+        if self.record.profile_for(**{BATCH: batch_size, SEQUENCE: width}) is not None:
+            return None
+        legal = " or ".join(
+            f"{_words(profile.axes[BATCH], 'row')} of {_words(profile.axes[SEQUENCE], 'token')}"
+            for profile in self.record.profiles
+        )
+        return (
+            f"{self.record.directory}: no profile takes {batch_size} rows of {width} tokens; it was built for {legal}: "
+            "build it with other --batch-size or --sequence-length"
+        )
+
+    def input_shapes(self, batch_size: int, width: int) -> dict[str, tuple[int, ...]]:
+        """The shape of every input whose shape is not fixed, caches too."""
+        sizes = {BATCH: batch_size, SEQUENCE: width}
+        tensors = [*self.inputs, *(cache.tensor for cache in self.caches)]
+        return {tensor.name: _shape(tensor, sizes) for tensor in tensors if _is_dynamic(tensor)}
+
+    def call_shapes(self, batch_size: int, width: int) -> dict[str, tuple[int, ...]]:
+        """The shapes of the inputs that are filled anew, and of the outputs that are read."""
+        sizes = {BATCH: batch_size, SEQUENCE: width}
+        return {tensor.name: _shape(tensor, sizes) for tensor in (*self.inputs, *self.outputs)}
+
+    def cache_bytes(self, batch_size: int) -> int:
+        """All caches together."""
+        return sum(nbytes(cache.tensor, cache.shape(batch_size)) for cache in self.caches)
+
+
+def make_plan(record: EngineRecord, signature: Signature) -> BindingPlan:
+    """Hold an engine's record against the signature of the layout that it was built from.
+
+    Raises:
+        BrokenBundleError: they do not belong together, or the caches are not written in place; all findings are named.
+    """
+    findings = list(_differences(record.inputs, [spec.name for spec in signature.inputs], "input"))
+    findings += _differences(record.outputs, [spec.name for spec in signature.outputs], "output")
+    shapes = {spec.name: spec.shape for spec in (*signature.inputs, *signature.outputs)}
+    for tensor in (*record.inputs, *record.outputs):
+        if tensor.name in shapes and tensor.shape != shapes[tensor.name]:
+            findings.append(f"{tensor.name} is {list(tensor.shape)}, the graph's {list(shapes[tensor.name])}")
+        if tensor.dtype not in ITEM_BYTES:
+            findings.append(f"{tensor.name} is {tensor.dtype}, must be one of {', '.join(ITEM_BYTES)}")
+    pairs = [(past.name, present.name) for past, present in signature.past()]
+    findings += [
+        f"{present} is not written in place of {past}" for past, present in pairs if record.aliases.get(present) != past
+    ]
+    if findings:
+        raise BrokenBundleError(f"{record.directory}: {'; '.join(findings)}; build it again")
+    cached = {name for pair in pairs for name in pair}
+    return BindingPlan(
+        record=record,
+        caches=tuple(CacheBuffer(past, present, record.tensor(past)) for past, present in pairs),
+        inputs=tuple(tensor for tensor in record.inputs if tensor.name not in cached),
+        outputs=tuple(tensor for tensor in record.outputs if tensor.name not in cached),
+    )
+
+
+def nbytes(tensor: EngineTensor, shape: tuple[int, ...]) -> int:
+    """Bytes of the tensor at that shape."""
+    return math.prod(shape) * ITEM_BYTES[tensor.dtype]
+
+
+def _differences(found: tuple[EngineTensor, ...], expected: list[str], what: str) -> list[str]:
+    names = [tensor.name for tensor in found]
+    return [f"no {what} {name}" for name in expected if name not in names] + [
+        f"unknown {what} {name}" for name in names if name not in expected
+    ]
+
+
+def _is_dynamic(tensor: EngineTensor) -> bool:
+    return any(isinstance(axis, str) for axis in tensor.shape)
+
+
+def _shape(tensor: EngineTensor, sizes: Mapping[str, int]) -> tuple[int, ...]:
+    return tuple(sizes[axis] if isinstance(axis, str) else axis for axis in tensor.shape)
+
+
+def _words(sizes: Range, what: str) -> str:
+    if sizes.min == sizes.max:
+        return f"{sizes.max} {what}{'s' if sizes.max > 1 else ''}"
+    return f"{sizes.min} to {sizes.max} {what}s"

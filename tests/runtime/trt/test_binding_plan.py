@@ -1,0 +1,110 @@
+"""The binding plan: from an engine's record, against the bundle's signature."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+from engine_stand_ins import DECODE, PREFILL, SHARED, axes, record_of
+
+from doge_deploy.bundle import Bundle, open_bundle
+from doge_deploy.engine import EngineProfile, EngineTensor
+from doge_deploy.errors import BrokenBundleError, UsageError
+from doge_deploy.runtime.trt.plan import BindingPlan, make_plan, nbytes
+
+
+@pytest.fixture(scope="module")
+def bundle(tiny_bundle: Path) -> Bundle:
+    return open_bundle(tiny_bundle)
+
+
+def plan_of(bundle: Bundle, **changes: Any) -> BindingPlan:
+    return make_plan(record_of(bundle, **changes), bundle.layout("static").signature)
+
+
+def test_every_tensor_has_one_purpose(bundle: Bundle) -> None:
+    plan, signature = plan_of(bundle), bundle.layout("static").signature
+    planned = [*(tensor.name for tensor in plan.inputs), *(cache.past for cache in plan.caches)]
+    assert planned == [spec.name for spec in signature.inputs]
+    assert [*(tensor.name for tensor in plan.outputs), *(cache.present for cache in plan.caches)] == [
+        spec.name for spec in signature.outputs
+    ]
+
+
+def test_caches_are_planned_to_the_byte(bundle: Bundle) -> None:
+    plan, facts, slots = plan_of(bundle), bundle.manifest.facts, bundle.manifest.max_length
+    per_layer = facts.num_key_value_heads * slots * (2 * facts.head_dim + 1) * 4
+    assert plan.cache_bytes(3) == 3 * facts.num_hidden_layers * per_layer
+    assert plan.caches[0].shape(3) == (3, facts.num_key_value_heads, slots, facts.head_dim)
+
+
+def test_shapes_of_a_call(bundle: Bundle) -> None:
+    plan = plan_of(bundle)
+    shapes = plan.call_shapes(2, 5)
+    assert shapes["input_ids"] == (2, 5) and shapes["write_indices"] == (2,)
+    assert shapes["logits"] == (2, 5, bundle.manifest.facts.vocab_size)
+    inputs = plan.input_shapes(2, 5)
+    assert "logits" not in inputs and inputs[plan.caches[0].past] == plan.caches[0].shape(2)
+
+
+def test_the_engines_dtype_counts(bundle: Bundle) -> None:
+    narrow = EngineTensor(name="input_ids", dtype="int32", shape=("batch_size", "sequence_length"))
+    inputs = tuple(narrow if tensor.name == "input_ids" else tensor for tensor in record_of(bundle).inputs)
+    plan = plan_of(bundle, inputs=inputs)
+    assert nbytes(plan.inputs[0], (2, 5)) == math.prod((2, 5)) * 4
+
+
+@pytest.mark.parametrize(
+    ("profiles", "batch", "width", "index"),
+    [
+        ((PREFILL, DECODE), 1, 1, 1),
+        ((PREFILL, DECODE), 1, 2, 0),
+        ((PREFILL, DECODE), 4, 1, 1),
+        ((DECODE, PREFILL), 2, 512, 1),
+        ((SHARED,), 1, 1, 0),
+        ((SHARED,), 2, 512, 0),
+    ],
+)
+def test_profile(bundle: Bundle, profiles: tuple[EngineProfile, ...], batch: int, width: int, index: int) -> None:
+    assert plan_of(bundle, profiles=profiles).profile(batch, width) == index
+
+
+def test_a_call_that_no_profile_takes_is_told_what_one_would(bundle: Bundle) -> None:
+    plan = plan_of(bundle)
+    with pytest.raises(UsageError) as caught:
+        plan.profile(3, 7)
+    assert "no profile takes 3 rows of 7 tokens" in str(caught.value)
+    assert "built for 1 to 2 rows of 1 to 512 tokens or 1 to 4 rows of 1 token" in str(caught.value)
+    one = EngineProfile(name="shared", axes=axes((1, 1, 1), (1, 1, 8)))
+    assert "for 1 row of 1 to 8 tokens" in str(plan_of(bundle, profiles=(one,)).refusal(1, 9))
+    assert plan.refusal(4, 1) is None
+
+
+def without(tensors: tuple[EngineTensor, ...], name: str) -> tuple[EngineTensor, ...]:
+    return tuple(tensor for tensor in tensors if tensor.name != name)
+
+
+def test_a_record_that_does_not_belong_to_the_graph_is_refused(bundle: Bundle) -> None:
+    record = record_of(bundle)
+    other = EngineTensor(name="positions", dtype="int64", shape=("batch_size",))
+    narrow = EngineTensor(name="past_key_values.0.key", dtype="float8", shape=(1, 2, 3, 4))
+    aliases = {present: past for present, past in record.aliases.items() if present != "present.1.value"}
+    changes: dict[str, Any] = {
+        "inputs": (*without(without(record.inputs, "write_indices"), narrow.name), narrow, other),
+        "outputs": without(record.outputs, "logits"),
+        "aliases": aliases,
+    }
+    with pytest.raises(BrokenBundleError) as caught:
+        plan_of(bundle, **changes)
+    for words in (
+        "no input write_indices",
+        "unknown input positions",
+        "no output logits",
+        "past_key_values.0.key is [1, 2, 3, 4], the graph's",
+        "past_key_values.0.key is float8, must be one of",
+        "present.1.value is not written in place of past_key_values.1.value",
+        "build it again",
+    ):
+        assert words in str(caught.value)
