@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from doge_deploy.backends import Backend
 from doge_deploy.runtime.base import Runner
 
 Kind = Literal["bundle", "transformers", "naive"]
@@ -38,6 +39,8 @@ class Candidate:
     """Of a bundle."""
     portable: bool = False
     """Of a bundle: the standard graph, not the one lowered for ONNX Runtime."""
+    backend: Backend = "ort"
+    """Of a bundle: what runs it."""
     last_logits: bool = True
     """Whether a call gives logits of the last token alone."""
     num_layers: int | None = None
@@ -46,7 +49,8 @@ class Candidate:
 
 def import_libraries(candidate: Candidate) -> None:
     """Import what `open_candidate` needs, so that loading can be timed without it."""
-    for name in _LIBRARIES[candidate.kind]:
+    names = _LIBRARIES[candidate.kind] if candidate.backend == "ort" else ("doge_deploy.runtime.trt",)
+    for name in names:
         importlib.import_module(name)
 
 
@@ -58,10 +62,12 @@ def open_candidate(candidate: Candidate, threads: int) -> Runner:
     """
     if candidate.kind == "bundle":
         from doge_deploy.bundle import open_bundle
-        from doge_deploy.runtime.ort import open_runner
+        from doge_deploy.runtime.backend import open_backend
 
         bundle = open_bundle(candidate.path, check="quick")
-        return open_runner(bundle, candidate.layout, threads=threads, portable=candidate.portable)
+        if candidate.backend != "ort":
+            return open_backend(bundle, candidate.backend)
+        return open_backend(bundle, layout=candidate.layout, threads=threads, portable=candidate.portable)
     if candidate.kind == "transformers":
         from doge_deploy.bench.peers.eager import open_eager
 

@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from time import sleep
 
+from doge_deploy.backends import Backend
 from doge_deploy.bench.candidates import Candidate
 from doge_deploy.bench.machine import available_cpus, this_machine
 from doge_deploy.bench.measure import RoundTimes
@@ -46,6 +47,8 @@ class BenchOptions:
     """Of every bundle; its first where empty."""
     portable: bool = False
     """The standard graph of a lowered layout too, as one more candidate."""
+    backends: tuple[Backend, ...] = ("ort",)
+    """What runs every bundle, each as a candidate of its own."""
     against: tuple[str, ...] = ()
     """Of `PEERS`."""
     reference: str | None = None
@@ -125,11 +128,12 @@ def _bundle_candidates(bundles: Sequence[Bundle], options: BenchOptions) -> dict
     candidates: dict[Candidate, Bundle] = {}
     for bundle, name in zip(bundles, names, strict=True):
         manifest = bundle.manifest
-        for layout, portable in _graphs(bundle, options):
+        for backend, layout, portable in _graphs(bundle, options):
             parts = [
                 name if unique else str(bundle.path),
-                *([layout] if len(options.layouts) > 1 else []),
+                *([layout] if len(options.layouts) > 1 and backend == "ort" else []),
                 *(["portable"] if portable else []),
+                *([backend] if backend != "ort" else []),
             ]
             candidate = Candidate(
                 name=" ".join(parts),
@@ -140,6 +144,7 @@ def _bundle_candidates(bundles: Sequence[Bundle], options: BenchOptions) -> dict
                 vocab_size=manifest.facts.vocab_size,
                 layout=layout,
                 portable=portable,
+                backend=backend,
                 last_logits=manifest.options["logits"] == "last",
             )
             if candidate in candidates:
@@ -148,15 +153,26 @@ def _bundle_candidates(bundles: Sequence[Bundle], options: BenchOptions) -> dict
     return candidates
 
 
-def _graphs(bundle: Bundle, options: BenchOptions) -> Iterator[tuple[str, bool]]:
-    """Layout, and whether its standard graph is meant where there is another one."""
+def _graphs(bundle: Bundle, options: BenchOptions) -> Iterator[tuple[Backend, str, bool]]:
+    """Backend, layout, and whether the layout's standard graph is meant where there is another one.
+
+    Raises:
+        UsageError: there is no such layout, or no engine for a backend.
+    """
     from doge_deploy.runtime.ort import graph_file
 
-    for name in options.layouts or (None,):
-        layout = bundle.layout(name)
-        yield layout.signature.layout, False
-        if options.portable and graph_file(layout) != layout.file:
-            yield layout.signature.layout, True
+    for backend in options.backends:
+        if backend != "ort":
+            from doge_deploy.runtime.trt.product import engines_for
+
+            engines_for(bundle, backend)
+            yield backend, "static", False
+            continue
+        for name in options.layouts or (None,):
+            layout = bundle.layout(name)
+            yield backend, layout.signature.layout, False
+            if options.portable and graph_file(layout) != layout.file:
+                yield backend, layout.signature.layout, True
 
 
 def _check_lengths(candidates: Sequence[Candidate], workloads: Sequence[Workload]) -> None:

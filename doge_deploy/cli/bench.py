@@ -9,6 +9,8 @@ from typing import Any
 
 import click
 
+from doge_deploy.backends import BACKENDS
+
 
 def _numbers(minimum: int) -> Callable[[click.Context, click.Parameter, tuple[str, ...]], tuple[int, ...]]:
     """A repeatable option of whole numbers, which may also be given as `1,2,3`."""
@@ -86,6 +88,14 @@ def _parts(values: tuple[str, ...]) -> list[str]:
 @click.option("--threads", type=click.IntRange(min=1), metavar="N", help="Of every candidate; default: all CPUs.")
 @click.option("--layout", "layouts", multiple=True, metavar="static|growing", help="Default: the first; repeatable.")
 @click.option("--portable", is_flag=True, help="Also time the standard graph, beside the one lowered for ONNX Runtime.")
+@click.option(
+    "--backend",
+    "backends",
+    multiple=True,
+    type=click.Choice(BACKENDS),
+    default=("ort",),
+    help="What runs each bundle; repeatable, each is a candidate.  [default: ort]",
+)
 @click.option(
     "--against",
     multiple=True,

@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import golden_legacy
 import pytest
 from bundles import make_bundle
+from engine_stand_ins import record_of
 
 from doge_deploy.bench import run as bench_run
+from doge_deploy.bench.candidates import Candidate, import_libraries, open_candidate
 from doge_deploy.bench.files import write_json
 from doge_deploy.bench.measure import PREFILLS
 from doge_deploy.bench.report import figures, ratios, to_json
 from doge_deploy.bench.roofline import SWEEPS
 from doge_deploy.bench.run import BenchOptions, bench
+from doge_deploy.bundle import Bundle, open_bundle
 from doge_deploy.errors import UsageError
+from doge_deploy.runtime import backend
 
 Asked = tuple[int, str, str]
 """Number of the process, whom it holds, what it was asked."""
@@ -86,6 +91,33 @@ def test_candidates_and_the_probe_take_turns_in_every_round(tiny_bundle: Path, s
 def test_the_standard_graph_is_a_candidate_of_its_own(tiny_bundle: Path, scripted: type[ScriptedProcess]) -> None:
     report = bench([tiny_bundle], BenchOptions((16,), decode_steps=4, rounds=2, loads=1, portable=True))
     assert [(c.name, c.portable) for c in report.candidates] == [("doge-tiny", False), ("doge-tiny portable", True)]
+
+
+def test_an_engine_is_a_candidate_of_its_own(
+    tiny_bundle: Path, scripted: type[ScriptedProcess], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened = open_bundle(tiny_bundle)
+    engines = {"one": record_of(opened)}
+    built = Bundle(opened.path, replace(opened.manifest, engines=engines))
+    monkeypatch.setattr(bench_run, "open_bundle", lambda path, **options: built)
+    report = bench([tiny_bundle], BenchOptions((16,), decode_steps=4, rounds=2, loads=1, backends=("ort", "trt-rtx")))
+    named = [(c.name, c.backend, c.layout) for c in report.candidates]
+    assert named == [("doge-tiny", "ort", "static"), ("doge-tiny trt-rtx", "trt-rtx", "static")]
+
+
+def test_an_engine_must_have_been_built(tiny_bundle: Path, scripted: type[ScriptedProcess]) -> None:
+    with pytest.raises(UsageError, match=r"has no trt engine; make one with `doge-deploy build"):
+        bench([tiny_bundle], BenchOptions(backends=("trt",)))
+
+
+def test_an_engine_is_opened_by_its_backend(tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+    monkeypatch.setattr(backend, "open_backend", lambda bundle, *names, **options: asked.append((names, options)))
+    candidate = Candidate("x", "bundle", str(tiny_bundle), "float32", 512, 1024, layout="static", backend="trt-rtx")
+    import_libraries(candidate)
+    open_candidate(candidate, threads=3)
+    open_candidate(replace(candidate, backend="ort"), threads=3)
+    assert asked == [(("trt-rtx",), {}), ((), {"layout": "static", "threads": 3, "portable": False})]
 
 
 def test_load_and_memory_are_of_fresh_processes_one_alive_at_a_time(
