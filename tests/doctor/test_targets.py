@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from machines import GIB, machine, orin_machine, rtx_machine
+from pretend_machines import GIB, machine, orin_machine, rtx_machine
 
 from doge_deploy.doctor.machine import Gpu, Machine
 from doge_deploy.doctor.targets import Target, targets

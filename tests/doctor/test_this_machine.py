@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from machines import GIB, machine, orin_machine, rtx_machine
+from pretend_machines import GIB, machine, orin_machine, rtx_machine
 
 from doge_deploy.doctor.machine import Gpu, this_machine
 

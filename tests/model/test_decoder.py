@@ -42,7 +42,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
 }
 
 
-def ours(reference: DogeForCausalLM, kind: type[Doge], **options: Any) -> CausalLM:
+def ours(reference: DogeForCausalLM, kind: type[Doge], **options: Any) -> Doge:
     """Our model with the weights of transformers' one."""
     config = reference.config.to_dict()
     facts = DogeFacts.from_config({**config, "architectures": None})
