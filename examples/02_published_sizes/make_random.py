@@ -71,9 +71,32 @@ def make_model(config: DogeConfig, seed: int) -> DogeForCausalLM:
 @click.option("--dtype", type=click.Choice(["float32", "bfloat16", "float16"]), default="float32", show_default=True)
 @click.option("--seed", type=int, default=0, show_default=True)
 @click.option("--window", type=click.IntRange(min=1), help="keep_window_size; the recipes leave it at 2048.")
-def main(size: str, output: Path, dtype: str, seed: int, window: int | None) -> None:
+@click.option("--length", type=click.IntRange(min=1), help="Longest text; the recipes have 2048.")
+@click.option("--experts", type=(click.IntRange(min=1), click.IntRange(min=1)), metavar="E K", help="Of a mixture.")
+def main(
+    size: str,
+    output: Path,
+    dtype: str,
+    seed: int,
+    window: int | None,
+    length: int | None,
+    experts: tuple[int, int] | None,
+) -> None:
     """Write a random checkpoint of SIZE to OUTPUT."""
-    config = make_config(size, **({"keep_window_size": window} if window else {}))
+    changes: dict[str, Any] = {}
+    if window:
+        changes["keep_window_size"] = window
+    if length:
+        rope = {
+            "rope_type": "dynamic",
+            "rope_theta": 10000.0,
+            "factor": 4.0,
+            "original_max_position_embeddings": length,
+        }
+        changes |= {"max_position_embeddings": length, "rope_parameters": rope}
+    if experts:
+        changes |= {"is_moe": True, "num_experts": experts[0], "num_experts_per_tok": experts[1]}
+    config = make_config(size, **changes)
     model = make_model(config, seed).to(getattr(torch, dtype))
     model.save_pretrained(output)
     click.echo(f"{output}: {size}, {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters")
