@@ -1,6 +1,7 @@
 """Bytes that one decode step must read from memory, computed from what a bundle stores.
 
-Weights are read once, whatever the batch. Of a lookup table only the rows that are looked up: one embedding row per
+Weights are read once, whatever the batch, in the form in which they are stored: of quantized ones numbers, scales and
+the zero points that are not constant. Of a lookup table only the rows that are looked up: one embedding row per
 row of the batch, one row of each RoPE table, the k routed experts. A tied embedding is the head too, and as that it is
 read whole. Of the caches what attention needs: every score, and keys and values of the keys that stay.
 
@@ -24,6 +25,8 @@ WEIGHTS_FILE = "weights.safetensors"
 
 _ROPE_TABLES = ("rope_cos", "rope_sin")
 _EXPERT_TABLES = (".down_embed.", ".up_embed.")
+_SHARED_ZERO_POINTS = "zero_point."
+"""Begin the names of zero points of symmetric quantization: constants, which nobody has to read."""
 
 
 @dataclass(frozen=True)
@@ -52,6 +55,8 @@ def read_bytes(name: str, rows: int, nbytes: int, facts: DogeFacts, batch_size: 
     """How much of a stored tensor of `rows` rows and `nbytes` bytes a decode step must read."""
     if name in _ROPE_TABLES:
         return nbytes // rows
+    if name.startswith(_SHARED_ZERO_POINTS):
+        return 0
     if name.startswith(EMBEDDING) and not facts.tie_word_embeddings:
         return nbytes // rows * min(batch_size, rows)
     if any(table in name for table in _EXPERT_TABLES):

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from bundles import make_bundle
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import DynamicCache
 
@@ -108,3 +109,18 @@ def test_above_the_window_only_kept_keys_are_read(tiny_bundle: Path) -> None:
         for keys in (window, window + 7)
     )
     assert above - at == heads * 7 * facts.head_dim * 4, "seven more values, to compute their scores from"
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_quantized_weights_count_as_they_are_stored(bits: int, tmp_path: Path) -> None:
+    bundle = open_bundle(make_bundle("doge-tiny-moe", tmp_path / "bundle", quantize=f"int{bits}", num_layers=1))
+    facts = bundle.manifest.facts
+    hidden, heads, kv_heads = facts.hidden_size, facts.num_attention_heads, facts.num_key_value_heads
+    width, kv_width = heads * facts.head_dim, kv_heads * facts.head_dim
+    linears = hidden * (2 * width + 2 * kv_width + 3 * facts.intermediate_size + facts.vocab_size)
+    experts = 2 * facts.num_experts_per_tok * hidden
+    kept = 2 * facts.num_keys * hidden + kv_width * kv_heads + kv_heads  # router, dt_proj, A
+    vectors = 5 * hidden + 2 * facts.head_dim  # three norms, two residual scales; norms of queries and keys
+    numbers = linears + experts
+    expected = numbers * bits // 8 + numbers // 32 * 4 + (kept + vectors) * 4 + rope_rows(bundle)
+    assert decode_traffic(bundle, bundle.layout(), batch_size=1, keys=10).weight_bytes == expected
