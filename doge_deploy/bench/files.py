@@ -26,7 +26,7 @@ def write_json(report: Report, path: Path) -> None:
     """
     aside = path.with_name(f".{path.name}.partial")
     try:
-        aside.write_text(json.dumps(to_json(report), indent=1) + "\n", encoding="utf-8")
+        aside.write_text(json.dumps(to_json(report)) + "\n", encoding="utf-8")
         aside.rename(path)
     except OSError as error:
         aside.unlink(missing_ok=True)

@@ -162,22 +162,24 @@ def ratios(own: Measurements, other: Measurements) -> dict[str, Ratio]:
 
 
 def bandwidths(result: WorkloadResult) -> list[float]:
-    """Bytes per second of every read of the probe."""
-    return [result.probe_bytes / sweep * 1e9 for sweeps in result.sweeps_ns for sweep in sweeps]
+    """Bytes per second that the probe reached, one per round: of its best read, the figure that STREAM reports.
+
+    A roofline is what can be reached; whatever disturbs a read makes it look lower and a share look better.
+    """
+    return [result.probe_bytes / min(sweeps) * 1e9 for sweeps in result.sweeps_ns]
 
 
 def roofline_shares(result: WorkloadResult, found: Measurements) -> list[float] | None:
     """Share of the memory bandwidth that decode reaches, one per round; None where it was not measured.
 
-    Of a round: bytes that must be read over the median time of a step, over the median bandwidth of that round.
+    Of a round: bytes that must be read over the median time of a step, over the bandwidth of that round.
     """
     if found.traffic is None or not result.sweeps_ns or not found.rounds:
         return None
-    shares = []
-    for sweeps, times in zip(result.sweeps_ns, found.rounds, strict=True):
-        bandwidth = result.probe_bytes / median(sweeps)
-        shares.append(found.traffic.total_bytes / median(times.decode_ns) / bandwidth)
-    return shares
+    return [
+        found.traffic.total_bytes / median(times.decode_ns) * 1e9 / bandwidth
+        for bandwidth, times in zip(bandwidths(result), found.rounds, strict=True)
+    ]
 
 
 def equal_tokens(own: Measurements, other: Measurements) -> tuple[int, int]:

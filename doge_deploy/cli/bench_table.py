@@ -124,8 +124,8 @@ def _notes(report: Report, result: WorkloadResult) -> list[str]:
     if result.sweeps_ns:
         measured = [value / 1e9 for value in bandwidths(result)]
         lines.append(
-            f"memory bandwidth: {median(measured):.1f} GB/s ({min(measured):.1f} to {max(measured):.1f}), read by "
-            f"{report.settings.threads} threads"
+            f"memory bandwidth: {median(measured):.1f} GB/s ({min(measured):.1f} to {max(measured):.1f}), best "
+            f"read of a round by {report.settings.threads} threads"
         )
         lines += [_roofline_line(report, result, found) for found in result.measurements if found.traffic is not None]
     others = neighbours(result)

@@ -49,7 +49,11 @@ ROWS = {
     "20M-prefill": Row(("20M",), _ALL, _PREFILL, tokenizer=True),
     "60M-prefill": Row(("60M",), _ALL, _PREFILL),
     "20M-MoE-16384-prefill": Row(("20M-MoE", "--experts", "16384", "64"), ("fp32",), _PREFILL),
-    "20M-w512": Row(("20M", "--window", "512", "--length", "8320"), ("fp32",), ("--past-length", "864,8032")),
+    "20M-w512": Row(
+        ("20M", "--window", "512", "--length", "8320"),
+        ("fp32",),
+        ("--past-length", "864,8032", "--rounds", "4", "--loads", "1"),
+    ),
 }
 """The last one decodes over about 1024 and 8192 keys, of which 512 are kept."""
 

@@ -74,8 +74,8 @@ def test_tokens_per_second_count_the_whole_batch() -> None:
 def test_the_share_of_the_roofline_is_taken_within_a_round() -> None:
     found = Measurements("own", [], [RoundTimes([1], [10, 10], None), RoundTimes([1], [20, 20], None)])
     found.traffic = Traffic(weight_bytes=60, cache_bytes=20)
-    result = WorkloadResult(WORKLOAD, [found], sweeps_ns=[[100], [50]], probe_bytes=1000)
-    # 80 bytes in 10 ns is 8 GB/s of 10 GB/s; then 4 GB/s of 20 GB/s
+    result = WorkloadResult(WORKLOAD, [found], sweeps_ns=[[300, 100], [50, 60]], probe_bytes=1000)
+    # 80 bytes in 10 ns is 8 GB/s of 10 GB/s, the best of the round; then 4 GB/s of 20 GB/s
     assert roofline_shares(result, found) == pytest.approx([0.8, 0.2])
 
 
