@@ -16,7 +16,6 @@ from doge_deploy.bench.peers.eager import load_model
 from doge_deploy.bench.traffic import WEIGHTS_FILE, decode_traffic, stored_tensors
 from doge_deploy.bundle import Bundle, open_bundle
 from doge_deploy.checkpoint import open_checkpoint
-from doge_deploy.options import ExportOptions
 
 
 class ReadBytes(TorchDispatchMode):
@@ -112,7 +111,6 @@ def test_above_the_window_only_kept_keys_are_read(tiny_bundle: Path) -> None:
     assert above - at == heads * 7 * facts.head_dim * 4, "seven more values, to compute their scores from"
 
 
-@pytest.mark.skipif("quantize" not in ExportOptions.model_fields, reason="export cannot quantize here")
 @pytest.mark.parametrize("bits", [8, 4])
 def test_quantized_weights_count_as_they_are_stored(bits: int, tmp_path: Path) -> None:
     bundle = open_bundle(make_bundle("doge-tiny-moe", tmp_path / "bundle", quantize=f"int{bits}", num_layers=1))
