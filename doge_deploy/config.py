@@ -20,7 +20,7 @@ from doge_deploy.config_keys import (
     key_findings,
 )
 from doge_deploy.errors import UnsupportedModelError
-from doge_deploy.findings import join_findings
+from doge_deploy.findings import join_findings, shortened
 from doge_deploy.revisions import REVISIONS, TRANSFORMERS
 from doge_deploy.rope_config import STATEFUL_TYPES, read_rope
 
@@ -185,12 +185,12 @@ def check_model_type(config: Mapping[str, Any], source: str = "config.json") -> 
     """
     model_type = config.get("model_type")
     if model_type != "doge":
-        raise UnsupportedModelError(f"{source}: model_type={model_type!r}: not a Doge; must be 'doge'")
+        raise UnsupportedModelError(shortened(f"{source}: model_type={model_type!r}: not a Doge; must be 'doge'"))
     architectures = config.get("architectures")
     if architectures is None or architectures in [[name] for name in TASKS]:
         return
     legal = ", ".join(f"['{name}']" for name in TASKS)
-    raise UnsupportedModelError(f"{source}: architectures={architectures!r}: must be one of {legal}")
+    raise UnsupportedModelError(shortened(f"{source}: architectures={architectures!r}: must be one of {legal}"))
 
 
 def _read_sizes(reader: ConfigReader) -> dict[str, Any]:

@@ -86,6 +86,9 @@ TRAINED_ACTIVATIONS = frozenset({"prelu", "xielu"})
 
 DTYPES = ("float32", "float16", "bfloat16")
 
+MAX_SIZE = 2**31 - 1
+"""Of anything counted. No Doge comes near it, and arithmetic with sizes stays within 64 bits."""
+
 
 def legacy_keys(config: Mapping[str, Any]) -> list[str]:
     """Keys of the original SmallDoge code that `config` has, sorted."""
@@ -137,10 +140,13 @@ class ConfigReader:
     def size(self, key: str, default: int) -> int:
         """A whole number of at least 1."""
         value = self.config.get(key, default)
-        if is_integer(value) and value >= 1:
-            return int(value)
-        self.note(key, "a whole number >= 1")
-        return default
+        if not is_integer(value) or value < 1:
+            self.note(key, "a whole number >= 1")
+            return default
+        if value > MAX_SIZE:
+            self.note(key, f"at most {MAX_SIZE}")
+            return default
+        return int(value)
 
     def flag(self, key: str, default: bool = False) -> bool:
         value = self.config.get(key, default)

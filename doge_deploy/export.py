@@ -14,8 +14,8 @@ from doge_deploy import __version__
 from doge_deploy.bundle import Layout, Lowered, Manifest, file_entries, write_manifest, writing_bundle
 from doge_deploy.checkpoint import Checkpoint, check_finite, check_score_range, open_checkpoint
 from doge_deploy.config import TASKS, DogeFacts
-from doge_deploy.errors import MissingDependencyError, UsageError
-from doge_deploy.genai_config import GENAI_CONFIG, genai_config, write_genai_config
+from doge_deploy.errors import MissingDependencyError, UnsupportedModelError, UsageError
+from doge_deploy.genai_config import GENAI_CONFIG, follows_convention, genai_config, write_genai_config
 from doge_deploy.options import ExportOptions
 from doge_deploy.revisions import REVISIONS
 from doge_deploy.signature import LAYOUTS, UNCACHED, make_signature, uncached_signature, windowed
@@ -62,6 +62,7 @@ def export(model: str, output: Path, options: ExportOptions, *, force: bool, pro
         facts = checkpoint.facts
         check_task(facts, options, model)
         max_length = resolve_max_length(facts, options.max_length)
+        check_positions(max_length)
         warnings = tuple(check_score_range(checkpoint, DTYPES[options.dtype]))
         check_finite(checkpoint, dtype=DTYPES[options.dtype])
         advance(1)
@@ -69,7 +70,7 @@ def export(model: str, output: Path, options: ExportOptions, *, force: bool, pro
         for file in checkpoint.companion_files:
             shutil.copyfile(file, directory / file.name)
         # onnxruntime-genai knows neither a cache that slides nor an input for what RoPE remembers
-        if "growing" in layouts and not (facts.sliding_window or facts.rope_remembers(max_length)):
+        if "growing" in layouts and follows_convention(layouts["growing"].signature):
             document = genai_config(
                 facts, layouts["growing"], max_length=max_length, generation_config=checkpoint.generation_config
             )
@@ -128,6 +129,19 @@ def resolve_max_length(facts: DogeFacts, asked: int | None) -> int:
         return asked
     limit = facts.stateless_length
     return facts.max_position_embeddings if limit is None else min(limit, facts.max_position_embeddings)
+
+
+MAX_POSITIONS = 2**24
+"""float32 holds every whole number up to here; angles are computed from positions in float32."""
+
+
+def check_positions(max_length: int) -> None:
+    """Raises UnsupportedModelError where a bundle of so many positions would have wrong angles."""
+    if max_length > MAX_POSITIONS:
+        raise UnsupportedModelError(
+            f"max_length={max_length}: positions beyond {MAX_POSITIONS} are no float32 numbers; give --max-length "
+            f"{MAX_POSITIONS} or less"
+        )
 
 
 def _write_graphs(

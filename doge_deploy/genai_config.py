@@ -12,12 +12,27 @@ from typing import Any
 
 from doge_deploy.bundle import Layout
 from doge_deploy.config import DogeFacts
-from doge_deploy.signature import past_name, present_name
+from doge_deploy.signature import TOTAL, Signature, past_name, present_name
 
 GENAI_CONFIG = "genai_config.json"
 
 _SEARCH = {"do_sample": False, "temperature": 1.0, "top_k": 50, "top_p": 1.0, "repetition_penalty": 1.0}
 """Settings that transformers and onnxruntime-genai share, with transformers' defaults."""
+
+
+def follows_convention(signature: Signature) -> bool:
+    """Whether a growing graph has the inputs and outputs that Hugging Face tools know, and no others.
+
+    They feed ids, mask, positions and the past; they expect logits, and a present as long as past and call together.
+    """
+    caches = list(signature.past())
+    inputs = {spec.name for spec in signature.inputs} - {past.name for past, _ in caches}
+    outputs = {spec.name for spec in signature.outputs} - {present.name for _, present in caches}
+    return (
+        inputs == {"input_ids", "attention_mask", "position_ids"}
+        and outputs == {"logits"}
+        and all(present.shape[2] == TOTAL for _, present in caches)
+    )
 
 
 def genai_config(

@@ -110,6 +110,14 @@ def header(edit: Callable[[dict[str, Any]], object]) -> Damage:
     return damage
 
 
+def name_twice(path: Path) -> None:
+    """A header in which one name stands for two tensors."""
+    content = (path / WEIGHTS).read_bytes()
+    end = 8 + int.from_bytes(content[:8], "little")
+    text = content[8:end].replace(b'"model.layers.0.input_residual"', b'"model.norm.weight"')
+    (path / WEIGHTS).write_bytes(len(text).to_bytes(8, "little") + text + content[end:])
+
+
 def both(*damages: Damage) -> Damage:
     def damage(path: Path) -> None:
         for each in damages:
@@ -250,7 +258,38 @@ BROKEN: dict[str, Broken] = {
     "config-not-text": Broken(lambda path: (path / "config.json").write_bytes(b"\xff") and None, ("not JSON",)),
     "config-empty-object": Broken(text("config.json", "{}"), ("model_type=None: not a Doge",)),
     "generation-config-not-json": Broken(text("generation_config.json", "{"), ("generation_config.json: not JSON",)),
+    "config-a-directory": Broken(
+        both(remove("config.json"), lambda path: (path / "config.json").mkdir()), ("config.json: cannot be read",)
+    ),
+    "config-of-nested-lists": Broken(text("config.json", "[" * 100_000), ("config.json: not JSON",)),
+    "config-with-a-key-twice": Broken(
+        text("config.json", '{"model_type": "doge", "hidden_size": 32, "hidden_size": 64}'),
+        ("config.json: key 'hidden_size' stands twice",),
+    ),
     # what the config says
+    "a-flag-as-text": Broken(config(tie_word_embeddings="true"), ("tie_word_embeddings='true': must be true or",)),
+    "a-size-as-text": Broken(config(vocab_size="64"), ("vocab_size='64': must be a whole number >= 1",)),
+    "a-size-with-a-fraction": Broken(config(num_hidden_layers=2.0), ("num_hidden_layers=2.0: must be a whole number",)),
+    "a-size-as-a-flag": Broken(config(num_attention_heads=True), ("num_attention_heads=True: must be a whole number",)),
+    "zero-heads": Broken(config(num_attention_heads=0), ("num_attention_heads=0: must be a whole number >= 1",)),
+    "a-size-beyond-reason": Broken(config(keep_window_size=10**40), ("000: must be at most 2147483647",)),
+    "more-positions-than-float32": Broken(
+        config(max_position_embeddings=2**24 + 1), ("max_length=16777217: positions beyond 16777216",)
+    ),
+    "negative-eps": Broken(config(rms_norm_eps=-1e-6), ("rms_norm_eps=-1e-06: must be a finite number >= 0",)),
+    "end-token-outside": Broken(config(eos_token_id=[1, 64]), ("eos_token_id=[1, 64]", "vocab_size-1 = 63")),
+    "theta-not-a-number": Broken(config(rope_theta=math.nan, rope_parameters=None), ("rope_theta=nan: must be",)),
+    "rope-of-no-type": Broken(config(rope_parameters={"rope_type": "spiral"}), ("rope_type='spiral': must be one of",)),
+    "longrope-of-odd-length": Broken(
+        config(rope_parameters={"rope_type": "longrope", "short_factor": [1.0], "long_factor": [1.0] * 4}),
+        ("short_factor has 1 numbers: must be head_dim/2 = 4",),
+    ),
+    "quantized": Broken(config(quantization_config={"bits": 4}), ("quantization_config={'bits': 4}: quantized",)),
+    "an-endless-value": Broken(config(hidden_act="silu" * 9999), ("hidden_act='silusilu", "[...]", "tanh")),
+    "many-wrong-at-once": Broken(
+        config(hidden_size=-1, rms_norm_eps=None, hidden_act="silly", num_experts=0),
+        ("hidden_size=-1", "rms_norm_eps=None", "hidden_act='silly'", "num_experts=0"),
+    ),
     "other-model": Broken(config(model_type="llama"), ("model_type='llama': not a Doge; must be 'doge'",)),
     "sequence-classifier": Broken(
         config(architectures=["DogeForSequenceClassification"]), ("1 missing: score.weight",)
@@ -399,6 +438,12 @@ BROKEN: dict[str, Broken] = {
     ),
     "legacy-tensor-missing": Broken(both(legacy, drop(LAYER + "self_attn.A")), ("1 missing: " + LAYER,)),
     # files of weights
+    "weights-a-directory": Broken(both(remove(WEIGHTS), lambda path: (path / WEIGHTS).mkdir()), ("cannot be read",)),
+    "tensor-named-twice": Broken(name_twice, ("damaged header: key 'model.norm.weight' stands twice",)),
+    "infinite-score": Broken(
+        both(poison(LAYER + "self_attn.A", 1e30), put(LAYER + "self_attn.dt_proj.weight", lambda value: value * 0)),
+        ("the dynamic mask's score overflows float32", "layer 1 head 0"),
+    ),
     "no-weights": Broken(remove(WEIGHTS), ("no weights; must hold model.safetensors",)),
     "only-a-pickle": Broken(pickled, ("weights are a pickle, which is never loaded", "pytorch_model.bin")),
     "truncated-data": Broken(truncate(WEIGHTS, -100), ("model.safetensors: truncated:", "bytes expected,")),
@@ -493,17 +538,15 @@ def make_broken(name: str, bases: dict[str, Path], directory: Path) -> Path:
 
 
 def main(out: Path) -> None:
-    """Make all of them below `out`, and print what is said about each."""
-    from doge_deploy.checkpoint import check_finite, open_checkpoint
-    from doge_deploy.errors import DogeDeployError
+    """Make all of them below `out`, and print what `doge-deploy export` says about each."""
+    from doge_deploy.cli.main import run_command
 
     bases = make_bases(out / "sound")
     for name in BROKEN:
-        try:
-            check_finite(open_checkpoint(str(make_broken(name, bases, out / name))))
-            print(f"{name}: NOT REFUSED")
-        except DogeDeployError as error:
-            print(f"{name} ({error.exit_code}): {error}")
+        path = make_broken(name, bases, out / name)
+        print(f"\n{name}", flush=True)
+        code = run_command(["export", str(path), "-o", str(out / "bundle")])
+        print(f"exit code {code}", flush=True)
 
 
 if __name__ == "__main__":

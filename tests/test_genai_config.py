@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,8 @@ from random_doge import SMALL
 
 from doge_deploy.bundle import Layout, open_bundle
 from doge_deploy.config import DogeFacts
-from doge_deploy.genai_config import genai_config
-from doge_deploy.signature import make_signature
+from doge_deploy.genai_config import follows_convention, genai_config
+from doge_deploy.signature import TensorSpec, make_signature
 
 FACTS = DogeFacts.from_config({**SMALL, "model_type": "doge"})
 
@@ -77,6 +78,19 @@ def test_it_is_in_bundles_with_a_growing_graph(tiny_bundle: Path) -> None:
     written = json.loads((tiny_bundle / "genai_config.json").read_text())
     assert written["model"]["decoder"]["filename"] == open_bundle(tiny_bundle).layout("growing").file
     assert "genai_config.json" in open_bundle(tiny_bundle).manifest.files
+
+
+def test_graphs_beyond_the_convention_are_told_apart() -> None:
+    signature = make_signature(FACTS, "growing", dtype="float32", max_length=48, last_logits=True)
+    assert follows_convention(signature)
+    state = TensorSpec("past_state", "int64", (1,))
+    assert not follows_convention(replace(signature, inputs=(*signature.inputs, state)))
+    assert not follows_convention(replace(signature, outputs=(*signature.outputs, state)))
+    short = [
+        replace(spec, shape=(*spec.shape[:2], "kept", *spec.shape[3:])) if spec.name.startswith("present.") else spec
+        for spec in signature.outputs
+    ]
+    assert not follows_convention(replace(signature, outputs=tuple(short)))
 
 
 def test_it_is_in_no_other(dense_doge: Path, tmp_path: Path) -> None:

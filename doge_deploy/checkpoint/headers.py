@@ -103,7 +103,9 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
 
 def _parse_header(path: Path, text: bytes) -> dict[str, Any]:
     try:
-        header = json.loads(text)
+        header = json.loads(text, object_pairs_hook=_unique)
+    except _DuplicateKeyError as error:
+        raise UnsupportedModelError(f"{path}: damaged header: {error}") from None
     except (ValueError, RecursionError):
         raise UnsupportedModelError(f"{path}: not a safetensors file: its header is not JSON") from None
     if not isinstance(header, dict):
@@ -177,6 +179,19 @@ def _read_weight_map(index: Path) -> dict[str, str]:
     return weight_map
 
 
+class _DuplicateKeyError(ValueError):
+    """Of two equal keys Python, like most readers, lets the last one win without a word."""
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    result = dict(pairs)
+    if len(result) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise _DuplicateKeyError(f"key {twice!r} stands twice")
+    return result
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object.
 
@@ -184,7 +199,7 @@ def read_json(path: Path) -> dict[str, Any]:
         UnsupportedModelError: the file is missing, unreadable, not JSON, or not an object.
     """
     try:
-        document = json.loads(path.read_text(encoding="utf-8"))
+        document = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_unique)
     except FileNotFoundError:
         raise UnsupportedModelError(f"{path}: missing") from None
     except OSError as error:
@@ -193,6 +208,8 @@ def read_json(path: Path) -> dict[str, Any]:
         raise UnsupportedModelError(
             f"{path}: not JSON: {error.msg} at line {error.lineno} column {error.colno}"
         ) from None
+    except _DuplicateKeyError as error:
+        raise UnsupportedModelError(f"{path}: {error}") from None
     except (ValueError, RecursionError) as error:
         raise UnsupportedModelError(f"{path}: not JSON: {' '.join(str(error).split())}") from None
     if not isinstance(document, dict):

@@ -6,14 +6,17 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import onnx_ir as ir
 import pytest
 import torch
 from broken_checkpoints import legacy, tensors
+from bundles import broken_copy, make_bundle
 from golden_legacy import REVISIONS, TOLERANCE, Golden
 from random_doge import save_random_doge
 from transformers import DogeForCausalLM, DynamicCache
 
 from doge_deploy.checkpoint import open_checkpoint
+from doge_deploy.cli.main import run_command
 from doge_deploy.verify.reference import Reference, ReferenceRows
 
 
@@ -80,3 +83,23 @@ def test_biases(tmp_path: Path) -> None:
         expected = model(torch.from_numpy(ids), past_key_values=DynamicCache()).logits.numpy()
     found = run(reference, ReferenceRows(reference, 1, "right"), ids)
     assert np.abs(found - expected).max() < 1e-6 * np.abs(expected).max()
+
+
+def swap_score_heads(model: ir.Model) -> None:
+    """Give each query head the score of its neighbour, as a lowering that maps heads wrongly would."""
+    function = next(function for function in model.functions.values() if function.name == "DynamicMaskAttention")
+    transpose = next(node for node in function if node.op_type == "Transpose")
+    heads = ir.node("Constant", [], {"value_ints": [1, 0, 3, 2]})
+    gather = ir.node("Gather", [transpose.outputs[0], heads.outputs[0]], {"axis": 1})
+    users = [(use.node, use.idx) for use in transpose.outputs[0].uses() if use.node is not gather]
+    function.insert_after(transpose, [heads, gather])
+    for node, index in users:
+        node.replace_input_with(index, gather.outputs[0])
+
+
+def test_verify_finds_score_heads_that_are_swapped(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    golden = Golden("dense")
+    sound = make_bundle(golden.path, tmp_path / "sound", kv_cache=("growing",))
+    wrong = broken_copy(sound, tmp_path / "wrong", graph=swap_score_heads)
+    assert run_command(["verify", str(wrong), "--reference", str(golden.path), "--greedy-steps", "4"]) == 1
+    assert "does not compute what the reference of legacy Doges (2025-08) computes" in capsys.readouterr().err
