@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tokenizers
 from broken_checkpoints import legacy
 from bundles import make_bundle
 from golden_legacy import REVISIONS, TOLERANCE, Golden
@@ -135,3 +136,36 @@ def test_the_same_commands_as_for_any_other(
         texts.append(capsys.readouterr().out)
     assert texts[0].strip()
     assert texts[0] == texts[1]
+
+
+LETTERS = [chr(0x4E00 + token) for token in range(256)]
+"""A letter for every token that the golden checkpoints know, so that a text shows its tokens."""
+
+
+def letter_tokenizer() -> tokenizers.Tokenizer:
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE({letter: i for i, letter in enumerate(LETTERS)}, []))
+    tokenizer.decoder = tokenizers.decoders.Fuse()
+    return tokenizer
+
+
+@pytest.mark.parametrize("golden", ["dense", "dense-2025-03"], indirect=True)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_generate_prints_the_greedy_text_of_the_reference(
+    golden: Golden, layout: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """40 tokens, in `dense` far beyond the window."""
+    path, bundle = tmp_path / "checkpoint", tmp_path / "bundle"
+    shutil.copytree(golden.path, path)
+    letter_tokenizer().save(str(path / "tokenizer.json"))
+    make_bundle(path, bundle, kv_cache=(layout,))
+    prompt = [int(token) for token in golden.ids("a")[0]]
+    rows = ReferenceRows(Reference(open_checkpoint(str(path)), "float32"), 1, "right")
+    tokens, fed = [], prompt
+    for _ in range(40):
+        (logits,), _ = rows.run(np.array([fed]), np.array([len(fed)]))
+        fed = [int(logits[-1].argmax())]
+        tokens += fed
+    text = "".join(LETTERS[token] for token in prompt)
+    arguments = ["--prompt", text, "--greedy", "--max-new-tokens", "40", "--quiet"]
+    assert run_command(["generate", str(bundle), *arguments]) == 0
+    assert capsys.readouterr().out == "".join(LETTERS[token] for token in tokens) + "\n"
