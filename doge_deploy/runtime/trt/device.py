@@ -165,7 +165,7 @@ def open_device(extra: str, index: int = 0) -> CudaDevice:
     try:
         return CudaDevice(core, index)
     except Exception as error:  # no driver, no device, a driver that is too old: each in words of its own
-        reason = " ".join(str(error).split()) or type(error).__name__
+        reason = " ".join(str(error).split()).rstrip(".") or type(error).__name__
         raise MissingDependencyError(
             f"no CUDA device: {reason}; it takes an NVIDIA GPU with its driver, see `doge-deploy doctor`"
         ) from error

@@ -7,12 +7,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from bundles import make_bundle
 from engine_stand_ins import DECODE, PREFILL, SHARED, axes, record_of
 
 from doge_deploy.bundle import Bundle, open_bundle
+from doge_deploy.cli.main import run_command
 from doge_deploy.engine import EngineProfile, EngineTensor
 from doge_deploy.errors import BrokenBundleError, UsageError
 from doge_deploy.runtime.trt.plan import BindingPlan, make_plan, nbytes
+from doge_deploy.runtime.trt.product import obstacle
 
 
 @pytest.fixture(scope="module")
@@ -108,3 +111,17 @@ def test_a_record_that_does_not_belong_to_the_graph_is_refused(bundle: Bundle) -
         "build it again",
     ):
         assert words in str(caught.value)
+
+
+@pytest.mark.tensorrt
+def test_an_engine_that_was_built_can_be_bound(tmp_path: Path) -> None:
+    """The record of the real builder, not one that a test made up."""
+    pytest.importorskip("tensorrt_rtx")
+    path = make_bundle("doge-tiny", tmp_path / "doge-tiny", dtype="fp16")
+    assert run_command(["build", str(path), "--target", "trt-rtx", "--batch-size", "1,1,2"]) == 0
+    built = open_bundle(path)
+    plan = make_plan(built.engine(), built.layout("static").signature)
+    assert [tensor.name for tensor in plan.inputs] == ["input_ids", "write_indices", "sequence_lengths"]
+    assert len(plan.caches) == 3 * built.manifest.facts.num_hidden_layers
+    assert plan.profile(2, built.manifest.max_length) == 0 and plan.refusal(3, 1)
+    assert obstacle(built.engine(), "8.9", built.engine().version) is None
