@@ -83,3 +83,10 @@ def interop_genai(session: nox.Session) -> None:
     """Bundles in onnxruntime-genai: the same greedy tokens."""
     session.install("-r", "tests/interop/requirements-genai.txt")
     session.run("python", "tests/interop/genai_client.py", interop_bundles(session))
+
+
+@nox.session
+def properties(session: nox.Session) -> None:
+    """Random examples of the whole space of configs and calls:  nox -s properties -- --examples 300"""
+    install(session, "export,cpu,dev")
+    session.run("python", "tests/properties/run.py", *session.posargs)

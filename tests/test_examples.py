@@ -37,6 +37,17 @@ def test_published_sizes_are_valid_checkpoints(size: str, tmp_path: Path) -> Non
     assert (facts.hidden_size, facts.num_hidden_layers, facts.is_moe) == (256, 8, size.endswith("MoE"))
 
 
+def test_text_beyond_the_original_length_is_that_of_transformers(tmp_path: Path) -> None:
+    from bundles import make_bundle
+    from random_doge import save_random_doge
+
+    rope = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0}
+    config = {"num_hidden_layers": 1, "vocab_size": 256, "keep_window_size": 2048, "rope_parameters": rope}
+    checkpoint = save_random_doge(tmp_path / "checkpoint", **config)
+    make_bundle(checkpoint, tmp_path / "bundle", kv_cache=("static", "growing"), max_length=256)
+    run("04_rope_beyond_its_length/compare.py", str(checkpoint), str(tmp_path / "bundle"))
+
+
 @pytest.mark.parametrize("name", ["doge-tiny", "doge-tiny-moe"])
 def test_demo_checkpoints_are_small_and_use_what_makes_a_doge(name: str) -> None:
     checkpoint = open_checkpoint(name)

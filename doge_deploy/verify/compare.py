@@ -26,6 +26,8 @@ class Difference:
     """Where `max_abs` is; for a ragged tensor the first axis is the batch row."""
     scale: float
     """Largest absolute number of the reference."""
+    effective: float
+    """How many errors of equal size would scatter as these do: (sum e^2)^2 / sum e^4, 1 where one outweighs all."""
     non_finite: int
     """NaN and infinite elements of the candidate."""
 
@@ -39,7 +41,7 @@ def difference(candidate: list[Array], reference: list[Array]) -> Difference:
     Non-finite elements are counted, and count as an infinite error.
     """
     worst_index: tuple[int, ...] = (0,)
-    worst, squares, count = 0.0, 0.0, 0
+    worst, squares, fourths, count = 0.0, 0.0, 0.0, 0
     dot = norm_a = norm_b = scale = 0.0
     non_finite = 0
     for row, (a, b) in enumerate(zip(candidate, reference, strict=True)):
@@ -55,7 +57,8 @@ def difference(candidate: list[Array], reference: list[Array]) -> Difference:
         if error[index] > worst:
             worst, worst_index = float(error[index]), (row, *map(int, index))
         a = np.where(finite, a, 0.0)
-        squares += float(np.square(a - b).sum())
+        square = np.square(a - b)
+        squares, fourths = squares + float(square.sum()), fourths + float(np.square(square).sum())
         dot, norm_a, norm_b = dot + float((a * b).sum()), norm_a + float((a * a).sum()), norm_b + float((b * b).sum())
         scale = max(scale, float(np.abs(b).max()))
         count += a.size
@@ -67,6 +70,7 @@ def difference(candidate: list[Array], reference: list[Array]) -> Difference:
         cosine=float(dot / norm) if norm else 1.0,
         worst_index=worst_index,
         scale=scale,
+        effective=squares**2 / fourths if fourths else float(max(count, 1)),
         non_finite=non_finite,
     )
 

@@ -299,12 +299,18 @@ class Judge:
             expected[name] = candidate.held(name, expected[name])
             exact[name] = candidate.held(name, exact[name])
         for name, rows in found.items():
-            noise = difference(expected[name], exact[name])
-            if name == output and same.classes:
-                # A pair of class logits is too small a sample of noise: that of every token's is taken.
-                noise = difference(same.classes, wider.classes)
+            # A pair of class logits is too small a sample of noise: that of every token's is taken.
+            pooled = name == output and same.classes
+            noise = difference(same.classes, wider.classes) if pooled else difference(expected[name], exact[name])
             kind = name.rsplit(".", 1)[-1]
-            allowed = limit(kind, self.manifest.dtype, noise_max=noise.max_abs, noise_rms=noise.rms, scale=noise.scale)
+            allowed = limit(
+                kind,
+                self.manifest.dtype,
+                noise_max=noise.max_abs,
+                noise_rms=noise.rms,
+                scale=noise.scale,
+                count=noise.effective,
+            )
             result.quantities.append(Quantity(name, difference(rows, expected[name]), allowed))
         result.failures += [_failure(quantity) for quantity in result.quantities if not quantity.passed]
         if output != "logits":  # features are no distribution

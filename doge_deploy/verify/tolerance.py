@@ -3,11 +3,14 @@
 A tolerance is calibrated, not chosen: the reference is run twice on the same calls, in the bundle's dtype and in the
 next wider one (float64 for float32, float32 for float16 and bfloat16). Their difference is the noise of that arithmetic
 on that very input; a bundle may differ from the reference by `factor` times that noise, in the largest element and in
-the root mean square. The floor is for tensors on which the reference happens to make (nearly) no error.
+the root mean square. The fewer errors there are, the further the root mean square of the noise may be from that of the
+arithmetic by chance: `small_sample_factor` allows for it. The floor is for tensors on which the reference happens to
+make (nearly) no error.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 
@@ -75,7 +78,18 @@ class Limit:
     rms: float
 
 
-def limit(quantity: str, dtype: str, *, noise_max: float, noise_rms: float, scale: float) -> Limit:
+def small_sample_factor(count: float) -> float:
+    """How much larger one of two root mean squares of `count` equally large errors may be by chance alone.
+
+    Half the logarithm of the ratio of two mean squares is normal with variance 1/count (Fisher's z, 1924); 3.72
+    standard deviations are passed once in ten thousand times. 6.4 for 4 errors, 1.4 for 128, 1.04 for 10,000.
+    """
+    return math.exp(3.72 / math.sqrt(max(count, 1)))
+
+
+def limit(
+    quantity: str, dtype: str, *, noise_max: float, noise_rms: float, scale: float, count: float | None = None
+) -> Limit:
     """The limits of one tensor.
 
     Args:
@@ -83,10 +97,12 @@ def limit(quantity: str, dtype: str, *, noise_max: float, noise_rms: float, scal
         dtype: the bundle's.
         noise_max, noise_rms: of the reference, same tensor, same calls.
         scale: largest absolute value of the reference's tensor.
+        count: how many errors the noise was measured on (`Difference.effective`); very many where None.
     """
     row = TOLERANCES[quantity]
     floor = row.floor_ulps * ULP[dtype] * scale
-    return Limit(max(row.factor_max * noise_max, floor), max(row.factor_rms * noise_rms, floor / 4))
+    chance = 1.0 if count is None else small_sample_factor(count)
+    return Limit(max(row.factor_max * noise_max, floor), max(row.factor_rms * noise_rms, floor / 4) * chance)
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ import torch
 from onnx import parser
 
 from doge_deploy.verify.compare import difference, kl_divergence, top1
-from doge_deploy.verify.tolerance import TOLERANCES, Limit, limit
+from doge_deploy.verify.tolerance import TOLERANCES, Limit, limit, small_sample_factor
 
 
 @pytest.mark.parametrize("size", [128, 256, 512])
@@ -71,3 +71,16 @@ def test_top1_reports_position_and_margin() -> None:
     reference = np.array([[0.0, 1.0], [3.0, 1.0]])
     found = top1(np.array([[0.0, 1.0], [0.0, 1.0]]), reference)
     assert (found.agreeing, found.total, found.first_divergence, found.margin) == (1, 2, 1, 2.0)
+
+
+@pytest.mark.parametrize("count", [4, 6, 20, 128, 4096])
+def test_chance_alone_rarely_passes_the_factor_of_a_small_sample(count: int) -> None:
+    """Ratios of two root mean squares of equally large errors; a factor of 1 is passed half of the time."""
+    draws = 4000
+    generator = np.random.default_rng(count)
+    errors = generator.normal(size=(2, draws, count))
+    a, b = np.sqrt((errors**2).mean(axis=-1))
+    passed = (a / b > small_sample_factor(count)).mean()
+    print(f"{count} numbers: factor {small_sample_factor(count):.2f}, passed by {passed:.2%}")
+    assert passed < 0.003
+    assert (a / b > 1).mean() > 0.45

@@ -1,0 +1,1 @@
+"""Examples from the whole space of configs and calls."""
