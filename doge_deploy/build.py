@@ -73,6 +73,7 @@ def build(path: str | Path, options: BuildOptions, *, force: bool, progress: Pro
     advance = progress.stage("check bundle")
     bundle = open_bundle(path)
     layout = bundle.layout(LAYOUT)
+    _check_weights(bundle)
     advance(1)
     capabilities = _capabilities(options)
     name = engine_name(bundle, options, capabilities)
@@ -156,6 +157,15 @@ def _check_options(options: BuildOptions, product: Product) -> None:
         raise UsageError(
             f"timing_cache={options.timing_cache!r}: {product.name} measures no kernels while it builds; only "
             "--target trt does"
+        )
+
+
+def _check_weights(bundle: Bundle) -> None:
+    quantize = bundle.manifest.options.get("quantize")
+    if quantize:
+        raise UnsupportedModelError(
+            f"{bundle.path} stores its weights as {quantize}; engines are built of fp32, fp16 or bf16: export without "
+            "--quantize"
         )
 
 

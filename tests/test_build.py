@@ -147,6 +147,12 @@ def test_a_bundle_without_static_layout_is_refused(tmp_path: Path, dense_doge: P
         run(path)
 
 
+def test_quantized_weights_are_refused(tmp_path: Path) -> None:
+    path = make_bundle("doge-tiny", tmp_path / "int8", quantize="int8")
+    with pytest.raises(UnsupportedModelError, match=r"stores its weights as int8; .* export without --quantize"):
+        run(path)
+
+
 def test_full_tensorrt_is_missing_here(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(vendor.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(MissingDependencyError, match=r"needs TensorRT, which is not installed: pip install") as caught:

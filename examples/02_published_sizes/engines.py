@@ -7,6 +7,7 @@ Checkpoints and bundles are made in FOLDER where they are not there yet. No GPU 
 
 from __future__ import annotations
 
+import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -18,8 +19,8 @@ from doge_deploy.engine import EngineRecord
 
 SIZES = ("20M", "20M-w512", "20M-MoE", "60M", "160M", "320M")
 HEADER = (
-    "| Model | Dtype | Weights, MB | Engine, MB | times | Build, s | Peak memory, MB | Scratch, MB | KV_CACHE_UPDATE | "
-    "Attention | of them one kernel |\n|" + " --- |" * 11
+    "| Model | Dtype | Weights, MB | Engine, MB | times | CPU time, s | Peak memory, MB | Scratch, MB | "
+    "KV_CACHE_UPDATE | Attention | of them one kernel |\n|" + " --- |" * 11
 )
 
 
@@ -52,7 +53,13 @@ def weights_counted_twice(bundle: Bundle, record: EngineRecord) -> int:
     return record.weight_bytes + facts.tie_word_embeddings * facts.vocab_size * facts.hidden_size * element
 
 
-def row(size: str, bundle: Bundle) -> str:
+def cpu_seconds() -> float:
+    """Processor time of the processes that were started from here and have ended; other work adds nothing to it."""
+    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return usage.ru_utime + usage.ru_stime
+
+
+def row(size: str, bundle: Bundle, seconds: float) -> str:
     record = bundle.engine(f"trt-rtx-{bundle.manifest.options['dtype']}-portable")
     layers, kernels = record.layers, record.kernels
     fused = "unknown" if kernels is None else str(kernels.fused_attention)
@@ -63,7 +70,7 @@ def row(size: str, bundle: Bundle) -> str:
         f"{record.weight_bytes / 1e6:.1f}",
         f"{record.engine_bytes / 1e6:.1f}",
         f"{record.engine_bytes / weights:.2f}",
-        f"{record.build_seconds:.1f}",
+        f"{seconds:.1f}",
         f"{record.peak_memory_bytes / 1e6:.0f}",
         "unknown" if record.activation_bytes is None else f"{record.activation_bytes / 1e6:.1f}",
         str(layers.kv_cache_update),
@@ -86,11 +93,13 @@ def main(folder: Path, sizes: tuple[str, ...], dtypes: tuple[str, ...], profiles
     for size in sizes or SIZES:
         for dtype in dtypes:
             path = bundle_of(folder, size, dtype)
+            start = cpu_seconds()
             doge_deploy("build", str(path), "--target", "trt-rtx", "--profiles", profiles, "--force")
+            seconds = cpu_seconds() - start
             if verify:
                 reference = str(checkpoint(folder, size))
                 doge_deploy("verify", str(path), "--lowering", "trt-rtx", "--reference", reference)
-            rows.append(row(size, open_bundle(path)))
+            rows.append(row(size, open_bundle(path), seconds))
     print("\n".join(rows))
 
 

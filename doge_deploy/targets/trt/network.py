@@ -13,6 +13,7 @@ from typing import Any
 from doge_deploy.engine import EngineTensor
 from doge_deploy.errors import UnsupportedModelError, UsageError
 from doge_deploy.targets.trt.job import Job
+from doge_deploy.targets.trt.vendor import PRODUCTS
 
 _DTYPES = {"FLOAT": "float32", "HALF": "float16", "BF16": "bfloat16", "INT64": "int64", "INT32": "int32"}
 _VERBOSITY = {"none": "NONE", "names": "LAYER_NAMES_ONLY", "detailed": "DETAILED"}
@@ -28,7 +29,8 @@ def create_network(trt: ModuleType, builder: Any, logger: Any, job: Job) -> Any:
     network = builder.create_network(0 if flag is None else 1 << int(flag))
     parser = trt.OnnxParser(network, logger)
     if not parser.parse(Path(job.onnx_file).read_bytes(), path=job.weights_beside):
-        raise UnsupportedModelError(f"{trt.__name__} {trt.__version__} refuses the graph: {_first_error(parser)}")
+        product = PRODUCTS[job.target].name
+        raise UnsupportedModelError(f"{product} {trt.__version__} refuses the graph: {_first_error(parser)}")
     return network
 
 
