@@ -16,7 +16,7 @@ import numpy as np
 
 from doge_deploy.bench.measure import garbage_collection_off
 
-SWEEPS = 4
+SWEEPS = 16
 """Reads of the whole array per round, each timed; an untimed one goes before them."""
 
 _SMALLEST_BYTES = 256 << 20
