@@ -16,8 +16,8 @@ import contextlib
 import hashlib
 import json
 import os
+import secrets
 import shutil
-import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -309,23 +309,18 @@ def writing_bundle(output: Path, *, force: bool) -> Iterator[Path]:
             raise UsageError(f"{output} exists; choose another --output, or replace it with --force")
         if not (output / MANIFEST).is_file() and not (output.is_dir() and not any(output.iterdir())):
             raise UsageError(f"{output} exists and is not a bundle; --force replaces only bundles")
+    # Named before it is made: an interrupt right after its making already finds it in the block that removes it.
+    aside = output.parent / f".{output.name}.{secrets.token_hex(4)}.partial"
     try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        aside = Path(tempfile.mkdtemp(prefix=f".{output.name}.", suffix=".partial", dir=output.parent))
-    except OSError as error:
-        raise UsageError(f"{output} cannot be written: {error.strerror or error}") from error
-    try:
-        aside.chmod(0o777 & ~_umask())
+        try:
+            output.parent.mkdir(parents=True, exist_ok=True)
+            aside.mkdir()
+        except OSError as error:
+            raise UsageError(f"{output} cannot be written: {error.strerror or error}") from error
         yield aside
         _replace(aside, output)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
 
 
 def _replace(new: Path, output: Path) -> None:
