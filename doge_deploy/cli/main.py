@@ -29,6 +29,7 @@ _COMMANDS = {
     "generate": "Generate text from a bundle.",
     "bench": "Time a bundle, beside transformers and a plain export.",
     "inspect": "Show what a bundle is, and check its files.",
+    "plugins": "List, check and cost the kernels of Doge's two operators.",
 }
 """In the order of use; each lives in a file of its own name here. The help texts spare `--help` their imports."""
 

@@ -6,7 +6,10 @@ A runtime takes such a node as a local function (its body is standard ONNX); a p
 from __future__ import annotations
 
 import onnx.defs
+import onnx_ir as ir
 from onnx.defs import OpSchema
+
+from doge_deploy.errors import UnsupportedModelError
 
 DOMAIN = "doge"
 VERSION = 1
@@ -96,8 +99,27 @@ def _activation() -> OpSchema:
     )
 
 
+def input_names(model: ir.Model, node: ir.Node) -> list[str]:
+    """Names of a node's inputs, in order: those of its local function in `model`, or of its schema.
+
+    Raises:
+        UnsupportedModelError: it has neither.
+    """
+    function = model.functions.get(node.op_identifier())
+    if function is not None:
+        return [str(value.name) for value in function.inputs]
+    for schema in _schemas():
+        if (schema.domain, schema.name) == (node.domain, node.op_type):
+            return [parameter.name for parameter in schema.inputs]
+    raise UnsupportedModelError(f"node {node.name}: {node.domain}::{node.op_type} has no local function and no schema")
+
+
+def _schemas() -> tuple[OpSchema, ...]:
+    return _dynamic_mask_attention(), _cdmoe(), _activation()
+
+
 def register_schemas() -> None:
     """Make the `doge` schemas known to onnx in this process; calling it again does nothing."""
-    for schema in (_dynamic_mask_attention(), _cdmoe(), _activation()):
+    for schema in _schemas():
         if not onnx.defs.has(schema.name, VERSION, DOMAIN):
             onnx.defs.register_schema(schema)

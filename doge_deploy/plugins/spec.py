@@ -167,7 +167,7 @@ class PluginSpec:
         """Everything about a node that this spec does not take; empty if it fits."""
         if len(shapes) != len(self.inputs):
             return [f"{len(shapes)} inputs; takes {len(self.inputs)}: {', '.join(map(str, self.inputs))}"]
-        problems = self._attribute_problems(attributes)
+        problems = self.attribute_problems(attributes)
         if dtype not in self.dtypes:
             problems.append(f"T is {dtype}; takes {', '.join(self.dtypes)}")
         values, shape_problems = self._values(shapes, attributes)
@@ -180,7 +180,8 @@ class PluginSpec:
             ]
         return problems
 
-    def _attribute_problems(self, attributes: Mapping[str, Any]) -> list[str]:
+    def attribute_problems(self, attributes: Mapping[str, Any]) -> list[str]:
+        """Attributes that are unknown, missing, of another type or not legal."""
         known = {attribute.name: attribute for attribute in self.attributes}
         problems = [
             f"unknown attribute {name!r}; known: {', '.join(known)}" for name in attributes if name not in known
