@@ -28,7 +28,6 @@ def route_tile(arch: int, values: Mapping[str, Any], dtype: str) -> Tile:
         {
             "BLOCK_KEYS": power_of_two(keys, 2),
             "BLOCK_CANDIDATES": power_of_two(candidates(k, keys), 2),
-            "BLOCK_RANKS": power_of_two(min(k, keys), 2),
         },
         num_warps=4,
         num_stages=1,

@@ -1,0 +1,123 @@
+"""Inputs for the kernels, and the judgement of their outputs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from doge_deploy.model.attention import dynamic_mask_attention, keep_mask
+from doge_deploy.verify.tolerance import WIDER, limit
+
+
+@dataclass(frozen=True)
+class AttentionCase:
+    """One node of doge::DynamicMaskAttention. Its id says the shape."""
+
+    Q: int
+    K: int
+    w: int
+    B: int = 1
+    H: int = 2
+    Hkv: int = 1
+    S: int | None = None
+    D: int = 16
+    levels: int | None = None
+    """Distinct scores; None: all different."""
+    masked: bool = False
+    dtype: str = "float32"
+    seed: int = 0
+
+    @property
+    def score_heads(self) -> int:
+        return self.S or self.Hkv
+
+    def __str__(self) -> str:
+        scores = {None: "", 1: "-all-equal"}.get(self.levels, f"-{self.levels}-levels")
+        heads = f"H{self.H}-Hkv{self.Hkv}" + (f"-S{self.S}" if self.S else "")
+        window = f"w{self.w}" if self.w else "no-window"
+        mask = "-padding" if self.masked else ""
+        return f"B{self.B}-{heads}-Q{self.Q}-K{self.K}-D{self.D}-{window}{scores}{mask}-{self.dtype}"
+
+    def inputs(self) -> dict[str, torch.Tensor]:
+        """Tensors of the node. Slots that no row sees hold NaN, as a cache may before it is written."""
+        generator = torch.Generator().manual_seed(self.seed + 1000 * self.Q + self.K)
+
+        def normal(*shape: int) -> torch.Tensor:
+            return torch.randn(*shape, generator=generator)
+
+        dtype = getattr(torch, self.dtype)
+        shape = (self.B, self.score_heads, self.K, 1)
+        score = torch.exp(normal(*shape))
+        if self.levels:
+            score = torch.randint(1, self.levels + 1, shape, generator=generator).float() / 2
+        # the last row of the batch sees all slots, each row before it one less
+        first_slot = (torch.arange(self.B) + self.K - self.Q - self.B + 1).clamp(min=0)
+        tensors = {
+            "query": normal(self.B, self.H, self.Q, self.D).to(dtype),
+            "key": normal(self.B, self.Hkv, self.K, self.D).to(dtype),
+            "value": normal(self.B, self.Hkv, self.K, self.D).to(dtype),
+            "score": score,
+            "first_slot": first_slot,
+        }
+        if self.masked:
+            tensors["key_mask"] = torch.rand(self.B, self.K, generator=generator) > 0.3
+            tensors["key_mask"][:, 0] = True
+        for b, first in enumerate(first_slot.tolist()):
+            for name in ("key", "value", "score"):
+                tensors[name][b, :, first + self.Q :] = float("nan")
+        return tensors
+
+    def visible(self, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+        """`[B, S, Q, K]`"""
+        rows = inputs["first_slot"][:, None] + torch.arange(self.Q)
+        visible = torch.arange(self.K) <= rows[:, :, None]
+        if self.masked:
+            visible = visible & inputs["key_mask"][:, None, :]
+        return visible[:, None].expand(-1, self.score_heads, -1, -1)
+
+    def kept(self, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+        """`[B, S, Q, K]`: what the slow twin keeps."""
+        visible = self.visible(inputs)
+        ranked = torch.where(visible, inputs["score"].transpose(2, 3), -1.0)
+        return visible & keep_mask(ranked, self.w)
+
+    def twin(self, inputs: dict[str, torch.Tensor], dtype: str) -> torch.Tensor:
+        """The slow twin, computed in `dtype`; it needs finite numbers everywhere."""
+        finite = {name: t.nan_to_num(0.0) if t.is_floating_point() else t for name, t in inputs.items()}
+        typed = [finite[name].to(getattr(torch, dtype)) for name in ("query", "key", "value")]
+        arguments = (*typed, finite["score"], finite["first_slot"], finite.get("key_mask"), self.w, self.D**-0.5)
+        return dynamic_mask_attention(*arguments)
+
+    @property
+    def attributes(self) -> dict[str, Any]:
+        return {"keep_window_size": self.w, "scale": self.D**-0.5}
+
+    def with_dtype(self, dtype: str) -> AttentionCase:
+        return replace(self, dtype=dtype)
+
+
+def check_close(found: torch.Tensor, same: torch.Tensor, wide: torch.Tensor) -> None:
+    """Hold a kernel's output against its twin within the noise of the twin's own dtype.
+
+    Args:
+        found: the kernel's output.
+        same: the twin's, in the same dtype.
+        wide: the twin's, in the next wider dtype.
+    """
+    dtype = str(found.dtype).removeprefix("torch.")
+    assert found.dtype == same.dtype
+    assert wide.dtype == getattr(torch, WIDER[dtype])
+    found, same, wide = found.double(), same.double(), wide.double()
+    noise, error = same - wide, found - same
+    allowed = limit(
+        "kernel",
+        dtype,
+        noise_max=noise.abs().max().item(),
+        noise_rms=noise.square().mean().sqrt().item(),
+        scale=same.abs().max().item(),
+    )
+    assert found.isfinite().all()
+    assert error.abs().max().item() <= allowed.max_abs
+    assert error.square().mean().sqrt().item() <= allowed.rms

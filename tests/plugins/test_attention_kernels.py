@@ -1,0 +1,170 @@
+"""Kernels of doge::DynamicMaskAttention in Triton's interpreter against their slow twin."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from kernel_cases import AttentionCase, check_close
+
+pytest.importorskip("triton", reason="kernels need Triton, which exists for Linux only")
+
+from doge_deploy.plugins.launch import run_operator
+from doge_deploy.verify.tolerance import WIDER
+from doge_plugins.dynamic_mask_attention.spec import PLUGIN
+
+W = 16
+
+SHAPES = [
+    # prompts of odd sizes, below, at and above the window
+    AttentionCase(Q=1, K=1, w=W),
+    AttentionCase(Q=15, K=15, w=W),
+    AttentionCase(Q=16, K=16, w=W),
+    AttentionCase(Q=17, K=17, w=W),
+    AttentionCase(Q=63, K=63, w=W),
+    AttentionCase(Q=64, K=64, w=W, levels=1),
+    AttentionCase(Q=65, K=65, w=W, levels=3),
+    AttentionCase(Q=65, K=130, w=W, B=2, masked=True),
+    AttentionCase(Q=257, K=257, w=W),
+    AttentionCase(Q=257, K=300, w=W, levels=1),
+    # chunks with a past
+    AttentionCase(Q=2, K=W - 1, w=W),
+    AttentionCase(Q=2, K=W, w=W),
+    AttentionCase(Q=2, K=W + 1, w=W),
+    AttentionCase(Q=2, K=4 * W, w=W, levels=2),
+    AttentionCase(Q=5, K=4 * W, w=W, masked=True, levels=2),
+    # heads
+    AttentionCase(Q=7, K=40, w=W, H=1),
+    AttentionCase(Q=7, K=40, w=W, B=2, H=8, Hkv=2, levels=4),
+    AttentionCase(Q=7, K=40, w=W, H=6, Hkv=2),
+    AttentionCase(Q=7, K=40, w=W, H=4, Hkv=2, S=4),
+    AttentionCase(Q=7, K=40, w=1),
+    # no window
+    AttentionCase(Q=65, K=65, w=0, B=2),
+    AttentionCase(Q=63, K=100, w=0, masked=True, H=4),
+]
+STEPS = [
+    AttentionCase(Q=1, K=W - 1, w=W),
+    AttentionCase(Q=1, K=W, w=W, B=2),
+    AttentionCase(Q=1, K=W + 1, w=W, H=4),
+    AttentionCase(Q=1, K=4 * W, w=W, levels=1),
+    AttentionCase(Q=1, K=65, w=W, levels=3, masked=True, B=2),
+    AttentionCase(Q=3, K=63, w=W, H=6, Hkv=2, S=6),
+    AttentionCase(Q=1, K=257, w=W, H=1),
+    AttentionCase(Q=1, K=257, w=200, B=2, H=8, Hkv=2),
+    AttentionCase(Q=1, K=257, w=0),
+    AttentionCase(Q=2, K=257, w=0, masked=True, H=4),
+]
+SIZES = [AttentionCase(Q=9, K=40, w=W, D=size, dtype=dtype) for size in (64, 96, 128, 256) for dtype in WIDER]
+
+
+def run(case: AttentionCase, inputs: dict[str, torch.Tensor], phase: Any) -> dict[str, torch.Tensor]:
+    return run_operator(PLUGIN, inputs, case.attributes, phase, poison=True)
+
+
+def sets_of(case: AttentionCase, values: dict[str, torch.Tensor], rows: int) -> torch.Tensor:
+    """`[B, S, Q, K]`: the keys that the outputs of the select kernel say each row keeps."""
+    score = values["score"].transpose(2, 3)
+    threshold, last_kept = values["threshold"][..., None], values["last_kept"][..., None]
+    best = (score > threshold) | ((score == threshold) & (torch.arange(case.K) <= last_kept))
+    kept = case.visible(values) & best
+    for b, s, block in torch.cartesian_prod(*(torch.arange(size) for size in values["kept_count"].shape)).tolist():
+        listed = values["kept"][b, s, block, : values["kept_count"][b, s, block]].long()
+        assert (listed[1:] > listed[:-1]).all(), "a list ascends"
+        of_block = kept[b, s, block * rows : (block + 1) * rows]
+        inside = torch.zeros(case.K, dtype=torch.bool).scatter(0, listed, True)
+        if rows == 1:
+            assert torch.equal(inside, of_block[0]), "the list of a row is its set"
+        assert not (of_block & ~inside).any(), "the list of a block holds the sets of its rows"
+    return kept
+
+
+def check(case: AttentionCase, phase: Any) -> None:
+    inputs = case.inputs()
+    values = run(case, inputs, phase)
+    if case.w:
+        assert torch.equal(sets_of(case, values, 64 if phase == "prefill" else 1), case.kept(inputs))
+    check_close(values["output"], case.twin(inputs, case.dtype), case.twin(inputs, WIDER[case.dtype]))
+
+
+@pytest.mark.parametrize("case", SHAPES, ids=str)
+def test_prefill(case: AttentionCase) -> None:
+    check(case, "prefill")
+
+
+@pytest.mark.parametrize("case", STEPS, ids=str)
+def test_decode(case: AttentionCase) -> None:
+    check(case, "decode")
+
+
+@pytest.mark.parametrize("phase", ["prefill", "decode"])
+@pytest.mark.parametrize("case", SIZES, ids=str)
+def test_head_sizes_and_dtypes(case: AttentionCase, phase: Any) -> None:
+    check(case if phase == "prefill" else AttentionCase(Q=1, K=40, w=W, D=case.D, dtype=case.dtype), phase)
+
+
+@st.composite
+def cases(draw: st.DrawFn, most_rows: int) -> AttentionCase:
+    rows = draw(st.integers(1, most_rows))
+    kv_heads = draw(st.integers(1, 2))
+    group = draw(st.integers(1, 4))
+    return AttentionCase(
+        Q=rows,
+        K=rows + draw(st.integers(0, 40)),
+        w=draw(st.integers(0, 40)),
+        B=draw(st.integers(1, 2)),
+        H=kv_heads * group,
+        Hkv=kv_heads,
+        S=draw(st.sampled_from([None, kv_heads * group])),
+        D=draw(st.sampled_from([8, 16, 24])),
+        levels=draw(st.sampled_from([None, 1, 2, 5])),
+        masked=draw(st.booleans()),
+        seed=draw(st.integers(0, 3)),
+    )
+
+
+@settings(settings.get_profile("kernels"))
+@given(cases(most_rows=70))
+def test_prefill_of_any_shape(case: AttentionCase) -> None:
+    check(case, "prefill")
+
+
+@settings(settings.get_profile("kernels"))
+@given(cases(most_rows=2))
+def test_decode_of_any_shape(case: AttentionCase) -> None:
+    check(case, "decode")
+
+
+@pytest.mark.parametrize("phase", ["prefill", "decode"])
+@pytest.mark.parametrize("window", [0, 4])
+def test_a_row_that_sees_nothing_is_zero(phase: Any, window: int) -> None:
+    case = AttentionCase(Q=3, K=8, w=window, masked=True)
+    inputs = case.inputs()
+    inputs["first_slot"][:] = 0
+    inputs["key_mask"] = torch.tensor([[False, True, True, True, True, True, True, True]])
+    output = run(case, inputs, phase)["output"]
+    assert (output[:, :, 0] == 0).all()
+    assert output.isfinite().all()
+
+
+@pytest.mark.parametrize("phase", ["prefill", "decode"])
+def test_a_fault_in_a_selection_is_seen(phase: Any) -> None:
+    """The teeth of `check`: one key too many."""
+    case = AttentionCase(Q=1, K=40, w=W)
+    inputs = case.inputs()
+    more = AttentionCase(Q=1, K=40, w=W + 1)
+    values = run(more, inputs, phase)
+    assert not torch.equal(sets_of(case, values, 64 if phase == "prefill" else 1), case.kept(inputs))
+    with pytest.raises(AssertionError):
+        check_close(values["output"], case.twin(inputs, "float32"), case.twin(inputs, "float64"))
+
+
+def test_negative_zero_ties_with_zero() -> None:
+    case = AttentionCase(Q=1, K=6, w=3)
+    inputs = case.inputs()
+    inputs["score"][:] = torch.tensor([0.0, -0.0, 0.0, -0.0, 0.0, 0.0])[None, None, :, None]
+    values = run(case, inputs, "decode")
+    assert values["kept"][0, 0, 0].tolist() == [0, 1, 2]
