@@ -24,7 +24,7 @@ test: setup lint typing ## lint, type check and all tests that need no special d
 	$(BIN)/python -m pytest
 
 test-gpu: setup ## the tests that need a CUDA device or TensorRT
-	$(BIN)/python -m pytest -m 'gpu or tensorrt'
+	TRITON_INTERPRET=0 $(BIN)/python -m pytest -m 'gpu or tensorrt'
 
 demo: setup ## export both demo models, verify them, generate text
 	PATH="$(CURDIR)/$(BIN):$$PATH" bash examples/00_demo/demo.sh

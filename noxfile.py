@@ -43,6 +43,13 @@ def tests_without_runtime(session: nox.Session) -> None:
 
 
 @nox.session
+def kernels(session: nox.Session) -> None:
+    """The kernels in Triton's interpreter on many drawn shapes and on large ones."""
+    install(session, "export,cpu,plugins,dev")
+    session.run("pytest", "tests/plugins", *session.posargs, env={"DOGE_KERNEL_SWEEP": "1", "TRITON_INTERPRET": "1"})
+
+
+@nox.session
 def lint(session: nox.Session) -> None:
     """Rules and format."""
     session.install("-c", CONSTRAINTS, "ruff")

@@ -219,7 +219,7 @@ def _compile(request: dict[str, Any], cache: Path, workers: _Workers) -> Compile
 
 
 def write(compiled: Compiled, directory: Path) -> None:
-    """Write `kernel.ptx` and `record.json` into `directory`: aside first, so that they are there whole or not at all."""
+    """Write `kernel.ptx` and `record.json` into `directory`, aside first: they are there whole or not at all."""
     directory.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=directory.parent) as aside:
         made = Path(aside) / "made"
@@ -269,7 +269,7 @@ class _Workers:
     def compile(self, request: dict[str, Any], what: str) -> dict[str, Any]:
         """Raises: CompileError: the process died."""
         worker = self._free.pop() if self._free else self._start()
-        assert worker.stdin is not None and worker.stdout is not None  # noqa: PT018, they are pipes
+        assert worker.stdin is not None and worker.stdout is not None
         try:
             worker.stdin.write(json.dumps(request) + "\n")
             worker.stdin.flush()

@@ -1,7 +1,7 @@
 """The process that compiles: requests come as JSON lines on standard input, results go to standard output likewise.
 
-A process of its own, because Triton decides at import whether kernels are compiled or interpreted, and because a compiler
-that crashes must not take the caller along. Only `compile.py` starts it.
+A process of its own, because Triton decides at import whether kernels are compiled or interpreted, and because a
+compiler that crashes must not take the caller along. Only `compile.py` starts it.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ _PARAMETER = re.compile(r"^\t\.param .*?(\w+_param_(\d+)),?$", re.MULTILINE)
 def strip_unused_parameters(ptx: str, used: int) -> str:
     """Remove the parameters after the first `used` from the kernel's entry.
 
-    Triton appends two pointers to scratch memory for its own launcher. Another launcher passes the kernel's arguments and
-    nothing else, and the driver would read past the end of its list.
+    Triton appends two pointers to scratch memory for its own launcher. Another launcher passes the kernel's arguments
+    and nothing else, and the driver would read past the end of its list.
 
     Raises:
         ValueError: a parameter that is to go is used.

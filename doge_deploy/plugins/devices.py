@@ -1,7 +1,7 @@
 """What compute capabilities mean for kernels.
 
-Sources: CUDA C++ Programming Guide, "Technical Specifications per Compute Capability" (shared memory per block); PTX ISA,
-release notes (first version that knows a target).
+Sources: CUDA C++ Programming Guide, "Technical Specifications per Compute Capability" (shared memory per block); PTX
+ISA, release notes (first version that knows a target).
 """
 
 from __future__ import annotations

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from doge_deploy.errors import MissingDependencyError, UsageError
+from doge_deploy.plugins.interpreter import repair_interpreter
 from doge_deploy.plugins.spec import Binding, OperatorPlugin, Phase, PluginSpec, Step
 
 if TYPE_CHECKING:
@@ -31,7 +32,7 @@ def require_launcher(device: str) -> None:
         raise MissingDependencyError("triton is not installed: pip install 'doge-deploy[plugins]'") from None
     if device != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
         raise MissingDependencyError(
-            f"kernels run on a CUDA device, not on {device!r}; set TRITON_INTERPRET=1 before the start to interpret them"
+            f"kernels run on a CUDA device, not on {device!r}; TRITON_INTERPRET=1, set at the start, interprets them"
         )
 
 
@@ -102,11 +103,11 @@ def run_kernel(
     if device.type == "cuda":
         major, minor = torch.cuda.get_device_capability(device)
         arch = 10 * major + minor
+    else:
+        repair_interpreter()
     tile = binding.tile(arch)
     options = {} if device.type != "cuda" else {"num_warps": tile.num_warps, "num_stages": tile.num_stages}
-    spec.load_kernel()[binding.grid(tile)](
-        *tensors, *binding.scalars, *outputs, **binding.constants(tile), **options
-    )
+    spec.load_kernel()[binding.grid(tile)](*tensors, *binding.scalars, *outputs, **binding.constants(tile), **options)
     return outputs
 
 

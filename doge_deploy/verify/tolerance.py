@@ -51,7 +51,7 @@ TOLERANCES: dict[str, Tolerance] = {
         6.0,
         3.0,
         2.0,
-        "One operator against its slow twin: as logits. The floor is a unit higher, for outputs that are a single value "
+        "One operator against its slow twin: as logits. The floor is a unit higher, for outputs that are one value "
         "times a weight of 1: a kernel divides by its sum of weights once at the end, the twin every weight.",
     ),
     "kept": Tolerance(

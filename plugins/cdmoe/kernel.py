@@ -82,7 +82,9 @@ def route_kernel(router_logits_ptr, num_tokens, ids_ptr, weights_ptr, TOP: tl.co
     total = tl.gather(x, rank_x, 0) + tl.gather(y, rank_y, 0)
     total = total.to(router_logits_ptr.dtype.element_ty).to(tl.float32)
     expert = tl.gather(x_index, rank_x, 0) * KEYS + tl.gather(y_index, rank_y, 0)
-    packed = (_signed_order(total) << 31) | ((BLOCK_CANDIDATES - 1 - candidate).to(tl.int64) << 20) | expert.to(tl.int64)
+    packed = (
+        (_signed_order(total) << 31) | ((BLOCK_CANDIDATES - 1 - candidate).to(tl.int64) << 20) | expert.to(tl.int64)
+    )
     packed = tl.sort(tl.where(exists, packed, -0x7FFFFFFFFFFFFFFF), descending=True)
 
     chosen = candidate < TOP
@@ -108,24 +110,23 @@ def _activate(x, ACTIVATION: tl.constexpr):
     """The activation of that name, as in transformers, in float32."""
     if ACTIVATION == "silu":
         return x * tl.sigmoid(x)
-    elif ACTIVATION == "gelu":
+    if ACTIVATION == "gelu":
         return 0.5 * x * (1.0 + tl.erf(x * 0.7071067811865476))
-    elif ACTIVATION == "gelu_new" or ACTIVATION == "gelu_pytorch_tanh":
+    if ACTIVATION == "gelu_new" or ACTIVATION == "gelu_pytorch_tanh":
         return 0.5 * x * (1.0 + _tanh(0.7978845608028654 * (x + 0.044715 * x * x * x)))
-    elif ACTIVATION == "relu":
+    if ACTIVATION == "relu":
         return tl.maximum(x, 0.0)
-    elif ACTIVATION == "relu2":
+    if ACTIVATION == "relu2":
         return tl.maximum(x, 0.0) * tl.maximum(x, 0.0)
-    elif ACTIVATION == "sigmoid":
+    if ACTIVATION == "sigmoid":
         return tl.sigmoid(x)
-    elif ACTIVATION == "tanh":
+    if ACTIVATION == "tanh":
         return _tanh(x)
-    elif ACTIVATION == "mish":
+    if ACTIVATION == "mish":
         softplus = tl.maximum(x, 0.0) + tl.log(1.0 + tl.exp(-tl.abs(x)))
         return x * _tanh(softplus)
-    else:
-        tl.static_assert(ACTIVATION == "linear", "unknown activation")
-        return x
+    tl.static_assert(ACTIVATION == "linear", "unknown activation")
+    return x
 
 
 @triton.jit

@@ -3,9 +3,9 @@
     bias[b, s, q, j] = score[b, s, j]   if slot j is visible to row q and among its w best, lowest index first
     output = softmax(q k^T * scale + bias) v        over the keys that have a bias
 
-Slow twin: `doge_deploy.model.attention.dynamic_mask_attention`. Which kernel takes what: `spec.py`; why the selection is
-built as it is: `README.md`. Axes: B batch, H query heads, Hkv key/value heads, S score heads, D head_dim, Q rows of the
-call, K cache slots, w keep_window_size. All tensors are contiguous.
+Slow twin: `doge_deploy.model.attention.dynamic_mask_attention`. Which kernel takes what: `spec.py`; why the selection
+is built as it is: `README.md`. Axes: B batch, H query heads, Hkv key/value heads, S score heads, D head_dim, Q rows of
+the call, K cache slots, w keep_window_size. All tensors are contiguous.
 """
 
 # Triton's language has its own types and reads these functions' text, so they are neither typed nor split at will.
@@ -17,7 +17,6 @@ import triton
 import triton.language as tl
 
 LOG2_E = tl.constexpr(1.4426950408889634)
-LN_2 = tl.constexpr(0.6931471805599453)
 NOWHERE = tl.constexpr(0x7FFFFFFF)
 """Slot, with order key 0, of a place that every key outranks."""
 
@@ -231,18 +230,19 @@ def _load_rows(pointer, rows, valid, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constex
 @triton.jit
 def _attend(query, key_ptr, value_ptr, scores, slots, valid, keep, maximum, total, mixed, SCALE: tl.constexpr,
             HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):  # fmt: skip
-    """One step of online softmax, in base 2, over the keys at `slots`.
+    """One step of online softmax over the keys at `slots`.
 
     `scores` and `keep` broadcast to `[M, N]`; K and V are read where `valid`.
     """
     keys = _load_rows(key_ptr, slots, valid, HEAD_DIM, BLOCK_D)
-    logits = tl.dot(query, tl.trans(keys), input_precision="ieee") * (SCALE * LOG2_E) + scores * LOG2_E
+    logits = tl.dot(query, tl.trans(keys), input_precision="ieee") * SCALE + scores
     logits = tl.where(keep, logits, float("-inf"))
     new_maximum = tl.maximum(maximum, tl.max(logits, 1))
     # nothing visible so far: -inf - -inf would be NaN
     shift = tl.where(new_maximum == float("-inf"), 0.0, new_maximum)
-    weights = tl.exp2(logits - shift[:, None])
-    shrink = tl.exp2(maximum - shift)
+    # to base 2 after the subtraction: scores are large, and log2(e) times a large logit would round it once more
+    weights = tl.exp2((logits - shift[:, None]) * LOG2_E)
+    shrink = tl.exp2((maximum - shift) * LOG2_E)
     values = _load_rows(value_ptr, slots, valid, HEAD_DIM, BLOCK_D)
     mixed = tl.dot(weights.to(values.dtype), values, mixed * shrink[:, None], input_precision="ieee")
     return new_maximum, total * shrink + tl.sum(weights, 1), mixed
@@ -352,7 +352,7 @@ def prefill_selected_kernel(query_ptr, key_ptr, value_ptr, score_ptr, first_slot
 
 @triton.jit
 def _decode_part(query_ptr, key_ptr, value_ptr, score_ptr, first_slot_ptr, mask_ptr, kept_ptr, kept_count_ptr, num_rows,
-                 num_slots, list_width, partial_ptr, log_sum_ptr, SCALE: tl.constexpr, HEADS: tl.constexpr,
+                 num_slots, list_width, partial_ptr, maximum_ptr, total_ptr, SCALE: tl.constexpr, HEADS: tl.constexpr,
                  KV_HEADS: tl.constexpr, SCORE_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, SPLIT_KEYS: tl.constexpr,
                  MASKED: tl.constexpr, SELECTED: tl.constexpr, PACK: tl.constexpr, BLOCK_KEYS: tl.constexpr,
                  BLOCK_D: tl.constexpr):  # fmt: skip
@@ -395,57 +395,59 @@ def _decode_part(query_ptr, key_ptr, value_ptr, score_ptr, first_slot_ptr, mask_
         maximum, total, mixed = _attend(query, key_ptr, value_ptr, scores[None, :], slots, valid, valid[None, :],
                                         maximum, total, mixed, SCALE, HEAD_DIM, BLOCK_D)  # fmt: skip
 
+    # Maximum and total apart, not their log-sum-exp: a float32 logarithm near 20 would cost a weight 1e-6 of itself.
     parts = tl.num_programs(0)
-    seen = total > 0
-    log_sum = tl.where(seen, maximum * LN_2 + tl.log(tl.where(seen, total, 1.0)), float("-inf"))
-    tl.store(log_sum_ptr + query_rows * parts + part, log_sum, mask=real)
-    columns = tl.arange(0, BLOCK_D)
+    out_rows = query_rows * parts + part
+    tl.store(maximum_ptr + out_rows, maximum, mask=real)
+    tl.store(total_ptr + out_rows, total, mask=real)
     # an empty part is not written, nor read by the combine step
+    columns = tl.arange(0, BLOCK_D)
     tl.store(
-        partial_ptr + (query_rows * parts + part)[:, None] * HEAD_DIM + columns[None, :],
-        mixed / tl.where(seen, total, 1.0)[:, None],
-        mask=(real & seen)[:, None] & (columns < HEAD_DIM)[None, :],
+        partial_ptr + out_rows[:, None] * HEAD_DIM + columns[None, :],
+        mixed,
+        mask=(real & (total > 0))[:, None] & (columns < HEAD_DIM)[None, :],
     )
 
 
 @triton.jit
 def decode_kernel(query_ptr, key_ptr, value_ptr, score_ptr, first_slot_ptr, num_rows, num_slots, partial_ptr,
-                  log_sum_ptr, SCALE: tl.constexpr, HEADS: tl.constexpr, KV_HEADS: tl.constexpr,
+                  maximum_ptr, total_ptr, SCALE: tl.constexpr, HEADS: tl.constexpr, KV_HEADS: tl.constexpr,
                   SCORE_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, SPLIT_KEYS: tl.constexpr, PACK: tl.constexpr,
                   BLOCK_KEYS: tl.constexpr, BLOCK_D: tl.constexpr):  # fmt: skip
     """DynamicMaskDecode."""
     _decode_part(query_ptr, key_ptr, value_ptr, score_ptr, first_slot_ptr, score_ptr, score_ptr, score_ptr, num_rows,
-                 num_slots, 0, partial_ptr, log_sum_ptr, SCALE, HEADS, KV_HEADS, SCORE_HEADS, HEAD_DIM, SPLIT_KEYS,
-                 False, False, PACK, BLOCK_KEYS, BLOCK_D)  # fmt: skip
+                 num_slots, 0, partial_ptr, maximum_ptr, total_ptr, SCALE, HEADS, KV_HEADS, SCORE_HEADS, HEAD_DIM,
+                 SPLIT_KEYS, False, False, PACK, BLOCK_KEYS, BLOCK_D)  # fmt: skip
 
 
 @triton.jit
 def decode_masked_kernel(query_ptr, key_ptr, value_ptr, score_ptr, first_slot_ptr, key_mask_ptr, num_rows, num_slots,
-                         partial_ptr, log_sum_ptr, SCALE: tl.constexpr, HEADS: tl.constexpr, KV_HEADS: tl.constexpr,
-                         SCORE_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, SPLIT_KEYS: tl.constexpr,
-                         PACK: tl.constexpr, BLOCK_KEYS: tl.constexpr, BLOCK_D: tl.constexpr):  # fmt: skip
+                         partial_ptr, maximum_ptr, total_ptr, SCALE: tl.constexpr, HEADS: tl.constexpr,
+                         KV_HEADS: tl.constexpr, SCORE_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr,
+                         SPLIT_KEYS: tl.constexpr, PACK: tl.constexpr, BLOCK_KEYS: tl.constexpr,
+                         BLOCK_D: tl.constexpr):  # fmt: skip
     """DynamicMaskDecodeMasked."""
     _decode_part(query_ptr, key_ptr, value_ptr, score_ptr, first_slot_ptr, key_mask_ptr, score_ptr, score_ptr, num_rows,
-                 num_slots, 0, partial_ptr, log_sum_ptr, SCALE, HEADS, KV_HEADS, SCORE_HEADS, HEAD_DIM, SPLIT_KEYS,
-                 True, False, PACK, BLOCK_KEYS, BLOCK_D)  # fmt: skip
+                 num_slots, 0, partial_ptr, maximum_ptr, total_ptr, SCALE, HEADS, KV_HEADS, SCORE_HEADS, HEAD_DIM,
+                 SPLIT_KEYS, True, False, PACK, BLOCK_KEYS, BLOCK_D)  # fmt: skip
 
 
 @triton.jit
 def decode_selected_kernel(query_ptr, key_ptr, value_ptr, score_ptr, kept_ptr, kept_count_ptr, num_rows, num_slots,
-                           list_width, partial_ptr, log_sum_ptr, SCALE: tl.constexpr, HEADS: tl.constexpr,
+                           list_width, partial_ptr, maximum_ptr, total_ptr, SCALE: tl.constexpr, HEADS: tl.constexpr,
                            KV_HEADS: tl.constexpr, SCORE_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr,
                            SPLIT_KEYS: tl.constexpr, PACK: tl.constexpr, BLOCK_KEYS: tl.constexpr,
                            BLOCK_D: tl.constexpr):  # fmt: skip
     """DynamicMaskDecodeSelected."""
     _decode_part(query_ptr, key_ptr, value_ptr, score_ptr, score_ptr, score_ptr, kept_ptr, kept_count_ptr, num_rows,
-                 num_slots, list_width, partial_ptr, log_sum_ptr, SCALE, HEADS, KV_HEADS, SCORE_HEADS, HEAD_DIM,
-                 SPLIT_KEYS, False, True, PACK, BLOCK_KEYS, BLOCK_D)  # fmt: skip
+                 num_slots, list_width, partial_ptr, maximum_ptr, total_ptr, SCALE, HEADS, KV_HEADS, SCORE_HEADS,
+                 HEAD_DIM, SPLIT_KEYS, False, True, PACK, BLOCK_KEYS, BLOCK_D)  # fmt: skip
 
 
 @triton.jit
-def combine_kernel(partial_ptr, log_sum_ptr, query_ptr, num_parts, output_ptr, HEAD_DIM: tl.constexpr,
+def combine_kernel(partial_ptr, maximum_ptr, total_ptr, query_ptr, num_parts, output_ptr, HEAD_DIM: tl.constexpr,
                    BLOCK_PARTS: tl.constexpr, BLOCK_D: tl.constexpr):  # fmt: skip
-    """DynamicMaskCombine: parts weighed by exp(log_sum). One program a row of a head."""
+    """DynamicMaskCombine: parts weighed by exp(maximum). One program a row of a head."""
     head = tl.program_id(0)
     row = tl.program_id(1)
     batch = tl.program_id(2)
@@ -456,11 +458,13 @@ def combine_kernel(partial_ptr, log_sum_ptr, query_ptr, num_parts, output_ptr, H
     mixed = tl.zeros((BLOCK_D,), tl.float32)
     for start in range(0, num_parts, BLOCK_PARTS):
         parts = start + tl.arange(0, BLOCK_PARTS)
-        log_sum = tl.load(log_sum_ptr + index * num_parts + parts, mask=parts < num_parts, other=float("-inf"))
-        seen = log_sum > float("-inf")
-        new_maximum = tl.maximum(maximum, tl.max(log_sum, 0))
+        inside = parts < num_parts
+        part_total = tl.load(total_ptr + index * num_parts + parts, mask=inside, other=0.0)
+        seen = inside & (part_total > 0)
+        part_maximum = tl.load(maximum_ptr + index * num_parts + parts, mask=seen, other=float("-inf"))
+        new_maximum = tl.maximum(maximum, tl.max(part_maximum, 0))
         shift = tl.where(new_maximum == float("-inf"), 0.0, new_maximum)
-        weights = tl.exp(log_sum - shift)
+        weights = tl.exp(part_maximum - shift)
         shrink = tl.exp(maximum - shift)
         partial = tl.load(
             partial_ptr + (index * num_parts + parts)[:, None] * HEAD_DIM + columns[None, :],
@@ -468,7 +472,7 @@ def combine_kernel(partial_ptr, log_sum_ptr, query_ptr, num_parts, output_ptr, H
             other=0.0,
         )
         mixed = mixed * shrink + tl.sum(weights[:, None] * partial, 0)
-        total = total * shrink + tl.sum(weights, 0)
+        total = total * shrink + tl.sum(weights * part_total, 0)
         maximum = new_maximum
     mixed = mixed / tl.where(total > 0, total, 1.0)
     tl.store(output_ptr + index * HEAD_DIM + columns, mixed.to(output_ptr.dtype.element_ty), mask=columns < HEAD_DIM)

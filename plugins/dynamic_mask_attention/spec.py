@@ -120,10 +120,13 @@ _PREFILL_SELECTED = PluginSpec(
     limits=(*_HEADS, _SLOTS),
 )
 
-_PARTS = (
-    TensorSpec("partial", "float32", (B, H, Q, cdiv(K, SPLIT), D), "softmax-weighted value of each part of the keys"),
-    TensorSpec("log_sum", "float32", (B, H, Q, cdiv(K, SPLIT)), "log of the part's softmax denominator; -inf if empty"),
-)
+
+def _parts(number: Operand) -> tuple[TensorSpec, TensorSpec, TensorSpec]:
+    return (
+        TensorSpec("partial", "float32", (B, H, Q, number, D), "sum of exp(logit - maximum) v; not written if empty"),
+        TensorSpec("maximum", "float32", (B, H, Q, number), "largest logit of the part; -inf if empty"),
+        TensorSpec("total", "float32", (B, H, Q, number), "sum of exp(logit - maximum)"),
+    )
 
 
 def _decode(masked: bool) -> PluginSpec:
@@ -131,7 +134,7 @@ def _decode(masked: bool) -> PluginSpec:
         name="DynamicMaskDecode" + ("Masked" if masked else ""),
         doc="attention over each part of split_keys slots by itself",
         inputs=(_QUERY, _KEY, _VALUE, _SCORE, _FIRST_SLOT) + ((_KEY_MASK,) if masked else ()),
-        outputs=_PARTS,
+        outputs=_parts(cdiv(K, SPLIT)),
         attributes=(_SCALE, _SPLIT),
         kernel="doge_plugins.dynamic_mask_attention.kernel:decode_" + ("masked_kernel" if masked else "kernel"),
         scalars={"num_rows": Q, "num_slots": K},
@@ -147,10 +150,7 @@ _DECODE_SELECTED = PluginSpec(
     name="DynamicMaskDecodeSelected",
     doc="attention over each part of split_keys entries of the row's list by itself",
     inputs=(_QUERY, _KEY, _VALUE, _SCORE, *_list(1)),
-    outputs=(
-        TensorSpec("partial", "float32", (B, H, Q, cdiv(W, SPLIT), D), _PARTS[0].doc),
-        TensorSpec("log_sum", "float32", (B, H, Q, cdiv(W, SPLIT)), _PARTS[1].doc),
-    ),
+    outputs=_parts(cdiv(W, SPLIT)),
     attributes=(_SCALE, _SPLIT),
     kernel="doge_plugins.dynamic_mask_attention.kernel:decode_selected_kernel",
     scalars={"num_rows": Q, "num_slots": K, "list_width": W},
@@ -163,12 +163,8 @@ _DECODE_SELECTED = PluginSpec(
 
 _COMBINE = PluginSpec(
     name="DynamicMaskCombine",
-    doc="sum of partial * exp(log_sum) over the parts, divided by the sum of exp(log_sum)",
-    inputs=(
-        TensorSpec("partial", "float32", (B, H, Q, P, D)),
-        TensorSpec("log_sum", "float32", (B, H, Q, P)),
-        TensorSpec("query", "T", (B, H, Q, D), "only its dtype is used"),
-    ),
+    doc="sum of exp(maximum) * partial over the parts, divided by the sum of exp(maximum) * total",
+    inputs=(*_parts(P), TensorSpec("query", "T", (B, H, Q, D), "only its dtype is used")),
     outputs=(TensorSpec("output", "T", (B, H, Q, D)),),
     attributes=(),
     kernel="doge_plugins.dynamic_mask_attention.kernel:combine_kernel",
@@ -192,6 +188,9 @@ SPECS = (
     _COMBINE,
 )
 _BY_NAME = {spec.name: spec for spec in SPECS}
+
+
+_PART_NAMES = ("partial", "maximum", "total")
 
 
 def chain(attributes: Mapping[str, Any], inputs: frozenset[str], phase: Phase) -> tuple[Step, ...]:
@@ -234,8 +233,8 @@ def chain(attributes: Mapping[str, Any], inputs: frozenset[str], phase: Phase) -
     extra = ("kept", "kept_count") if window else ("first_slot", *mask)
     decode_attributes = {"scale": scale, "split_keys": SPLIT_KEYS}
     name = "DynamicMaskDecode" + suffix
-    steps.append(Step(_BY_NAME[name], (*tensors, *extra), ("partial", "log_sum"), decode_attributes))
-    steps.append(Step(_BY_NAME["DynamicMaskCombine"], ("partial", "log_sum", "query"), ("output",), {}))
+    steps.append(Step(_BY_NAME[name], (*tensors, *extra), _PART_NAMES, decode_attributes))
+    steps.append(Step(_BY_NAME["DynamicMaskCombine"], (*_PART_NAMES, "query"), ("output",), {}))
     return tuple(steps)
 
 

@@ -11,5 +11,5 @@ from hypothesis import settings
 
 os.environ.setdefault("TRITON_INTERPRET", "1")
 
-# `make test` draws few examples; `nox -s kernels` many
-settings.register_profile("kernels", max_examples=int(os.environ.get("DOGE_KERNEL_EXAMPLES", "12")), deadline=None)
+# `nox -s kernels` sets it and draws many shapes
+settings.register_profile("kernels", max_examples=200 if os.environ.get("DOGE_KERNEL_SWEEP") else 10, deadline=None)
