@@ -108,6 +108,13 @@ def _by_index(function: Any, constants: dict[str, Any]) -> list[tuple[int, Any]]
     return [(function.arg_names.index(name), value) for name, value in constants.items()]
 
 
+def _root(error: BaseException) -> str:
+    """The first of a chain of errors in one line: Triton wraps one for every function on the way."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return " ".join(f"{type(error).__name__}: {error}".split())
+
+
 def main() -> None:
     """Serve requests until standard input ends."""
     # whatever a compiler prints must not get between the answers
@@ -117,7 +124,7 @@ def main() -> None:
         try:
             answer = compile_one(json.loads(line))
         except Exception as error:
-            answer = {"error": f"{type(error).__name__}: {error}"}
+            answer = {"error": _root(error)}
         print(json.dumps(answer), file=answers, flush=True)
 
 

@@ -110,23 +110,24 @@ def _activate(x, ACTIVATION: tl.constexpr):
     """The activation of that name, as in transformers, in float32."""
     if ACTIVATION == "silu":
         return x * tl.sigmoid(x)
-    if ACTIVATION == "gelu":
+    elif ACTIVATION == "gelu":
         return 0.5 * x * (1.0 + tl.erf(x * 0.7071067811865476))
-    if ACTIVATION == "gelu_new" or ACTIVATION == "gelu_pytorch_tanh":
+    elif ACTIVATION == "gelu_new" or ACTIVATION == "gelu_pytorch_tanh":
         return 0.5 * x * (1.0 + _tanh(0.7978845608028654 * (x + 0.044715 * x * x * x)))
-    if ACTIVATION == "relu":
+    elif ACTIVATION == "relu":
         return tl.maximum(x, 0.0)
-    if ACTIVATION == "relu2":
+    elif ACTIVATION == "relu2":
         return tl.maximum(x, 0.0) * tl.maximum(x, 0.0)
-    if ACTIVATION == "sigmoid":
+    elif ACTIVATION == "sigmoid":
         return tl.sigmoid(x)
-    if ACTIVATION == "tanh":
+    elif ACTIVATION == "tanh":
         return _tanh(x)
-    if ACTIVATION == "mish":
+    elif ACTIVATION == "mish":
         softplus = tl.maximum(x, 0.0) + tl.log(1.0 + tl.exp(-tl.abs(x)))
         return x * _tanh(softplus)
-    tl.static_assert(ACTIVATION == "linear", "unknown activation")
-    return x
+    else:
+        tl.static_assert(ACTIVATION == "linear", "unknown activation")
+        return x
 
 
 @triton.jit

@@ -1,4 +1,11 @@
-"""Tile sizes of the attention kernels by device, each with its reason."""
+"""Tile sizes of the attention kernels by device, each with its reason.
+
+Three things bound a tile. Registers: a spilled accumulator costs more than a small tile. Shared memory: 48 KiB, which a
+launcher gets without asking, although every device from sm_80 on has more; whether an engine asks is not ours to decide.
+And what multiplies: tensor cores take float16 and bfloat16 from sm_80 on; float32 stays exact, and Triton has no path
+to the tensor cores of sm_75, so there the tile is multiplied by ordinary instructions, out of registers.
+Figures are those of `doge-deploy plugins compile` at D 128.
+"""
 
 from __future__ import annotations
 
@@ -26,29 +33,53 @@ def packed_heads(values: Mapping[str, Any]) -> int:
     return power_of_two(values["H"] // values["S"])
 
 
+def has_tensor_cores(arch: int, dtype: str) -> bool:
+    """Whether `tl.dot` becomes tensor core instructions."""
+    return arch >= 80 and dtype != "float32"
+
+
 def select_tile(arch: int, values: Mapping[str, Any], dtype: str) -> Tile:
-    """Scores are streamed by one program, so a tile is wide: fewer trips, more loads in flight."""
+    """Scores are streamed by one program, so a tile is wide: fewer trips, more loads in flight.
+
+    Four slots a thread with eight warps: 80 registers, 8 KiB for the histograms.
+    """
     return Tile({"BLOCK_SLOTS": 1024}, num_warps=8, num_stages=1)
 
 
 def prefill_tile(arch: int, values: Mapping[str, Any], dtype: str) -> Tile:
-    """Rows of queries (times heads) by keys."""
+    """Rows of queries, times the heads that are packed, by keys."""
     size, pack = head_block(values), packed_heads(values)
-    rows = 64 if size <= 128 else 32
-    block_rows = min(max(rows // pack, 1), values.get("rows", 64))
-    block_rows = max(block_rows, -(-16 // pack))
-    return Tile({"BLOCK_ROWS": block_rows, "PACK": pack, "BLOCK_KEYS": 32, "BLOCK_D": size}, num_warps=4, num_stages=2)
+    if has_tensor_cores(arch, dtype):
+        # 64 rows are 16 a warp. The accumulator then takes 64 registers a thread at D 128, and the tile of logits 16.
+        # At D 256 it would take 128 and spill, so there half the rows, and one stage to stay below 48 KiB.
+        packed_rows, keys, warps, stages = (64, 32, 4, 2) if size <= 128 else (32, 32, 4, 1)
+    else:
+        # Operands of ordinary multiplications live in registers: eight warps and a small tile, or it spills (532 bytes
+        # at 32 by 32, 31 KB with the tile above). Nothing is loaded ahead: there is arithmetic enough to wait behind.
+        packed_rows, keys, warps, stages = (32, 16, 8, 1) if size <= 128 else (16, 16, 8, 1)
+    # a block of rows must lie within one list of keys, and be 16 packed rows at least
+    block_rows = max(min(packed_rows // pack, values.get("rows", 64)), -(-16 // pack))
+    return Tile({"BLOCK_ROWS": block_rows, "PACK": pack, "BLOCK_KEYS": keys, "BLOCK_D": size}, warps, stages)
 
 
 def decode_tile(arch: int, values: Mapping[str, Any], dtype: str) -> Tile:
-    """One row with its packed heads, padded to the 16 rows of a tensor core's operand."""
+    """One row with its packed heads, padded to the 16 rows of a tensor core's operand.
+
+    Loads decide here, not arithmetic: 32 keys of K and V are 16 KiB in flight at D 128 in 16 bits.
+    """
+    size = head_block(values)
+    if has_tensor_cores(arch, dtype):
+        keys, warps, stages = (32, 4, 2) if size <= 128 else (32, 4, 1)
+    else:
+        # as at prefill: with four warps it spills a little
+        keys, warps, stages = 16, 8, 1
     return Tile(
-        {"PACK": power_of_two(packed_heads(values), 16), "BLOCK_KEYS": 32, "BLOCK_D": head_block(values)},
-        num_warps=4,
-        num_stages=2,
+        {"PACK": power_of_two(packed_heads(values), 16), "BLOCK_KEYS": keys, "BLOCK_D": size},
+        warps,
+        stages,
     )
 
 
 def combine_tile(arch: int, values: Mapping[str, Any], dtype: str) -> Tile:
-    """One row of one head; parts are few."""
+    """One row of one head; 16 parts are the whole of a window of 2048."""
     return Tile({"BLOCK_PARTS": 16, "BLOCK_D": power_of_two(values["D"])}, num_warps=4, num_stages=1)
