@@ -1,8 +1,8 @@
 """Tile sizes of the attention kernels by device, each with its reason.
 
 Three things bound a tile. Registers: a spilled accumulator costs more than a small tile. Shared memory: 48 KiB, which a
-launcher gets without asking, although every device from sm_80 on has more; whether an engine asks is not ours to decide.
-And what multiplies: tensor cores take float16 and bfloat16 from sm_80 on; float32 stays exact, and Triton has no path
+launcher gets without asking, although every device has more; whether an engine asks is not ours to decide. And what
+multiplies: tensor cores take float16 and bfloat16 from sm_80 on; float32 stays exact, and Triton has no path
 to the tensor cores of sm_75, so there the tile is multiplied by ordinary instructions, out of registers.
 Figures are those of `doge-deploy plugins compile` at D 128.
 """
@@ -55,8 +55,8 @@ def prefill_tile(arch: int, values: Mapping[str, Any], dtype: str) -> Tile:
         packed_rows, keys, warps, stages = (64, 32, 4, 2) if size <= 128 else (32, 32, 4, 1)
     else:
         # Operands of ordinary multiplications live in registers: eight warps and a small tile, or it spills (532 bytes
-        # at 32 by 32, 31 KB with the tile above). Nothing is loaded ahead: there is arithmetic enough to wait behind.
-        packed_rows, keys, warps, stages = (32, 16, 8, 1) if size <= 128 else (16, 16, 8, 1)
+        # at 32 by 32, 31 KB with the tile above). Two stages: with one, ptxas saves registers and spills on sm_100.
+        packed_rows, keys, warps, stages = (32, 16, 8, 2) if size <= 128 else (16, 16, 8, 1)
     # a block of rows must lie within one list of keys, and be 16 packed rows at least
     block_rows = max(min(packed_rows // pack, values.get("rows", 64)), -(-16 // pack))
     return Tile({"BLOCK_ROWS": block_rows, "PACK": pack, "BLOCK_KEYS": keys, "BLOCK_D": size}, warps, stages)
