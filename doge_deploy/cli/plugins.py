@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 
 import click
 
+from doge_deploy.cli.plugins_compile import compile_command
+
 if TYPE_CHECKING:
     from doge_deploy.plugins.preflight import Verdict
     from doge_deploy.plugins.registry import Registry
@@ -16,6 +18,9 @@ if TYPE_CHECKING:
 @click.group("plugins")
 def plugins() -> None:
     """Kernels for Doge's two operators, as TensorRT plugins."""
+
+
+plugins.add_command(compile_command)
 
 
 @plugins.command("list")

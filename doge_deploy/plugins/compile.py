@@ -295,8 +295,7 @@ class _Workers:
         return worker
 
     def close(self) -> None:
+        """End all processes, whatever they are at."""
         for worker in self._all:
-            if worker.stdin is not None:
-                worker.stdin.close()
             worker.terminate()
-            worker.wait()
+            worker.communicate()
