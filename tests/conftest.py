@@ -11,8 +11,8 @@ import pytest
 
 from doge_deploy.doctor.probe import run_tool
 
-# Triton decides when it is imported whether kernels are interpreted, and torch may import it at any time. `make test-gpu`
-# sets TRITON_INTERPRET=0 and runs the tests that are marked `gpu` on the device.
+# Triton decides when it is imported whether kernels are interpreted, and torch may import it at any time.
+# `make test-gpu` sets TRITON_INTERPRET=0 and runs the tests that are marked `gpu` on the device.
 os.environ.setdefault("TRITON_INTERPRET", "1")
 
 

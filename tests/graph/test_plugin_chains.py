@@ -52,7 +52,8 @@ def test_values_between_the_nodes_have_dtype_and_shape() -> None:
         prefix + "kept": "INT32[B,2,cdiv(Q, 1),min(K, 16)]",
         prefix + "kept_count": "INT32[B,2,cdiv(Q, 1)]",
         prefix + "partial": "FLOAT[B,4,Q,cdiv(min(K, 16), 128),64]",
-        prefix + "log_sum": "FLOAT[B,4,Q,cdiv(min(K, 16), 128)]",
+        prefix + "maximum": "FLOAT[B,4,Q,cdiv(min(K, 16), 128)]",
+        prefix + "total": "FLOAT[B,4,Q,cdiv(min(K, 16), 128)]",
         "mixed": "FLOAT16[B,4,Q,64]",
     }
 
