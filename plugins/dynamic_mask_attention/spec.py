@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from doge_deploy.errors import UsageError
+from doge_deploy.errors import UnsupportedModelError, UsageError
 from doge_deploy.plugins.expressions import Operand, cdiv, minimum, sym
 from doge_deploy.plugins.spec import Attribute, Limit, OperatorPlugin, Phase, PluginSpec, Step, TensorSpec
 from doge_plugins.dynamic_mask_attention.tiles import combine_tile, decode_tile, prefill_tile, select_tile
@@ -204,7 +204,14 @@ def chain(attributes: Mapping[str, Any], inputs: frozenset[str], phase: Phase) -
 
     Raises:
         UsageError: an unknown phase.
+        UnsupportedModelError: the node has a sliding window. What a row sees does not only grow there, and one list of
+            keys for a block of rows rests on that.
     """
+    if attributes.get("sliding_window"):
+        raise UnsupportedModelError(
+            f"sliding_window={attributes['sliding_window']}: the kernels of DynamicMaskAttention take no sliding window; keep "
+            "the operator's standard body"
+        )
     if phase not in ("prefill", "decode"):
         raise UsageError(f"phase={phase!r} must be prefill or decode")
     masked = "key_mask" in inputs

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from test_architecture import modules_after
 
-from doge_deploy.errors import UsageError
+from doge_deploy.errors import UnsupportedModelError, UsageError
 from doge_deploy.plugins.expressions import cdiv, minimum, sym
 from doge_deploy.plugins.spec import FLOATS, OperatorPlugin, PluginSpec
 from doge_plugins.cdmoe.spec import PLUGIN as CDMOE
@@ -54,6 +54,12 @@ MOE_INPUTS = ("hidden", "router_logits", "down_embed", "up_embed")
 def test_an_attention_chain_uses_every_input(phase: Any, window: int, extra: tuple[str, ...]) -> None:
     inputs = frozenset([*ATTENTION_INPUTS, *extra])
     check_chain(ATTENTION, {"keep_window_size": window, "scale": 0.5}, inputs, phase)
+
+
+def test_a_sliding_window_is_refused() -> None:
+    attributes = {"keep_window_size": 8, "scale": 0.5, "sliding_window": 16}
+    with pytest.raises(UnsupportedModelError, match="sliding_window=16: the kernels"):
+        ATTENTION.chain(attributes, frozenset(ATTENTION_INPUTS), "prefill")
 
 
 @pytest.mark.parametrize("extra", [(), ("down_scale", "up_scale")], ids=["float", "int8"])
