@@ -209,8 +209,8 @@ def chain(attributes: Mapping[str, Any], inputs: frozenset[str], phase: Phase) -
     """
     if attributes.get("sliding_window"):
         raise UnsupportedModelError(
-            f"sliding_window={attributes['sliding_window']}: the kernels of DynamicMaskAttention take no sliding window; keep "
-            "the operator's standard body"
+            f"sliding_window={attributes['sliding_window']}: DynamicMaskAttention's kernels take no sliding window; "
+            "keep the operator's standard body"
         )
     if phase not in ("prefill", "decode"):
         raise UsageError(f"phase={phase!r} must be prefill or decode")

@@ -58,7 +58,7 @@ def test_an_attention_chain_uses_every_input(phase: Any, window: int, extra: tup
 
 def test_a_sliding_window_is_refused() -> None:
     attributes = {"keep_window_size": 8, "scale": 0.5, "sliding_window": 16}
-    with pytest.raises(UnsupportedModelError, match="sliding_window=16: the kernels"):
+    with pytest.raises(UnsupportedModelError, match="sliding_window=16: DynamicMaskAttention's kernels"):
         ATTENTION.chain(attributes, frozenset(ATTENTION_INPUTS), "prefill")
 
 
