@@ -49,6 +49,16 @@ def kernels(session: nox.Session) -> None:
     session.run("pytest", "tests/plugins", *session.posargs, env={"DOGE_KERNEL_SWEEP": "1", "TRITON_INTERPRET": "1"})
 
 
+@nox.session(name="tensorrt-contract")
+def tensorrt_contract(session: nox.Session) -> None:
+    """What the plugins say to NVIDIA's own `tensorrt.plugin`, with no GPU; needs a C compiler."""
+    install(session, "export,cpu,plugins,dev,rtx")
+    # the bindings alone: the package of TensorRT's library is on another index
+    session.install("-c", CONSTRAINTS, "--no-deps", "tensorrt-cu13-bindings>=11.4")
+    environment = {"DOGE_TENSORRT_CONTRACT": "1", "TRITON_INTERPRET": "1"}
+    session.run("pytest", "tests/plugins/test_tensorrt_contract.py", *session.posargs, env=environment)
+
+
 @nox.session
 def lint(session: nox.Session) -> None:
     """Rules and format."""

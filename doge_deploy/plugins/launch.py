@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from doge_deploy.errors import MissingDependencyError, UsageError
 from doge_deploy.plugins.interpreter import repair_interpreter
-from doge_deploy.plugins.spec import Binding, OperatorPlugin, Phase, PluginSpec, Step
+from doge_deploy.plugins.spec import Binding, OperatorPlugin, Phase, PluginSpec, Step, TensorSpec
 
 if TYPE_CHECKING:
     import torch
@@ -65,8 +65,16 @@ def run_operator(
 
 def run_step(step: Step, values: Mapping[str, torch.Tensor], *, poison: bool = False) -> dict[str, torch.Tensor]:
     """Run one node of a chain; its outputs by the chain's names."""
-    results = run_kernel(step.spec, [values[name] for name in step.inputs], step.attributes, poison=poison)
+    inputs = [_as_taken(values[name], tensor) for name, tensor in zip(step.inputs, step.spec.inputs, strict=True)]
+    results = run_kernel(step.spec, inputs, step.attributes, poison=poison)
     return dict(zip(step.outputs, results, strict=True))
+
+
+def _as_taken(tensor: torch.Tensor, expected: TensorSpec) -> torch.Tensor:
+    """Operators have masks in bool, plugins in int32: see `PluginChainPass`, which writes the same cast."""
+    import torch
+
+    return tensor.to(torch.int32) if tensor.dtype == torch.bool and expected.dtype == "int32" else tensor
 
 
 def run_kernel(

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from doge_deploy.errors import UsageError
+from doge_deploy.plugins.cost import CostModel
 from doge_deploy.plugins.expressions import Expr, Operand, evaluate
 
 DType = Literal["T", "float32", "float16", "bfloat16", "int64", "int32", "int8", "bool"]
@@ -252,3 +253,5 @@ class OperatorPlugin:
     """(attributes of the operator's node, names of the inputs that it has, phase) -> steps in order."""
     domain: str = "doge"
     version: int = 1
+    costs: Mapping[str, CostModel] = field(default_factory=dict)
+    """By name of the kernel; one without a model cannot be put into a roofline."""

@@ -10,6 +10,7 @@ from typing import Any
 
 from doge_deploy.plugins.expressions import sym
 from doge_deploy.plugins.spec import Attribute, DType, Limit, OperatorPlugin, Phase, PluginSpec, Step, TensorSpec
+from doge_plugins.cdmoe.cost import COSTS
 from doge_plugins.cdmoe.tiles import experts_tile, route_tile
 
 B, Q, C, E, WIDTH, TOP = (sym(name) for name in ("B", "Q", "C", "E", "router_width", "k"))
@@ -114,4 +115,4 @@ def chain(attributes: Mapping[str, Any], inputs: frozenset[str], phase: Phase) -
     )
 
 
-PLUGIN = OperatorPlugin("CDMoE", SPECS, chain)
+PLUGIN = OperatorPlugin("CDMoE", SPECS, chain, costs=COSTS)

@@ -12,6 +12,7 @@ from typing import Any
 from doge_deploy.errors import UnsupportedModelError, UsageError
 from doge_deploy.plugins.expressions import Operand, cdiv, minimum, sym
 from doge_deploy.plugins.spec import Attribute, Limit, OperatorPlugin, Phase, PluginSpec, Step, TensorSpec
+from doge_plugins.dynamic_mask_attention.cost import COSTS
 from doge_plugins.dynamic_mask_attention.tiles import combine_tile, decode_tile, prefill_tile, select_tile
 
 PREFILL_ROWS = 64
@@ -31,7 +32,8 @@ _KEY = TensorSpec("key", "T", (B, HKV, K, D))
 _VALUE = TensorSpec("value", "T", (B, HKV, K, D))
 _SCORE = TensorSpec("score", "float32", (B, S, K, 1))
 _FIRST_SLOT = TensorSpec("first_slot", "int64", (B,))
-_KEY_MASK = TensorSpec("key_mask", "bool", (B, K), "false for slots that nobody may see")
+# not bool, which TensorRT's plugins do not take
+_KEY_MASK = TensorSpec("key_mask", "int32", (B, K), "0 for slots that nobody may see")
 _THRESHOLD = TensorSpec(
     "threshold", "float32", (B, S, Q), "score of the row's w-th key; -inf where it sees fewer than w"
 )
@@ -245,4 +247,4 @@ def chain(attributes: Mapping[str, Any], inputs: frozenset[str], phase: Phase) -
     return tuple(steps)
 
 
-PLUGIN = OperatorPlugin("DynamicMaskAttention", SPECS, chain)
+PLUGIN = OperatorPlugin("DynamicMaskAttention", SPECS, chain, costs=COSTS)

@@ -1,0 +1,105 @@
+"""A whole Doge whose plugin nodes are run by Triton's interpreter, judged by `verify` against transformers.
+
+`make test` runs a few cases; `nox -s kernels` all of them, in both lowerings.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+from interpreter_runner import InterpreterRunner
+
+from doge_deploy.bundle import Bundle, open_bundle
+from doge_deploy.checkpoint import open_checkpoint
+from doge_deploy.verify.cases import Case, Limits, exact_cases, natural_case, repeating_ids
+from doge_deploy.verify.parity import Judge, References, Runners
+from doge_deploy.verify.reference import Reference
+
+SWEEP = os.environ.get("DOGE_KERNEL_SWEEP") == "1"
+
+SMALL = [("doge-tiny", "prefill", "prefill"), ("doge-tiny", "decode", "decode")]
+ALL_CASES = (
+    "prefill", "decode", "chunked prefill", "batch of 2", "window K=w-1", "window K=w", "window K=w+1", "window K=2w",
+    "window decode", "window chunk", "natural text",
+)  # fmt: skip
+SELECTED = (
+    [
+        (model, phase, case)
+        for model in ("doge-tiny", "doge-tiny-moe")
+        for phase in ("prefill", "decode")
+        for case in ALL_CASES
+    ]
+    if SWEEP
+    else SMALL
+)
+
+
+@pytest.fixture(scope="module")
+def judge(tiny_bundle: Path, tiny_moe_bundle: Path) -> Callable[[str, Any], Judge]:
+    """A judge of one model in one lowering; transformers is loaded once a model."""
+    bundles = {"doge-tiny": tiny_bundle, "doge-tiny-moe": tiny_moe_bundle}
+
+    @cache
+    def references(model: str) -> References:
+        checkpoint = open_checkpoint(model)
+        return References(Reference(checkpoint, "float32"), Reference(checkpoint, "float64"))
+
+    @cache
+    def make(model: str, phase: Any) -> Judge:
+        bundle = open_bundle(bundles[model])
+        runner = InterpreterRunner(bundle, phase)
+        return Judge(bundle, "static", Runners(runner, runner), references(model))  # type: ignore[arg-type]
+
+    return make
+
+
+def limits(bundle: Bundle) -> Limits:
+    manifest = bundle.manifest
+    return Limits(manifest.facts.vocab_size, manifest.max_length, manifest.facts.keep_window_size)
+
+
+def find(judge: Judge, name: str, bounds: Limits) -> Case:
+    if name == "natural text":
+        return natural_case(bounds, repeating_ids(bounds, 256))
+    return judge.widest(lambda seed: next(case for case in exact_cases(bounds, seed) if case.name == name))
+
+
+@pytest.mark.parametrize(("model", "phase", "name"), SELECTED, ids=[" ".join(which) for which in SELECTED])
+def test_the_plugin_lowering_computes_what_transformers_computes(
+    judge: Callable[[str, Any], Judge], tiny_bundle: Path, model: str, phase: str, name: str
+) -> None:
+    chosen = judge(model, phase)
+    case = find(chosen, name, limits(open_bundle(tiny_bundle)))
+    result = chosen.judge(case)
+    assert result.failures == []
+    assert "present.0.score" in {quantity.name for quantity in result.quantities}
+    if "w+1" in name or name == "window decode" or model == "doge-tiny-moe":
+        assert result.selected, "keys or experts were selected and not looked at"
+
+
+def test_a_wrong_kernel_is_found(
+    judge: Callable[[str, Any], Judge], tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One key too few in the window: logits and the selected set must both say so."""
+    from doge_plugins.dynamic_mask_attention import kernel
+
+    chosen = judge("doge-tiny", "prefill")
+    original = kernel.select_kernel
+
+    class OneLess:
+        def __getitem__(self, grid: Any) -> Any:
+            def launch(*arguments: Any, WINDOW: int, **constants: Any) -> None:
+                original[grid](*arguments, WINDOW=WINDOW - 1, **constants)
+
+            return launch
+
+    monkeypatch.setattr(kernel, "select_kernel", OneLess())
+    chosen.runners.plain.forget()  # type: ignore[attr-defined]
+    case = find(chosen, "window K=w+1", limits(open_bundle(tiny_bundle)))
+    failures = chosen.judge(case).failures
+    assert any("select other keys" in failure or "not a best one" in failure for failure in failures), failures
