@@ -193,17 +193,24 @@ def lower_layout(bundle: Bundle, layout: Layout, *, use_plugins: bool) -> tuple[
     """The graph that the vendor's parser gets, and the plugins in it.
 
     Raises:
-        UnsupportedModelError: the graph has what the product cannot do.
+        UnsupportedModelError: the graph has what the product cannot do, or a node does not fit its plugin.
         MissingDependencyError: a plugin is missing.
     """
     import onnx_ir as ir
 
+    from doge_deploy.graph.preflight import require_plugins
+    from doge_deploy.plugins.registry import installed
     from doge_deploy.targets.trt.lowering import lower
     from doge_deploy.targets.trt.plugins import plugins_for
 
     model = ir.load(bundle.path / layout.file)
-    plugins = plugins_for({node.op_type for node in model.graph if node.domain == "doge"}) if use_plugins else []
-    return lower(model, plugins), plugins
+    if not use_plugins:
+        return lower(model), []
+    registry = installed()
+    plugins = plugins_for({node.op_type for node in model.graph if node.domain == "doge"}, registry)
+    lowered = lower(model, plugins)
+    require_plugins(lowered, registry)
+    return lowered, plugins
 
 
 def serialize(model: ir.Model) -> bytes:

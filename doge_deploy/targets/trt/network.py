@@ -25,8 +25,9 @@ def create_network(trt: ModuleType, builder: Any, logger: Any, job: Job) -> Any:
     Raises:
         UnsupportedModelError: the vendor's parser refuses a node.
     """
-    flag = getattr(trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED", None)
-    network = builder.create_network(0 if flag is None else 1 << int(flag))
+    names = ["STRONGLY_TYPED", *(["PREFER_AOT_PYTHON_PLUGINS"] if job.plugins else [])]
+    flags = [getattr(trt.NetworkDefinitionCreationFlag, name, None) for name in names]
+    network = builder.create_network(sum(1 << int(flag) for flag in flags if flag is not None))
     parser = trt.OnnxParser(network, logger)
     if not parser.parse(Path(job.onnx_file).read_bytes(), path=job.weights_beside):
         product = PRODUCTS[job.target].name

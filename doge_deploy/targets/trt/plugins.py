@@ -1,35 +1,43 @@
-"""The door for plugins: entry points of the group `doge_deploy.plugins`.
+"""The plugin lowering of one operator, as a build takes it.
 
-An entry point is named after the `doge` operator that it implements and loads an object with the members of
-`PluginLowering`. Ours and anybody else's come through the same door. Loading one must import neither Triton nor
-TensorRT; `register` may.
+Plugins come in by entry point, ours and anybody else's: see `doge_deploy.plugins.registry`. Finding one imports neither
+Triton nor TensorRT; `register` does both.
 """
 
 from __future__ import annotations
 
-import importlib.metadata
 from collections.abc import Collection
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
-from doge_deploy.errors import MissingDependencyError, UnsupportedModelError
+from doge_deploy.errors import MissingDependencyError
+from doge_deploy.plugins.registry import GROUP, Registry, installed, make_registry
+from doge_deploy.plugins.spec import OperatorPlugin, Phase
 
 if TYPE_CHECKING:
     import onnx_ir as ir
 
-GROUP = "doge_deploy.plugins"
+DOMAIN = "doge"
 
 
 class PluginLowering(Protocol):
     """How one `doge` operator becomes plugin nodes."""
 
-    operator: str
-    """`DynamicMaskAttention` or `CDMoE`."""
-    namespace: str
-    """Of the plugin nodes, which carry it as `plugin_namespace`."""
-    version: str
-    """Of the plugins, which carry it as `plugin_version`."""
-    plugin_names: Collection[str]
-    """Op types of the nodes that `lower` writes: the plugins' names."""
+    @property
+    def operator(self) -> str:
+        """`DynamicMaskAttention` or `CDMoE`."""
+
+    @property
+    def namespace(self) -> str:
+        """Of the plugin nodes, which carry it as `plugin_namespace`."""
+
+    @property
+    def version(self) -> str:
+        """Of the plugins, which carry it as `plugin_version`."""
+
+    @property
+    def plugin_names(self) -> Collection[str]:
+        """Op types of the nodes that `lower` writes: the plugins' names."""
 
     def lower(self, model: ir.Model) -> ir.Model:
         """Replace every node of the operator by plugin nodes without bodies.
@@ -38,45 +46,69 @@ class PluginLowering(Protocol):
             UnsupportedModelError: the plugins cannot do what the model needs.
         """
 
-    def register(self) -> None:
-        """Make the plugins known to TensorRT in this process.
+    def register(self, capabilities: Collection[str]) -> None:
+        """Make the plugins known to TensorRT in this process, for devices of these compute capabilities.
 
         Raises:
             MissingDependencyError: something that they need is not installed.
         """
 
 
-def find_plugins() -> dict[str, PluginLowering]:
-    """Every installed plugin lowering by operator.
+@dataclass(frozen=True)
+class ChainLowering:
+    """An operator as the chain of nodes that its plugin names."""
 
-    Raises:
-        UnsupportedModelError: two packages bring one for the same operator, or one does not load.
-    """
-    found: dict[str, PluginLowering] = {}
-    for entry in importlib.metadata.entry_points(group=GROUP):
-        if entry.name in found:
-            raise UnsupportedModelError(f"two packages bring a plugin for {entry.name}: {entry.value} is the second")
-        try:
-            found[entry.name] = entry.load()
-        except Exception as error:  # code of another package
-            raise UnsupportedModelError(
-                f"the plugin {entry.name} ({entry.value}) cannot be loaded: {type(error).__name__}: {error}"
-            ) from error
-    return found
+    plugin: OperatorPlugin
+    phase: Phase = "prefill"
+    """One engine takes prompts and single tokens: the chain that is good at prompts, and exact for both."""
+
+    @property
+    def operator(self) -> str:
+        return self.plugin.operator
+
+    @property
+    def namespace(self) -> str:
+        return self.plugin.specs[0].namespace
+
+    @property
+    def version(self) -> str:
+        return self.plugin.specs[0].version
+
+    @property
+    def plugin_names(self) -> tuple[str, ...]:
+        return tuple(spec.name for spec in self.plugin.specs)
+
+    def lower(self, model: ir.Model) -> ir.Model:
+        from doge_deploy.graph.passes.plugin_chains import PluginChainPass
+
+        registry = make_registry([(self.plugin, "this build")])
+        return PluginChainPass(registry, self.phase)(model).model
+
+    def register(self, capabilities: Collection[str]) -> None:
+        from doge_deploy.plugins.tensorrt import register
+
+        # PTX for a capability runs on every later one too
+        register(self.plugin.specs, min(int(text.replace(".", "")) for text in capabilities))
 
 
-def plugins_for(operators: Collection[str]) -> list[PluginLowering]:
+def plugins_for(operators: Collection[str], registry: Registry | None = None) -> list[PluginLowering]:
     """Lowerings for the `doge` operators of a graph.
+
+    Args:
+        operators: their names.
+        registry: the plugins; those that are installed where None.
 
     Raises:
         MissingDependencyError: one of them has no plugin here.
+        UsageError: two packages bring a plugin for the same operator.
     """
-    found = find_plugins()
-    missing = sorted(set(operators) - set(found))
+    registry = installed() if registry is None else registry
+    found = {name: registry.operator(DOMAIN, name) for name in sorted(set(operators))}
+    missing = [name for name, plugin in found.items() if plugin is None]
     if missing:
-        held = ", ".join(sorted(found)) or "none"
+        held = ", ".join(name for _, name in registry.operators) or "none"
         raise MissingDependencyError(
             f"no plugin for {', '.join(missing)} is installed (entry points {GROUP!r}: {held}); install one, or build "
             "with --no-plugins, which uses native layers only"
         )
-    return [found[operator] for operator in sorted(set(operators))]
+    return [ChainLowering(plugin) for plugin in found.values() if plugin is not None]

@@ -113,7 +113,7 @@ def run(job: Job, channel: Channel) -> Finished:
     plugins = plugins_for(job.plugins)
     trt = import_product(job.target)
     for plugin in plugins:
-        plugin.register()
+        plugin.register(job.compute_capabilities)
     log = BuilderLog()
     logger = _make_logger(trt, log)
     builder = trt.Builder(logger)

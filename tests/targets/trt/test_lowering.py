@@ -13,8 +13,10 @@ from bundles import make_bundle
 from doge_deploy.build import cache_aliases, lower_layout, serialize, weight_bytes
 from doge_deploy.bundle import Bundle, open_bundle
 from doge_deploy.errors import MissingDependencyError, UnsupportedModelError
+from doge_deploy.plugins import registry
+from doge_deploy.plugins.registry import installed
+from doge_deploy.plugins.spec import Limit
 from doge_deploy.runtime.ort import open_runner
-from doge_deploy.targets.trt import plugins
 from doge_deploy.targets.trt.lowering import lower
 
 
@@ -101,7 +103,7 @@ def test_a_foreign_node_is_refused_although_there_are_plugins(tiny_bundle: Path)
             model.functions.clear()
             return model
 
-        def register(self) -> None: ...
+        def register(self, capabilities: object) -> None: ...
 
     with pytest.raises(UnsupportedModelError, match=r"known plugins: \[\('doge', 'doge_route'\)\]"):
         lower(ir.load(tiny_bundle / "model.onnx"), [Nothing()])
@@ -125,59 +127,31 @@ def test_a_window_beyond_top_k_that_cannot_be_reached_is_no_problem(tmp_path: Pa
     assert "TopK" not in count(lowered(bundle))
 
 
-class Doubling:
-    """A plugin lowering that replaces attention by one node and another operator by nothing."""
-
-    operator, namespace, version = "DynamicMaskAttention", "doge", "1"
-    plugin_names = ("doge_attention",)
-
-    def lower(self, model: ir.Model) -> ir.Model:
-        for node in model.graph:
-            if node.op_type == self.operator:
-                node.op_type = "doge_attention"
-                node.attributes["plugin_namespace"] = ir.AttrString("plugin_namespace", "doge")
-                node.attributes["plugin_version"] = ir.AttrString("plugin_version", "1")
-        return model
-
-    def register(self) -> None: ...
-
-
-class Entry:
-    name, value = "DynamicMaskAttention", "somewhere:plugin"
-
-    def load(self) -> object:
-        return Doubling()
-
-
-def test_plugins_come_in_by_entry_point(tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(plugins.importlib.metadata, "entry_points", lambda group: [Entry()])
-    bundle = open_bundle(tiny_bundle)
+def test_plugins_come_in_by_entry_point(tiny_moe_bundle: Path) -> None:
+    bundle = open_bundle(tiny_moe_bundle)
     model, used = lower_layout(bundle, bundle.layout("static"), use_plugins=True)
-    assert [plugin.operator for plugin in used] == ["DynamicMaskAttention"]
-    nodes = [node for node in model.graph if node.op_type == "doge_attention"]
-    assert len(nodes) == bundle.manifest.facts.num_hidden_layers
+    assert [plugin.operator for plugin in used] == ["CDMoE", "DynamicMaskAttention"]
+    layers = bundle.manifest.facts.num_hidden_layers
+    counts = {name: n for name, n in count(model).items() if name.startswith(("DynamicMask", "CDMoE"))}
+    assert counts == dict.fromkeys(
+        ("DynamicMaskSelect", "DynamicMaskPrefillSelected", "CDMoERoute", "CDMoEExperts"), layers
+    )
     assert not model.functions
     onnx.load_model_from_string(serialize(model))
 
 
 def test_without_an_installed_plugin_the_remedies_are_named(tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(plugins.importlib.metadata, "entry_points", lambda group: [])
+    monkeypatch.setattr(registry, "entry_points", lambda group: [])
     bundle = open_bundle(tiny_bundle)
     with pytest.raises(MissingDependencyError, match=r"no plugin for DynamicMaskAttention is installed .*--no-plugins"):
         lower_layout(bundle, bundle.layout("static"), use_plugins=True)
 
 
-def test_two_plugins_for_one_operator_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(plugins.importlib.metadata, "entry_points", lambda group: [Entry(), Entry()])
-    with pytest.raises(UnsupportedModelError, match="two packages bring a plugin for DynamicMaskAttention"):
-        plugins.find_plugins()
-
-
-def test_a_plugin_that_does_not_load_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    class Broken(Entry):
-        def load(self) -> object:
-            raise ImportError("no module named triton")
-
-    monkeypatch.setattr(plugins.importlib.metadata, "entry_points", lambda group: [Broken()])
-    with pytest.raises(UnsupportedModelError, match=r"somewhere:plugin\) cannot be loaded: ImportError: no module"):
-        plugins.find_plugins()
+def test_a_node_that_does_not_fit_its_plugin_is_refused_before_the_parser(
+    tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    select = next(spec for spec in installed().specs() if spec.name == "DynamicMaskSelect")
+    monkeypatch.setitem(select.__dict__, "limits", (Limit(lambda values: values["K"] < 100, "K below 100"),))
+    bundle = open_bundle(tiny_bundle)
+    with pytest.raises(UnsupportedModelError, match="K=512 is outside its limits: K below 100"):
+        lower_layout(bundle, bundle.layout("static"), use_plugins=True)
