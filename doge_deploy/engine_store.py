@@ -9,8 +9,8 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import secrets
 import shutil
-import tempfile
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -29,16 +29,18 @@ def staging(bundle: Bundle) -> Iterator[Path]:
     """
     engines = bundle.path / ENGINES
     try:
-        engines.mkdir(exist_ok=True)
         with _locked(bundle.path):
-            for left in engines.glob(".*"):  # of a build that was killed
-                shutil.rmtree(left, ignore_errors=True)
-            aside = Path(tempfile.mkdtemp(prefix=".", suffix=".partial", dir=engines))
             try:
-                aside.chmod(engines.stat().st_mode & 0o777)  # mkdtemp's are for the owner alone
+                engines.mkdir(exist_ok=True)
+                for left in engines.glob(".*"):  # of a build that was killed
+                    shutil.rmtree(left, ignore_errors=True)
+                aside = engines / f".{secrets.token_hex(4)}.partial"
+                aside.mkdir()
                 yield aside
             finally:
-                shutil.rmtree(aside, ignore_errors=True)
+                # By pattern: whatever was begun, an interrupt right after its making included, is found here.
+                for left in engines.glob(".*"):
+                    shutil.rmtree(left, ignore_errors=True)
                 with contextlib.suppress(OSError):
                     engines.rmdir()  # succeeds where no engine came of it
     except PermissionError as error:
