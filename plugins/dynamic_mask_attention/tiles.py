@@ -51,12 +51,18 @@ def prefill_tile(arch: int, values: Mapping[str, Any], dtype: str) -> Tile:
     size, pack = head_block(values), packed_heads(values)
     if has_tensor_cores(arch, dtype):
         # 64 rows are 16 a warp. The accumulator then takes 64 registers a thread at D 128, and the tile of logits 16.
-        # At D 256 it would take 128 and spill, so there half the rows, and one stage to stay below 48 KiB.
-        packed_rows, keys, warps, stages = (64, 32, 4, 2) if size <= 128 else (32, 32, 4, 1)
+        # At D 64 there is room for twice the keys from sm_90 on (on sm_86 that is a few registers too many). At D 256
+        # the accumulator would take 128 and spill: half the rows, and one stage, to stay below 48 KiB.
+        packed_rows, keys, warps, stages = (64, 32, 4, 2)
+        if size <= 64 and arch >= 90:
+            keys = 64
+        elif size > 128:
+            packed_rows, stages = 32, 1
     else:
-        # Operands of ordinary multiplications live in registers: eight warps and a small tile, or it spills (532 bytes
-        # at 32 by 32, 31 KB with the tile above). Two stages: with one, ptxas saves registers and spills on sm_100.
-        packed_rows, keys, warps, stages = (32, 16, 8, 2) if size <= 128 else (16, 16, 8, 1)
+        # Operands of ordinary multiplications live in registers: many warps and a small tile, or it spills (32 by 32
+        # with 4 warps: 1804 bytes, with 8: 532). Nothing is loaded ahead, there is arithmetic enough to wait behind;
+        # with a second stage ptxas spills 40 bytes on sm_87 to run more programs.
+        packed_rows, keys, warps, stages = (32, 16, 16, 1) if size <= 128 else (16, 16, 8, 1)
     # a block of rows must lie within one list of keys, and be 16 packed rows at least
     block_rows = max(min(packed_rows // pack, values.get("rows", 64)), -(-16 // pack))
     return Tile({"BLOCK_ROWS": block_rows, "PACK": pack, "BLOCK_KEYS": keys, "BLOCK_D": size}, warps, stages)
