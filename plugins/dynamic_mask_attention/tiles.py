@@ -1,7 +1,7 @@
 """Tile sizes of the attention kernels by device, each with its reason.
 
-Three things bound a tile. Registers: a spilled accumulator costs more than a small tile. Shared memory: 48 KiB, which a
-launcher gets without asking, although every device has more; whether an engine asks is not ours to decide. And what
+Three things bound a tile. Registers: a spilled accumulator costs more than a small tile. Shared memory: about 48 KiB,
+although every device has more (`doge_deploy/plugins/devices.py`): two programs then share a multiprocessor. And what
 multiplies: tensor cores take float16 and bfloat16 from sm_80 on; float32 stays exact, and Triton has no path
 to the tensor cores of sm_75, so there the tile is multiplied by ordinary instructions, out of registers.
 Figures are those of `doge-deploy plugins compile` at D 128.
@@ -52,7 +52,7 @@ def prefill_tile(arch: int, values: Mapping[str, Any], dtype: str) -> Tile:
     if has_tensor_cores(arch, dtype):
         # 64 rows are 16 a warp. The accumulator then takes 64 registers a thread at D 128, and the tile of logits 16.
         # At D 64 there is room for twice the keys from sm_90 on (on sm_86 that is a few registers too many). At D 256
-        # the accumulator would take 128 and spill: half the rows, and one stage, to stay below 48 KiB.
+        # the accumulator would take 128 and spill: half the rows, and one stage, to stay near 48 KiB.
         packed_rows, keys, warps, stages = (64, 32, 4, 2)
         if size <= 64 and arch >= 90:
             keys = 64
