@@ -22,7 +22,13 @@ from doge_deploy.verify.reference import Reference
 
 SWEEP = os.environ.get("DOGE_KERNEL_SWEEP") == "1"
 
-SMALL = [("doge-tiny", "prefill", "prefill"), ("doge-tiny", "decode", "decode")]
+SMALL = [
+    ("doge-tiny", "prefill", "prefill"),
+    ("doge-tiny", "prefill", "window K=w+1"),
+    ("doge-tiny", "prefill", "window decode"),
+    ("doge-tiny", "decode", "decode"),
+    ("doge-tiny-moe", "prefill", "decode"),
+]
 ALL_CASES = (
     "prefill", "decode", "chunked prefill", "batch of 2", "window K=w-1", "window K=w", "window K=w+1", "window K=2w",
     "window decode", "window chunk", "natural text",
@@ -85,7 +91,7 @@ def test_the_plugin_lowering_computes_what_transformers_computes(
 def test_a_wrong_kernel_is_found(
     judge: Callable[[str, Any], Judge], tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """One key too few in the window: logits and the selected set must both say so."""
+    """A select kernel that drops the last of each row's w keys: one key too few."""
     from doge_plugins.dynamic_mask_attention import kernel
 
     chosen = judge("doge-tiny", "prefill")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -132,7 +133,7 @@ def test_plugins_come_in_by_entry_point(tiny_moe_bundle: Path) -> None:
     model, used = lower_layout(bundle, bundle.layout("static"), use_plugins=True)
     assert [plugin.operator for plugin in used] == ["CDMoE", "DynamicMaskAttention"]
     layers = bundle.manifest.facts.num_hidden_layers
-    counts = {name: n for name, n in count(model).items() if name.startswith(("DynamicMask", "CDMoE"))}
+    counts = Counter(node.op_type for node in model.graph if node.domain == "doge")
     assert counts == dict.fromkeys(
         ("DynamicMaskSelect", "DynamicMaskPrefillSelected", "CDMoERoute", "CDMoEExperts"), layers
     )
@@ -153,5 +154,5 @@ def test_a_node_that_does_not_fit_its_plugin_is_refused_before_the_parser(
     select = next(spec for spec in installed().specs() if spec.name == "DynamicMaskSelect")
     monkeypatch.setitem(select.__dict__, "limits", (Limit(lambda values: values["K"] < 100, "K below 100"),))
     bundle = open_bundle(tiny_bundle)
-    with pytest.raises(UnsupportedModelError, match="K=512 is outside its limits: K below 100"):
+    with pytest.raises(UnsupportedModelError, match=r"K=512, .* is outside its limits: K below 100"):
         lower_layout(bundle, bundle.layout("static"), use_plugins=True)
