@@ -21,8 +21,8 @@ CHUNK = 256
 """Tokens of a prefill that are computed at once: [Hkv, Q, K] numbers per layer are compared for the selection."""
 
 SPARE = 64
-"""Slots beyond the window that decoding may fill before they are dropped: moving keys costs as much as several steps,
-and every slot is read in every step.
+"""Slots beyond the window that decoding may fill before they are dropped: to move keys costs time, and every slot is
+read in every step.
 """
 
 

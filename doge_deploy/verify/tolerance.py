@@ -109,7 +109,9 @@ def limit(
     row = TOLERANCES[quantity]
     floor = row.floor_ulps * ULP[dtype] * scale
     chance = 1.0 if count is None else small_sample_factor(count)
-    return Limit(max(row.factor_max * noise_max, floor), max(row.factor_rms * noise_rms, floor / 4) * chance)
+    rms = max(row.factor_rms * noise_rms, floor / 4) * chance
+    # The largest of a few errors is hardly more than their rms, and no better known: it gets at least the same limit.
+    return Limit(max(row.factor_max * noise_max, floor, rms), rms)
 
 
 @dataclass(frozen=True)
@@ -131,15 +133,15 @@ QUALITY: dict[str, Quality] = {
         1.03,
         0.97,
         "doge-tiny, which has little redundancy to absorb rounding, loses 0.001 to 0.003 nats and 0.6 % of perplexity "
-        "at block size 32; a single projection whose scales are 10 % too large loses several times the limit "
+        "at block size 32; a single projection whose scales are 10 % too large loses more than the limit "
         "(tests/verify/test_quality.py).",
     ),
     "int4": Quality(
         0.3,
         1.3,
         0.85,
-        "doge-tiny loses 0.08 to 0.14 nats at block sizes 16 to 64, and larger models lose less. Halves of bytes "
-        "exchanged, or a wrong zero point, lose more than 1 nat (tests/verify/test_quality.py).",
+        "doge-tiny loses 0.08 to 0.14 nats at block sizes 16 to 64. Halves of bytes exchanged lose more than 1 nat "
+        "(tests/verify/test_quality.py).",
     ),
 }
 """Per kind of weights."""

@@ -84,3 +84,10 @@ def test_chance_alone_rarely_passes_the_factor_of_a_small_sample(count: int) -> 
     print(f"{count} numbers: factor {small_sample_factor(count):.2f}, passed by {passed:.2%}")
     assert passed < 0.003
     assert (a / b > 1).mean() > 0.45
+
+
+def test_the_largest_of_few_errors_is_not_held_tighter_than_their_rms() -> None:
+    few = limit("logits", "float32", noise_max=1e-8, noise_rms=8e-9, scale=0.5, count=2.0)
+    many = limit("logits", "float32", noise_max=1e-6, noise_rms=3e-7, scale=0.5, count=1000.0)
+    assert few.max_abs == few.rms
+    assert many.max_abs == pytest.approx(6e-6)  # untouched
