@@ -43,6 +43,8 @@ class DeviceFacts(BaseModel):
     """What the operating system and the driver hold before a model is loaded."""
     bandwidth_gb_per_s: float | None = Field(None, gt=0, description="a number > 0, or null where it is not fixed")
     """Of that memory, 10^9 bytes per second, the maker's figure."""
+    fp16_tflops: float | None = Field(None, gt=0, description="a number > 0, or null where it is not known")
+    """Dense matrix products in 16 bits with sums in float32, 10^12 operations per second, the maker's figure."""
     jetpack: str | None = Field(None, description='a version in quotes such as "6.2", or null')
     cuda: str | None = Field(None, description='a version in quotes such as "12.6", or null')
     tensorrt: str | None = Field(None, description='a version in quotes such as "10.3", or null where there is none')
@@ -57,7 +59,7 @@ class DeviceFacts(BaseModel):
             return parse_capability(str(value))
         return value
 
-    @field_validator("memory_gib", "memory_reserved_gib", "bandwidth_gb_per_s", mode="before")
+    @field_validator("memory_gib", "memory_reserved_gib", "bandwidth_gb_per_s", "fp16_tflops", mode="before")
     @classmethod
     def _whole_numbers_are_numbers(cls, value: Any) -> Any:
         return float(value) if isinstance(value, int) and not isinstance(value, bool) else value

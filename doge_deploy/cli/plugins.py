@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import click
 
 from doge_deploy.cli.plugins_compile import compile_command
+from doge_deploy.cli.plugins_roofline import roofline
 
 if TYPE_CHECKING:
     from doge_deploy.plugins.preflight import Verdict
@@ -21,6 +22,7 @@ def plugins() -> None:
 
 
 plugins.add_command(compile_command)
+plugins.add_command(roofline)
 
 
 @plugins.command("list")

@@ -46,6 +46,7 @@ def way(device: str | DeviceFacts, backend: str, subject: Subject | None = None,
 USABLE = {
     "cpu": ["ort"],
     "rtx-desktop": ["trt", "trt-rtx", "ort"],
+    "rtx-4090": ["trt", "trt-rtx", "ort"],
     "h100": ["trt", "ort"],
     "jetson-orin-nano-8gb-jp6": ["ort"],
     "jetson-orin-nano-8gb-jp7": ["trt", "ort"],
