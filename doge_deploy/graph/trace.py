@@ -78,7 +78,7 @@ def trace(
             task=task,
         ).eval()
     arguments, dynamic = _example_arguments(facts, signature)
-    with _quiet(), torch.no_grad():
+    with quiet_exporter(), torch.no_grad():
         exported = torch.export.export(model, (), arguments, dynamic_shapes=dynamic, strict=False)
         onnx_model = _convert(exported, decompose=decompose)
     _apply_signature(onnx_model, signature)
@@ -263,7 +263,7 @@ def _translations() -> dict[Any, Any]:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def quiet_exporter() -> Iterator[None]:
     """Keep the exporter's own chatter (absent torchvision, deprecations inside torch) off the user's terminal."""
     exporter = logging.getLogger("torch.onnx")
     level = exporter.level

@@ -13,12 +13,10 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import importlib.metadata
-import io
 import json
 import os
 import shutil
 import tempfile
-import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -63,6 +61,7 @@ def export_naive(
     import torch
 
     from doge_deploy.bench.peers.eager import load_model
+    from doge_deploy.graph.trace import quiet_exporter
 
     if dtype == "bfloat16":
         raise UnsupportedModelError("naive: ONNX Runtime's CPU provider has no bfloat16 arithmetic")
@@ -73,7 +72,7 @@ def export_naive(
     output.parent.mkdir(parents=True, exist_ok=True)
     aside = Path(tempfile.mkdtemp(prefix=f".{output.name}.", suffix=".partial", dir=output.parent))
     try:
-        with _quiet(), torch.no_grad():
+        with quiet_exporter(), torch.no_grad():
             _export(_with_flat_cache(model, last_logits).eval(), aside / MODEL_FILE, facts, getattr(torch, dtype))
         with contextlib.suppress(OSError):  # another run was faster
             os.rename(aside, output)
@@ -133,21 +132,6 @@ def _export(module: Any, path: Path, facts: DogeFacts, dtype: Any) -> None:
         external_data=True,
         verbose=False,
     )
-
-
-@contextlib.contextmanager
-def _quiet() -> Any:
-    import logging
-
-    exporter = logging.getLogger("torch.onnx")
-    level = exporter.level
-    exporter.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        exporter.setLevel(level)
 
 
 def open_naive(directory: Path, *, max_length: int, last_logits: bool, threads: int) -> NaiveRunner:
