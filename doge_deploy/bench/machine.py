@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter, process_time
 
+from doge_deploy.host import available_cpus, kilobytes_field, processor_name, read_text
+
 _PACKAGES = ("doge-deploy", "onnxruntime", "torch", "transformers", "numpy")
 
 
@@ -34,19 +36,12 @@ def this_machine() -> Machine:
     """The machine that this runs on."""
     return Machine(
         system=f"{platform.system()} {platform.release()}, Python {platform.python_version()}",
-        processor=_processor(),
+        processor=processor_name(),
         cpus=available_cpus(),
         last_level_cache_bytes=_last_level_cache(),
-        memory_bytes=_status_bytes(Path("/proc/meminfo"), "MemTotal"),
+        memory_bytes=kilobytes_field(Path("/proc/meminfo"), "MemTotal"),
         versions={name: version for name in _PACKAGES if (version := _version(name))},
     )
-
-
-def available_cpus() -> int:
-    """CPUs that this process may use: what `taskset` left of them."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 def peak_memory_bytes() -> int | None:
@@ -54,12 +49,12 @@ def peak_memory_bytes() -> int | None:
 
     Not `getrusage`: Linux lets its figure survive exec, so a small child of a large parent would show the parent's.
     """
-    return _status_bytes(Path("/proc/self/status"), "VmHWM")
+    return kilobytes_field(Path("/proc/self/status"), "VmHWM")
 
 
 def memory_bytes() -> int | None:
     """Resident memory of this process now."""
-    return _status_bytes(Path("/proc/self/status"), "VmRSS")
+    return kilobytes_field(Path("/proc/self/status"), "VmRSS")
 
 
 class NeighbourClock:
@@ -83,20 +78,12 @@ class NeighbourClock:
 
 def _busy_seconds() -> float | None:
     """CPU time that all processes together have used since the machine started, waiting left out."""
-    try:
-        fields = Path("/proc/stat").read_text(encoding="ascii").split("\n", 1)[0].split()
-    except OSError:
+    text = read_text(Path("/proc/stat"))
+    if text is None:
         return None
+    fields = text.split("\n", 1)[0].split()
     user, nice, system, _idle, _iowait, irq, softirq, steal = map(int, fields[1:9])
     return (user + nice + system + irq + softirq + steal) / os.sysconf("SC_CLK_TCK")
-
-
-def _status_bytes(path: Path, name: str) -> int | None:
-    try:
-        found = re.search(rf"^{name}:\s+(\d+) kB$", path.read_text(encoding="utf-8"), re.MULTILINE)
-    except OSError:
-        return None
-    return int(found[1]) * 1024 if found else None
 
 
 def _last_level_cache() -> int | None:
@@ -106,14 +93,6 @@ def _last_level_cache() -> int | None:
         if found:
             sizes.append(int(found[1]) * {"K": 1 << 10, "M": 1 << 20}[found[2]])
     return max(sizes, default=None)
-
-
-def _processor() -> str:
-    try:
-        found = re.search(r"^model name\s*: (.+)$", Path("/proc/cpuinfo").read_text(encoding="utf-8"), re.MULTILINE)
-    except OSError:
-        found = None
-    return found[1].strip() if found else platform.processor() or platform.machine()
 
 
 def _version(package: str) -> str | None:

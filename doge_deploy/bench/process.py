@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import subprocess
@@ -83,7 +84,8 @@ class WorkerProcess:
         if kind is not None:
             self._process.kill()
         assert self._process.stdin is not None and self._process.stdout is not None
-        self._process.stdin.close()
+        with contextlib.suppress(BrokenPipeError):  # it died with a request unread, which close would send again
+            self._process.stdin.close()
         self._process.wait()
         self._process.stdout.close()
         self._errors.close()

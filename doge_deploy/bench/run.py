@@ -11,7 +11,7 @@ from time import sleep
 
 from doge_deploy.backends import Backend
 from doge_deploy.bench.candidates import Candidate
-from doge_deploy.bench.machine import available_cpus, this_machine
+from doge_deploy.bench.machine import this_machine
 from doge_deploy.bench.measure import RoundTimes
 from doge_deploy.bench.process import WorkerProcess
 from doge_deploy.bench.report import Load, Measurements, Report, Settings, WorkloadResult
@@ -23,6 +23,7 @@ from doge_deploy.bundle import Bundle, open_bundle
 from doge_deploy.checkpoint import Checkpoint
 from doge_deploy.errors import UsageError
 from doge_deploy.export import require_export_dependencies
+from doge_deploy.host import available_cpus
 from doge_deploy.verify.source import open_reference
 
 PEERS = ("transformers", "naive")

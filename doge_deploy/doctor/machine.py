@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import platform
 import re
 from collections.abc import Mapping
@@ -13,8 +12,7 @@ from typing import Any
 from doge_deploy.build_options import parse_capability
 from doge_deploy.device_facts import GIB, DeviceFacts
 from doge_deploy.doctor.probe import Found, probe_libraries, run_tool
-
-ROOT = Path("/")
+from doge_deploy.host import ROOT, available_cpus, kilobytes_field, processor_name, read_text
 
 
 @dataclass(frozen=True)
@@ -83,10 +81,10 @@ def this_machine(root: Path = ROOT) -> Machine:
     return Machine(
         system=f"{platform.system()} {platform.release()} {platform.machine()}",
         python=platform.python_version(),
-        processor=_processor(root),
-        cpus=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
-        memory_bytes=_meminfo(root, "MemTotal"),
-        free_bytes=_meminfo(root, "MemAvailable"),
+        processor=processor_name(root),
+        cpus=available_cpus(),
+        memory_bytes=kilobytes_field(root / "proc/meminfo", "MemTotal"),
+        free_bytes=kilobytes_field(root / "proc/meminfo", "MemAvailable"),
         board=_jetson_board(root),
         driver=driver,
         cuda=cuda,
@@ -132,32 +130,15 @@ def _driver(root: Path) -> tuple[str | None, str | None]:
     driver = re.search(r"driver version\s*:\s*([\d.]+)", answer, re.IGNORECASE)
     cuda = re.search(r"cuda version\s*:\s*([\d.]+)", answer, re.IGNORECASE)
     if driver is None:
-        text = _read(root / "proc/driver/nvidia/version") or ""
+        text = read_text(root / "proc/driver/nvidia/version") or ""
         driver = re.search(r"Kernel Module(?: for \S+)?\s+([\d.]+)", text)
     return (driver[1] if driver else None, cuda[1] if cuda else None)
 
 
 def _jetson_board(root: Path) -> str | None:
-    release = _read(root / "etc/nv_tegra_release")
+    release = read_text(root / "etc/nv_tegra_release")
     if release is None:
         return None
     found = re.search(r"# R(\d+) \(release\), REVISION: ([\d.]+)", release)
-    model = (_read(root / "proc/device-tree/model") or "Jetson").strip("\0\n ")
+    model = (read_text(root / "proc/device-tree/model") or "Jetson").strip("\0\n ")
     return f"{model}, Jetson Linux {found[1]}.{found[2]}" if found else model
-
-
-def _meminfo(root: Path, name: str) -> int | None:
-    found = re.search(rf"^{name}:\s+(\d+) kB", _read(root / "proc/meminfo") or "", re.MULTILINE)
-    return int(found[1]) * 1024 if found else None
-
-
-def _processor(root: Path) -> str:
-    found = re.search(r"^model name\s*: (.+)$", _read(root / "proc/cpuinfo") or "", re.MULTILINE)
-    return found[1].strip() if found else platform.processor() or platform.machine() or "unknown"
-
-
-def _read(path: Path) -> str | None:
-    try:
-        return path.read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        return None

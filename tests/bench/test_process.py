@@ -30,10 +30,13 @@ def test_an_error_keeps_its_class_and_its_line(tmp_path: Path) -> None:
         process.ask("load", candidate=candidate(tmp_path), threads=1)
 
 
-def test_a_dead_process_is_an_error_that_says_how_it_died() -> None:
+@pytest.mark.parametrize("buried", [False, True], ids=["dying", "dead"])
+def test_a_dead_process_is_an_error_that_says_how_it_died(buried: bool) -> None:
     with WorkerProcess(1) as process:
         process.ask("memory")
         os.kill(process._process.pid, signal.SIGKILL)
+        if buried:  # then the request cannot even be written, and is still there to be written at the end
+            process._process.wait()
         with pytest.raises(UnsupportedModelError, match=r"was to memory ended with signal 9"):
             process.ask("memory")
 

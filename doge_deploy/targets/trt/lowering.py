@@ -17,10 +17,8 @@ import onnx_ir.passes.common as common
 from doge_deploy.errors import UnsupportedModelError
 from doge_deploy.findings import join_findings
 from doge_deploy.graph.passes.name_nodes import NameNodesPass
+from doge_deploy.products import TOPK_LIMIT
 from doge_deploy.targets.trt.plugins import PluginLowering
-
-MAX_TOP_K = 3840
-"""The largest K of TensorRT's TopK. Reference: `ITopKLayer` in TensorRT's API."""
 
 _STANDARD_DOMAINS = ("", "ai.onnx")
 
@@ -88,10 +86,11 @@ def _beyond_top_k(model: ir.Model) -> Iterator[str]:
     for node in model.graph:
         if node.op_type == "TopK" and node.domain in _STANDARD_DOMAINS:
             k = _upper_bound(node.inputs[1])
-            if k is not None and k > MAX_TOP_K:
+            if k is not None and k > TOPK_LIMIT:
                 yield (
-                    f"node {node.name} selects the {k} best, TensorRT's TopK at most {MAX_TOP_K}: keep_window_size={k} "
-                    f"needs the plugins (--target trt), or an export whose --max-length does not exceed the window"
+                    f"node {node.name} selects the {k} best, TensorRT's TopK at most {TOPK_LIMIT}: "
+                    f"keep_window_size={k} needs the plugins (--target trt), or an export "
+                    "whose --max-length does not exceed the window"
                 )
 
 
