@@ -172,32 +172,22 @@ DECODE = EngineProfile(name="decode", axes=axes((1, 1, 4), (1, 1, 1)))
 SHARED = EngineProfile(name="shared", axes=axes((1, 1, 2), (1, 1, 512)))
 
 
-def record_of(bundle: Bundle, **changes: Any) -> EngineRecord:
-    """The record of an engine that would be built from the bundle's static graph."""
-    signature = bundle.layout("static").signature
-    directory = "engines/trt-rtx-fp32"
-
-    def tensors(specs: Any) -> tuple[EngineTensor, ...]:
-        return tuple(EngineTensor(name=spec.name, dtype=spec.dtype, shape=spec.shape) for spec in specs)
-
-    fields: dict[str, Any] = {
-        "directory": directory,
-        "engine_file": f"{directory}/model.engine",
-        "report_file": f"{directory}/layers.json",
+def pretended_record(name: str, **fields: Any) -> EngineRecord:
+    """A record of no real engine: what every test needs, and `fields`."""
+    common: dict[str, Any] = {
+        "directory": f"engines/{name}",
+        "engine_file": f"engines/{name}/model.engine",
+        "report_file": f"engines/{name}/layers.json",
         "target": "trt-rtx",
         "product": "TensorRT-RTX",
         "version": "1.7.1.116",
         "platform": "linux-x86_64",
-        "dtype": bundle.manifest.options["dtype"],
+        "dtype": "fp16",
         "layout": "static",
         "lowering": "standard",
         "compute_capabilities": (),
         "flags": (),
         "strip_weights": False,
-        "profiles": (PREFILL, DECODE),
-        "inputs": tensors(signature.inputs),
-        "outputs": tensors(signature.outputs),
-        "aliases": {present.name: past.name for past, present in signature.past()},
         "onnx": SourceFile(file="model.onnx", sha256="0" * 64),
         "weights": SourceFile(file="weights.safetensors", sha256="1" * 64),
         "lowered_onnx_sha256": "2" * 64,
@@ -208,7 +198,24 @@ def record_of(bundle: Bundle, **changes: Any) -> EngineRecord:
         "build_seconds": 1.5,
         "peak_memory_bytes": 1,
     }
-    return EngineRecord(**{**fields, **changes})
+    return EngineRecord(**{**common, **fields})
+
+
+def record_of(bundle: Bundle, **changes: Any) -> EngineRecord:
+    """The record of an engine that would be built from the bundle's static graph."""
+    signature = bundle.layout("static").signature
+
+    def tensors(specs: Any) -> tuple[EngineTensor, ...]:
+        return tuple(EngineTensor(name=spec.name, dtype=spec.dtype, shape=spec.shape) for spec in specs)
+
+    fields: dict[str, Any] = {
+        "dtype": bundle.manifest.options["dtype"],
+        "profiles": (PREFILL, DECODE),
+        "inputs": tensors(signature.inputs),
+        "outputs": tensors(signature.outputs),
+        "aliases": {present.name: past.name for past, present in signature.past()},
+    }
+    return pretended_record("trt-rtx-fp32", **{**fields, **changes})
 
 
 def held_runner(bundle: Bundle, *, records_itself: bool = False, **changes: Any) -> TrtRunner:

@@ -24,6 +24,16 @@ SMALL: dict[str, Any] = {
 }
 SMALL_MOE: dict[str, Any] = {**SMALL, "is_moe": True, "num_experts": 20, "num_experts_per_tok": 3}
 
+DYNAMIC = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0}
+LONGROPE = {
+    "rope_type": "longrope",
+    "rope_theta": 1e4,
+    "short_factor": [1.0, 1.1, 1.2, 1.3],
+    "long_factor": [2.0, 2.5, 3.0, 4.0],
+    "original_max_position_embeddings": 16,
+}
+"""Both for heads of 8."""
+
 
 def random_doge(seed: int = 0, *, kind: type[Any] = DogeForCausalLM, **config: Any) -> Any:
     """A small Doge in eval mode; A is drawn too, which transformers initialises to zero.

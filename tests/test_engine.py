@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from engine_stand_ins import pretended_record
 
-from doge_deploy.build_options import BuildOptions, Range
+from doge_deploy.build_options import Range
 from doge_deploy.bundle import Bundle, Manifest, open_bundle
-from doge_deploy.engine import EngineProfile, EngineRecord, EngineTensor, LayerCounts, SourceFile
+from doge_deploy.engine import EngineProfile, EngineRecord, EngineTensor
 from doge_deploy.errors import UsageError
 
 
@@ -22,21 +23,7 @@ def axes(batch: int, low: int, high: int) -> dict[str, Range]:
 
 def record(**changes: Any) -> EngineRecord:
     """A record of no real engine, for tests of its readers."""
-    directory = "engines/trt-rtx-fp16-sm89"
     fields: dict[str, Any] = {
-        "directory": directory,
-        "engine_file": f"{directory}/model.engine",
-        "report_file": f"{directory}/layers.json",
-        "target": "trt-rtx",
-        "product": "TensorRT-RTX",
-        "version": "1.7.1.116",
-        "platform": "linux-x86_64",
-        "dtype": "fp16",
-        "layout": "static",
-        "lowering": "standard",
-        "compute_capabilities": ("8.9",),
-        "flags": (),
-        "strip_weights": False,
         "profiles": (
             EngineProfile(name="prefill", axes=axes(1, 1, 64)),
             EngineProfile(name="decode", axes=axes(4, 1, 1)),
@@ -44,17 +31,9 @@ def record(**changes: Any) -> EngineRecord:
         "inputs": (EngineTensor(name="input_ids", dtype="int64", shape=("batch_size", "sequence_length")),),
         "outputs": (EngineTensor(name="logits", dtype="float16", shape=("batch_size", 1, 256)),),
         "aliases": {"present.0.key": "past_key_values.0.key"},
-        "onnx": SourceFile(file="model.onnx", sha256="0" * 64),
-        "weights": SourceFile(file="weights.safetensors", sha256="1" * 64),
-        "lowered_onnx_sha256": "2" * 64,
-        "options": BuildOptions(),
-        "layers": LayerCounts(total=1, by_type={"CAST": 1}, kv_cache_update=0, attention=0),
-        "weight_bytes": 1,
-        "engine_bytes": 1,
-        "build_seconds": 1.5,
-        "peak_memory_bytes": 1,
+        "compute_capabilities": ("8.9",),
     }
-    return EngineRecord(**{**fields, **changes})
+    return pretended_record("trt-rtx-fp16-sm89", **{**fields, **changes})
 
 
 def test_a_record_survives_a_manifest(tiny_bundle: Path) -> None:

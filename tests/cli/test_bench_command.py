@@ -15,30 +15,6 @@ from doge_deploy.bench.traffic import Traffic
 from doge_deploy.bench.workload import Workload
 from doge_deploy.cli.main import run_command
 
-BAD: dict[str, tuple[list[str], int, str]] = {
-    "no bundle": ([], 2, "Missing argument 'BUNDLE...'"),
-    "not a bundle": (["nowhere"], 2, "nowhere is not a directory"),
-    "not a number": (["x", "--prompt-length", "128,many"], 2, "'many' is not a whole number from 1 up"),
-    "no row": (["x", "--batch", "0"], 2, "'0' is not a whole number from 1 up"),
-    "no such peer": (["x", "--against", "transformers,llama"], 2, "'llama' is not one of transformers, naive"),
-    "a file that cannot be written": (["x", "--json", "nowhere/report.json"], 2, "nowhere/report.json"),
-}
-
-
-@pytest.mark.parametrize(("arguments", "code", "message"), BAD.values(), ids=BAD.keys())
-def test_bad_input_is_one_line(
-    arguments: list[str],
-    code: int,
-    message: str,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capfd: pytest.CaptureFixture[str],
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    assert run_command(["bench", *arguments]) == code
-    error = capfd.readouterr().err
-    assert message in error and error.count("\n") == 1, error
-
 
 def test_a_missing_matplotlib_is_told_before_anything_is_timed(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capfd: pytest.CaptureFixture[str]

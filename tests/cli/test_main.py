@@ -22,6 +22,16 @@ BAD: dict[str, tuple[list[str], int, str]] = {
     "no such config": (["export", "doge-tiny", "-o", "x", "--config", "nowhere.yaml"], 2, "nowhere.yaml"),
     "no such bundle": (["verify", "nowhere"], 2, "is not a directory"),
     "nothing to say": (["generate", "nowhere"], 2, "give --prompt"),
+    "bench: no bundle": (["bench"], 2, "Missing argument 'BUNDLE...'"),
+    "bench: not a bundle": (["bench", "nowhere"], 2, "nowhere is not a directory"),
+    "bench: not a number": (["bench", "x", "--prompt-length", "128,many"], 2, "'many' is not a whole number from 1 up"),
+    "bench: no row": (["bench", "x", "--batch", "0"], 2, "'0' is not a whole number from 1 up"),
+    "bench: no such peer": (
+        ["bench", "x", "--against", "transformers,llama"],
+        2,
+        "'llama' is not one of transformers, naive",
+    ),
+    "bench: a file that cannot be written": (["bench", "x", "--json", "nowhere/report.json"], 2, "nowhere/report.json"),
     "too many layers": (["export", "doge-tiny", "-o", "x", "--num-layers", "9"], 2, "num_layers=9"),
 }
 

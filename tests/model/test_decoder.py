@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from random_doge import SMALL, SMALL_MOE, random_doge
+from random_doge import DYNAMIC, LONGROPE, SMALL, SMALL_MOE, random_doge
 from transformers import DogeForCausalLM
 
 from doge_deploy.config import DogeFacts
@@ -16,14 +16,6 @@ from doge_deploy.model.rope import rope_tensors
 LENGTH = 24  # three times the window of SMALL
 CAPACITY = 64
 
-DYNAMIC = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0}
-LONGROPE = {
-    "rope_type": "longrope",
-    "rope_theta": 1e4,
-    "short_factor": [1.0, 1.1, 1.2, 1.3],
-    "long_factor": [2.0, 2.5, 3.0, 4.0],
-    "original_max_position_embeddings": 16,
-}
 CONFIGS: dict[str, dict[str, Any]] = {
     "dense": {},
     "moe": SMALL_MOE,

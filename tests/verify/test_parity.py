@@ -10,21 +10,13 @@ from typing import Any
 
 import pytest
 from bundles import make_bundle
-from random_doge import SMALL, SMALL_MOE, save_random_doge
+from random_doge import DYNAMIC, LONGROPE, SMALL, SMALL_MOE, save_random_doge
 
 from doge_deploy.cli.main import run_command
 from doge_deploy.verify.run import Report, verify
 
 BOTH = ("static", "growing")
 
-DYNAMIC = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0}
-LONGROPE = {
-    "rope_type": "longrope",
-    "rope_theta": 1e4,
-    "short_factor": [1.0, 1.1, 1.2, 1.3],
-    "long_factor": [2.0, 2.5, 3.0, 4.0],
-    "original_max_position_embeddings": 16,
-}
 CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "dense-fp32-all": ({}, {"logits": "all"}),
     "dense-fp16": ({}, {"dtype": "fp16"}),

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from bundles import broken_copy, edit_tensor, make_bundle
-from random_doge import SMALL, SMALL_MOE, random_doge, save_random_doge
+from random_doge import DYNAMIC, SMALL, SMALL_MOE, random_doge, save_random_doge
 from transformers import DogeForSequenceClassification
 
 from doge_deploy.bundle import open_bundle
@@ -19,7 +19,6 @@ from doge_deploy.model.ops import last_unlike
 from doge_deploy.runtime.ort import open_runner
 from doge_deploy.verify.run import verify
 
-DYNAMIC = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0}
 CLASSES = "sequence-classification"
 
 CASES: dict[str, tuple[str, str, dict[str, Any], dict[str, Any]]] = {
