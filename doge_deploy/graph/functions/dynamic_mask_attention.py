@@ -16,6 +16,7 @@ import onnx_ir as ir
 
 from doge_deploy.config import DogeFacts
 from doge_deploy.graph.functions.text import parse_function
+from doge_deploy.graph.functions.visible import CAUSAL, selected
 from doge_deploy.graph.schemas import DYNAMIC_MASK_ATTENTION
 
 KEPT = "kept"
@@ -23,21 +24,9 @@ KEPT = "kept"
 at it.
 """
 
-_VISIBLE = """
-    zero = Constant <value_int = 0> ()
-    one = Constant <value_int = 1> ()
-    axis_one = Constant <value_ints = [1]> ()
-    row_axes = Constant <value_ints = [1, 3]> ()
+_SIZES = """
     num_rows = Shape <start = 2, end = 3> (query)
     num_columns = Shape <start = 2, end = 3> (key)
-    rows_scalar = Squeeze (num_rows)
-    columns_scalar = Squeeze (num_columns)
-    rows = Range (zero, rows_scalar, one)
-    columns = Range (zero, columns_scalar, one)
-    first_column = Unsqueeze (first_slot, axis_one)
-    row_slot = Add (first_column, rows)
-    row_slot_4d = Unsqueeze (row_slot, row_axes)
-    causal = LessOrEqual (columns, row_slot_4d)
 """
 
 _SLIDING = """
@@ -61,22 +50,12 @@ _NO_KEY_MASK = """
     visible = Identity (seen)
 """
 
-# Hidden keys rank below every score (none is negative): they are chosen only where fewer than w are visible.
 _KEEP_WINDOW = """
     window_scalar = Constant <value_int: int = @keep_window_size> ()
     first_axis = Constant <value_ints = [0]> ()
     window = Unsqueeze (window_scalar, first_axis)
     window_reach = Min (window, num_columns)
-    lowest = Constant <value_float = -1.0> ()
-    ranked = Where (visible, row_score, lowest)
-    best_score, best_index = TopK <axis = -1, largest = 1, sorted = 1> (ranked, window_reach)
-    ranked_shape = Shape (ranked)
-    none = ConstantOfShape <value = bool[1] {0}> (ranked_shape)
-    best_shape = Shape (best_index)
-    all = ConstantOfShape <value = bool[1] {1}> (best_shape)
-    in_window = ScatterElements <axis = -1> (none, best_index, all)
-    kept = And (visible, in_window)
-"""
+""" + selected("visible", "window_reach", KEPT, in_order=True)
 
 _BIAS = """
     row_score_cast = CastLike (row_score, query)
@@ -103,7 +82,8 @@ def dynamic_mask_attention_function(
         hidden_bias: bias of a hidden key, see `doge_deploy.model.attention.hidden_bias`.
     """
     groups = facts.num_attention_heads // facts.num_score_heads
-    body = _VISIBLE + (_SLIDING if sliding else _NOT_SLIDING) + (_KEY_MASK if has_key_mask else _NO_KEY_MASK)
+    body = _SIZES + CAUSAL + (_SLIDING if sliding else _NOT_SLIDING)
+    body += _KEY_MASK if has_key_mask else _NO_KEY_MASK
     body += "    row_score = Transpose <perm = [0, 1, 3, 2]> (score)\n"
     body += _KEEP_WINDOW if keep_window else "    kept = Identity (visible)\n"
     body += _BIAS.replace("HIDDEN", repr(hidden_bias))
