@@ -14,7 +14,6 @@ from doge_deploy.config_keys import (
     ACTIVATIONS,
     DTYPES,
     INERT_DOGE_KEYS,
-    TRAINED_ACTIVATIONS,
     ConfigReader,
     is_integer,
     key_findings,
@@ -202,7 +201,7 @@ def _read_sizes(reader: ConfigReader) -> dict[str, Any]:
         "num_hidden_layers": reader.size("num_hidden_layers", 32),
         "num_attention_heads": heads,
         "num_key_value_heads": _read_key_value_heads(reader, heads),
-        "hidden_act": _read_activation(reader),
+        "hidden_act": reader.name("hidden_act", "silu", ACTIVATIONS),
         "rms_norm_eps": reader.non_negative("rms_norm_eps", 1e-6),
         "tie_word_embeddings": reader.flag("tie_word_embeddings"),
         "max_position_embeddings": reader.size("max_position_embeddings", 2048),
@@ -249,14 +248,6 @@ def _read_head_dim(reader: ConfigReader, hidden_size: int, heads: int) -> int:
         reader.findings.append(f"{source}: a head must have an even size >= 2")
         return 2
     return head_dim
-
-
-def _read_activation(reader: ConfigReader) -> str:
-    name = reader.config.get("hidden_act", "silu")
-    if isinstance(name, str) and name in TRAINED_ACTIVATIONS:
-        reader.findings.append(f"hidden_act={name!r}: activations with weights of their own are not supported yet")
-        return "silu"
-    return reader.name("hidden_act", "silu", ACTIVATIONS)
 
 
 def _read_experts(reader: ConfigReader) -> dict[str, Any]:

@@ -75,14 +75,20 @@ KNOWN_KEYS = USED_KEYS | INERT_DOGE_KEYS | STANDARD_KEYS
 ACTIVATIONS = frozenset(
     """
     gelu gelu_10 gelu_accurate gelu_fast gelu_new gelu_python gelu_python_tanh gelu_pytorch_tanh
-    hardswish laplace leaky_relu linear mish quick_gelu relu relu2 relu6 sigmoid silu sqrtsoftplus swish
-    tanh
+    hardswish laplace leaky_relu linear mish prelu quick_gelu relu relu2 relu6 sigmoid silu sqrtsoftplus
+    swish tanh xielu
     """.split()
 )
 """Names in transformers' `ACT2FN`, listed here so that reading a config imports no transformers."""
 
-TRAINED_ACTIVATIONS = frozenset({"prelu", "xielu"})
-"""Activations with weights of their own."""
+TRAINED_ACTIVATIONS: Mapping[str, Mapping[str, tuple[int, ...]]] = {
+    "prelu": {"weight": (1,)},
+    "xielu": {"alpha_p": (1,), "alpha_n": (1,), "beta": (), "eps": ()},
+}
+"""Activations with weights of their own: name and shape of each, by which a checkpoint has them in `mlp.act_fn`.
+
+Buffers count too where transformers saves them and does not know their values without.
+"""
 
 DTYPES = ("float32", "float16", "bfloat16")
 

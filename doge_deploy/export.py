@@ -61,6 +61,7 @@ def export(model: str, output: Path, options: ExportOptions, *, force: bool, pro
         checkpoint = open_checkpoint(model, num_layers=options.num_layers)
         facts = checkpoint.facts
         check_task(facts, options, model)
+        check_activation(facts, options.dtype)
         max_length = resolve_max_length(facts, options.max_length)
         check_positions(max_length)
         warnings = tuple(check_score_range(checkpoint, DTYPES[options.dtype]))
@@ -115,6 +116,18 @@ def check_task(facts: DogeFacts, options: ExportOptions, source: str) -> None:
     for name in ("kv_cache", "logits"):
         if options.task != "causal-lm" and name in options.model_fields_set:
             raise UsageError(f"{name}={getattr(options, name)!r}: has no meaning for task={options.task}; leave it out")
+
+
+def check_activation(facts: DogeFacts, dtype: str) -> None:
+    """Raises UnsupportedModelError where transformers itself cannot compute the activation in this dtype.
+
+    Reference: `XIELUActivation` in transformers' activations.py, whose parameters are bfloat16 in a model of any dtype.
+    """
+    if facts.hidden_act == "xielu" and dtype == "fp16":
+        raise UnsupportedModelError(
+            "hidden_act='xielu' with dtype=fp16: transformers keeps its weights in bfloat16, so that float16 becomes "
+            "float32 there, and fails in the product that follows; dtype must be one of fp32, bf16"
+        )
 
 
 def _cache_options(options: ExportOptions) -> dict[str, object]:

@@ -248,6 +248,7 @@ class Broken:
 
 
 LAYER = "model.layers.1."
+ACT_FN = [f"model.layers.{layer}.mlp.act_fn.{{}}" for layer in (0, 1)]
 QK_NORMS = [f"model.layers.{layer}.self_attn.{name}_norm.weight" for layer in (0, 1) for name in "qk"]
 
 BROKEN: dict[str, Broken] = {
@@ -330,6 +331,23 @@ BROKEN: dict[str, Broken] = {
         config(num_experts=26),
         ("mlp.router_gate.weight is [8, 32], must be [10, 32]", "must be [26, 32]"),
         base="moe",
+    ),
+    "prelu-without-its-slope": Broken(
+        config(hidden_act="prelu"), ("2 missing: model.layers.0.mlp.act_fn.weight", LAYER + "mlp.act_fn.weight")
+    ),
+    "prelu-with-a-slope-per-channel": Broken(
+        both(config(hidden_act="prelu"), add(**{name.format("weight"): (48,) for name in ACT_FN})),
+        ("2 wrong shape", LAYER + "mlp.act_fn.weight is [48], must be [1]"),
+    ),
+    "xielu-without-its-buffers": Broken(
+        both(
+            config(hidden_act="xielu"),
+            add(**{name.format(weight): (1,) for name in ACT_FN for weight in ("alpha_p", "alpha_n")}),
+        ),
+        ("4 missing", LAYER + "mlp.act_fn.beta", LAYER + "mlp.act_fn.eps"),
+    ),
+    "a-slope-that-silu-has-not": Broken(
+        add(**{LAYER + "mlp.act_fn.weight": (1,)}), (f"1 unexpected: {LAYER}mlp.act_fn.weight",)
     ),
     "untied-without-head": Broken(config(tie_word_embeddings=False), ("1 missing: lm_head.weight",)),
     # tensors
@@ -432,6 +450,15 @@ BROKEN: dict[str, Broken] = {
     "legacy-yarn": Broken(
         both(legacy, config(rope_parameters={"rope_type": "yarn", "factor": 2.0, "rope_theta": 1e4})),
         ("legacy Doge of 2025-08: rope_type='yarn': differs between", "must be one of default, linear"),
+    ),
+    "legacy-xielu": Broken(
+        both(
+            legacy,
+            config(hidden_act="xielu"),
+            add(**{name.format(weight): (1,) for name in ACT_FN for weight in ("alpha_p", "alpha_n")}),
+            add(**{name.format(weight): () for name in ACT_FN for weight in ("beta", "eps")}),
+        ),
+        ("legacy Doge of 2025-08: hidden_act='xielu': came with transformers 4.56",),
     ),
     "legacy-keys-beside-new-names": Broken(
         both(legacy, config(dynamic_mask_ratio=0.0)), ("legacy config: dynamic_mask_ratio=0.0",)

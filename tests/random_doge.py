@@ -36,7 +36,8 @@ LONGROPE = {
 
 
 def random_doge(seed: int = 0, *, kind: type[Any] = DogeForCausalLM, **config: Any) -> Any:
-    """A small Doge in eval mode; A is drawn too, which transformers initialises to zero.
+    """A small Doge in eval mode; A is drawn too, which transformers initialises to zero, and so are the weights of an
+    activation that has some.
 
     `kind`: transformers' class, that of the causal language model unless another is named.
     """
@@ -47,6 +48,10 @@ def random_doge(seed: int = 0, *, kind: type[Any] = DogeForCausalLM, **config: A
             layer.self_attn.A.normal_()
             for scale in (layer.input_layernorm.weight, layer.input_residual, layer.self_attn.q_norm.weight):
                 scale.normal_(mean=1.0, std=0.15)
+            for weight in layer.mlp.act_fn.parameters():
+                weight.normal_()
+            if config.get("hidden_act") == "xielu":
+                layer.mlp.act_fn.beta.uniform_(0.25, 0.75)
     return model
 
 

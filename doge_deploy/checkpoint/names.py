@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 
 from doge_deploy.checkpoint.headers import DTYPES, TensorInfo
 from doge_deploy.config import ARCHITECTURE, DogeFacts
+from doge_deploy.config_keys import TRAINED_ACTIVATIONS
 from doge_deploy.errors import UnsupportedModelError
 from doge_deploy.findings import MAX_FINDINGS
 
@@ -72,6 +73,7 @@ def layer_tensors(facts: DogeFacts) -> Shapes:
         **_linear("mlp.gate_proj", inner, hidden, bias=facts.mlp_bias),
         **_linear("mlp.up_proj", inner, hidden, bias=facts.mlp_bias),
         **_linear("mlp.down_proj", hidden, inner, bias=facts.mlp_bias),
+        **{f"mlp.act_fn.{name}": shape for name, shape in TRAINED_ACTIVATIONS.get(facts.hidden_act, {}).items()},
     }
     if facts.is_moe:
         shapes |= _linear("mlp.router_gate", 2 * facts.num_keys, hidden, bias=False)

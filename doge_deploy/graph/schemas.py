@@ -26,6 +26,14 @@ _Attribute = OpSchema.Attribute
 _INT, _FLOAT, _STRING = OpSchema.AttrType.INT, OpSchema.AttrType.FLOAT, OpSchema.AttrType.STRING
 
 
+# Four optional inputs: one variadic is filled with all inputs of the node by torch.onnx's exporter (torch 2.13).
+_ACTIVATION_WEIGHTS = [
+    _Parameter(f"act_fn_{index}", "W", doc, param_option=OpSchema.FormalParameterOption.Optional)
+    for index, doc in enumerate(("[1]: weight of prelu, alpha_p of xielu", "[1]: alpha_n", "[]: beta", "[]: eps"))
+]
+"""Weights of an activation that has some, in the order of `TRAINED_ACTIVATIONS`."""
+
+
 def _dynamic_mask_attention() -> OpSchema:
     return OpSchema(
         DYNAMIC_MASK_ATTENTION,
@@ -75,9 +83,10 @@ def _cdmoe() -> OpSchema:
             _Parameter("router_logits", "T", "[B, Q, 2n]"),
             _Parameter("down_embed", "T", "[E, C]"),
             _Parameter("up_embed", "T", "[E, C]"),
+            *_ACTIVATION_WEIGHTS,
         ],
         outputs=[_Parameter("output", "T", "[B, Q, C]")],
-        type_constraints=[("T", _FLOATS, "")],
+        type_constraints=[("T", _FLOATS, ""), ("W", _FLOATS, "")],
         attributes=[
             _Attribute("num_experts_per_tok", _INT, "k"),
             _Attribute("norm_topk_prob", _INT, "1: the k weights are divided by their sum"),
@@ -93,9 +102,9 @@ def _activation() -> OpSchema:
         DOMAIN,
         VERSION,
         doc="the activation of the feed-forward layer",
-        inputs=[_Parameter("x", "T", "any shape")],
+        inputs=[_Parameter("x", "T", "any shape"), *_ACTIVATION_WEIGHTS],
         outputs=[_Parameter("y", "T", "the shape of x")],
-        type_constraints=[("T", _FLOATS, "")],
+        type_constraints=[("T", _FLOATS, ""), ("W", _FLOATS, "")],
     )
 
 

@@ -228,12 +228,13 @@ def _translations() -> dict[Any, Any]:
         sliding = {"sliding_window": sliding_window} if sliding_window else {}
         return doge.DynamicMaskAttention(*inputs, keep_window_size=keep_window_size, scale=scale, **sliding)
 
-    def cdmoe(hidden, router, down, up, num_experts_per_tok, norm_topk_prob, routing, hidden_act):  # type: ignore[no-untyped-def]
+    def cdmoe(hidden, router, down, up, act_fn, num_experts_per_tok, norm_topk_prob, routing, hidden_act):  # type: ignore[no-untyped-def]
         return doge.CDMoE(
             hidden,
             router,
             down,
             up,
+            *act_fn,
             num_experts_per_tok=num_experts_per_tok,
             norm_topk_prob=int(norm_topk_prob),
             routing=routing,
@@ -254,7 +255,7 @@ def _translations() -> dict[Any, Any]:
         custom.no_past.default: no_past,
         custom.mask_of_slots.default: mask_of_slots,
         custom.longest_position.default: longest_position,
-        custom.activation.default: lambda x, name: doge.Activation(x),
+        custom.activation.default: lambda x, weights, name: doge.Activation(x, *weights),
         custom.dynamic_mask_attention.default: attention,
         custom.cdmoe.default: cdmoe,
         torch.ops.aten.to.dtype: to_dtype,

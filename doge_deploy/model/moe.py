@@ -8,12 +8,14 @@ experts).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import nn
-from transformers.activations import ACT2FN
 
 from doge_deploy.config import DogeFacts
-from doge_deploy.model.ops import activation
+from doge_deploy.config_keys import TRAINED_ACTIVATIONS
+from doge_deploy.model.ops import activate, activation
 
 
 def candidate_pairs(k: int, n: int) -> list[tuple[int, int]]:
@@ -60,6 +62,7 @@ def cdmoe(
     router_logits: torch.Tensor,
     down_embed: torch.Tensor,
     up_embed: torch.Tensor,
+    act_fn: Sequence[torch.Tensor],
     num_experts_per_tok: int,
     norm_topk_prob: bool,
     routing: str,
@@ -71,6 +74,7 @@ def cdmoe(
         hidden: `[B, Q, C]`.
         router_logits: `[B, Q, 2n]`.
         down_embed, up_embed: `[E, C]`.
+        act_fn: weights of the activation, see `activate`.
         routing: "reference" or "per-token", see `split_router`.
         hidden_act: name of the activation, as in transformers.
 
@@ -80,13 +84,24 @@ def cdmoe(
     tokens = hidden.flatten(0, 1)
     ids, weights = route(split_router(router_logits, routing), num_experts_per_tok, norm_topk_prob)
     dots = torch.matmul(down_embed[ids], tokens[:, :, None]).squeeze(-1)
-    gates = ACT2FN[hidden_act](dots) * weights
+    gates = activate(dots, hidden_act, act_fn) * weights
     return torch.matmul(gates[:, None, :], up_embed[ids]).reshape(hidden.shape)
 
 
 @cdmoe.register_fake
 def _(hidden: torch.Tensor, *_others: object) -> torch.Tensor:
     return torch.empty_like(hidden)
+
+
+class ActivationWeights(nn.Module):
+    """The weights that an activation has of its own, named as in transformers' module."""
+
+    def __init__(self, name: str, dtype: torch.dtype) -> None:
+        super().__init__()
+        # XIELUActivation is made in bfloat16 and loaded so, whatever the dtype of the model and of the file
+        dtype = torch.bfloat16 if name == "xielu" else dtype
+        for weight, shape in TRAINED_ACTIVATIONS.get(name, {}).items():
+            self.register_parameter(weight, nn.Parameter(torch.empty(shape, dtype=dtype)))
 
 
 class MLP(nn.Module):
@@ -100,13 +115,16 @@ class MLP(nn.Module):
         self.gate_proj = nn.Linear(hidden, inner, bias=bias, dtype=dtype)
         self.up_proj = nn.Linear(hidden, inner, bias=bias, dtype=dtype)
         self.down_proj = nn.Linear(inner, hidden, bias=bias, dtype=dtype)
+        self.act_fn = ActivationWeights(facts.hidden_act, dtype)
         if facts.is_moe:
             self.router_gate = nn.Linear(hidden, 2 * facts.num_keys, bias=False, dtype=dtype)
             self.down_embed = nn.Embedding(facts.num_experts, hidden, dtype=dtype)
             self.up_embed = nn.Embedding(facts.num_experts, hidden, dtype=dtype)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        shared: torch.Tensor = self.down_proj(activation(self.gate_proj(x), self.facts.hidden_act) * self.up_proj(x))
+        weights = list(self.act_fn.parameters())
+        gate = activation(self.gate_proj(x), weights, self.facts.hidden_act)
+        shared: torch.Tensor = self.down_proj(gate * self.up_proj(x))
         if not self.facts.is_moe:
             return shared
         routed: torch.Tensor = cdmoe(
@@ -114,6 +132,7 @@ class MLP(nn.Module):
             self.router_gate(x),
             self.down_embed.weight,
             self.up_embed.weight,
+            weights,
             self.facts.num_experts_per_tok,
             self.facts.norm_topk_prob,
             self.routing,

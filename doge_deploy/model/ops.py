@@ -7,8 +7,12 @@ Reference: https://onnx.ai/onnx/operators/ for the ONNX semantics.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from transformers.activations import ACT2FN
+
+from doge_deploy.config_keys import TRAINED_ACTIVATIONS
 
 
 @torch.library.custom_op("doge::rms_norm", mutates_args=())
@@ -144,15 +148,28 @@ def _(input_ids: torch.Tensor) -> torch.Tensor:
     return torch.empty_like(input_ids[:, 0])
 
 
+def activate(x: torch.Tensor, name: str, weights: Sequence[torch.Tensor]) -> torch.Tensor:
+    """The activation that transformers calls `name` (`ACT2FN`), by its own module.
+
+    `x` is of any shape and float dtype, `weights` in the order of `TRAINED_ACTIVATIONS`, none for most activations.
+    """
+    if not weights:
+        result: torch.Tensor = ACT2FN[name](x)
+    else:
+        named = dict(zip(TRAINED_ACTIVATIONS[name], weights, strict=True))
+        result = torch.func.functional_call(ACT2FN[name], named, x)
+    return result
+
+
 @torch.library.custom_op("doge::activation", mutates_args=())
-def activation(x: torch.Tensor, name: str) -> torch.Tensor:
-    """The activation that transformers calls `name` (`ACT2FN`), elementwise on `x` of any shape and float dtype."""
-    result: torch.Tensor = ACT2FN[name](x)
+def activation(x: torch.Tensor, weights: Sequence[torch.Tensor], name: str) -> torch.Tensor:
+    """See `activate`."""
+    result = activate(x, name, weights)
     return result.clone() if result is x else result  # "linear": an operator must not return its input
 
 
 @activation.register_fake
-def _(x: torch.Tensor, name: str) -> torch.Tensor:
+def _(x: torch.Tensor, weights: Sequence[torch.Tensor], name: str) -> torch.Tensor:
     return torch.empty_like(x)
 
 

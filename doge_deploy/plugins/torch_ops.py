@@ -7,7 +7,7 @@ active: on a CUDA device, or on the CPU in Triton's interpreter.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import cache
 from typing import Any
@@ -84,6 +84,7 @@ def _cdmoe_by_kernels(
     router_logits: torch.Tensor,
     down_embed: torch.Tensor,
     up_embed: torch.Tensor,
+    act_fn: Sequence[torch.Tensor],
     num_experts_per_tok: int,
     norm_topk_prob: bool,
     routing: str,

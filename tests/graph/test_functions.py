@@ -11,10 +11,11 @@ import onnx_ir as ir
 import onnxruntime
 import pytest
 import torch
-from transformers.activations import ACT2FN
+from onnx_ir.tensor_adapters import TorchTensor
 
 from doge_deploy.checkpoint import open_checkpoint
 from doge_deploy.config import DogeFacts
+from doge_deploy.config_keys import TRAINED_ACTIVATIONS
 from doge_deploy.errors import UnsupportedModelError
 from doge_deploy.graph import schemas
 from doge_deploy.graph.functions import cdmoe_function, dynamic_mask_attention_function
@@ -22,6 +23,8 @@ from doge_deploy.graph.functions.activations import SUPPORTED, activation_functi
 from doge_deploy.graph.passes.expose_selections import ExposeSelectionsPass
 from doge_deploy.model.attention import dynamic_mask_attention, hidden_bias, keep_mask
 from doge_deploy.model.moe import candidate_pairs, cdmoe
+from doge_deploy.model.ops import activate
+from doge_deploy.targets.ort import widen_bfloat16
 
 
 @pytest.fixture(scope="module")
@@ -139,7 +142,7 @@ def test_cdmoe(facts: DogeFacts, experts: int, k: int, norm: bool, ties: bool, r
     function = cdmoe_function(changed, routing=routing, pairs=candidate_pairs(k, changed.num_keys))
     attributes = {"num_experts_per_tok": k, "norm_topk_prob": int(norm), "routing": routing, "activation": "silu"}
     output, chosen = run(function, inputs, attributes)
-    expected = cdmoe(*inputs.values(), k, norm, routing, "silu")
+    expected = cdmoe(*inputs.values(), [], k, norm, routing, "silu")
     assert chosen.shape == (10, k)
     np.testing.assert_allclose(output, expected.numpy(), rtol=1e-5, atol=1e-4)
 
@@ -159,22 +162,85 @@ def test_a_sliding_window_hides_by_distance(facts: DogeFacts, reach: int) -> Non
         assert first + 3 - reach < columns.min() <= columns.max() <= first + 3
 
 
+def weights_of(name: str, dtype: torch.dtype = torch.float32) -> list[torch.Tensor]:
+    """Weights of an activation as transformers would hold them in a model of `dtype`; none for most."""
+    weights = {
+        "prelu": [torch.tensor([-0.7], dtype=dtype)],
+        # an eps that can be seen, and numbers that are not those of a new module
+        "xielu": [torch.tensor(v, dtype=torch.bfloat16) for v in ([0.31], [-1.7], 0.62, -0.03)],
+    }
+    return weights.get(name, [])
+
+
+def run_activation(name: str, x: torch.Tensor, weights: list[torch.Tensor]) -> torch.Tensor:
+    """`x` through the activation's function in ONNX Runtime, weights as initializers."""
+    function = activation_function(name)
+    value, *initializers = [
+        ir.Value(name=f"v{index}", type=ir.TensorType(TorchTensor(t).dtype), shape=ir.Shape(t.shape))
+        for index, t in enumerate([x, *weights])
+    ]
+    for initializer, weight in zip(initializers, weights, strict=True):
+        initializer.const_value = TorchTensor(weight)
+    node = ir.node(function.name, [value, *initializers], domain=schemas.DOMAIN)
+    node.outputs[0].name, node.outputs[0].dtype, node.outputs[0].shape = "y", value.dtype, value.shape
+    graph = ir.Graph(
+        [value],
+        node.outputs,
+        nodes=[node],
+        initializers=initializers,
+        opset_imports={"": 24, schemas.DOMAIN: 1},
+        name="one",
+    )
+    data = ir.to_proto(ir.Model(graph, ir_version=11, functions=[function])).SerializeToString()
+    if x.dtype == torch.bfloat16:
+        data = widen_bfloat16(data)
+    session = onnxruntime.InferenceSession(data, providers=["CPUExecutionProvider"])
+    feed = x.float() if x.dtype == torch.bfloat16 else x
+    return torch.from_numpy(session.run(None, {"v0": feed.numpy()})[0])
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["fp32", "fp16"])
 @pytest.mark.parametrize("name", sorted(SUPPORTED))
 def test_activations_are_as_near_to_the_formula_as_those_of_transformers(name: str, dtype: torch.dtype) -> None:
+    if name == "xielu" and dtype == torch.float16:
+        pytest.skip("transformers makes float32 of it, which no layer takes: an export refuses it")
     x = torch.linspace(-12, 12, 4001).to(dtype)
-    function = activation_function(name)
-    value = ir.Value(name="x", type=ir.TensorType(ir.DataType.from_numpy(x.numpy().dtype)), shape=ir.Shape(x.shape))
-    node = ir.node(function.name, [value], domain=schemas.DOMAIN)
-    node.outputs[0].name, node.outputs[0].dtype = "y", value.dtype
-    graph = ir.Graph([value], node.outputs, nodes=[node], opset_imports={"": 24, schemas.DOMAIN: 1}, name="one")
-    model = ir.Model(graph, ir_version=11, functions=[function])
-    session = onnxruntime.InferenceSession(ir.to_proto(model).SerializeToString(), providers=["CPUExecutionProvider"])
-    found = session.run(None, {"x": x.numpy()})[0].astype(np.float64)
-    exact = ACT2FN[name](x.double()).numpy()
+    weights = weights_of(name, dtype)
+    found = run_activation(name, x, weights).double().numpy()
+    exact = activate(x.double(), name, weights if name == "xielu" else [w.double() for w in weights]).numpy()
     ulp = torch.finfo(dtype).eps * np.maximum(np.abs(exact), 1.0)
-    own = np.abs(ACT2FN[name](x).double().numpy() - exact)
+    own = np.abs(activate(x, name, weights).double().numpy() - exact)
     assert (np.abs(found - exact) <= np.maximum(2 * own.max(), 4 * ulp)).all()
+
+
+@pytest.mark.parametrize("name", sorted(TRAINED_ACTIVATIONS))
+def test_a_trained_activation_is_rounded_where_transformers_rounds_it(name: str) -> None:
+    x = torch.linspace(-12, 12, 4001).bfloat16()
+    weights = weights_of(name, torch.bfloat16)
+    found, expected = run_activation(name, x, weights), activate(x, name, weights).float()
+    # expm1 of float32 may fall on the other side of a rounding
+    assert (found != expected).float().mean() < 1e-3
+    torch.testing.assert_close(found, expected, rtol=2**-7, atol=0)
+
+
+def test_the_weights_of_xielu_are_rounded_as_in_transformers_whatever_they_are() -> None:
+    every = torch.arange(2**16, dtype=torch.int32).to(torch.int16).view(torch.bfloat16)
+    every = every[torch.isfinite(every) & (every < 1e30)]
+    beta, eps = torch.tensor(0.25).bfloat16(), torch.tensor(-1e-6).bfloat16()
+    for x in (torch.ones(len(every)), -torch.ones(len(every))):
+        weights = [every, every, beta, eps]
+        found, expected = run_activation("xielu", x, weights), activate(x, "xielu", weights)
+        torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-7)  # one rounding to bfloat16 is 2e-3
+
+
+def test_small_numbers_of_xielu_do_not_cancel() -> None:
+    x = -torch.logspace(-5, 0, 2001)
+    weights = [torch.tensor(v, dtype=torch.bfloat16) for v in ([0.0], [4.0], 0.0, 0.0)]
+    exact = activate(x.double(), "xielu", weights)
+    error = (run_activation("xielu", x, weights).double() - exact).abs()
+    # in units of the last place of expm1(x), to which exp(x) - 1 would be as coarse as to 1
+    ulp = torch.finfo(torch.float32).eps * torch.expm1(x.double()).abs() * 4.0
+    assert (error / ulp).max() <= 4
 
 
 @pytest.mark.parametrize("name", sorted(SUPPORTED))
@@ -189,12 +255,15 @@ def test_activation_bodies_equal_transformers(facts: DogeFacts, name: str) -> No
     }
     function = cdmoe_function(changed, routing="per-token", pairs=candidate_pairs(2, 4))
     attributes = {"num_experts_per_tok": 2, "norm_topk_prob": 0, "routing": "per-token", "activation": name}
-    output, _ = run(function, inputs, attributes)
-    expected = cdmoe(*inputs.values(), 2, False, "per-token", name)
+    weights = weights_of(name)
+    # NumPy has no bfloat16, and these numbers survive the way through float32
+    wide = {f"act_fn_{index}": weight.float() for index, weight in enumerate(weights)}
+    output, _ = run(function, {**inputs, **wide}, attributes)
+    expected = cdmoe(*inputs.values(), weights, 2, False, "per-token", name)
     np.testing.assert_allclose(output, expected.numpy(), rtol=1e-5, atol=1e-5)
 
 
 def test_an_activation_without_a_body_is_refused_by_name(facts: DogeFacts) -> None:
-    changed = replace(facts, is_moe=True, num_experts=16, num_experts_per_tok=2, hidden_act="prelu")
-    with pytest.raises(UnsupportedModelError, match="hidden_act='prelu' cannot be exported"):
+    changed = replace(facts, is_moe=True, num_experts=16, num_experts_per_tok=2, hidden_act="softmax")
+    with pytest.raises(UnsupportedModelError, match="hidden_act='softmax' cannot be exported"):
         cdmoe_function(changed, routing="per-token", pairs=candidate_pairs(2, 4))

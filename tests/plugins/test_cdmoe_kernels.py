@@ -62,7 +62,7 @@ class MoECase:
     def twin(self, inputs: dict[str, torch.Tensor], dtype: str) -> torch.Tensor:
         """The slow twin in `dtype`."""
         typed = {name: tensor.to(getattr(torch, dtype)) for name, tensor in inputs.items()}
-        return cdmoe(*typed.values(), self.k, bool(self.norm), self.routing, self.activation)
+        return cdmoe(*typed.values(), [], self.k, bool(self.norm), self.routing, self.activation)
 
 
 CASES = [

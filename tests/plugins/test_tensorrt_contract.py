@@ -241,7 +241,7 @@ def test_cdmoe_at_these_launches_is_the_oracle(trt: Any, routing: str) -> None:
         "up_embed": torch.randn(64, 48, generator=generator),
     }
     attributes = {"num_experts_per_tok": 4, "norm_topk_prob": 0, "routing": routing, "activation": "silu"}
-    expected = cdmoe(*tensors.values(), 4, False, routing, "silu")
+    expected = cdmoe(*tensors.values(), [], 4, False, routing, "silu")
     assert MOE is not None
     torch.testing.assert_close(Run(MOE, attributes, tensors)(trt, "decode"), expected, rtol=0, atol=5e-5)
 

@@ -51,9 +51,9 @@ def test_experts_run_as_kernels_and_say_which() -> None:
     arguments = (torch.randn(2, 3, 32), torch.randn(2, 3, 8), torch.randn(16, 32), torch.randn(16, 32))
     seen: list[tuple[str, tuple[int, ...]]] = []
     with kernels_in_torch("cpu", lambda kind, value: seen.append((kind, tuple(value.shape)))):
-        found = cdmoe(*arguments, 3, False, "reference", "silu")
+        found = cdmoe(*arguments, [], 3, False, "reference", "silu")
     assert seen == [("experts", (6, 3))]
-    torch.testing.assert_close(found, cdmoe(*arguments, 3, False, "reference", "silu"), rtol=1e-5, atol=1e-4)
+    torch.testing.assert_close(found, cdmoe(*arguments, [], 3, False, "reference", "silu"), rtol=1e-5, atol=1e-4)
 
 
 def test_shapes_are_known_without_running() -> None:

@@ -160,6 +160,8 @@ def examples(draw: st.DrawFn) -> Example:
         "max_length": draw(st.integers(4, 40)),
         "routing": draw(st.sampled_from(["reference", "per-token"])),
     }
+    if config["hidden_act"] == "xielu" and options["dtype"] == "fp16":
+        options["dtype"] = "bf16"  # transformers fails in float16
     rows = draw(st.sampled_from([1, 1, 2, 3]))
     count = draw(st.integers(1, 5))
     if task == "causal-lm":

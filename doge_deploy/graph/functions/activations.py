@@ -9,6 +9,7 @@ import math
 
 import onnx_ir as ir
 
+from doge_deploy.config_keys import TRAINED_ACTIVATIONS
 from doge_deploy.errors import UnsupportedModelError
 from doge_deploy.graph.functions.text import parse_function
 from doge_deploy.graph.schemas import ACTIVATION
@@ -72,11 +73,60 @@ _FLOAT_BODIES = {
 }
 """Activations with constants, `f` -> `h`: in float32, since a constant would lose digits in a smaller dtype."""
 
-SUPPORTED = frozenset(_BODIES) | frozenset(_FLOAT_BODIES)
+_TRAINED_BODIES = {
+    "prelu": "y = PRelu (x, weight)",
+    # Every result is rounded where transformers rounds it: what is made of the weights alone to bfloat16, in which it
+    # keeps them, the rest to the dtype of `x`. exp(m) - 1 is tanh(m / 2) * (exp(m) + 1), which cancels nothing.
+    "xielu": (
+        "wide_p = Cast <to = 1> (alpha_p)\n"
+        "soft_p = Softplus (wide_p)\n"
+        "round_p = Cast <to = 16> (soft_p)\n"
+        "p = CastLike (round_p, x)\n"
+        "wide_n = Cast <to = 1> (alpha_n)\n"
+        "soft_n = Softplus (wide_n)\n"
+        "round_n = Cast <to = 16> (soft_n)\n"
+        "again_n = Cast <to = 1> (round_n)\n"
+        "wide_beta = Cast <to = 1> (beta)\n"
+        "sum_n = Add (wide_beta, again_n)\n"
+        "round_sum = Cast <to = 16> (sum_n)\n"
+        "n = CastLike (round_sum, x)\n"
+        "b = CastLike (beta, x)\n"
+        "low = CastLike (eps, x)\n"
+        "line = Mul (x, b)\n"
+        "scaled = Mul (x, p)\n"
+        "square = Mul (scaled, x)\n"
+        "above = Add (square, line)\n"
+        "least = Min (x, low)\n"
+        "m = Cast <to = 1> (least)\n"
+        "half = Constant <value_float = 0.5> ()\n"
+        "one = Constant <value_float = 1.0> ()\n"
+        "half_m = Mul (m, half)\n"
+        "t = Tanh (half_m)\n"
+        "e = Exp (m)\n"
+        "e_one = Add (e, one)\n"
+        "grown = Mul (t, e_one)\n"
+        "grown_x = CastLike (grown, x)\n"
+        "less = Sub (grown_x, x)\n"
+        "curve = Mul (less, n)\n"
+        "below = Add (curve, line)\n"
+        "none = Constant <value_float = 0.0> ()\n"
+        "zero = CastLike (none, x)\n"
+        "positive = Greater (x, zero)\n"
+        "y = Where (positive, above, below)"
+    ),
+}
+"""Activations with weights of their own, named here as transformers names them."""
+
+SUPPORTED = frozenset(_BODIES) | frozenset(_FLOAT_BODIES) | frozenset(_TRAINED_BODIES)
+
+
+def weight_inputs(name: str) -> tuple[str, ...]:
+    """Inputs that a function takes for the weights of its activation, in the order of `TRAINED_ACTIVATIONS`."""
+    return tuple(f"act_fn_{index}" for index, _ in enumerate(TRAINED_ACTIVATIONS.get(name, ())))
 
 
 def activation_body(name: str, source: str, target: str) -> str:
-    """Nodes that compute `target = name(source)`; temporary names start with `target`.
+    """Nodes that compute `target = name(source)`; temporary names start with `target`, weights are `weight_inputs`.
 
     Raises:
         UnsupportedModelError: no standard-operator body is written for this activation.
@@ -84,8 +134,12 @@ def activation_body(name: str, source: str, target: str) -> str:
     if name not in SUPPORTED:
         legal = ", ".join(sorted(SUPPORTED))
         raise UnsupportedModelError(f"hidden_act={name!r} cannot be exported; must be one of {legal}")
-    body = _BODIES.get(name) or f"f = Cast <to = 1> (x)\n{_FLOAT_BODIES[name]}\ny = CastLike (h, x)"
-    names = {"x": source, "y": target}
+    if name in _FLOAT_BODIES:
+        body = f"f = Cast <to = 1> (x)\n{_FLOAT_BODIES[name]}\ny = CastLike (h, x)"
+    else:
+        body = _BODIES.get(name) or _TRAINED_BODIES[name]
+    weights = zip(TRAINED_ACTIVATIONS.get(name, ()), weight_inputs(name), strict=True)
+    names = {"x": source, "y": target, **dict(weights)}
     return "".join(f"    {_renamed(line, names, target)}\n" for line in body.split("\n"))
 
 
@@ -95,7 +149,7 @@ def activation_function(name: str) -> ir.Function:
     Raises:
         UnsupportedModelError: no standard-operator body is written for this activation.
     """
-    return parse_function(ACTIVATION, ["x"], ["y"], [], activation_body(name, "x", "y"))
+    return parse_function(ACTIVATION, ["x", *weight_inputs(name)], ["y"], [], activation_body(name, "x", "y"))
 
 
 def _renamed(line: str, names: dict[str, str], prefix: str) -> str:

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 import onnx_ir as ir
 
 from doge_deploy.config import DogeFacts
-from doge_deploy.graph.functions.activations import activation_body
+from doge_deploy.graph.functions.activations import activation_body, weight_inputs
 from doge_deploy.graph.functions.text import parse_function
 from doge_deploy.graph.schemas import CDMOE
 
@@ -111,7 +111,7 @@ def cdmoe_function(facts: DogeFacts, *, routing: str, pairs: Sequence[tuple[int,
         body = body.replace(name, number)
     return parse_function(
         CDMOE,
-        ["hidden", "router_logits", "down_embed", "up_embed"],
+        ["hidden", "router_logits", "down_embed", "up_embed", *weight_inputs(facts.hidden_act)],
         ["output"],
         ["num_experts_per_tok", "norm_topk_prob", "routing", "activation"],
         body,
