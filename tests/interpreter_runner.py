@@ -18,7 +18,7 @@ from doge_deploy.bundle import Bundle
 from doge_deploy.graph.passes.plugin_chains import PluginChainPass
 from doge_deploy.plugins.launch import run_kernel
 from doge_deploy.plugins.registry import installed
-from doge_deploy.plugins.spec import Phase, PluginSpec
+from doge_deploy.plugins.spec import PluginSpec
 from doge_deploy.runtime.base import FloatArray, IntArray, Runner
 
 
@@ -30,26 +30,26 @@ def plugin_operator(spec: PluginSpec) -> type[OpRun]:
         attributes = {
             attribute.name: types[attribute.type](attributes[attribute.name]) for attribute in spec.attributes
         }
-        tensors = [torch.from_numpy(np.ascontiguousarray(array)) for array in inputs]
+        tensors = [torch.from_numpy(np.array(array)) for array in inputs]
         return tuple(tensor.numpy() for tensor in run_kernel(spec, tensors, attributes, poison=True))
 
     return type(spec.name, (OpRun,), {"op_domain": spec.namespace, "_run": run})
 
 
 class InterpreterRunner(Runner):
-    """The static graph of a bundle in its plugin lowering for one phase.
+    """The static graph of a bundle in its plugin lowering.
 
     `extra` holds what the plugins selected in the last call: `kept.<layer>` `[B, Hkv, Q, K]` bool, from threshold and
     slot of the row's last key, and `experts.<layer>` `[N, k]`.
     """
 
-    def __init__(self, bundle: Bundle, phase: Phase) -> None:
+    def __init__(self, bundle: Bundle) -> None:
         super().__init__(max_length=bundle.manifest.max_length, last_logits=bundle.manifest.options["logits"] == "last")
         layout = bundle.layout("static")
         self.signature = layout.signature
         self.facts = bundle.manifest.facts
         registry = installed()
-        model = PluginChainPass(registry, phase)(ir.load(bundle.path / layout.file)).model
+        model = PluginChainPass(registry)(ir.load(bundle.path / layout.file)).model
         self.plugins = [node.op_type for node in model.graph if node.domain == "doge"]
         proto = ir.to_proto(ir.external_data.load_to_model(model))
         self.evaluator = ReferenceEvaluator(proto, new_ops=[plugin_operator(spec) for spec in registry.specs()])

@@ -28,6 +28,7 @@ class AttentionCase:
     levels: int | None = None
     """Distinct scores; None: all different."""
     masked: bool = False
+    sliding: int = 0
     dtype: str = "float32"
     seed: int = 0
 
@@ -39,7 +40,7 @@ class AttentionCase:
         scores = {None: "", 1: "-all-equal"}.get(self.levels, f"-{self.levels}-levels")
         heads = f"H{self.H}-Hkv{self.Hkv}" + (f"-S{self.S}" if self.S else "")
         window = f"w{self.w}" if self.w else "no-window"
-        mask = "-padding" if self.masked else ""
+        mask = ("-padding" if self.masked else "") + (f"-sliding{self.sliding}" if self.sliding else "")
         return f"B{self.B}-{heads}-Q{self.Q}-K{self.K}-D{self.D}-{window}{scores}{mask}-{self.dtype}"
 
     def inputs(self) -> dict[str, torch.Tensor]:
@@ -75,6 +76,8 @@ class AttentionCase:
         """`[B, S, Q, K]`"""
         rows = inputs["first_slot"][:, None] + torch.arange(self.Q)
         visible = torch.arange(self.K) <= rows[:, :, None]
+        if self.sliding:
+            visible = visible & (torch.arange(self.K) > rows[:, :, None] - self.sliding)
         if self.masked:
             visible = visible & inputs["key_mask"][:, None, :]
         return visible[:, None].expand(-1, self.score_heads, -1, -1)
@@ -86,15 +89,18 @@ class AttentionCase:
         return visible & keep_mask(ranked, self.w)
 
     def twin(self, inputs: dict[str, torch.Tensor], dtype: str) -> torch.Tensor:
-        """The slow twin, computed in `dtype`; it needs finite numbers everywhere."""
+        """The slow twin, computed in `dtype`, which needs finite numbers everywhere; zeros in rows that see no key."""
         finite = {name: t.nan_to_num(0.0) if t.is_floating_point() else t for name, t in inputs.items()}
         typed = [finite[name].to(getattr(torch, dtype)) for name in ("query", "key", "value")]
         arguments = (*typed, finite["score"], finite["first_slot"], finite.get("key_mask"), self.w, self.D**-0.5)
-        return dynamic_mask_attention(*arguments)
+        output = dynamic_mask_attention(*arguments, self.sliding)
+        sees = self.visible(inputs).any(-1, keepdim=True).repeat_interleave(self.H // self.score_heads, 1)
+        return torch.where(sees, output, 0.0)
 
     @property
     def attributes(self) -> dict[str, Any]:
-        return {"keep_window_size": self.w, "scale": self.D**-0.5}
+        sliding = {"sliding_window": self.sliding} if self.sliding else {}
+        return {"keep_window_size": self.w, "scale": self.D**-0.5, **sliding}
 
     def with_dtype(self, dtype: str) -> AttentionCase:
         return replace(self, dtype=dtype)

@@ -13,7 +13,6 @@ from doge_deploy.cli.plugins_roofline import roofline
 if TYPE_CHECKING:
     from doge_deploy.plugins.preflight import Verdict
     from doge_deploy.plugins.registry import Registry
-    from doge_deploy.plugins.spec import Phase
 
 
 @click.group("plugins")
@@ -79,12 +78,7 @@ def _to_json(registry: Registry) -> list[dict[str, object]]:
 
 @plugins.command("check")
 @click.argument("model", type=click.Path(path_type=Path))
-@click.option(
-    "--phase",
-    type=click.Choice(["prefill", "decode"]),
-    help="Which chain to check where MODEL has operators; both by default.",
-)
-def check(model: Path, phase: Phase | None) -> None:
+def check(model: Path) -> None:
     """Hold every plugin node of MODEL (a bundle, or an ONNX file) against the installed plugins.
 
     Operators that have a plugin are lowered first, in memory.
@@ -97,18 +91,15 @@ def check(model: Path, phase: Phase | None) -> None:
     from doge_deploy.graph.preflight import check_file
 
     console = Console()
-    problems = 0
-    phases: tuple[Phase, ...] = ("prefill", "decode") if phase is None else (phase,)
-    verdicts_by_phase = check_file(model, phases)
-    for name, verdicts in verdicts_by_phase.items():
-        problems += _show_verdicts(console, name, verdicts)
-    if not any(verdicts_by_phase.values()):
+    verdicts = check_file(model)
+    problems = _show_verdicts(console, verdicts)
+    if not verdicts:
         console.print("no node needs a plugin")
     if problems:
         raise UnsupportedModelError(f"{model}: {problems} problems with plugins")
 
 
-def _show_verdicts(console: object, phase: str, verdicts: list[Verdict]) -> int:
+def _show_verdicts(console: object, verdicts: list[Verdict]) -> int:
     """Print what was found, the same about several nodes once; returns the number of problems."""
     from rich.console import Console
 
@@ -116,7 +107,7 @@ def _show_verdicts(console: object, phase: str, verdicts: list[Verdict]) -> int:
     if not verdicts:
         return 0
     good = [verdict for verdict in verdicts if not verdict.problems]
-    console.print(f"[bold]{phase}[/bold]: {len(good)} of {len(verdicts)} plugin nodes fit", highlight=False)
+    console.print(f"{len(good)} of {len(verdicts)} plugin nodes fit", highlight=False)
     counts: dict[str, int] = {}
     for verdict in good:
         counts[verdict.node.id] = counts.get(verdict.node.id, 0) + 1

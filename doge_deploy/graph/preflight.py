@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 
 import onnx_ir as ir
@@ -19,7 +19,6 @@ from doge_deploy.graph.passes.plugin_chains import (
 )
 from doge_deploy.plugins.preflight import PluginNode, Verdict, check_node
 from doge_deploy.plugins.registry import Registry, installed
-from doge_deploy.plugins.spec import Phase
 
 _STANDARD_DOMAINS = ("", "ai.onnx", "ai.onnx.ml")
 _DTYPE_NAMES = {dtype: name for name, dtype in ONNX_DTYPES.items()}
@@ -67,12 +66,11 @@ def _dtype_name(value: ir.Value | None) -> str | None:
     return _DTYPE_NAMES.get(value.dtype, value.dtype.name.lower())
 
 
-def check_file(path: Path, phases: Sequence[Phase], registry: Registry | None = None) -> dict[str, list[Verdict]]:
+def check_file(path: Path, registry: Registry | None = None) -> list[Verdict]:
     """Verdicts on a graph, operators that have a plugin lowered first.
 
     Args:
         path: an ONNX file, or a bundle, of which the first graph is taken.
-        phases: for which to write chains; a graph without operators is checked once, under the name `graph`.
         registry: the plugins; those that are installed where None.
 
     Raises:
@@ -83,15 +81,7 @@ def check_file(path: Path, phases: Sequence[Phase], registry: Registry | None = 
     if path.is_dir():
         bundle = open_bundle(path)
         path = bundle.path / bundle.layout().file
-    verdicts: dict[str, list[Verdict]] = {}
-    for phase in phases:
-        model = _load(path)
-        lowered = PluginChainPass(registry, phase)(model)
-        name = phase if lowered.modified else "graph"
-        verdicts[name] = check_plugins(lowered.model, registry)
-        if not lowered.modified:
-            break
-    return verdicts
+    return check_plugins(PluginChainPass(registry)(_load(path)).model, registry)
 
 
 def _load(path: Path) -> ir.Model:

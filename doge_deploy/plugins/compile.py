@@ -169,6 +169,7 @@ def _request(binding: Binding, arch: int) -> dict[str, Any]:
         "grid": [str(size) for size in spec.grid],
         "num_warps": tile.num_warps,
         "num_stages": tile.num_stages,
+        "max_registers": tile.max_registers,
         "ptx_version": DEVICES[arch].ptx_version,
         "triton_version": triton_version(),
         "source_sha256": hashlib.sha256(Path(found.origin).read_bytes()).hexdigest(),

@@ -88,6 +88,7 @@ def compile_one(request: dict[str, Any]) -> dict[str, Any]:
         options={
             "num_warps": request["num_warps"],
             "num_stages": request["num_stages"],
+            "maxnreg": request["max_registers"],
             "ptx_version": request["ptx_version"],
             "enable_fp_fusion": True,
         },

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from doge_deploy.errors import UnsupportedModelError
 
 if TYPE_CHECKING:
-    from doge_deploy.plugins.spec import Binding, OperatorPlugin, Phase, Tile
+    from doge_deploy.plugins.spec import Binding, OperatorPlugin, Tile
 
 ITEM_BYTES: Mapping[str, int] = {
     "float32": 4,
@@ -58,7 +58,6 @@ def chain_costs(
     shapes: Mapping[str, tuple[int, ...]],
     *,
     dtype: str,
-    phase: Phase,
     arch: int,
     past: int,
 ) -> list[tuple[str, Cost]]:
@@ -68,7 +67,6 @@ def chain_costs(
         operator: the plugin.
         attributes, shapes: of the operator's node; shapes by the names of its inputs.
         dtype: of T.
-        phase: which chain.
         arch: compute capability such as 87, which decides the tiles.
         past: tokens that every row of the batch holds before the call.
 
@@ -77,7 +75,7 @@ def chain_costs(
     """
     known = dict(shapes)
     costs = []
-    for step in operator.chain(attributes, frozenset(shapes), phase):
+    for step in operator.chain(attributes, frozenset(shapes)):
         model = operator.costs.get(step.spec.name)
         if model is None:
             raise UnsupportedModelError(f"plugin {step.spec.id} has no cost model")

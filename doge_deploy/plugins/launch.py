@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from doge_deploy.errors import MissingDependencyError, UsageError
 from doge_deploy.plugins.interpreter import repair_interpreter
-from doge_deploy.plugins.spec import Binding, OperatorPlugin, Phase, PluginSpec, Step, TensorSpec
+from doge_deploy.plugins.spec import Binding, OperatorPlugin, PluginSpec, Step, TensorSpec
 
 if TYPE_CHECKING:
     import torch
@@ -40,7 +40,6 @@ def run_operator(
     operator: OperatorPlugin,
     inputs: Mapping[str, torch.Tensor],
     attributes: Mapping[str, Any],
-    phase: Phase,
     *,
     poison: bool = False,
 ) -> dict[str, torch.Tensor]:
@@ -50,7 +49,6 @@ def run_operator(
         operator: the plugin.
         inputs: the node's inputs by name; an optional one that is absent is left out.
         attributes: the node's attributes.
-        phase: which chain.
         poison: fill fresh memory with NaN and with impossible integers first, so that a place that is read before it
             is written is seen.
 
@@ -58,7 +56,7 @@ def run_operator(
         Every value of the chain by name, `output` among them.
     """
     values = dict(inputs)
-    for step in operator.chain(attributes, frozenset(inputs), phase):
+    for step in operator.chain(attributes, frozenset(inputs)):
         values.update(run_step(step, values, poison=poison))
     return values
 
@@ -114,7 +112,9 @@ def run_kernel(
     else:
         repair_interpreter()
     tile = binding.tile(arch)
-    options = {} if device.type != "cuda" else {"num_warps": tile.num_warps, "num_stages": tile.num_stages}
+    options = {"num_warps": tile.num_warps, "num_stages": tile.num_stages, "maxnreg": tile.max_registers}
+    if device.type != "cuda":
+        options = {}
     spec.load_kernel()[binding.grid(tile)](*tensors, *binding.scalars, *outputs, **binding.constants(tile), **options)
     return outputs
 

@@ -14,7 +14,7 @@ from doge_deploy.config import DogeFacts
 from doge_deploy.errors import UsageError
 from doge_deploy.plugins.expressions import evaluate
 from doge_deploy.plugins.registry import Registry
-from doge_deploy.plugins.spec import Binding, OperatorPlugin, Phase, Step
+from doge_deploy.plugins.spec import Binding, OperatorPlugin, Step
 
 DYNAMIC: Mapping[str, int] = {"B": 1, "Q": 64, "K": 8192, "W": 2048, "P": 16}
 
@@ -63,7 +63,7 @@ def published(head_dim: int) -> Model:
 
 
 def bindings(registry: Registry, model: Model, dtype: str, names: frozenset[str] = frozenset()) -> Iterator[Binding]:
-    """Every kernel that a chain of `model` can hold, once: both phases, with and without window and mask.
+    """Every kernel that a chain of `model` can hold, once: with and without window and mask.
 
     Args:
         registry: the plugins.
@@ -89,14 +89,12 @@ def bindings(registry: Registry, model: Model, dtype: str, names: frozenset[str]
 
 def _steps(operator: OperatorPlugin, model: Model) -> Iterator[Step]:
     attributes: dict[str, Any]
-    phases: tuple[Phase, ...] = ("prefill", "decode")
     if operator.operator == "DynamicMaskAttention":
-        for phase in phases:
-            for window in (0, model.keep_window_size):
-                for mask in ((), ("key_mask",)):
-                    attributes = {"keep_window_size": window, "scale": model.head_dim**-0.5}
-                    inputs = frozenset(("query", "key", "value", "score", "first_slot", *mask))
-                    yield from operator.chain(attributes, inputs, phase)
+        for window in (0, model.keep_window_size):
+            for mask in ((), ("key_mask",)):
+                attributes = {"keep_window_size": window, "scale": model.head_dim**-0.5}
+                inputs = frozenset(("query", "key", "value", "score", "first_slot", *mask))
+                yield from operator.chain(attributes, inputs)
     elif operator.operator == "CDMoE" and model.num_experts:
         for routing in ("reference", "per-token"):
             for scales in ((), ("down_scale", "up_scale")):
@@ -107,7 +105,7 @@ def _steps(operator: OperatorPlugin, model: Model) -> Iterator[Step]:
                     "activation": model.hidden_act,
                 }
                 inputs = frozenset(("hidden", "router_logits", "down_embed", "up_embed", *scales))
-                yield from operator.chain(attributes, inputs, "decode")
+                yield from operator.chain(attributes, inputs)
 
 
 def _bind(step: Step, model: Model, dtype: str) -> Binding:

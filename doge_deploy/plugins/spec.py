@@ -67,6 +67,8 @@ class Tile:
     """Compile-time block sizes, names as in the kernel."""
     num_warps: int = 4
     num_stages: int = 2
+    max_registers: int | None = None
+    """Per thread, as the PTX says. None lets ptxas choose, which may spill a little to run more programs at once."""
 
 
 Tiler = Callable[[int, Mapping[str, Any], str], Tile]
@@ -238,10 +240,6 @@ class Step:
     attributes: Mapping[str, Any]
 
 
-Phase = Literal["prefill", "decode"]
-"""Which launch a chain is made for: many new tokens, or few. Either chain is exact for any number."""
-
-
 @dataclass(frozen=True)
 class OperatorPlugin:
     """An operator of the `doge` domain as a chain of kernels; what an entry point in `doge_deploy.plugins` names."""
@@ -249,8 +247,9 @@ class OperatorPlugin:
     operator: str
     """Name of the operator: `DynamicMaskAttention`."""
     specs: tuple[PluginSpec, ...]
-    chain: Callable[[Mapping[str, Any], frozenset[str], Phase], tuple[Step, ...]]
-    """(attributes of the operator's node, names of the inputs that it has, phase) -> steps in order."""
+    chain: Callable[[Mapping[str, Any], frozenset[str]], tuple[Step, ...]]
+    """(attributes of the operator's node, names of the inputs that it has) -> steps in order. One chain serves any
+    number of new tokens: what is not needed for a call returns at once."""
     domain: str = "doge"
     version: int = 1
     costs: Mapping[str, CostModel] = field(default_factory=dict)

@@ -18,10 +18,7 @@ from doge_deploy.model.attention import dynamic_mask_attention
 from doge_deploy.model.moe import cdmoe
 from doge_deploy.plugins.launch import require_launcher, run_operator
 from doge_deploy.plugins.registry import Registry, installed
-from doge_deploy.plugins.spec import OperatorPlugin, Phase
-
-DECODE_ROWS = 8
-"""Up to so many new tokens a call takes the decode chain, which has a program for every row and part of the keys."""
+from doge_deploy.plugins.spec import OperatorPlugin
 
 DEVICES = ("cuda", "cpu")
 
@@ -56,10 +53,9 @@ def _attention_by_kernels(
     inputs = {"query": query, "key": key, "value": value, "score": score, "first_slot": first_slot}
     if key_mask is not None:
         inputs["key_mask"] = key_mask
-    phase: Phase = "decode" if query.shape[2] <= DECODE_ROWS else "prefill"
     attributes = {"keep_window_size": keep_window_size, "scale": scale, "sliding_window": sliding_window}
-    values = run_operator(_operator("DynamicMaskAttention"), inputs, attributes, phase)
-    if _watchers and keep_window_size:
+    values = run_operator(_operator("DynamicMaskAttention"), inputs, attributes)
+    if _watchers and "threshold" in values:
         kept = kept_keys(values, key_mask)
         for watcher in _watchers:
             watcher("kept", kept)
@@ -97,7 +93,7 @@ def _cdmoe_by_kernels(
         "routing": routing,
         "activation": hidden_act,
     }
-    values = run_operator(_operator("CDMoE"), inputs, attributes, "decode")
+    values = run_operator(_operator("CDMoE"), inputs, attributes)
     for watcher in _watchers:
         watcher("experts", values["expert_ids"].flatten(0, 1).long())
     return values["output"]

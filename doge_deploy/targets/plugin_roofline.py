@@ -23,7 +23,6 @@ from doge_deploy.graph.functions.text import OPSET
 from doge_deploy.graph.schemas import CDMOE, DOMAIN, DYNAMIC_MASK_ATTENTION, VERSION
 from doge_deploy.plugins.cost import ITEM_BYTES, Cost, chain_costs
 from doge_deploy.plugins.registry import Registry
-from doge_deploy.plugins.spec import Phase
 
 Shapes = dict[str, tuple[int, ...]]
 
@@ -53,10 +52,6 @@ class Call:
     batch: int = 1
     dtype: str = "float16"
     routing: str = "per-token"
-
-    @property
-    def phase(self) -> Phase:
-        return "decode" if self.new == 1 else "prefill"
 
     @property
     def slots(self) -> int:
@@ -126,7 +121,7 @@ def roofline(facts: DogeFacts, machine: Machine, call: Call, registry: Registry)
         if operator is None:
             raise UnsupportedModelError(f"{DOMAIN}::{name} has no plugin")
         for kernel, cost in chain_costs(
-            operator, attributes, shapes, dtype=call.dtype, phase=call.phase, arch=machine.arch, past=call.past
+            operator, attributes, shapes, dtype=call.dtype, arch=machine.arch, past=call.past
         ):
             lines.append(Line(name, "plugins", kernel, layers, cost * layers))
         cost = _standard(name, attributes, shapes, function, call.dtype)

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from doge_deploy.plugins.expressions import sym
-from doge_deploy.plugins.spec import Attribute, DType, Limit, OperatorPlugin, Phase, PluginSpec, Step, TensorSpec
+from doge_deploy.plugins.spec import Attribute, DType, Limit, OperatorPlugin, PluginSpec, Step, TensorSpec
 from doge_plugins.cdmoe.cost import COSTS
 from doge_plugins.cdmoe.tiles import experts_tile, route_tile
 
@@ -91,13 +91,12 @@ def _experts(quantized: bool) -> PluginSpec:
 SPECS = (_ROUTE, _experts(False), _experts(True))
 
 
-def chain(attributes: Mapping[str, Any], inputs: frozenset[str], phase: Phase) -> tuple[Step, ...]:
+def chain(attributes: Mapping[str, Any], inputs: frozenset[str]) -> tuple[Step, ...]:
     """The nodes that compute one CDMoE node.
 
     Args:
         attributes: of the CDMoE node.
         inputs: names of its inputs; with `down_scale` and `up_scale` the tables are int8.
-        phase: not used, both are the same here.
     """
     routing = {name: attributes[name] for name in ("num_experts_per_tok", "norm_topk_prob", "routing")}
     quantized = "down_scale" in inputs

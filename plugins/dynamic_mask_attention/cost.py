@@ -1,7 +1,6 @@
 """What the attention kernels load, store and calculate; see `doge_deploy.plugins.cost`.
 
-Symbols as in `spec.py`. "Ends" are how many slots each row sees. Kernels for a growing cache (`Masked`) have no model:
-engines have static caches.
+Symbols as in `spec.py`. Kernels for a growing cache (`Masked`) have no model: engines have static caches.
 """
 
 from __future__ import annotations
@@ -29,27 +28,33 @@ def _row_bytes(binding: Binding) -> int:
     return size
 
 
-def _blocks(values: Mapping[str, Any], rows: int, past: int) -> Iterator[tuple[int, int]]:
-    """(rows, slots that the last of them sees) of each block of `rows` rows."""
+def _blocks(values: Mapping[str, Any], rows: int, past: int) -> Iterator[tuple[int, int, int]]:
+    """(rows, first slot that the first of them sees, slots before the end of what the last one sees) of each block of
+    `rows` rows.
+    """
+    sliding = values.get("sliding_window", 0)
     for start in range(0, values["Q"], rows):
         here = min(rows, values["Q"] - start)
-        yield here, min(past + start + here, values["K"])
+        begin = max(past + start + 1 - sliding, 0) if sliding else 0
+        yield here, begin, min(past + start + here, values["K"])
 
 
-def _ends(values: Mapping[str, Any], past: int) -> list[int]:
-    return [end for _, end in _blocks(values, 1, past)]
+def _end(values: Mapping[str, Any], past: int) -> int:
+    """Slots that the last row sees."""
+    return min(past + int(values["Q"]), int(values["K"]))
 
 
 def select(binding: Binding, tile: Tile, past: int) -> Cost:
     v = binding.values
     rows, window = v["rows"], v["keep_window_size"]
-    loaded = stored = 0
-    for here, end in _blocks(v, rows, past):
+    loaded = stored = written = 0
+    for here, _, end in _blocks(v, rows, past):
         selecting = end > window
-        loaded += FIRST_SLOT + SCORE * end * (SELECT_PASSES if selecting else 1)
         kept = min(end, window + here - 1) if selecting else end
+        loaded += FIRST_SLOT + SCORE * end * (SELECT_PASSES if selecting else 1)
         stored += COUNT + SLOT * kept + (SCORE + SLOT) * here
-        if rows == 1:
+        written += COUNT + SLOT * kept
+        if here == 1:
             loaded += SCORE * selecting
         else:
             # candidates for the rows' last kept keys: written, read again, and their scores
@@ -57,90 +62,100 @@ def select(binding: Binding, tile: Tile, past: int) -> Cost:
             loaded += (SCORE + SCORE + SLOT) * candidates + SCORE * here
             stored += (SCORE + SLOT) * candidates
     planes = v["B"] * v["S"]
-    end = max(_ends(v, past))
-    written = sum(COUNT + SLOT * min(end, window + here - 1) for here, end in _blocks(v, rows, past))
-    memory = planes * (SCORE * end + written + (SCORE + SLOT) * v["Q"]) + v["B"] * FIRST_SLOT
+    memory = planes * (SCORE * _end(v, past) + written + (SCORE + SLOT) * v["Q"]) + v["B"] * FIRST_SLOT
     return Cost(planes * loaded, planes * stored, memory)
 
 
-def prefill(binding: Binding, tile: Tile, past: int) -> Cost:
-    v, row = binding.values, _row_bytes(binding)
-    group, planes = v["H"] // v["S"], v["B"] * v["S"]
-    loaded = pairs = 0
-    for here, end in _blocks(v, tile.constants["BLOCK_ROWS"], past):
-        loaded += FIRST_SLOT + here * group * row + end * (SCORE + 2 * row)
-        pairs += here * group * end
-    queries = v["B"] * v["H"] * v["Q"] * row
-    end = max(_ends(v, past))
-    memory = 2 * queries + planes * end * SCORE + v["B"] * (v["Hkv"] * end * 2 * row + FIRST_SLOT)
-    return Cost(planes * loaded, queries, memory, planes * pairs * 4 * v["D"])
+def _walk(binding: Binding, tile: Tile, past: int, parts: int, entries: int, *, selected: bool) -> tuple[int, int, int]:
+    """Loaded bytes of all tiles of one score head of one batch, pairs of row and key, and bytes that lists take.
 
-
-def prefill_selected(binding: Binding, tile: Tile, past: int) -> Cost:
+    Args:
+        parts: programs that a tile's keys are split among; each loads the tile's rows.
+        entries: the most that a list holds, or slots.
+    """
     v, row = binding.values, _row_bytes(binding)
-    group, planes = v["H"] // v["S"], v["B"] * v["S"]
+    group, rows = v["H"] // v["S"], tile.constants["BLOCK_ROWS"]
+    list_rows = v["rows"] if selected else rows
     # a list has w + rows - 1 places, fewer where the cache has fewer slots
-    window = v["W"] - v["rows"] + 1 if v["W"] < v["K"] else v["K"]
+    window = v["W"] - list_rows + 1 if selected and v["W"] < v["K"] else v["K"]
     loaded = pairs = lists = 0
-    for listed_rows, end in _blocks(v, v["rows"], past):
-        keys = min(end, window + listed_rows - 1)
-        lists += COUNT + SLOT * keys
-        for start in range(0, listed_rows, tile.constants["BLOCK_ROWS"]):
-            here = min(tile.constants["BLOCK_ROWS"], listed_rows - start)
+    for listed, begin, end in _blocks(v, list_rows, past):
+        keys = min(end - begin, window + listed - 1, entries) if selected else end - begin
+        lists += (COUNT + SLOT * keys) * selected
+        for start in range(0, listed, rows):
+            here = min(rows, listed - start)
+            loaded += parts * (FIRST_SLOT + here * group * row)
             # every query head of a group loads the row's threshold, padding to a power of two too
-            loaded += FIRST_SLOT + COUNT + here * (group * row + (SCORE + SLOT) * tile.constants["PACK"])
-            loaded += keys * (SLOT + SCORE + 2 * row)
+            loaded += parts * (COUNT + here * (SCORE + SLOT) * tile.constants["PACK"]) * selected
+            loaded += keys * (SCORE + 2 * row + SLOT * selected)
             pairs += here * group * keys
-    queries = v["B"] * v["H"] * v["Q"] * row
-    keys = min(max(_ends(v, past)), window + v["Q"] - 1)
-    memory = 2 * queries + planes * (keys * SCORE + lists + (SCORE + SLOT) * v["Q"])
-    memory += v["B"] * (v["Hkv"] * keys * 2 * row + FIRST_SLOT)
-    return Cost(planes * loaded, queries, memory, planes * pairs * 4 * v["D"])
+    return loaded, pairs, lists
 
 
-def _decode(binding: Binding, past: int, *, selected: bool) -> Cost:
+def _memory(binding: Binding, past: int, lists: int, *, selected: bool) -> int:
+    """What an attention reads, each byte once: queries, and of the keys those that any row keeps."""
     v, row = binding.values, _row_bytes(binding)
-    group, split = v["H"] // v["S"], v["split_keys"]
-    slots = v["W"] if selected else v["K"]
-    parts = _ceil(slots, split)
-    loaded = stored = pairs = memory = 0
-    for end in _ends(v, past):
-        keys = min(end, slots)
-        loaded += parts * ((COUNT if selected else FIRST_SLOT) + group * row) + keys * (SCORE + 2 * row)
-        loaded += SLOT * keys * selected
-        stored += group * (8 * parts + 4 * v["D"] * _ceil(keys, split))
-        memory += (SLOT * keys + COUNT) * selected
-        pairs += group * keys
     planes = v["B"] * v["S"]
-    end = max(_ends(v, past))
-    # rows keep different keys; together no more than their union can be
-    keys = min(end, slots + v["Q"] - 1) if selected else end
-    memory = planes * (memory + keys * SCORE + stored) + v["B"] * v["Hkv"] * keys * 2 * row
-    memory += v["B"] * v["H"] * v["Q"] * row + (0 if selected else v["B"] * FIRST_SLOT)
+    _, begin, end = next(_blocks(v, v["Q"], past))
+    keys = end - begin
+    memory = planes * lists
+    if selected:
+        # lists of several blocks differ; together they are no more than their union can be
+        keys = min(end, (v["W"] - v["rows"] + 1 if v["W"] < v["K"] else v["K"]) + v["Q"] - 1)
+        memory += planes * (SCORE + SLOT) * v["Q"]
+    memory += v["B"] * v["H"] * v["Q"] * row + v["B"] * FIRST_SLOT
+    return int(memory + planes * keys * SCORE + v["B"] * v["Hkv"] * keys * 2 * row)
+
+
+def _split(binding: Binding, tile: Tile, past: int, *, selected: bool) -> Cost:
+    v = binding.values
+    if v["Q"] > binding.spec.constants["SPLIT_ROWS"]:
+        return Cost()
+    split, planes, group = v["split_keys"], v["B"] * v["S"], v["H"] // v["S"]
+    entries = v["W"] if selected else v["K"]
+    parts = _ceil(entries, split)
+    loaded, pairs, lists = _walk(binding, tile, past, parts, entries, selected=selected)
+    stored = 0
+    for _, begin, end in _blocks(v, 1, past):
+        full = _ceil(min(end, entries), split) - begin // split
+        stored += group * (8 * parts + 4 * v["D"] * full)
+    memory = _memory(binding, past, lists, selected=selected) + planes * stored
     return Cost(planes * loaded, planes * stored, memory, planes * pairs * 4 * v["D"])
 
 
-def decode(binding: Binding, tile: Tile, past: int) -> Cost:
-    return _decode(binding, past, selected=False)
-
-
-def decode_selected(binding: Binding, tile: Tile, past: int) -> Cost:
-    return _decode(binding, past, selected=True)
-
-
-def combine(binding: Binding, tile: Tile, past: int) -> Cost:
+def _attend(binding: Binding, tile: Tile, past: int, *, selected: bool) -> Cost:
     v = binding.values
-    rows = v["B"] * v["H"] * v["Q"]
-    loaded = rows * v["P"] * (8 + 4 * v["D"])
-    stored = rows * _row_bytes(binding)
-    return Cost(loaded, stored, loaded + stored, rows * v["P"] * 2 * v["D"])
+    output = v["B"] * v["H"] * v["Q"] * _row_bytes(binding)
+    if v["Q"] <= binding.spec.constants["SPLIT_ROWS"]:
+        rows = v["B"] * v["H"] * v["Q"]
+        loaded = rows * v["P"] * (8 + 4 * v["D"])
+        return Cost(loaded, output, loaded + output, rows * v["P"] * 2 * v["D"])
+    planes = v["B"] * v["S"]
+    loaded, pairs, lists = _walk(binding, tile, past, 1, v["W"] if selected else v["K"], selected=selected)
+    memory = _memory(binding, past, lists, selected=selected) + output
+    return Cost(planes * loaded, output, memory, planes * pairs * 4 * v["D"])
+
+
+def split(binding: Binding, tile: Tile, past: int) -> Cost:
+    return _split(binding, tile, past, selected=False)
+
+
+def split_selected(binding: Binding, tile: Tile, past: int) -> Cost:
+    return _split(binding, tile, past, selected=True)
+
+
+def attend(binding: Binding, tile: Tile, past: int) -> Cost:
+    return _attend(binding, tile, past, selected=False)
+
+
+def attend_selected(binding: Binding, tile: Tile, past: int) -> Cost:
+    return _attend(binding, tile, past, selected=True)
 
 
 COSTS: Mapping[str, CostModel] = {
     "DynamicMaskSelect": select,
-    "DynamicMaskPrefill": prefill,
-    "DynamicMaskPrefillSelected": prefill_selected,
-    "DynamicMaskDecode": decode,
-    "DynamicMaskDecodeSelected": decode_selected,
-    "DynamicMaskCombine": combine,
+    "DynamicMaskSplit": split,
+    "DynamicMaskSplitSelected": split_selected,
+    "DynamicMaskAttend": attend,
+    "DynamicMaskAttendSelected": attend_selected,
 }

@@ -1,31 +1,37 @@
 """Specs of the kernels of doge::DynamicMaskAttention, and their chains.
 
 Symbols: B batch, H query heads, Hkv key/value heads, S score heads (Hkv, in a legacy Doge H), D head_dim, Q new tokens,
-K cache slots, W entries of a list, P parts of a row's keys, w keep_window_size.
+K cache slots, W entries of a list, P parts of the keys, w keep_window_size.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Literal
 
-from doge_deploy.errors import UnsupportedModelError, UsageError
+from doge_deploy.errors import UnsupportedModelError
 from doge_deploy.plugins.expressions import Operand, cdiv, minimum, sym
-from doge_deploy.plugins.spec import Attribute, Limit, OperatorPlugin, Phase, PluginSpec, Step, TensorSpec
+from doge_deploy.plugins.spec import Attribute, Limit, OperatorPlugin, PluginSpec, Step, TensorSpec
 from doge_plugins.dynamic_mask_attention.cost import COSTS
-from doge_plugins.dynamic_mask_attention.tiles import combine_tile, decode_tile, prefill_tile, select_tile
+from doge_plugins.dynamic_mask_attention.tiles import attend_tile, select_tile, split_tile
 
-PREFILL_ROWS = 64
-"""Rows that share a list of keys at prefill. A list is w + 63 entries at most, 3 % more than a row keeps at w = 2048.
-The attention kernel's block of rows must divide it.
+LIST_ROWS = 64
+"""Rows that share a list of keys. A list is w + 63 entries at most, 3 % more than a row keeps at w = 2048. A tile of
+rows must lie within a list.
+"""
+SPLIT_ROWS = 8
+"""Up to so many new tokens the keys are split among programs. A tensor core's operand has 16 rows: one step of the
+published models, with two query heads a key/value head, reads its keys once for 8 tokens.
 """
 SPLIT_KEYS = 128
-"""Keys of one decode program: 64 KiB of K and V at D 128 in 16 bits, enough loads in flight for one multiprocessor; at
-w = 2048 a row makes 16 programs.
+"""Keys of a part: 64 KiB of K and V at D 128 in 16 bits, enough loads in flight for one multiprocessor; at w = 2048 a
+step has 16 parts.
 """
 
 B, H, HKV, S, D, Q, K, W, P = (sym(name) for name in ("B", "H", "Hkv", "S", "D", "Q", "K", "W", "P"))
 ROWS, WINDOW, SPLIT = sym("rows"), sym("keep_window_size"), sym("split_keys")
+SPLIT_Q = minimum(Q, SPLIT_ROWS)
 
 _QUERY = TensorSpec("query", "T", (B, H, Q, D), "row q of batch b sits at cache slot first_slot[b] + q")
 _KEY = TensorSpec("key", "T", (B, HKV, K, D))
@@ -41,8 +47,9 @@ _LAST_KEPT = TensorSpec("last_kept", "int32", (B, S, Q), "slot of that key: an e
 
 _SCALE = Attribute("scale", "float", "multiplies q k^T")
 _WINDOW = Attribute("keep_window_size", "int", "w, keys kept per row")
-_ROWS = Attribute("rows", "int", "rows that share a list of keys", (1, 16, 32, 64))
+_ROWS = Attribute("rows", "int", "rows that share a list of keys", (16, 32, 64))
 _SPLIT = Attribute("split_keys", "int", "keys of one part", (32, 64, 128, 256, 512))
+_SLIDING = Attribute("sliding_window", "int", "slots that a row sees, its own and those before it; 0 for all before it")
 
 _HEADS = (
     Limit(lambda v: v["H"] % v["Hkv"] == 0, "H a multiple of Hkv"),
@@ -52,6 +59,7 @@ _HEADS = (
 )
 _SLOTS = Limit(lambda v: v["K"] < 2**24, "K below 2^24")
 _WINDOW_LIMIT = Limit(lambda v: v["keep_window_size"] >= 1, "keep_window_size at least 1")
+_SLIDING_LIMIT = Limit(lambda v: v["sliding_window"] >= 0, "sliding_window at least 0")
 
 _ATTENTION_CONSTANTS: dict[str, Operand] = {
     "SCALE": sym("scale"),
@@ -59,6 +67,7 @@ _ATTENTION_CONSTANTS: dict[str, Operand] = {
     "KV_HEADS": HKV,
     "SCORE_HEADS": S,
     "HEAD_DIM": D,
+    "SPLIT_ROWS": SPLIT_ROWS,
 }
 
 
@@ -80,7 +89,7 @@ def _select(masked: bool) -> PluginSpec:
         + ((_KEY_MASK,) if masked else ()),
         outputs=(_THRESHOLD, _LAST_KEPT, TensorSpec("kept", "int32", (*kept.shape[:3], width), kept.doc), kept_count),
         attributes=(_WINDOW, _ROWS),
-        kernel="doge_plugins.dynamic_mask_attention.kernel:select_" + ("masked_kernel" if masked else "kernel"),
+        kernel="doge_plugins.dynamic_mask_attention.select_kernel:select_" + ("masked_kernel" if masked else "kernel"),
         scalars={"num_rows": Q, "num_slots": K},
         constants={"WINDOW": WINDOW, "ROWS": ROWS},
         static=(),
@@ -90,160 +99,144 @@ def _select(masked: bool) -> PluginSpec:
     )
 
 
-def _prefill(masked: bool) -> PluginSpec:
+_PARTS = (
+    TensorSpec("partial", "float32", (B, H, SPLIT_Q, P, D), "sum of exp(logit - maximum) v; not written if empty"),
+    TensorSpec("maximum", "float32", (B, H, SPLIT_Q, P), "largest logit of the part; -inf if empty"),
+    TensorSpec("total", "float32", (B, H, SPLIT_Q, P), "sum of exp(logit - maximum)"),
+)
+
+Kind = Literal["", "Masked", "Selected"]
+"""Over all visible keys, without slots that are masked, or over the keys of a list."""
+
+
+@dataclass(frozen=True)
+class _Variant:
+    """What the kernels of one kind have in common."""
+
+    kind: Kind
+
+    @property
+    def inputs(self) -> tuple[TensorSpec, ...]:
+        extra = {"": (), "Masked": (_KEY_MASK,), "Selected": (_THRESHOLD, _LAST_KEPT, *_list(ROWS))}
+        return (_QUERY, _KEY, _VALUE, _SCORE, _FIRST_SLOT, *extra[self.kind])
+
+    @property
+    def attributes(self) -> tuple[Attribute, ...]:
+        return (_SCALE, _ROWS if self.kind == "Selected" else _SLIDING)
+
+    @property
+    def scalars(self) -> dict[str, Operand]:
+        scalars: dict[str, Operand] = {"num_rows": Q, "num_slots": K}
+        return scalars | ({"list_width": W} if self.kind == "Selected" else {})
+
+    @property
+    def constants(self) -> dict[str, Operand]:
+        return _ATTENTION_CONSTANTS | (
+            {"ROWS": ROWS} if self.kind == "Selected" else {"SLIDING": sym("sliding_window")}
+        )
+
+    @property
+    def limits(self) -> tuple[Limit, ...]:
+        return (*_HEADS, _SLOTS, *(() if self.kind == "Selected" else (_SLIDING_LIMIT,)))
+
+    def kernel(self, name: str) -> str:
+        kind = f"_{self.kind.lower()}" if self.kind else ""
+        return f"doge_plugins.dynamic_mask_attention.kernel:{name}{kind}_kernel"
+
+
+def _split(kind: Kind) -> PluginSpec:
+    variant = _Variant(kind)
+    parts = cdiv(W if kind == "Selected" else K, SPLIT)
     return PluginSpec(
-        name="DynamicMaskPrefill" + ("Masked" if masked else ""),
-        doc="softmax(q k^T * scale + score) v over all visible keys",
-        inputs=(_QUERY, _KEY, _VALUE, _SCORE, _FIRST_SLOT) + ((_KEY_MASK,) if masked else ()),
+        name="DynamicMaskSplit" + kind,
+        doc=f"attention of up to {SPLIT_ROWS} rows over each part of split_keys keys by itself; nothing for more rows",
+        inputs=variant.inputs,
+        outputs=tuple(
+            TensorSpec(part.name, part.dtype, tuple(parts if size is P else size for size in part.shape), part.doc)
+            for part in _PARTS
+        ),
+        attributes=(*variant.attributes, _SPLIT),
+        kernel=variant.kernel("split"),
+        scalars=variant.scalars,
+        constants={**variant.constants, "SPLIT_KEYS": SPLIT},
+        static=("H", "Hkv", "S", "D"),
+        grid=(parts, cdiv(SPLIT_Q, sym("BLOCK_ROWS")), B * S),
+        tiler=split_tile,
+        limits=variant.limits,
+    )
+
+
+def _attend(kind: Kind) -> PluginSpec:
+    variant = _Variant(kind)
+    return PluginSpec(
+        name="DynamicMaskAttend" + kind,
+        doc=f"softmax(q k^T * scale + score) v over the keys of each row; up to {SPLIT_ROWS} rows from their parts",
+        inputs=(*variant.inputs, *_PARTS),
         outputs=(TensorSpec("output", "T", (B, H, Q, D)),),
-        attributes=(_SCALE,),
-        kernel="doge_plugins.dynamic_mask_attention.kernel:prefill_" + ("masked_kernel" if masked else "kernel"),
-        scalars={"num_rows": Q, "num_slots": K},
-        constants=_ATTENTION_CONSTANTS,
+        attributes=variant.attributes,
+        kernel=variant.kernel("attend"),
+        scalars={**variant.scalars, "num_parts": P},
+        constants=variant.constants,
         static=("H", "Hkv", "S", "D"),
-        grid=(cdiv(Q, sym("BLOCK_ROWS")), S, B),
-        tiler=prefill_tile,
-        limits=(*_HEADS, _SLOTS),
+        # H programs combine parts; S of them attend, the others return
+        grid=(cdiv(Q, sym("BLOCK_ROWS")), H, B),
+        tiler=attend_tile,
+        limits=variant.limits,
     )
 
 
-_PREFILL_SELECTED = PluginSpec(
-    name="DynamicMaskPrefillSelected",
-    doc="softmax(q k^T * scale + score) v over the keys that each row keeps, read through the list of its block",
-    inputs=(_QUERY, _KEY, _VALUE, _SCORE, _FIRST_SLOT, _THRESHOLD, _LAST_KEPT, *_list(ROWS)),
-    outputs=(TensorSpec("output", "T", (B, H, Q, D)),),
-    attributes=(_SCALE, _ROWS),
-    kernel="doge_plugins.dynamic_mask_attention.kernel:prefill_selected_kernel",
-    scalars={"num_rows": Q, "num_slots": K, "list_width": W},
-    constants={**_ATTENTION_CONSTANTS, "ROWS": ROWS},
-    static=("H", "Hkv", "S", "D"),
-    grid=(cdiv(Q, sym("BLOCK_ROWS")), S, B),
-    tiler=prefill_tile,
-    limits=(*_HEADS, _SLOTS),
-)
-
-
-def _parts(number: Operand) -> tuple[TensorSpec, TensorSpec, TensorSpec]:
-    return (
-        TensorSpec("partial", "float32", (B, H, Q, number, D), "sum of exp(logit - maximum) v; not written if empty"),
-        TensorSpec("maximum", "float32", (B, H, Q, number), "largest logit of the part; -inf if empty"),
-        TensorSpec("total", "float32", (B, H, Q, number), "sum of exp(logit - maximum)"),
-    )
-
-
-def _decode(masked: bool) -> PluginSpec:
-    return PluginSpec(
-        name="DynamicMaskDecode" + ("Masked" if masked else ""),
-        doc="attention over each part of split_keys slots by itself",
-        inputs=(_QUERY, _KEY, _VALUE, _SCORE, _FIRST_SLOT) + ((_KEY_MASK,) if masked else ()),
-        outputs=_parts(cdiv(K, SPLIT)),
-        attributes=(_SCALE, _SPLIT),
-        kernel="doge_plugins.dynamic_mask_attention.kernel:decode_" + ("masked_kernel" if masked else "kernel"),
-        scalars={"num_rows": Q, "num_slots": K},
-        constants={**_ATTENTION_CONSTANTS, "SPLIT_KEYS": SPLIT},
-        static=("H", "Hkv", "S", "D"),
-        grid=(cdiv(K, SPLIT), Q, B * S),
-        tiler=decode_tile,
-        limits=(*_HEADS, _SLOTS),
-    )
-
-
-_DECODE_SELECTED = PluginSpec(
-    name="DynamicMaskDecodeSelected",
-    doc="attention over each part of split_keys entries of the row's list by itself",
-    inputs=(_QUERY, _KEY, _VALUE, _SCORE, *_list(1)),
-    outputs=_parts(cdiv(W, SPLIT)),
-    attributes=(_SCALE, _SPLIT),
-    kernel="doge_plugins.dynamic_mask_attention.kernel:decode_selected_kernel",
-    scalars={"num_rows": Q, "num_slots": K, "list_width": W},
-    constants={**_ATTENTION_CONSTANTS, "SPLIT_KEYS": SPLIT},
-    static=("H", "Hkv", "S", "D"),
-    grid=(cdiv(W, SPLIT), Q, B * S),
-    tiler=decode_tile,
-    limits=(*_HEADS, _SLOTS),
-)
-
-_COMBINE = PluginSpec(
-    name="DynamicMaskCombine",
-    doc="sum of exp(maximum) * partial over the parts, divided by the sum of exp(maximum) * total",
-    inputs=(*_parts(P), TensorSpec("query", "T", (B, H, Q, D), "only its dtype is used")),
-    outputs=(TensorSpec("output", "T", (B, H, Q, D)),),
-    attributes=(),
-    kernel="doge_plugins.dynamic_mask_attention.kernel:combine_kernel",
-    scalars={"num_parts": P},
-    constants={"HEAD_DIM": D},
-    static=("D",),
-    grid=(H, Q, B),
-    tiler=combine_tile,
-    limits=(_HEADS[-1],),
-)
-
+KINDS: tuple[Kind, ...] = ("", "Masked", "Selected")
 SPECS = (
     _select(False),
     _select(True),
-    _prefill(False),
-    _prefill(True),
-    _PREFILL_SELECTED,
-    _decode(False),
-    _decode(True),
-    _DECODE_SELECTED,
-    _COMBINE,
+    *(_split(kind) for kind in KINDS),
+    *(_attend(kind) for kind in KINDS),
 )
 _BY_NAME = {spec.name: spec for spec in SPECS}
 
 
-_PART_NAMES = ("partial", "maximum", "total")
-
-
-def chain(attributes: Mapping[str, Any], inputs: frozenset[str], phase: Phase) -> tuple[Step, ...]:
-    """The nodes that compute one DynamicMaskAttention node.
+def chain(attributes: Mapping[str, Any], inputs: frozenset[str]) -> tuple[Step, ...]:
+    """The nodes that compute one DynamicMaskAttention node, for any number of new tokens.
 
     Args:
-        attributes: `keep_window_size` and `scale` of the node. A window of 0 keeps every key: write 0 too where the
-            cache can never hold more than the window, and no select node is made.
+        attributes: `keep_window_size`, `scale` and `sliding_window`, if there is one, of the node. A window of 0 keeps
+            every key: write 0 too where the cache can never hold more than the window, and no select node is made.
         inputs: names of its inputs, with `key_mask` if the node has it.
-        phase: "prefill" for engines that take many new tokens at once, "decode" for few; both are exact for any.
 
     Raises:
-        UsageError: an unknown phase.
-        UnsupportedModelError: the node has a sliding window. What a row sees does not only grow there, and one list of
-            keys for a block of rows rests on that.
+        UnsupportedModelError: the node has a sliding window above its `keep_window_size`. What a row sees does not only
+            grow there, and one list of keys for a block of rows rests on that.
     """
-    if attributes.get("sliding_window"):
-        raise UnsupportedModelError(
-            f"sliding_window={attributes['sliding_window']}: DynamicMaskAttention's kernels take no sliding window; "
-            "keep the operator's standard body"
-        )
-    if phase not in ("prefill", "decode"):
-        raise UsageError(f"phase={phase!r} must be prefill or decode")
-    masked = "key_mask" in inputs
     window, scale = attributes["keep_window_size"], attributes["scale"]
-    suffix, mask = ("Masked", ("key_mask",)) if masked else ("", ())
-    tensors = ("query", "key", "value", "score")
+    sliding = attributes.get("sliding_window") or 0
+    if window and sliding > window:
+        raise UnsupportedModelError(
+            f"sliding_window={sliding}: DynamicMaskAttention's kernels take one up to keep_window_size={window}; keep "
+            "the operator's standard body"
+        )
+    if sliding:
+        window = 0  # a row sees too few keys for one to be dropped
+    mask = ("key_mask",) if "key_mask" in inputs else ()
+    kind: Kind = "Masked" if mask else ""
+    extra: tuple[str, ...] = mask
+    own: dict[str, Any] = {"scale": scale, "sliding_window": sliding}
     steps = []
     if window:
-        rows = PREFILL_ROWS if phase == "prefill" else 1
+        extra = ("threshold", "last_kept", "kept", "kept_count")
         steps.append(
             Step(
-                _BY_NAME["DynamicMaskSelect" + suffix],
+                _BY_NAME["DynamicMaskSelect" + kind],
                 ("score", "first_slot", "query", *mask),
-                ("threshold", "last_kept", "kept", "kept_count"),
-                {"keep_window_size": window, "rows": rows},
+                extra,
+                {"keep_window_size": window, "rows": LIST_ROWS},
             )
         )
         # the lists hold visible keys only, so what follows needs no mask
-        suffix = "Selected"
-    if phase == "prefill":
-        extra = ("threshold", "last_kept", "kept", "kept_count") if window else mask
-        prefill_attributes = {"scale": scale, "rows": PREFILL_ROWS} if window else {"scale": scale}
-        name = "DynamicMaskPrefill" + suffix
-        steps.append(Step(_BY_NAME[name], (*tensors, "first_slot", *extra), ("output",), prefill_attributes))
-        return tuple(steps)
-    extra = ("kept", "kept_count") if window else ("first_slot", *mask)
-    decode_attributes = {"scale": scale, "split_keys": SPLIT_KEYS}
-    name = "DynamicMaskDecode" + suffix
-    steps.append(Step(_BY_NAME[name], (*tensors, *extra), _PART_NAMES, decode_attributes))
-    steps.append(Step(_BY_NAME["DynamicMaskCombine"], (*_PART_NAMES, "query"), ("output",), {}))
+        kind, own = "Selected", {"scale": scale, "rows": LIST_ROWS}
+    tensors = ("query", "key", "value", "score", "first_slot", *extra)
+    parts = tuple(part.name for part in _PARTS)
+    steps.append(Step(_BY_NAME["DynamicMaskSplit" + kind], tensors, parts, {**own, "split_keys": SPLIT_KEYS}))
+    steps.append(Step(_BY_NAME["DynamicMaskAttend" + kind], (*tensors, *parts), ("output",), own))
     return tuple(steps)
 
 

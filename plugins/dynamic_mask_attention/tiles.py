@@ -41,51 +41,47 @@ def has_tensor_cores(arch: int, dtype: str) -> bool:
 def select_tile(arch: int, values: Mapping[str, Any], dtype: str) -> Tile:
     """Scores are streamed by one program, so a tile is wide: fewer trips, more loads in flight.
 
-    Four slots a thread with eight warps: 80 registers, 8 KiB for the histograms.
+    Eight slots a thread with eight warps: 102 to 130 registers, which is no matter where there is one program a score
+    head. With four slots ptxas wants 80 on sm_86 to sm_89 and spills 8 bytes. 8 to 16 KiB for the histograms.
     """
-    return Tile({"BLOCK_SLOTS": 1024}, num_warps=8, num_stages=1)
+    return Tile({"BLOCK_SLOTS": 2048}, num_warps=8, num_stages=1)
 
 
-def prefill_tile(arch: int, values: Mapping[str, Any], dtype: str) -> Tile:
-    """Rows of queries, times the heads that are packed, by keys."""
+def attend_tile(arch: int, values: Mapping[str, Any], dtype: str) -> Tile:
+    """Rows of queries, times the heads that are packed, by keys; and 32 parts of a row to combine, the 17 of a window
+    of 2048 in one go.
+    """
     size, pack = head_block(values), packed_heads(values)
     if has_tensor_cores(arch, dtype):
         # 64 rows are 16 a warp. The accumulator then takes 64 registers a thread at D 128, and the tile of logits 16.
         # At D 64 there is room for twice the keys from sm_90 on (on sm_86 that is a few registers too many). At D 256
-        # the accumulator would take 128 and spill: half the rows, and one stage, to stay near 48 KiB.
-        packed_rows, keys, warps, stages = (64, 32, 4, 2)
+        # the accumulator would take 128 and spill: half the rows, twice the warps, and one stage, to stay near 48 KiB.
+        packed_rows, keys, warps, stages, registers = 64, 32, 4, 2, None
         if size <= 64 and arch >= 90:
             keys = 64
         elif size > 128:
-            packed_rows, stages = 32, 1
+            packed_rows, warps, stages, registers = 32, 8, 1, 255
     else:
         # Operands of ordinary multiplications live in registers: many warps and a small tile, or it spills (32 by 32
         # with 4 warps: 1804 bytes, with 8: 532). Nothing is loaded ahead, there is arithmetic enough to wait behind;
         # with a second stage ptxas spills 40 bytes on sm_87 to run more programs.
-        packed_rows, keys, warps, stages = (32, 16, 16, 1) if size <= 128 else (16, 16, 8, 1)
+        packed_rows, keys, warps, stages, registers = 32 if size <= 128 else 16, 16, 16, 1, 128
     # a block of rows must lie within one list of keys, and be 16 packed rows at least
-    block_rows = max(min(packed_rows // pack, values.get("rows", 64)), -(-16 // pack))
-    return Tile({"BLOCK_ROWS": block_rows, "PACK": pack, "BLOCK_KEYS": keys, "BLOCK_D": size}, warps, stages)
+    block_rows = max(min(packed_rows // pack, values.get("rows", 64)), 16 // pack)
+    constants = {"BLOCK_ROWS": block_rows, "PACK": pack, "BLOCK_KEYS": keys, "BLOCK_PARTS": 32, "BLOCK_D": size}
+    return Tile(constants, warps, stages, registers)
 
 
-def decode_tile(arch: int, values: Mapping[str, Any], dtype: str) -> Tile:
-    """One row with its packed heads, padded to the 16 rows of a tensor core's operand.
+def split_tile(arch: int, values: Mapping[str, Any], dtype: str) -> Tile:
+    """The least number of rows that fills a tensor core's operand, 16 with the heads that are packed.
 
     Loads decide here, not arithmetic: 32 keys of K and V are 16 KiB in flight at D 128 in 16 bits.
     """
-    size = head_block(values)
+    size, pack = head_block(values), packed_heads(values)
     if has_tensor_cores(arch, dtype):
-        keys, warps, stages = (32, 4, 2) if size <= 128 else (32, 4, 1)
+        keys, warps, stages, registers = 32, 4, 2 if size <= 128 else 1, None
     else:
-        # as at prefill: with four warps it spills a little
-        keys, warps, stages = 16, 8, 1
-    return Tile(
-        {"PACK": power_of_two(packed_heads(values), 16), "BLOCK_KEYS": keys, "BLOCK_D": size},
-        warps,
-        stages,
-    )
-
-
-def combine_tile(arch: int, values: Mapping[str, Any], dtype: str) -> Tile:
-    """One row of one head; 16 parts are the whole of a window of 2048."""
-    return Tile({"BLOCK_PARTS": 16, "BLOCK_D": power_of_two(values["D"])}, num_warps=4, num_stages=1)
+        # as in `attend_tile`: ptxas would take 64 registers on sm_75 to sm_89 and spill 8 bytes, where 92 hold all
+        keys, warps, stages, registers = 16, 8, 1, 255
+    constants = {"BLOCK_ROWS": 16 // pack, "PACK": pack, "BLOCK_KEYS": keys, "BLOCK_D": size}
+    return Tile(constants, warps, stages, registers)

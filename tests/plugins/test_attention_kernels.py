@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import replace
 
 import pytest
 import torch
@@ -14,7 +14,7 @@ pytest.importorskip("triton", reason="kernels need Triton, which exists for Linu
 
 from doge_deploy.plugins.launch import run_operator
 from doge_deploy.verify.tolerance import WIDER
-from doge_plugins.dynamic_mask_attention.spec import PLUGIN
+from doge_plugins.dynamic_mask_attention.spec import LIST_ROWS, PLUGIN, SPLIT_KEYS, SPLIT_ROWS
 
 W = 16
 
@@ -45,6 +45,13 @@ SHAPES = [
     # no window
     AttentionCase(Q=65, K=65, w=0, B=2),
     AttentionCase(Q=63, K=100, w=0, masked=True, H=4),
+    # a sliding window, at most as wide as the keys that are kept
+    AttentionCase(Q=65, K=130, w=W, sliding=W, B=2),
+    AttentionCase(Q=65, K=65, w=0, sliding=5, H=4, masked=True),
+    # about the number of rows up to which keys are split among programs
+    AttentionCase(Q=SPLIT_ROWS, K=70, w=W, H=4),
+    AttentionCase(Q=SPLIT_ROWS + 1, K=70, w=W, H=4),
+    AttentionCase(Q=SPLIT_ROWS, K=300, w=0, H=16, B=2),
 ]
 STEPS = [
     AttentionCase(Q=1, K=W - 1, w=W),
@@ -57,15 +64,22 @@ STEPS = [
     AttentionCase(Q=1, K=257, w=200, B=2, H=8, Hkv=2),
     AttentionCase(Q=1, K=257, w=0),
     AttentionCase(Q=2, K=257, w=0, masked=True, H=4),
+    AttentionCase(Q=1, K=2 * SPLIT_KEYS, w=0, sliding=SPLIT_KEYS + 1),
+    AttentionCase(Q=3, K=300, w=200, sliding=150, B=2, masked=True),
 ]
-SIZES = [AttentionCase(Q=9, K=40, w=W, D=size, dtype=dtype) for size in (64, 96, 128, 256) for dtype in WIDER]
+SIZES = [
+    AttentionCase(Q=rows, K=40, w=W, D=size, dtype=dtype)
+    for rows in (1, SPLIT_ROWS + 1)
+    for size in (64, 96, 128, 256)
+    for dtype in WIDER
+]
 
 
-def run(case: AttentionCase, inputs: dict[str, torch.Tensor], phase: Any) -> dict[str, torch.Tensor]:
-    return run_operator(PLUGIN, inputs, case.attributes, phase, poison=True)
+def run(case: AttentionCase, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return run_operator(PLUGIN, inputs, case.attributes, poison=True)
 
 
-def sets_of(case: AttentionCase, values: dict[str, torch.Tensor], rows: int) -> torch.Tensor:
+def sets_of(case: AttentionCase, values: dict[str, torch.Tensor]) -> torch.Tensor:
     """`[B, S, Q, K]`: the keys that the outputs of the select kernel say each row keeps."""
     score = values["score"].transpose(2, 3)
     threshold, last_kept = values["threshold"][..., None], values["last_kept"][..., None]
@@ -74,36 +88,35 @@ def sets_of(case: AttentionCase, values: dict[str, torch.Tensor], rows: int) -> 
     for b, s, block in torch.cartesian_prod(*(torch.arange(size) for size in values["kept_count"].shape)).tolist():
         listed = values["kept"][b, s, block, : values["kept_count"][b, s, block]].long()
         assert (listed[1:] > listed[:-1]).all(), "a list ascends"
-        of_block = kept[b, s, block * rows : (block + 1) * rows]
+        of_block = kept[b, s, block * LIST_ROWS : (block + 1) * LIST_ROWS]
         inside = torch.zeros(case.K, dtype=torch.bool).scatter(0, listed, True)
-        if rows == 1:
+        if len(of_block) == 1:
             assert torch.equal(inside, of_block[0]), "the list of a row is its set"
         assert not (of_block & ~inside).any(), "the list of a block holds the sets of its rows"
     return kept
 
 
-def check(case: AttentionCase, phase: Any) -> None:
+def check(case: AttentionCase) -> None:
     inputs = case.inputs()
-    values = run(case, inputs, phase)
-    if case.w:
-        assert torch.equal(sets_of(case, values, 64 if phase == "prefill" else 1), case.kept(inputs))
+    values = run(case, inputs)
+    if case.w and not case.sliding:
+        assert torch.equal(sets_of(case, values), case.kept(inputs))
     check_close(values["output"], case.twin(inputs, case.dtype), noise_of(case))
 
 
 @pytest.mark.parametrize("case", SHAPES, ids=str)
 def test_prefill(case: AttentionCase) -> None:
-    check(case, "prefill")
+    check(case)
 
 
 @pytest.mark.parametrize("case", STEPS, ids=str)
 def test_decode(case: AttentionCase) -> None:
-    check(case, "decode")
+    check(case)
 
 
-@pytest.mark.parametrize("phase", ["prefill", "decode"])
 @pytest.mark.parametrize("case", SIZES, ids=str)
-def test_head_sizes_and_dtypes(case: AttentionCase, phase: Any) -> None:
-    check(case if phase == "prefill" else AttentionCase(Q=1, K=40, w=W, D=case.D, dtype=case.dtype), phase)
+def test_head_sizes_and_dtypes(case: AttentionCase) -> None:
+    check(case)
 
 
 @st.composite
@@ -111,10 +124,12 @@ def cases(draw: st.DrawFn, most_rows: int) -> AttentionCase:
     rows = draw(st.integers(1, most_rows))
     kv_heads = draw(st.integers(1, 2))
     group = draw(st.integers(1, 4))
+    window = draw(st.integers(0, 40))
     return AttentionCase(
         Q=rows,
         K=rows + draw(st.integers(0, 40)),
-        w=draw(st.integers(0, 40)),
+        w=window,
+        sliding=draw(st.sampled_from([0, 0, 1, 7, 40]).filter(lambda size: not window or size <= window)),
         B=draw(st.integers(1, 2)),
         H=kv_heads * group,
         Hkv=kv_heads,
@@ -129,35 +144,36 @@ def cases(draw: st.DrawFn, most_rows: int) -> AttentionCase:
 @settings(settings.get_profile("kernels"))
 @given(cases(most_rows=70))
 def test_prefill_of_any_shape(case: AttentionCase) -> None:
-    check(case, "prefill")
+    check(case)
 
 
 @settings(settings.get_profile("kernels"))
-@given(cases(most_rows=2))
+@given(cases(most_rows=SPLIT_ROWS))
 def test_decode_of_any_shape(case: AttentionCase) -> None:
-    check(case, "decode")
+    check(case)
 
 
-@pytest.mark.parametrize("phase", ["prefill", "decode"])
+@pytest.mark.parametrize("rows", [3, SPLIT_ROWS + 1])
 @pytest.mark.parametrize("window", [0, 4])
-def test_a_row_that_sees_nothing_is_zero(phase: Any, window: int) -> None:
-    case = AttentionCase(Q=3, K=8, w=window, masked=True)
+def test_a_row_that_sees_nothing_is_zero(rows: int, window: int) -> None:
+    case = AttentionCase(Q=rows, K=16, w=window, masked=True)
     inputs = case.inputs()
     inputs["first_slot"][:] = 0
-    inputs["key_mask"] = torch.tensor([[False, True, True, True, True, True, True, True]])
-    output = run(case, inputs, phase)["output"]
+    inputs["key_mask"] = torch.arange(16)[None] > 0
+    for name in ("key", "value", "score"):
+        inputs[name].nan_to_num_(0.0)
+    output = run(case, inputs)["output"]
     assert (output[:, :, 0] == 0).all()
     assert output.isfinite().all()
 
 
-@pytest.mark.parametrize("phase", ["prefill", "decode"])
-def test_a_fault_in_a_selection_is_seen(phase: Any) -> None:
+@pytest.mark.parametrize("rows", [1, SPLIT_ROWS + 1])
+def test_a_fault_in_a_selection_is_seen(rows: int) -> None:
     """The teeth of `check`: one key too many."""
-    case = AttentionCase(Q=1, K=40, w=W)
+    case = AttentionCase(Q=rows, K=40, w=W)
     inputs = case.inputs()
-    more = AttentionCase(Q=1, K=40, w=W + 1)
-    values = run(more, inputs, phase)
-    assert not torch.equal(sets_of(case, values, 64 if phase == "prefill" else 1), case.kept(inputs))
+    values = run(replace(case, w=W + 1), inputs)
+    assert not torch.equal(sets_of(case, values), case.kept(inputs))
     with pytest.raises(AssertionError):
         check_close(values["output"], case.twin(inputs, "float32"), noise_of(case))
 
@@ -166,5 +182,6 @@ def test_negative_zero_ties_with_zero() -> None:
     case = AttentionCase(Q=1, K=6, w=3)
     inputs = case.inputs()
     inputs["score"][:] = torch.tensor([0.0, -0.0, 0.0, -0.0, 0.0, 0.0])[None, None, :, None]
-    values = run(case, inputs, "decode")
-    assert values["kept"][0, 0, 0].tolist() == [0, 1, 2]
+    values = run(case, inputs)
+    assert values["kept"][0, 0, 0, :3].tolist() == [0, 1, 2]
+    assert values["kept_count"].item() == 3

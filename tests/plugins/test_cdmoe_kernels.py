@@ -87,7 +87,7 @@ CASES = [
 
 def check(case: MoECase) -> None:
     inputs = case.inputs()
-    values = run_operator(PLUGIN, inputs, case.attributes, "decode", poison=True)
+    values = run_operator(PLUGIN, inputs, case.attributes, poison=True)
     ids, weights = route(split_router(inputs["router_logits"], case.routing), case.k, bool(case.norm))
     assert torch.equal(values["expert_ids"].flatten(0, 1).long(), ids)
     torch.testing.assert_close(values["expert_weights"].flatten(0, 1), weights.float(), rtol=1e-2, atol=1e-6)
@@ -109,7 +109,7 @@ def test_sums_round_as_the_model_does(dtype: str) -> None:
     """In a low precision many sums are equal: which ones is decided by their rounding."""
     case = MoECase(1, 9, 256, 8, dtype=dtype)
     inputs = case.inputs()
-    values = run_operator(PLUGIN, inputs, case.attributes, "decode", poison=True)
+    values = run_operator(PLUGIN, inputs, case.attributes, poison=True)
     ids, _ = route(split_router(inputs["router_logits"], case.routing), case.k, False)
     assert torch.equal(values["expert_ids"].flatten(0, 1).long(), ids)
 
@@ -128,7 +128,7 @@ class ClearMoECase(MoECase):
 def test_experts_in_low_precision(dtype: str) -> None:
     case = ClearMoECase(1, 3, 16, 2, dtype=dtype)
     inputs = case.inputs()
-    values = run_operator(PLUGIN, inputs, case.attributes, "decode", poison=True)
+    values = run_operator(PLUGIN, inputs, case.attributes, poison=True)
     check_close(values["output"], case.twin(inputs, dtype), noise_of(case))
 
 
@@ -140,7 +140,7 @@ def test_int8_tables() -> None:
         scale = table.abs().amax(1) / 127
         inputs[f"{name}_embed"] = torch.round(table / scale[:, None]).to(torch.int8)
         inputs[f"{name}_scale"] = scale
-    values = run_operator(PLUGIN, inputs, case.attributes, "decode", poison=True)
+    values = run_operator(PLUGIN, inputs, case.attributes, poison=True)
     plain = {name: inputs[name] for name in ("hidden", "router_logits")}
     for name in ("down", "up"):
         plain[f"{name}_embed"] = inputs[f"{name}_embed"].float() * inputs[f"{name}_scale"][:, None]
@@ -174,7 +174,7 @@ def test_a_wrong_expert_is_seen() -> None:
     """The teeth of `check`."""
     case = MoECase(1, 3, 256, 8)
     inputs = case.inputs()
-    values = run_operator(PLUGIN, inputs, {**case.attributes, "routing": "per-token"}, "decode")
+    values = run_operator(PLUGIN, inputs, {**case.attributes, "routing": "per-token"})
     ids, _ = route(split_router(inputs["router_logits"], "reference"), case.k, False)
     assert not torch.equal(values["expert_ids"].flatten(0, 1).long(), ids)
     with pytest.raises(AssertionError):

@@ -32,77 +32,76 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def combine(cache: Path) -> Compiled:
-    return compile_one(binding("DynamicMaskCombine"), 87, cache=cache)
+def routed(cache: Path) -> Compiled:
+    return compile_one(binding("CDMoERoute"), 87, cache=cache)
 
 
-def test_a_record_says_how_to_launch(combine: Compiled) -> None:
-    record = combine.record
-    assert record.plugin == "doge::DynamicMaskCombine"
+def test_a_record_says_how_to_launch(routed: Compiled) -> None:
+    record = routed.record
+    assert record.plugin == "doge::CDMoERoute"
     assert record.signature == (
-        ("partial", "*fp32"), ("maximum", "*fp32"), ("total", "*fp32"), ("query", "*fp16"), ("num_parts", "i32"),
-        ("output", "*fp16"),
+        ("router_logits", "*fp16"), ("num_tokens", "i32"), ("expert_ids", "*i32"), ("expert_weights", "*fp32"),
     )  # fmt: skip
-    assert record.grid == ("H", "Q", "B")
+    assert record.grid == ("B * Q", "1", "1")
     assert record.threads == 128
     assert 0 < record.registers <= 255
     assert record.spill_bytes == 0
-    assert record.constants["HEAD_DIM"] == 64
-    assert f".visible .entry {record.entry}(" in combine.ptx
+    assert record.constants["KEYS"] == 32
+    assert f".visible .entry {record.entry}(" in routed.ptx
 
 
-def test_ptx_takes_the_arguments_of_the_signature_and_no_others(combine: Compiled) -> None:
-    parameters = re.findall(r"\.param \.(\w+) ", combine.ptx)
-    assert parameters == ["u64" if type_[0] == "*" else "u32" for _, type_ in combine.record.signature]
+def test_ptx_takes_the_arguments_of_the_signature_and_no_others(routed: Compiled) -> None:
+    parameters = re.findall(r"\.param \.(\w+) ", routed.ptx)
+    assert parameters == ["u64" if type_[0] == "*" else "u32" for _, type_ in routed.record.signature]
 
 
-def test_ptx_holds_nothing_of_this_machine(combine: Compiled) -> None:
-    assert os.getcwd() not in combine.ptx
-    assert ".loc" not in combine.ptx and ".file" not in combine.ptx
-    assert f".version {combine.record.ptx_version // 10}.{combine.record.ptx_version % 10}" in combine.ptx
-    assert ".target sm_87" in combine.ptx
+def test_ptx_holds_nothing_of_this_machine(routed: Compiled) -> None:
+    assert os.getcwd() not in routed.ptx
+    assert ".loc" not in routed.ptx and ".file" not in routed.ptx
+    assert f".version {routed.record.ptx_version // 10}.{routed.record.ptx_version % 10}" in routed.ptx
+    assert ".target sm_87" in routed.ptx
 
 
-def test_the_same_input_gives_the_same_bytes(combine: Compiled, tmp_path: Path) -> None:
-    again = compile_one(binding("DynamicMaskCombine"), 87, cache=tmp_path)
-    assert again == combine
+def test_the_same_input_gives_the_same_bytes(routed: Compiled, tmp_path: Path) -> None:
+    again = compile_one(binding("CDMoERoute"), 87, cache=tmp_path)
+    assert again == routed
 
 
 def test_a_result_is_taken_from_the_cache_unless_it_is_damaged(
-    combine: Compiled, cache: Path, monkeypatch: pytest.MonkeyPatch
+    routed: Compiled, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def no_compiler(*_: object) -> None:
         raise AssertionError("compiled again")
 
     with monkeypatch.context() as patch:
         patch.setattr("doge_deploy.plugins.compile._Workers.compile", no_compiler)
-        assert compile_one(binding("DynamicMaskCombine"), 87, cache=cache) == combine
+        assert compile_one(binding("CDMoERoute"), 87, cache=cache) == routed
         for file in cache.rglob("kernel.ptx"):
             file.write_text("damaged")
         with pytest.raises(AssertionError, match="compiled again"):
-            compile_one(binding("DynamicMaskCombine"), 87, cache=cache)
-    assert compile_one(binding("DynamicMaskCombine"), 87, cache=cache) == combine
+            compile_one(binding("CDMoERoute"), 87, cache=cache)
+    assert compile_one(binding("CDMoERoute"), 87, cache=cache) == routed
 
 
 @pytest.mark.parametrize("arch", [75, 121])
 def test_the_oldest_and_the_newest_device(cache: Path, arch: int) -> None:
-    record = compile_one(binding("DynamicMaskDecodeSelected"), arch, cache=cache).record
+    record = compile_one(binding("DynamicMaskSplitSelected"), arch, cache=cache).record
     assert record.spill_bytes == 0
     assert record.shared_memory_bytes <= 48 * 1024
 
 
 def test_a_kernel_that_does_not_fit_a_device_is_refused(cache: Path) -> None:
-    wide = Tile({"PACK": 16, "BLOCK_KEYS": 256, "BLOCK_D": 256}, num_warps=4, num_stages=2)
-    small = binding("DynamicMaskDecodeSelected", head_dim=256)
+    wide = Tile({"BLOCK_ROWS": 8, "PACK": 2, "BLOCK_KEYS": 256, "BLOCK_D": 256}, num_warps=4, num_stages=2)
+    small = binding("DynamicMaskSplitSelected", head_dim=256)
     large = dataclasses.replace(small, spec=dataclasses.replace(small.spec, tiler=lambda *_: wide))
-    with pytest.raises(CompileError, match=r"DecodeSelected for sm_86 in float16: needs \d+ bytes of shared memory"):
+    with pytest.raises(CompileError, match=r"SplitSelected for sm_86 in float16: needs \d+ bytes of shared memory"):
         compile_one(large, 86, cache=cache)
 
 
 def test_a_kernel_that_does_not_compile_is_one_line(cache: Path) -> None:
-    broken = binding("DynamicMaskCombine")
+    broken = binding("CDMoERoute")
     odd = dataclasses.replace(
-        broken, spec=dataclasses.replace(broken.spec, tiler=lambda *_: Tile({"BLOCK_PARTS": 3, "BLOCK_D": 64}))
+        broken, spec=dataclasses.replace(broken.spec, tiler=lambda *_: Tile({"BLOCK_KEYS": 3, "BLOCK_CANDIDATES": 64}))
     )
     with pytest.raises(CompileError, match="power of 2") as error:
         compile_one(odd, 87, cache=cache)
@@ -111,7 +110,7 @@ def test_a_kernel_that_does_not_compile_is_one_line(cache: Path) -> None:
 
 def test_bfloat16_is_refused_where_there_is_none(cache: Path) -> None:
     with pytest.raises(UnsupportedModelError, match="sm_75 has no bfloat16"):
-        list(compile_all([(binding("DynamicMaskCombine", dtype="bfloat16"), 75)], cache=cache))
+        list(compile_all([(binding("CDMoERoute", dtype="bfloat16"), 75)], cache=cache))
 
 
 @pytest.mark.parametrize("text", ["sm_87", "SM87", "8.7", "87", "sm_87a"])
@@ -141,10 +140,10 @@ def test_the_samples_hold_every_kernel() -> None:
 def test_compile_command(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setenv("COLUMNS", "200")
-    arguments = ["--arch", "sm_87", "--head-dim", "64", "--kernel", "DynamicMaskCombine", "-o", str(tmp_path / "out")]
+    arguments = ["--arch", "sm_87", "--head-dim", "64", "--kernel", "DynamicMaskSelect", "-o", str(tmp_path / "out")]
     assert run_command(["plugins", "compile", *arguments]) == 0
     output = capsys.readouterr().out
-    assert "DynamicMaskCombine" in output
+    assert "DynamicMaskSelect" in output
     assert "1 kernels compiled, 0 of them spill registers" in output
     (record,) = (tmp_path / "out" / "sm_87").glob("*/record.json")
     assert json.loads(record.read_text())["arch"] == 87

@@ -50,27 +50,33 @@ MOE_INPUTS = ("hidden", "router_logits", "down_embed", "up_embed")
 
 @pytest.mark.parametrize("extra", [(), ("key_mask",)], ids=["unmasked", "masked"])
 @pytest.mark.parametrize("window", [0, 8], ids=lambda w: f"w={w}")
-@pytest.mark.parametrize("phase", ["prefill", "decode"])
-def test_an_attention_chain_uses_every_input(phase: Any, window: int, extra: tuple[str, ...]) -> None:
+def test_an_attention_chain_uses_every_input(window: int, extra: tuple[str, ...]) -> None:
     inputs = frozenset([*ATTENTION_INPUTS, *extra])
-    check_chain(ATTENTION, {"keep_window_size": window, "scale": 0.5}, inputs, phase)
+    check_chain(ATTENTION, {"keep_window_size": window, "scale": 0.5}, inputs)
 
 
-def test_a_sliding_window_is_refused() -> None:
-    attributes = {"keep_window_size": 8, "scale": 0.5, "sliding_window": 16}
-    with pytest.raises(UnsupportedModelError, match="sliding_window=16: DynamicMaskAttention's kernels"):
-        ATTENTION.chain(attributes, frozenset(ATTENTION_INPUTS), "prefill")
+def test_a_sliding_window_above_the_kept_keys_is_refused() -> None:
+    attributes = {"keep_window_size": 8, "scale": 0.5, "sliding_window": 9}
+    with pytest.raises(UnsupportedModelError, match=r"sliding_window=9: .* take one up to keep_window_size=8"):
+        ATTENTION.chain(attributes, frozenset(ATTENTION_INPUTS))
+
+
+def test_nothing_is_selected_of_a_sliding_window_that_is_kept_whole() -> None:
+    attributes = {"keep_window_size": 8, "scale": 0.5, "sliding_window": 8}
+    steps = ATTENTION.chain(attributes, frozenset(ATTENTION_INPUTS))
+    assert [step.spec.name for step in steps] == ["DynamicMaskSplit", "DynamicMaskAttend"]
+    assert [step.attributes["sliding_window"] for step in steps] == [8, 8]
 
 
 @pytest.mark.parametrize("extra", [(), ("down_scale", "up_scale")], ids=["float", "int8"])
 def test_a_cdmoe_chain_uses_every_input(extra: tuple[str, ...]) -> None:
-    check_chain(CDMOE, MOE, frozenset([*MOE_INPUTS, *extra]), "decode")
+    check_chain(CDMOE, MOE, frozenset([*MOE_INPUTS, *extra]))
 
 
-def check_chain(operator: OperatorPlugin, attributes: dict[str, Any], inputs: frozenset[str], phase: Any) -> None:
+def check_chain(operator: OperatorPlugin, attributes: dict[str, Any], inputs: frozenset[str]) -> None:
     known = set(inputs)
     used: set[str] = set()
-    for step in operator.chain(attributes, inputs, phase):
+    for step in operator.chain(attributes, inputs):
         assert step.spec in operator.specs
         assert len(step.inputs) == len(step.spec.inputs)
         assert len(step.outputs) == len(step.spec.outputs)
@@ -100,7 +106,7 @@ def test_binding_gives_shapes_scalars_and_grid() -> None:
         ([(2, 3, 100, 1), (3,), (2, 6, 65, 64)], {}, "float16", "first_slot axis 0 is 3, but B is 2 elsewhere"),
         ([(2, 3, 100, 2), (2,), (2, 6, 65, 64)], {}, "float16", "score axis 3 is 2; 1 = 1 is needed"),
         ([(2, 3, 100, 1), (2,), (2, 6, 65, 64)], {}, "float64", "T is float64; takes float32"),
-        ([(2, 3, 100, 1), (2,), (2, 6, 65, 64)], {"rows": 7}, "float16", "rows=7 must be one of 1, 16, 32, 64"),
+        ([(2, 3, 100, 1), (2,), (2, 6, 65, 64)], {"rows": 7}, "float16", "rows=7 must be one of 16, 32, 64"),
         ([(2, 3, 100, 1), (2,), (2, 6, 65, 64)], {"row": 1}, "float16", "unknown attribute 'row'; known: keep_window"),
         ([(2, 3, 100, 1), (2,), (2, 6, 65, 64)], {"keep_window_size": 0}, "float16", "keep_window_size at least 1"),
     ],
@@ -123,10 +129,26 @@ def test_expressions_read_like_formulas_and_work_in_any_algebra() -> None:
     assert expression.evaluate({"K": "k", "w": "w"}, words) == "min(k,sub(add(w,64),1))"
 
 
+@pytest.mark.parametrize("rows", [1, 8, 2048])
+def test_a_step_is_split_among_programs_and_a_prompt_has_one_for_each_tile(rows: int) -> None:
+    """At w = 2048; what a prompt's 17 programs of the first kernel do is to return."""
+    split, attend = (spec for spec in ATTENTION.specs if spec.name.endswith("Selected"))
+    attributes = {"scale": 0.1, "rows": 64}
+    lists = [(1, 1, rows), (1, 1, rows), (1, 1, -(-rows // 64), 2111), (1, 1, -(-rows // 64))]
+    shapes = [(1, 2, rows, 128), (1, 1, 4096, 128), (1, 1, 4096, 128), (1, 1, 4096, 1), (1,), *lists]
+    parts = split.bind(shapes, {**attributes, "split_keys": 128}, "float16")
+    assert parts.grid(parts.tile(87)) == (17, 1, 1)
+    whole = attend.bind([*shapes, *parts.output_shapes], attributes, "float16")
+    assert whole.grid(whole.tile(87)) == (-(-rows // 32), 2, 1)
+
+
 @pytest.mark.parametrize("groups", [1, 2, 3, 4, 16])
 @pytest.mark.parametrize("size", [8, 64, 96, 128, 256])
-def test_a_prefill_block_lies_within_one_list(size: int, groups: int) -> None:
-    spec = next(spec for spec in ATTENTION.specs if spec.name == "DynamicMaskPrefillSelected")
+@pytest.mark.parametrize("name", ["DynamicMaskSplitSelected", "DynamicMaskAttendSelected"])
+def test_a_tile_of_rows_lies_within_one_list(name: str, size: int, groups: int) -> None:
+    spec = next(spec for spec in ATTENTION.specs if spec.name == name)
     for arch, dtype, rows in itertools.product((75, 80, 86, 87, 89, 90, 100, 110, 120, 121), FLOATS, (16, 32, 64)):
         values = {"H": groups * 2, "Hkv": 2, "S": 2, "D": size, "rows": rows}
-        assert rows % spec.tiler(arch, values, dtype).constants["BLOCK_ROWS"] == 0
+        constants = spec.tiler(arch, values, dtype).constants
+        assert rows % constants["BLOCK_ROWS"] == 0
+        assert constants["BLOCK_ROWS"] * constants["PACK"] >= 16

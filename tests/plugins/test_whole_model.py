@@ -1,6 +1,6 @@
 """A whole Doge whose plugin nodes are run by Triton's interpreter, judged by `verify` against transformers.
 
-`make test` runs a few cases; `nox -s kernels` all of them, in both lowerings.
+`make test` runs a few cases; `nox -s kernels` all of them.
 """
 
 from __future__ import annotations
@@ -23,43 +23,29 @@ from doge_deploy.verify.reference import Reference
 SWEEP = os.environ.get("DOGE_KERNEL_SWEEP") == "1"
 
 SMALL = [
-    ("doge-tiny", "prefill", "prefill"),
-    ("doge-tiny", "prefill", "window K=w+1"),
-    ("doge-tiny", "prefill", "window decode"),
-    ("doge-tiny", "decode", "decode"),
-    ("doge-tiny-moe", "prefill", "decode"),
+    ("doge-tiny", "prefill"),
+    ("doge-tiny", "window K=w+1"),
+    ("doge-tiny", "window decode"),
+    ("doge-tiny-moe", "decode"),
 ]
 ALL_CASES = (
     "prefill", "decode", "chunked prefill", "batch of 2", "window K=w-1", "window K=w", "window K=w+1", "window K=2w",
     "window decode", "window chunk", "natural text",
 )  # fmt: skip
-SELECTED = (
-    [
-        (model, phase, case)
-        for model in ("doge-tiny", "doge-tiny-moe")
-        for phase in ("prefill", "decode")
-        for case in ALL_CASES
-    ]
-    if SWEEP
-    else SMALL
-)
+SELECTED = [(model, case) for model in ("doge-tiny", "doge-tiny-moe") for case in ALL_CASES] if SWEEP else SMALL
 
 
 @pytest.fixture(scope="module")
-def judge(tiny_bundle: Path, tiny_moe_bundle: Path) -> Callable[[str, Any], Judge]:
-    """A judge of one model in one lowering; transformers is loaded once a model."""
+def judge(tiny_bundle: Path, tiny_moe_bundle: Path) -> Callable[[str], Judge]:
+    """A judge of each model."""
     bundles = {"doge-tiny": tiny_bundle, "doge-tiny-moe": tiny_moe_bundle}
 
     @cache
-    def references(model: str) -> References:
-        checkpoint = open_checkpoint(model)
-        return References(Reference(checkpoint, "float32"), Reference(checkpoint, "float64"))
-
-    @cache
-    def make(model: str, phase: Any) -> Judge:
-        bundle = open_bundle(bundles[model])
-        runner = InterpreterRunner(bundle, phase)
-        return Judge(bundle, "static", Runners(runner, runner), references(model))  # type: ignore[arg-type]
+    def make(model: str) -> Judge:
+        bundle, checkpoint = open_bundle(bundles[model]), open_checkpoint(model)
+        runner = InterpreterRunner(bundle)
+        references = References(Reference(checkpoint, "float32"), Reference(checkpoint, "float64"))
+        return Judge(bundle, "static", Runners(runner, runner), references)  # type: ignore[arg-type]
 
     return make
 
@@ -75,11 +61,11 @@ def find(judge: Judge, name: str, bounds: Limits) -> Case:
     return judge.widest(lambda seed: next(case for case in exact_cases(bounds, seed) if case.name == name))
 
 
-@pytest.mark.parametrize(("model", "phase", "name"), SELECTED, ids=[" ".join(which) for which in SELECTED])
+@pytest.mark.parametrize(("model", "name"), SELECTED, ids=[" ".join(which) for which in SELECTED])
 def test_the_plugin_lowering_computes_what_transformers_computes(
-    judge: Callable[[str, Any], Judge], tiny_bundle: Path, model: str, phase: str, name: str
+    judge: Callable[[str], Judge], tiny_bundle: Path, model: str, name: str
 ) -> None:
-    chosen = judge(model, phase)
+    chosen = judge(model)
     case = find(chosen, name, limits(open_bundle(tiny_bundle)))
     result = chosen.judge(case)
     assert result.failures == []
@@ -89,13 +75,13 @@ def test_the_plugin_lowering_computes_what_transformers_computes(
 
 
 def test_a_wrong_kernel_is_found(
-    judge: Callable[[str, Any], Judge], tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch
+    judge: Callable[[str], Judge], tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A select kernel that drops the last of each row's w keys: one key too few."""
-    from doge_plugins.dynamic_mask_attention import kernel
+    from doge_plugins.dynamic_mask_attention import select_kernel
 
-    chosen = judge("doge-tiny", "prefill")
-    original = kernel.select_kernel
+    chosen = judge("doge-tiny")
+    original = select_kernel.select_kernel
 
     class OneLess:
         """Each row loses its w-th key. The list of kept slots stays: a wrong one would be read as addresses."""
@@ -108,7 +94,7 @@ def test_a_wrong_kernel_is_found(
 
             return launch
 
-    monkeypatch.setattr(kernel, "select_kernel", OneLess())
+    monkeypatch.setattr(select_kernel, "select_kernel", OneLess())
     chosen.runners.plain.forget()  # type: ignore[attr-defined]
     case = find(chosen, "window K=w+1", limits(open_bundle(tiny_bundle)))
     failures = chosen.judge(case).failures

@@ -37,7 +37,7 @@ def test_the_documented_gains_are_those_of_today(model: str) -> None:
 
 def test_beyond_the_window_the_plugins_cost_no_more_keys() -> None:
     near, far = (roofline(published_facts("20M"), MACHINE, Call(past), installed()) for past in (4096, 32768))
-    attention = [next(line for line in result.lines if "Decode" in line.kernel) for result in (near, far)]
+    attention = [next(line for line in result.lines if "Split" in line.kernel) for result in (near, far)]
     assert attention[0].cost == attention[1].cost
 
 
@@ -50,7 +50,7 @@ def test_a_step_reads_every_weight_of_a_tied_model_once() -> None:
 def test_compute_bounds_a_launch_with_enough_tokens() -> None:
     slow = Machine("slow", 87, bandwidth_gb_per_s=1e6, fp16_tflops=1.0)
     result = roofline(published_facts("20M"), slow, Call(0, new=512), installed())
-    prefill = next(line for line in result.lines if line.kernel == "DynamicMaskPrefill")
+    prefill = next(line for line in result.lines if line.kernel == "DynamicMaskAttend")
     assert slow.microseconds(prefill.cost) == pytest.approx(prefill.cost.flops / 1e6)
 
 
@@ -60,7 +60,7 @@ def test_the_command_says_that_it_is_on_paper(capsys: pytest.CaptureFixture[str]
     shown = capsys.readouterr().out
     assert "On paper, not measured" in shown
     assert "102 GB/s" in shown
-    assert "DynamicMaskDecodeSelected" in shown
+    assert "DynamicMaskSplitSelected" in shown
     assert run_command([*arguments, "--json"]) == 0
     answer = json.loads(capsys.readouterr().out)
     assert answer["kind"] == "on paper, not measured"

@@ -10,7 +10,7 @@ from doge_deploy.errors import UnsupportedModelError
 from doge_deploy.graph.schemas import input_names
 from doge_deploy.plugins import symbols
 from doge_deploy.plugins.registry import Registry
-from doge_deploy.plugins.spec import OperatorPlugin, Phase, Step, TensorSpec
+from doge_deploy.plugins.spec import OperatorPlugin, Step, TensorSpec
 
 NAMESPACE_ATTRIBUTE = "plugin_namespace"
 VERSION_ATTRIBUTE = "plugin_version"
@@ -43,10 +43,9 @@ class PluginChainPass(ir.passes.InPlacePass):
     3. Must not guess: what a chain asks for and the operator does not have is an error.
     """
 
-    def __init__(self, registry: Registry, phase: Phase) -> None:
+    def __init__(self, registry: Registry) -> None:
         super().__init__()
         self.registry = registry
-        self.phase: Phase = phase
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         modified = False
@@ -68,7 +67,7 @@ class PluginChainPass(ir.passes.InPlacePass):
         output = node.outputs[0]
         casts: dict[str, ir.Value] = {}
         try:
-            chain = operator.chain(attributes, frozenset(values), self.phase)
+            chain = operator.chain(attributes, frozenset(values))
         except KeyError as error:
             raise UnsupportedModelError(
                 f"{node.name}: {node.op_type} has no attribute {error}; it has {', '.join(attributes)}"

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from doge_deploy.errors import MissingDependencyError
 from doge_deploy.plugins.registry import GROUP, Registry, installed, make_registry
-from doge_deploy.plugins.spec import OperatorPlugin, Phase
+from doge_deploy.plugins.spec import OperatorPlugin
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -59,8 +59,6 @@ class ChainLowering:
     """An operator as the chain of nodes that its plugin names."""
 
     plugin: OperatorPlugin
-    phase: Phase = "prefill"
-    """One engine takes prompts and single tokens: the chain that is good at prompts, and exact for both."""
 
     @property
     def operator(self) -> str:
@@ -82,7 +80,7 @@ class ChainLowering:
         from doge_deploy.graph.passes.plugin_chains import PluginChainPass
 
         registry = make_registry([(self.plugin, "this build")])
-        return PluginChainPass(registry, self.phase)(model).model
+        return PluginChainPass(registry)(model).model
 
     def register(self, capabilities: Collection[str]) -> None:
         from doge_deploy.plugins.tensorrt import register

@@ -135,7 +135,8 @@ def test_plugins_come_in_by_entry_point(tiny_moe_bundle: Path) -> None:
     layers = bundle.manifest.facts.num_hidden_layers
     counts = Counter(node.op_type for node in model.graph if node.domain == "doge")
     assert counts == dict.fromkeys(
-        ("DynamicMaskSelect", "DynamicMaskPrefillSelected", "CDMoERoute", "CDMoEExperts"), layers
+        ("DynamicMaskSelect", "DynamicMaskSplitSelected", "DynamicMaskAttendSelected", "CDMoERoute", "CDMoEExperts"),
+        layers,
     )
     assert not model.functions
     onnx.load_model_from_string(serialize(model))
