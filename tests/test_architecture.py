@@ -36,7 +36,7 @@ ORDER = [
 
 GROUND = {"errors", "findings", "config", "config_keys", "rope_config", "revisions"}
 GROUND |= {"options", "build_options", "__init__", "demo"}
-GROUND |= {"products", "device_facts", "backends", "published", "host"}
+GROUND |= {"products", "device_facts", "backends", "published", "host", "expert_pairs"}
 
 ALLOWED_BACK: set[tuple[str, str]] = set()
 

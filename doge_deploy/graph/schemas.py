@@ -17,6 +17,8 @@ DYNAMIC_MASK_ATTENTION = "DynamicMaskAttention"
 CDMOE = "CDMoE"
 WINDOW_BIAS = "WindowBias"
 """Only in graphs lowered for ONNX Runtime: the selection of DynamicMaskAttention without the attention."""
+ROUTED_EXPERTS = "RoutedExperts"
+"""Only in graphs lowered for ONNX Runtime: CDMoE, see `doge_deploy.targets.ort.experts_body`."""
 ACTIVATION = "Activation"
 """Exists only while a graph is traced: every call is inlined before the graph is handed on."""
 

@@ -17,6 +17,7 @@ import onnx_ir as ir
 from doge_deploy.checkpoint.names import EMBEDDING, HEAD, expected_tensors
 from doge_deploy.config import DogeFacts
 from doge_deploy.errors import UnsupportedModelError, UsageError
+from doge_deploy.expert_pairs import candidate_pairs
 from doge_deploy.graph.cost import graph_cost
 from doge_deploy.graph.functions import cdmoe_function, dynamic_mask_attention_function
 from doge_deploy.graph.functions.text import OPSET
@@ -157,9 +158,7 @@ def _cdmoe(facts: DogeFacts, call: Call) -> tuple[str, dict[str, Any], Shapes, i
         "routing": call.routing,
         "activation": facts.hidden_act,
     }
-    # as `doge_deploy.model.moe.candidate_pairs`, which needs torch
-    reach = range(min(k, keys))
-    pairs = [(i, j) for i in reach for j in reach if (i + 1) * (j + 1) <= k]
+    pairs = candidate_pairs(k, keys)
     return CDMOE, attributes, shapes, cdmoe_function(facts, routing=call.routing, pairs=pairs)
 
 

@@ -15,7 +15,7 @@ from doge_deploy.bundle import Bundle, open_bundle
 from doge_deploy.errors import UsageError
 from doge_deploy.graph.passes.expose_selections import ExposeSelectionsPass
 from doge_deploy.graph.passes.quantize_weights import scheme_of
-from doge_deploy.graph.schemas import CDMOE, DYNAMIC_MASK_ATTENTION, WINDOW_BIAS
+from doge_deploy.graph.schemas import CDMOE, DYNAMIC_MASK_ATTENTION, ROUTED_EXPERTS, WINDOW_BIAS
 from doge_deploy.revisions import KEEPS_ALL
 from doge_deploy.runtime.backend import check_engine_layout, open_backend
 from doge_deploy.runtime.base import IntArray
@@ -225,7 +225,7 @@ def open_runners(bundle: Bundle, layout: str, *, portable: bool = False, lowerin
     )
     exposed: OrtRunner | None = None
     operators = [DYNAMIC_MASK_ATTENTION, WINDOW_BIAS] if chosen.keep_window else []
-    operators += [CDMOE] if bundle.manifest.facts.is_moe else []
+    operators += [CDMOE, ROUTED_EXPERTS] if bundle.manifest.facts.is_moe else []
     if operators:
         model = ExposeSelectionsPass(operators)(ir.load(source)).model
         exposed = open_runner(bundle, layout, spin=False, model=rewrite(model))

@@ -17,12 +17,13 @@ from doge_deploy.checkpoint import open_checkpoint
 from doge_deploy.config import DogeFacts
 from doge_deploy.config_keys import TRAINED_ACTIVATIONS
 from doge_deploy.errors import UnsupportedModelError
+from doge_deploy.expert_pairs import candidate_pairs
 from doge_deploy.graph import schemas
 from doge_deploy.graph.functions import cdmoe_function, dynamic_mask_attention_function
 from doge_deploy.graph.functions.activations import SUPPORTED, activation_function
 from doge_deploy.graph.passes.expose_selections import ExposeSelectionsPass
 from doge_deploy.model.attention import dynamic_mask_attention, hidden_bias, keep_mask
-from doge_deploy.model.moe import candidate_pairs, cdmoe
+from doge_deploy.model.moe import cdmoe
 from doge_deploy.model.ops import activate
 from doge_deploy.targets.ort import widen_bfloat16
 

@@ -7,7 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from doge_deploy.model.moe import candidate_pairs, route, split_router
+from doge_deploy.expert_pairs import candidate_pairs
+from doge_deploy.model.moe import route, split_router
 
 
 @pytest.mark.parametrize(("k", "count"), [(16, 50), (32, 119), (48, 198), (64, 280)])

@@ -13,7 +13,8 @@ from kernel_cases import check_close, large, noise_of
 
 pytest.importorskip("triton", reason="kernels need Triton, which exists for Linux only")
 
-from doge_deploy.model.moe import candidate_pairs, cdmoe, route, split_router
+from doge_deploy.expert_pairs import candidate_pairs
+from doge_deploy.model.moe import cdmoe, route, split_router
 from doge_deploy.plugins.launch import run_operator
 from doge_plugins.cdmoe.spec import ACTIVATIONS, PLUGIN
 from doge_plugins.cdmoe.tiles import candidates

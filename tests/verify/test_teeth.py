@@ -15,9 +15,9 @@ from bundles import broken_copy, edit_tensor
 from doge_deploy.bundle import open_bundle
 from doge_deploy.cli.main import run_command
 from doge_deploy.config import DogeFacts
+from doge_deploy.expert_pairs import candidate_pairs
 from doge_deploy.graph.functions import cdmoe, dynamic_mask_attention
 from doge_deploy.model.attention import hidden_bias
-from doge_deploy.model.moe import candidate_pairs
 from doge_deploy.verify.cases import Limits, exact_cases
 from doge_deploy.verify.replay import Replay
 from doge_deploy.verify.run import open_runners

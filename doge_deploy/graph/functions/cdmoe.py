@@ -92,7 +92,7 @@ def cdmoe_function(facts: DogeFacts, *, routing: str, pairs: Sequence[tuple[int,
     Args:
         facts: experts, keys and activation of the checkpoint.
         routing: "reference" or "per-token".
-        pairs: the candidate ranks, see `doge_deploy.model.moe.candidate_pairs`.
+        pairs: the candidate ranks, see `doge_deploy.expert_pairs.candidate_pairs`.
 
     Raises:
         UnsupportedModelError: the activation has no body in standard operators.

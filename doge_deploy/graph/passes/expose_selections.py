@@ -9,12 +9,13 @@ import onnx_ir as ir
 from doge_deploy.errors import BrokenBundleError
 from doge_deploy.graph.functions.cdmoe import EXPERTS
 from doge_deploy.graph.functions.dynamic_mask_attention import KEPT
-from doge_deploy.graph.schemas import CDMOE, DOMAIN, DYNAMIC_MASK_ATTENTION, WINDOW_BIAS
+from doge_deploy.graph.schemas import CDMOE, DOMAIN, DYNAMIC_MASK_ATTENTION, ROUTED_EXPERTS, WINDOW_BIAS
 
 SELECTIONS = {
     DYNAMIC_MASK_ATTENTION: (KEPT, ir.DataType.BOOL),
     WINDOW_BIAS: (KEPT, ir.DataType.BOOL),
     CDMOE: (EXPERTS, ir.DataType.INT64),
+    ROUTED_EXPERTS: (EXPERTS, ir.DataType.INT64),
 }
 """Per operator: the value inside its body that holds the selection, and its dtype."""
 

@@ -10,6 +10,7 @@ import onnx_ir.passes.common as common
 
 from doge_deploy.signature import SLOT_INDICES
 from doge_deploy.targets.ort.attention import FUSED_ATTENTION_SINCE, FuseAttentionPass
+from doge_deploy.targets.ort.experts import RoutedExpertsPass
 from doge_deploy.targets.ort.head import TiedHeadPass
 from doge_deploy.targets.ort.linears import PackLinearsPass
 from doge_deploy.targets.ort.matching import Declined
@@ -18,6 +19,7 @@ from doge_deploy.targets.ort.quantized import QuantizedWeightsPass
 
 PASSES: tuple[type[ir.passes.PassBase], ...] = (
     QuantizedWeightsPass,
+    RoutedExpertsPass,
     FuseAttentionPass,
     PackLinearsPass,
     TiedHeadPass,

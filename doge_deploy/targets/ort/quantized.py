@@ -30,9 +30,9 @@ class QuantizedWeightsPass(ir.passes.InPlacePass):
     """
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
-        weights = [weight for node in model.graph if (weight := _match(node)) is not None]
+        weights = [weight for node in model.graph if (weight := match_quantized(node)) is not None]
         for weight in weights:
-            views = _views(model.graph, weight)
+            views = views_of(model.graph, weight)
             for use in list(weight.output.uses()):
                 if use.node.op_type == "Transpose" and attribute(use.node, "perm") == (1, 0):
                     for product in [u.node for u in use.node.outputs[0].uses() if u.node.op_type == "MatMul"]:
@@ -45,7 +45,9 @@ class QuantizedWeightsPass(ir.passes.InPlacePass):
 
 
 @dataclass(frozen=True)
-class _Weight:
+class QuantizedWeight:
+    """A weight `[N, C]` in external data."""
+
     output: ir.Value
     """The dequantized `[N, C]`."""
     values: ir.ExternalTensor
@@ -56,9 +58,14 @@ class _Weight:
     rows: int
     columns: int
 
+    @property
+    def has_middle_zero(self) -> bool:
+        """The zero point is the middle of the range everywhere: what the operators assume where they get none."""
+        return not np.any(self.zero_point.numpy() != 1 << (self.bits - 1))
+
 
 @dataclass(frozen=True)
-class _Views:
+class Views:
     """The same bytes for other operators."""
 
     blocks: ir.Value
@@ -69,7 +76,8 @@ class _Views:
     """`[N, C/block*bits/8]` uint8; None where it is the middle of the range."""
 
 
-def _match(node: ir.Node) -> _Weight | None:
+def match_quantized(node: ir.Node) -> QuantizedWeight | None:
+    """The weight that a DequantizeLinear unpacks, where ONNX Runtime's operators can read it; else None."""
     if node.op_type != "DequantizeLinear" or attribute(node, "axis", 1) != 1 or len(node.inputs) != 3:
         return None
     values, scale, zero = node.inputs
@@ -83,18 +91,18 @@ def _match(node: ir.Node) -> _Weight | None:
     shape = stored.shape.numpy()
     if bits is None or block < 16 or len(shape) != 2 or shape[1] % block or (shape[1] // block * bits) % 8:
         return None
-    return _Weight(node.outputs[0], stored, scale, zeros, bits, block, *shape)
+    return QuantizedWeight(node.outputs[0], stored, scale, zeros, bits, block, *shape)
 
 
-def _views(graph: ir.Graph, weight: _Weight) -> _Views:
+def views_of(graph: ir.Graph, weight: QuantizedWeight) -> Views:
+    """Initializers of `graph` on the bytes of `weight`, in the shapes that the operators take."""
     blocks, row_bytes = weight.columns // weight.block, weight.columns * weight.bits // 8
     by_block = _view(graph, weight.values, "blocks", (weight.rows, blocks, weight.block * weight.bits // 8))
     by_row = _view(graph, weight.values, "rows", (weight.rows, row_bytes))
-    middle = 1 << (weight.bits - 1)
     zero = None
-    if np.any(weight.zero_point.numpy() != middle):
+    if not weight.has_middle_zero:
         zero = _view(graph, weight.zero_point, "bytes", (weight.rows, blocks * weight.bits // 8))
-    return _Views(by_block, by_row, zero)
+    return Views(by_block, by_row, zero)
 
 
 def _view(graph: ir.Graph, tensor: ir.ExternalTensor, what: str, shape: tuple[int, ...]) -> ir.Value:
@@ -116,7 +124,7 @@ def _view(graph: ir.Graph, tensor: ir.ExternalTensor, what: str, shape: tuple[in
     return value
 
 
-def _multiply(product: ir.Node, weight: _Weight, views: _Views) -> None:
+def _multiply(product: ir.Node, weight: QuantizedWeight, views: Views) -> None:
     emit = Emitter(product, product.outputs[0].name or "product")
     inputs = [product.inputs[0], views.blocks, weight.scale, *([views.zero_point] if views.zero_point else [])]
     node = emit(
@@ -132,7 +140,7 @@ def _multiply(product: ir.Node, weight: _Weight, views: _Views) -> None:
     take_place(product.outputs[0], node.outputs[0])
 
 
-def _gather(gather: ir.Node, weight: _Weight, views: _Views) -> None:
+def _gather(gather: ir.Node, weight: QuantizedWeight, views: Views) -> None:
     emit = Emitter(gather, gather.outputs[0].name or "rows")
     inputs = [views.rows, gather.inputs[1], weight.scale, *([views.zero_point] if views.zero_point else [])]
     node = emit(
