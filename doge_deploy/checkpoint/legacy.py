@@ -232,10 +232,7 @@ def legacy_facts(facts: DogeFacts, config: Mapping[str, Any], revision: Revision
             f"must be one of {', '.join(_EXACT_ROPE_TYPES)}"
         )
     if facts.hidden_act == "xielu":
-        findings.append(
-            "hidden_act='xielu': came with transformers 4.56, after the original code, of which there are no numbers "
-            "for it"
-        )
+        findings.append("hidden_act='xielu': came with transformers 4.56, after the code of any legacy Doge")
     if config.get("sliding_window") is not None:
         findings.append(f"sliding_window={config['sliding_window']!r}: not supported in a legacy Doge; must be null")
     if config.get("architectures") not in (None, [ARCHITECTURE]):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,12 @@ from bundles import broken_copy, make_bundle
 from random_doge import SMALL, SMALL_MOE, save_random_doge
 from safetensors import safe_open
 
+from doge_deploy.build import lower_layout
 from doge_deploy.bundle import open_bundle
 from doge_deploy.checkpoint import open_checkpoint
 from doge_deploy.cli.main import run_command
 from doge_deploy.config_keys import TRAINED_ACTIVATIONS
+from doge_deploy.errors import UnsupportedModelError
 from doge_deploy.graph.preflight import check_file
 from doge_deploy.verify.run import verify
 
@@ -105,6 +108,10 @@ def test_the_kernel_of_the_experts_refuses_it_by_name(made: tuple[Path, Path]) -
     problems = {problem for v in check_file(made[1], ["prefill"])["prefill"] for problem in v.problems}
     refusals = [text for text in problems if f"attribute activation={facts.hidden_act!r} must be one of silu" in text]
     assert len(refusals) == (1 if facts.is_moe else 0)
+    bundle = open_bundle(made[1])
+    expected = pytest.raises(UnsupportedModelError, match=f"activation={facts.hidden_act!r} must be one of silu")
+    with expected if facts.is_moe else nullcontext():
+        lower_layout(bundle, bundle.layout("static"), use_plugins=True)
 
 
 def test_tensorrts_graph_computes_the_same(made: tuple[Path, Path]) -> None:
