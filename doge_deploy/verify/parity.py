@@ -1,7 +1,8 @@
 """Run cases on a bundle and on the reference, and judge every number.
 
 For each case: the bundle; the bundle with its selections exposed (where anything is selected); the reference in the
-bundle's dtype; the reference in the next wider dtype, whose difference to the former is the noise.
+bundle's dtype; the reference in the next wider dtype, whose difference to the former is the noise. Where that noise
+does not explain what is found, and chance might, more of it is drawn (see `noise.py`).
 """
 
 from __future__ import annotations
@@ -15,7 +16,8 @@ from doge_deploy.bundle import Bundle, Manifest
 from doge_deploy.runtime.base import BundleRunner, IntArray
 from doge_deploy.signature import UNCACHED
 from doge_deploy.verify.cases import Case, Limits, chunk, exact_cases, natural_case
-from doge_deploy.verify.compare import Difference, Top1, difference, kl_divergence, top1
+from doge_deploy.verify.compare import Array, Difference, Top1, difference, kl_divergence, top1
+from doge_deploy.verify.noise import DRAWS, MOST_BY_CHANCE, pool, rounded_once_more
 from doge_deploy.verify.reference import Reference, Selections
 from doge_deploy.verify.replay import CandidateTrace, Replay, ReplayTrace, greedy_calls
 from doge_deploy.verify.tolerance import Limit, limit
@@ -52,6 +54,11 @@ class Quantity:
             return float("inf")
         pairs = ((self.difference.max_abs, self.limit.max_abs), (self.difference.rms, self.limit.rms))
         return max(found / allowed if allowed else (float("inf") if found else 0.0) for found, allowed in pairs)
+
+    @property
+    def may_be_chance(self) -> bool:
+        """Whether the one draw of noise that the limit is made of may have been too small a draw for it."""
+        return self.load <= MOST_BY_CHANCE
 
 
 @dataclass
@@ -244,7 +251,18 @@ class Judge:
         if given is not None:
             same = self._judge_selections(result, case, given, same, wider)
         self._compare(result, candidate, same, wider)
+        if any(quantity.may_be_chance for quantity in result.quantities if not quantity.passed):
+            more = [self._draw(case, given, seed) for seed in range(DRAWS)]
+            self._compare(result, candidate, same, wider, more)
+        result.failures += [_failure(quantity) for quantity in result.quantities if not quantity.passed]
+        if OUTPUTS[self.manifest.task] == "logits":  # features are no distribution
+            _compare_choices(result, candidate, same)
         return result
+
+    def _draw(self, case: Case, given: Sequence[Selections] | None, seed: int) -> ReplayTrace:
+        """The reference with other rounding errors, and the bundle's selections."""
+        with rounded_once_more(self.references.same.model, seed):
+            return self.replay.run(self.references.same, case, given)
 
     def _reference(
         self, reference: Reference, case: Case, given: Sequence[Selections] | None, *, use_given: bool = True
@@ -290,21 +308,32 @@ class Judge:
                 ).max_abs
         return limits
 
-    def _compare(self, result: CaseResult, candidate: CandidateTrace, same: ReplayTrace, wider: ReplayTrace) -> None:
+    def _compare(
+        self,
+        result: CaseResult,
+        candidate: CandidateTrace,
+        same: ReplayTrace,
+        wider: ReplayTrace,
+        more: Sequence[ReplayTrace] = (),
+    ) -> None:
+        """Every tensor against the reference, by its noise: that of this run, and of `more` where they are given."""
         output = OUTPUTS[self.manifest.task]
+
+        def tensors(trace: ReplayTrace) -> dict[str, list[Array]]:
+            held = {name: candidate.held(name, trace.present[name]) for name in candidate.present}
+            return {output: trace.logits, **held}
+
         found = {output: candidate.logits, **candidate.present}
-        expected = {output: same.logits, **same.present}
-        exact = {output: wider.logits, **wider.present}
-        for name in candidate.present:
-            expected[name] = candidate.held(name, expected[name])
-            exact[name] = candidate.held(name, exact[name])
+        expected, exact, draws = tensors(same), tensors(wider), [tensors(trace) for trace in more]
+        result.quantities.clear()
         for name, rows in found.items():
             # A pair of class logits is too small a sample of noise: that of every token's is taken.
-            pooled = name == output and same.classes
-            noise = difference(same.classes, wider.classes) if pooled else difference(expected[name], exact[name])
-            kind = name.rsplit(".", 1)[-1]
+            if name == output and same.classes:
+                noise = pool([difference(trace.classes, wider.classes) for trace in (same, *more)])
+            else:
+                noise = pool([difference(drawn[name], exact[name]) for drawn in (expected, *draws)])
             allowed = limit(
-                kind,
+                name.rsplit(".", 1)[-1],
                 self.manifest.dtype,
                 noise_max=noise.max_abs,
                 noise_rms=noise.rms,
@@ -312,21 +341,23 @@ class Judge:
                 count=noise.effective,
             )
             result.quantities.append(Quantity(name, difference(rows, expected[name]), allowed))
-        result.failures += [_failure(quantity) for quantity in result.quantities if not quantity.passed]
-        if output != "logits":  # features are no distribution
-            return
-        # Of a greedy text only the tokens that it continues with are of interest, not those of the prompt.
-        first = -1 if result.case == GREEDY else None
-        a, b = (np.concatenate([rows[first:] for rows in side.logits]) for side in (candidate, same))
-        if not result.logits.difference.non_finite:
-            result.kl = kl_divergence(a, b)
-            result.top1 = top1(a, b)
-            margin = result.top1.margin
-            if margin is not None and margin > 2 * result.logits.limit.max_abs:
-                result.failures.append(
-                    f"token {result.top1.first_divergence} differs with margin {margin:.3g} "
-                    f"(noise explains {2 * result.logits.limit.max_abs:.3g})"
-                )
+
+
+def _compare_choices(result: CaseResult, candidate: CandidateTrace, same: ReplayTrace) -> None:
+    """Distributions of logits, and the likeliest tokens."""
+    if result.logits.difference.non_finite:
+        return
+    # Of a greedy text only the tokens that it continues with are of interest, not those of the prompt.
+    first = -1 if result.case == GREEDY else None
+    a, b = (np.concatenate([rows[first:] for rows in side.logits]) for side in (candidate, same))
+    result.kl = kl_divergence(a, b)
+    result.top1 = top1(a, b)
+    margin = result.top1.margin
+    if margin is not None and margin > 2 * result.logits.limit.max_abs:
+        result.failures.append(
+            f"token {result.top1.first_divergence} differs with margin {margin:.3g} "
+            f"(noise explains {2 * result.logits.limit.max_abs:.3g})"
+        )
 
 
 def _failure(quantity: Quantity) -> str:

@@ -1,0 +1,121 @@
+"""More draws of the reference's noise: what they are, when they are made, and that they excuse no error."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from bundles import make_bundle
+from properties.check import check
+from properties.regressions import REGRESSIONS
+from random_doge import random_doge, save_random_doge
+from torch import nn
+
+from doge_deploy.bundle import open_bundle
+from doge_deploy.checkpoint import open_checkpoint
+from doge_deploy.verify.cases import Case, chunk
+from doge_deploy.verify.compare import difference
+from doge_deploy.verify.noise import pool, rounded_once_more
+from doge_deploy.verify.parity import CaseResult, Judge, References
+from doge_deploy.verify.reference import Reference
+from doge_deploy.verify.replay import CandidateTrace, Replay
+from doge_deploy.verify.run import open_runners
+
+
+def test_a_pool_is_the_sample_that_its_draws_make_together() -> None:
+    exact = [np.zeros(4)]
+    one, other = np.array([1.0, 2.0, 0.0, 0.0]), np.array([0.0, 0.0, 0.0, 6.0])
+    found = pool([difference([one], exact), difference([other], exact)])
+    together = difference([np.concatenate((one, other))], [np.zeros(8)])
+    assert (found.max_abs, found.rms, found.effective) == pytest.approx(
+        (together.max_abs, together.rms, together.effective)
+    )
+
+
+def test_draws_without_any_error_are_a_sample_of_their_size() -> None:
+    assert pool([difference([np.ones(3)], [np.ones(3)])] * 2).effective == 6
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_the_inputs_of_a_linear_layer_get_the_variance_of_one_rounding(dtype: torch.dtype) -> None:
+    linear = nn.Linear(4096, 4096, bias=False, dtype=dtype)
+    linear.weight.data = torch.eye(4096, dtype=dtype)
+    x = torch.ones(16, 4096, dtype=dtype) * 1.5
+    with torch.no_grad(), rounded_once_more(linear, 0):
+        moved = ((linear(x) - x) / torch.finfo(dtype).eps).double()
+    assert set(moved.unique().tolist()) <= {-2.0, -1.0, 0.0, 1.0, 2.0}
+    share = (moved != 0).double().mean().item()
+    assert share == pytest.approx(1 / 12, abs=4 * math.sqrt(1 / 12 / moved.numel()))
+    assert abs(moved.mean().item()) < 4 * math.sqrt(4 / 12 / moved.numel())
+    assert torch.equal(linear(x), x), "and none when it is over"
+
+
+def test_a_seed_is_a_draw() -> None:
+    model, ids = random_doge(), torch.arange(12)[None]
+
+    def logits(seed: int) -> torch.Tensor:
+        with torch.no_grad(), rounded_once_more(model, seed):
+            result: torch.Tensor = model(ids).logits
+            return result
+
+    assert torch.equal(logits(1), logits(1)) and not torch.equal(logits(1), logits(2))
+
+
+@pytest.fixture(scope="module")
+def judge(tmp_path_factory: pytest.TempPathFactory) -> Judge:
+    folder = tmp_path_factory.mktemp("noise")
+    path = save_random_doge(folder / "checkpoint")
+    bundle = open_bundle(make_bundle(path, folder / "bundle", logits="all"))
+    checkpoint = open_checkpoint(str(path))
+    references = References(Reference(checkpoint, "float32"), Reference(checkpoint, "float64"))
+    return Judge(bundle, "static", open_runners(bundle, "static"), references)
+
+
+CASE = Case("prefill", chunk([np.arange(3, 15)], [[12]]), exact=True)
+
+
+def judged(judge: Judge, monkeypatch: pytest.MonkeyPatch, times: float) -> tuple[CaseResult, int]:
+    """The case with one logit off by `times` the largest noise; and how many more draws were made."""
+    same, wider = (
+        judge.references.run(one, judge.replay, CASE) for one in (judge.references.same, judge.references.wider)
+    )
+    noise = difference(same.logits, wider.logits)
+    feed, draw, draws = Replay.feed, Judge._draw, []
+
+    def off(self: Replay, *arguments: Any) -> CandidateTrace:
+        trace = feed(self, *arguments)
+        trace.logits[0] = same.logits[0].copy()
+        trace.logits[0][5, 7] += times * noise.max_abs
+        return trace
+
+    def counted(self: Judge, *arguments: Any) -> Any:
+        draws.append(arguments)
+        return draw(self, *arguments)
+
+    monkeypatch.setattr(Replay, "feed", off)
+    monkeypatch.setattr(Judge, "_draw", counted)
+    return judge.judge(CASE), len(draws)
+
+
+def test_what_passes_is_not_judged_twice(judge: Judge, monkeypatch: pytest.MonkeyPatch) -> None:
+    result, draws = judged(judge, monkeypatch, 1.0)
+    assert result.passed and not draws
+
+
+def test_more_draws_excuse_no_error(judge: Judge, monkeypatch: pytest.MonkeyPatch) -> None:
+    result, draws = judged(judge, monkeypatch, 12.0)
+    assert not result.passed and draws
+
+
+def test_what_no_chance_explains_is_not_drawn_for(judge: Judge, monkeypatch: pytest.MonkeyPatch) -> None:
+    result, draws = judged(judge, monkeypatch, 1000.0)
+    assert not result.passed and not draws
+
+
+def test_without_more_draws_a_sound_bundle_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The slow twin of the shortcut: this example needs them."""
+    monkeypatch.setattr("doge_deploy.verify.parity.MOST_BY_CHANCE", 0.0)
+    assert check(REGRESSIONS["one-query-makes-the-noise-gelu"])
