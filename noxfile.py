@@ -46,7 +46,8 @@ def tests_without_runtime(session: nox.Session) -> None:
 def kernels(session: nox.Session) -> None:
     """The kernels in Triton's interpreter on many drawn shapes and on large ones."""
     install(session, "export,cpu,plugins,dev")
-    session.run("pytest", "tests/plugins", *session.posargs, env={"DOGE_KERNEL_SWEEP": "1", "TRITON_INTERPRET": "1"})
+    files = ["tests/plugins", "tests/verify/test_torch_kernels.py"]
+    session.run("pytest", *files, *session.posargs, env={"DOGE_KERNEL_SWEEP": "1", "TRITON_INTERPRET": "1"})
 
 
 @nox.session(name="tensorrt-contract")

@@ -19,7 +19,7 @@ from doge_deploy.graph.passes.plugin_chains import PluginChainPass
 from doge_deploy.plugins.launch import run_kernel
 from doge_deploy.plugins.registry import installed
 from doge_deploy.plugins.spec import PluginSpec
-from doge_deploy.runtime.base import FloatArray, IntArray, Runner
+from doge_deploy.runtime.base import BundleRunner, FloatArray, IntArray
 
 
 def plugin_operator(spec: PluginSpec) -> type[OpRun]:
@@ -36,7 +36,7 @@ def plugin_operator(spec: PluginSpec) -> type[OpRun]:
     return type(spec.name, (OpRun,), {"op_domain": spec.namespace, "_run": run})
 
 
-class InterpreterRunner(Runner):
+class InterpreterRunner(BundleRunner):
     """The static graph of a bundle in its plugin lowering.
 
     `extra` holds what the plugins selected in the last call: `kept.<layer>` `[B, Hkv, Q, K]` bool, from threshold and
@@ -54,38 +54,22 @@ class InterpreterRunner(Runner):
         proto = ir.to_proto(ir.external_data.load_to_model(model))
         self.evaluator = ReferenceEvaluator(proto, new_ops=[plugin_operator(spec) for spec in registry.specs()])
         self.extra: dict[str, np.ndarray[Any, Any]] = {}
-        self._calls: tuple[bytes, ...] = ()
-        self._known: dict[tuple[bytes, ...], tuple[dict[str, Any], dict[str, Any], FloatArray]] = {}
-        """Results by the calls since the reset: a judge runs a case twice, and the interpreter is slow."""
 
     def _reset(self, batch_size: int) -> None:
-        self._calls = (bytes([batch_size]),)
         self.buffers = {
             past.name: np.zeros([batch_size if axis == "batch_size" else axis for axis in past.shape], past.dtype)
             for past, _ in self.signature.past()
         }
 
     def _run(self, input_ids: IntArray, lengths: IntArray) -> FloatArray:
-        self._calls += (input_ids.tobytes() + lengths.tobytes(),)
-        if self._calls not in self._known:
-            self._known[self._calls] = self._compute(input_ids, lengths)
-        self.buffers, self.extra, logits = self._known[self._calls]
-        return logits
-
-    def _compute(self, input_ids: IntArray, lengths: IntArray) -> tuple[dict[str, Any], dict[str, Any], FloatArray]:
         feeds: dict[str, Any] = {"input_ids": input_ids, "write_indices": self.row_lengths, **self.buffers}
         if any(spec.name == "sequence_lengths" for spec in self.signature.inputs):
             feeds["sequence_lengths"] = lengths
         values = self.evaluator.run(None, feeds, intermediate=True)
-        buffers = {past.name: values[present.name] for past, present in self.signature.past()}
-        return buffers, self._selected(values, input_ids.shape[1]), values["logits"]
-
-    def forget(self) -> None:
-        """Drop all known results."""
-        self._known.clear()
-
-    def refusal(self, batch_size: int, width: int) -> None:
-        """Any call can be run."""
+        self.buffers = {past.name: values[present.name] for past, present in self.signature.past()}
+        self.extra = self._selected(values, input_ids.shape[1])
+        logits: FloatArray = values["logits"]
+        return logits
 
     def _selected(self, values: Mapping[str, Any], width: int) -> dict[str, np.ndarray[Any, Any]]:
         selected = {}

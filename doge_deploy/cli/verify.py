@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Literal
 
 import click
 
-from doge_deploy.backends import BACKENDS, Backend
+from doge_deploy.backends import BACKENDS, TORCH_KERNELS, Backend
 
 
 @click.command("verify")
@@ -20,7 +21,13 @@ from doge_deploy.backends import BACKENDS, Backend
     type=click.Choice(["trt-rtx", "trt"]),
     help="Judge the static graph as it is lowered for TensorRT (without plugins), in ONNX Runtime.",
 )
-@click.option("--backend", type=click.Choice(BACKENDS), default="ort", show_default=True, help="What runs the bundle.")
+@click.option(
+    "--backend",
+    type=click.Choice((*BACKENDS, TORCH_KERNELS)),
+    default="ort",
+    show_default=True,
+    help="What runs the bundle; torch-kernels: PyTorch, with the plugins' kernels on a CUDA device.",
+)
 @click.option("--engine", metavar="NAME", help="Which engine, where the backend has several.")
 @click.option("--json", "json_file", type=click.Path(path_type=Path), metavar="FILE", help="Write every number here.")
 @click.option(
@@ -33,7 +40,7 @@ def verify(
     greedy_steps: int,
     portable: bool,
     lowering: str | None,
-    backend: Backend,
+    backend: Backend | Literal["torch-kernels"],
     engine: str | None,
     json_file: Path | None,
     junit_file: Path | None,

@@ -87,6 +87,7 @@ def _cdmoe_by_kernels(
     hidden_act: str,
 ) -> torch.Tensor:
     inputs = {"hidden": hidden, "router_logits": router_logits, "down_embed": down_embed, "up_embed": up_embed}
+    inputs |= {f"act_fn_{index}": weight for index, weight in enumerate(act_fn)}
     attributes: dict[str, Any] = {
         "num_experts_per_tok": num_experts_per_tok,
         "norm_topk_prob": int(norm_topk_prob),

@@ -6,12 +6,14 @@ import hashlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import onnx_ir as ir
 
-from doge_deploy.backends import Backend
+from doge_deploy.backends import TORCH_KERNELS, Backend
 from doge_deploy.bundle import Bundle, open_bundle
+from doge_deploy.checkpoint import Checkpoint
 from doge_deploy.errors import UsageError
 from doge_deploy.graph.passes.expose_selections import ExposeSelectionsPass
 from doge_deploy.graph.passes.quantize_weights import scheme_of
@@ -95,7 +97,7 @@ def verify(
     greedy_steps: int = 128,
     portable: bool = False,
     lowering: bool = False,
-    backend: Backend = "ort",
+    backend: Backend | Literal["torch-kernels"] = "ort",
     engine: str | None = None,
     started: Callable[[str], None] = lambda what: None,
     finished: Callable[[CaseResult], None] = lambda result: None,
@@ -110,6 +112,7 @@ def verify(
         portable: judge the standard graphs, not those lowered for ONNX Runtime that `generate` runs.
         lowering: judge the static graph as it is lowered for TensorRT, in ONNX Runtime.
         backend: what runs the bundle. An engine shows no selections: what is judged by them is then left out, and said.
+            With `torch-kernels` the model that was traced runs in PyTorch, its two operators as kernels.
         engine: which engine, where the backend has several.
         started: told what is about to be done.
         finished: told each case when it is judged.
@@ -123,8 +126,8 @@ def verify(
     manifest = bundle.manifest
     checkpoint = open_reference(bundle, reference)
     if lowering and backend != "ort":
-        raise UsageError(f"--lowering is run in ONNX Runtime; --backend {backend} runs an engine")
-    engine_runner = None if backend == "ort" else open_backend(bundle, backend, engine=engine, portable=portable)
+        raise UsageError(f"--lowering is run in ONNX Runtime, not by --backend {backend}")
+    one = _open_one(bundle, checkpoint, backend, layouts=layouts, engine=engine, portable=portable)
     started("compare weights")
     weights = compare_weights(bundle, checkpoint)
     started("load the reference")
@@ -135,7 +138,7 @@ def verify(
     name = f"the reference of legacy Doges ({facts.revision})" if facts.is_legacy else "transformers"
     report = Report(bundle.path, manifest.dtype, routing, name, weights, skipped=_unreachable(bundle))
     scheme = scheme_of(manifest.options)
-    if engine_runner is None:
+    if one is None:
         chosen = _layouts(bundle, layouts, lowering)
         report.graphs = {name: graph_file(bundle.layout(name), portable=portable) for name in chosen}
         if lowering:
@@ -145,9 +148,9 @@ def verify(
         standard = portable or scheme is not None
         runners = {layout: open_runners(bundle, layout, portable=standard, lowering=lowering) for layout in chosen}
     else:
-        check_engine_layout(layouts)
-        report.graphs = {engine_runner.signature.layout: f"an engine, --backend {backend}"}
-        runners = {engine_runner.signature.layout: Runners(engine_runner, None, hides_selections=_selects(bundle))}
+        what, pair = one
+        report.graphs = {pair.plain.signature.layout: f"{what}, --backend {backend}"}
+        runners = {pair.plain.signature.layout: pair}
     if scheme is not None:
         names = quantized_names(bundle, scheme)
         for twin in (references.same, references.wider):
@@ -166,6 +169,33 @@ def verify(
         skipped=report.skipped,
     )
     return report
+
+
+def _open_one(
+    bundle: Bundle,
+    checkpoint: Checkpoint,
+    backend: Backend | Literal["torch-kernels"],
+    *,
+    layouts: tuple[str, ...],
+    engine: str | None,
+    portable: bool,
+) -> tuple[str, Runners] | None:
+    """What runs a bundle's static layout in place of ONNX Runtime, in words and as runners; None where that runs it."""
+    if backend == "ort":
+        return None
+    if backend != TORCH_KERNELS:
+        runner = open_backend(bundle, backend, engine=engine, portable=portable)
+        check_engine_layout(layouts)
+        return "an engine", Runners(runner, None, hides_selections=_selects(bundle))
+    from doge_deploy.verify.torch_kernels import TorchKernelsRunner
+
+    if engine is not None or portable or set(layouts) - {LOWERED_LAYOUT}:
+        raise UsageError(
+            f"--backend {backend} runs the {LOWERED_LAYOUT} layout in PyTorch: it takes no --engine, no --portable and "
+            "no other --layout"
+        )
+    kernels = TorchKernelsRunner(bundle, checkpoint)
+    return f"kernels on {kernels.device.type}", Runners(kernels, kernels if _selects(bundle) else None)
 
 
 def _selects(bundle: Bundle) -> bool:

@@ -50,9 +50,10 @@ TOLERANCES: dict[str, Tolerance] = {
     "kernel": Tolerance(
         6.0,
         3.0,
-        2.0,
-        "One operator against its slow twin: as logits. The floor is a unit higher, for outputs that are one value "
-        "times a weight of 1: a kernel divides by its sum of weights once at the end, the twin every weight.",
+        1.0,
+        "One operator against its slow twin: as logits. The noise is that of eight random inputs of one shape, since "
+        "few numbers' errors hang on the rounding of a few large logits: one input (2 rows, 257 keys) had a third of "
+        "the rms noise of all eight, and the kernel, which was within twice that of all, was five times as far off.",
     ),
     "kept": Tolerance(
         6.0,

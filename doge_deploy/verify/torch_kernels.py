@@ -13,15 +13,16 @@ import torch
 from doge_deploy.bundle import Bundle
 from doge_deploy.checkpoint import Checkpoint
 from doge_deploy.errors import UnsupportedModelError, UsageError
+from doge_deploy.graph.passes.quantize_weights import scheme_of
 from doge_deploy.graph.trace import reachable_windows
 from doge_deploy.model.decoder import StaticCausalLM
 from doge_deploy.model.rope import rope_tensors
 from doge_deploy.plugins.launch import require_launcher
 from doge_deploy.plugins.torch_ops import kernels_in_torch
-from doge_deploy.runtime.base import FloatArray, IntArray, Runner
+from doge_deploy.runtime.base import BundleRunner, FloatArray, IntArray
 
 
-class TorchKernelsRunner(Runner):
+class TorchKernelsRunner(BundleRunner):
     """The model on one device; caches stay there.
 
     Args:
@@ -30,7 +31,7 @@ class TorchKernelsRunner(Runner):
 
     Raises:
         UsageError: the bundle has no static layout.
-        UnsupportedModelError: it has a sliding window or a RoPE with a memory.
+        UnsupportedModelError: it has quantized weights, a sliding window or a RoPE with a memory.
         MissingDependencyError: there is no CUDA device, and Triton does not interpret.
     """
 
@@ -41,6 +42,10 @@ class TorchKernelsRunner(Runner):
         if manifest.facts.rope_remembers(manifest.max_length) or manifest.facts.sliding_window:
             raise UnsupportedModelError(
                 f"{bundle.path}: kernels are verified without a sliding window and without a RoPE that remembers"
+            )
+        if scheme_of(manifest.options) is not None:
+            raise UnsupportedModelError(
+                f"{bundle.path} has quantized weights; kernels are verified with unquantized ones"
             )
         super().__init__(max_length=manifest.max_length, last_logits=manifest.options["logits"] == "last")
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

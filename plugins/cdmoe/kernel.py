@@ -106,16 +106,54 @@ def _tanh(x):
 
 
 @triton.jit
+def _softplus(x):
+    # max(x, 0) + log1p(exp(-|x|)); the logarithm of a sum that is rounded, times what the rounding cost
+    decay = tl.exp(-tl.abs(x))
+    sum_ = 1.0 + decay
+    is_lost = sum_ == 1.0
+    log = tl.where(is_lost, decay, tl.log(sum_) * (decay / tl.where(is_lost, 1.0, sum_ - 1.0)))
+    return tl.maximum(x, 0.0) + log
+
+
+@triton.jit
+def _gelu(x):
+    return 0.5 * x * (1.0 + tl.erf(x * 0.7071067811865476))
+
+
+@triton.jit
+def _tanh_gelu(x):
+    return 0.5 * x * (1.0 + _tanh(0.7978845608028654 * (x + 0.044715 * x * x * x)))
+
+
+@triton.jit
 def _activate(x, ACTIVATION: tl.constexpr):
-    """The activation of that name, as in transformers, in float32."""
-    if ACTIVATION == "silu":
+    """The activation of that name, as in transformers, in float32. Several names are spellings of one formula."""
+    if ACTIVATION == "silu" or ACTIVATION == "swish":
         return x * tl.sigmoid(x)
-    elif ACTIVATION == "gelu":
-        return 0.5 * x * (1.0 + tl.erf(x * 0.7071067811865476))
-    elif ACTIVATION == "gelu_new" or ACTIVATION == "gelu_pytorch_tanh":
-        return 0.5 * x * (1.0 + _tanh(0.7978845608028654 * (x + 0.044715 * x * x * x)))
+    elif ACTIVATION == "gelu" or ACTIVATION == "gelu_python":
+        return _gelu(x)
+    elif ACTIVATION == "gelu_10":
+        return tl.minimum(tl.maximum(_gelu(x), -10.0), 10.0)
+    elif (
+        ACTIVATION == "gelu_new"
+        or ACTIVATION == "gelu_pytorch_tanh"
+        or ACTIVATION == "gelu_python_tanh"
+        or ACTIVATION == "gelu_accurate"
+        or ACTIVATION == "gelu_fast"
+    ):
+        return _tanh_gelu(x)
+    elif ACTIVATION == "quick_gelu":
+        return x * tl.sigmoid(1.702 * x)
+    elif ACTIVATION == "laplace":
+        return 0.5 * (1.0 + tl.erf((x - 0.707107) / (0.282095 * 1.4142135623730951)))
     elif ACTIVATION == "relu":
         return tl.maximum(x, 0.0)
+    elif ACTIVATION == "relu6":
+        return tl.minimum(tl.maximum(x, 0.0), 6.0)
+    elif ACTIVATION == "leaky_relu":
+        return tl.where(x < 0, 0.01 * x, x)
+    elif ACTIVATION == "hardswish":
+        return x * tl.minimum(tl.maximum(x + 3.0, 0.0), 6.0) / 6.0
     elif ACTIVATION == "relu2":
         return tl.maximum(x, 0.0) * tl.maximum(x, 0.0)
     elif ACTIVATION == "sigmoid":
@@ -123,8 +161,9 @@ def _activate(x, ACTIVATION: tl.constexpr):
     elif ACTIVATION == "tanh":
         return _tanh(x)
     elif ACTIVATION == "mish":
-        softplus = tl.maximum(x, 0.0) + tl.log(1.0 + tl.exp(-tl.abs(x)))
-        return x * _tanh(softplus)
+        return x * _tanh(_softplus(x))
+    elif ACTIVATION == "sqrtsoftplus":
+        return tl.sqrt(_softplus(x))
     else:
         tl.static_assert(ACTIVATION == "linear", "unknown activation")
         return x

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from doge_deploy.errors import UnsupportedModelError
 from doge_deploy.plugins.expressions import sym
 from doge_deploy.plugins.spec import Attribute, DType, Limit, OperatorPlugin, PluginSpec, Step, TensorSpec
 from doge_plugins.cdmoe.cost import COSTS
@@ -16,8 +17,12 @@ from doge_plugins.cdmoe.tiles import experts_tile, route_tile
 B, Q, C, E, WIDTH, TOP = (sym(name) for name in ("B", "Q", "C", "E", "router_width", "k"))
 K_ATTRIBUTE = sym("num_experts_per_tok")
 
-ACTIVATIONS = ("silu", "gelu", "gelu_new", "gelu_pytorch_tanh", "relu", "relu2", "sigmoid", "tanh", "mish", "linear")
-"""Names of activations, as in transformers."""
+ACTIVATIONS = (
+    "gelu", "gelu_10", "gelu_accurate", "gelu_fast", "gelu_new", "gelu_python", "gelu_python_tanh", "gelu_pytorch_tanh",
+    "hardswish", "laplace", "leaky_relu", "linear", "mish", "quick_gelu", "relu", "relu2", "relu6", "sigmoid", "silu",
+    "sqrtsoftplus", "swish", "tanh",
+)  # fmt: skip
+"""Names of activations, as in transformers: all that have no weights of their own."""
 
 _HIDDEN = TensorSpec("hidden", "T", (B, Q, C))
 _IDS = TensorSpec("expert_ids", "int32", (B, Q, TOP), "best first")
@@ -97,7 +102,16 @@ def chain(attributes: Mapping[str, Any], inputs: frozenset[str]) -> tuple[Step, 
     Args:
         attributes: of the CDMoE node.
         inputs: names of its inputs; with `down_scale` and `up_scale` the tables are int8.
+
+    Raises:
+        UnsupportedModelError: the activation has weights of its own (inputs `act_fn_0`, ...), or is not known here.
     """
+    activation = attributes["activation"]
+    if activation not in ACTIVATIONS or any(name.startswith("act_fn") for name in inputs):
+        raise UnsupportedModelError(
+            f"activation={activation!r}: CDMoE's kernels take {', '.join(ACTIVATIONS)}; keep the operator's standard "
+            "body"
+        )
     routing = {name: attributes[name] for name in ("num_experts_per_tok", "norm_topk_prob", "routing")}
     quantized = "down_scale" in inputs
     scales = ("down_scale", "up_scale") if quantized else ()
@@ -109,7 +123,7 @@ def chain(attributes: Mapping[str, Any], inputs: frozenset[str]) -> tuple[Step, 
             SPECS[2 if quantized else 1],
             ("hidden", *chosen, *tables),
             ("output",),
-            {"activation": attributes["activation"]},
+            {"activation": activation},
         ),
     )
 

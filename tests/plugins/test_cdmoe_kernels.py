@@ -33,6 +33,8 @@ class MoECase:
     norm: int = 0
     ties: bool = False
     activation: str = "silu"
+    spread: int = 1
+    """Standard deviation of what goes into the activation."""
     dtype: str = "float32"
     seed: int = 0
 
@@ -45,7 +47,7 @@ class MoECase:
         dtype = getattr(torch, self.dtype)
         router = torch.randn(self.B, self.Q, 2 * int(self.E**0.5), generator=generator)
         return {
-            "hidden": torch.randn(self.B, self.Q, self.C, generator=generator).to(dtype),
+            "hidden": (self.spread * torch.randn(self.B, self.Q, self.C, generator=generator)).to(dtype),
             "router_logits": (router.round() if self.ties else router).to(dtype),
             "down_embed": (torch.randn(self.E, self.C, generator=generator) * self.C**-0.5).to(dtype),
             "up_embed": torch.randn(self.E, self.C, generator=generator).to(dtype),
@@ -102,7 +104,8 @@ def test_cdmoe(case: MoECase) -> None:
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_activations(activation: str) -> None:
-    check(MoECase(1, 3, 16, 2, activation=activation))
+    for spread in (1, 12):  # some have corners at 6 and 10
+        check(MoECase(1, 9, 16, 4, activation=activation, spread=spread))
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])

@@ -9,9 +9,12 @@ from typing import Any
 import pytest
 from test_architecture import modules_after
 
+from doge_deploy.config_keys import TRAINED_ACTIVATIONS
 from doge_deploy.errors import UnsupportedModelError, UsageError
+from doge_deploy.graph.functions.activations import SUPPORTED
 from doge_deploy.plugins.expressions import cdiv, minimum, sym
 from doge_deploy.plugins.spec import FLOATS, OperatorPlugin, PluginSpec
+from doge_plugins.cdmoe.spec import ACTIVATIONS
 from doge_plugins.cdmoe.spec import PLUGIN as CDMOE
 from doge_plugins.dynamic_mask_attention.spec import PLUGIN as ATTENTION
 
@@ -66,6 +69,14 @@ def test_nothing_is_selected_of_a_sliding_window_that_is_kept_whole() -> None:
     steps = ATTENTION.chain(attributes, frozenset(ATTENTION_INPUTS))
     assert [step.spec.name for step in steps] == ["DynamicMaskSplit", "DynamicMaskAttend"]
     assert [step.attributes["sliding_window"] for step in steps] == [8, 8]
+
+
+def test_all_activations_without_weights_are_taken_and_those_with_weights_named() -> None:
+    assert set(ACTIVATIONS) == SUPPORTED - set(TRAINED_ACTIVATIONS)
+    for name in TRAINED_ACTIVATIONS:
+        inputs = frozenset([*MOE_INPUTS, "act_fn_0"])
+        with pytest.raises(UnsupportedModelError, match=f"activation='{name}': CDMoE's kernels take gelu, "):
+            CDMOE.chain({**MOE, "activation": name}, inputs)
 
 
 @pytest.mark.parametrize("extra", [(), ("down_scale", "up_scale")], ids=["float", "int8"])

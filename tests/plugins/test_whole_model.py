@@ -45,7 +45,7 @@ def judge(tiny_bundle: Path, tiny_moe_bundle: Path) -> Callable[[str], Judge]:
         bundle, checkpoint = open_bundle(bundles[model]), open_checkpoint(model)
         runner = InterpreterRunner(bundle)
         references = References(Reference(checkpoint, "float32"), Reference(checkpoint, "float64"))
-        return Judge(bundle, "static", Runners(runner, runner), references)  # type: ignore[arg-type]
+        return Judge(bundle, "static", Runners(runner, runner), references)
 
     return make
 
@@ -95,7 +95,6 @@ def test_a_wrong_kernel_is_found(
             return launch
 
     monkeypatch.setattr(select_kernel, "select_kernel", OneLess())
-    chosen.runners.plain.forget()  # type: ignore[attr-defined]
     case = find(chosen, "window K=w+1", limits(open_bundle(tiny_bundle)))
     failures = chosen.judge(case).failures
     assert any("select other keys" in failure or "not a best one" in failure for failure in failures), failures

@@ -3,21 +3,29 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from bundles import make_bundle
+from kernel_cases import large
 
 pytest.importorskip("triton", reason="kernels need Triton, which exists for Linux only")
 
 from doge_deploy.bundle import open_bundle
 from doge_deploy.checkpoint import open_checkpoint
+from doge_deploy.cli.main import run_command
 from doge_deploy.errors import UsageError
+from doge_deploy.plugins import torch_ops
 from doge_deploy.runtime.ort import open_runner
+from doge_deploy.verify.run import verify
 from doge_deploy.verify.torch_kernels import TorchKernelsRunner
 
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
 CHUNKS = [7, 1, 1, 1, 12, 2]
-"""Tokens of each call: below, at and above the window of 8, by both chains."""
+"""Tokens of each call: below, at and above the window of 8, in both ways of the kernels."""
 
 
 @pytest.mark.parametrize("model", ["dense", "moe"])
@@ -45,3 +53,73 @@ def test_without_a_static_layout_it_is_said(dense_doge: Path, tmp_path: Path) ->
     bundle = open_bundle(make_bundle(dense_doge, tmp_path / "bundle", kv_cache=("growing",)))
     with pytest.raises(UsageError, match="has no static layout"):
         TorchKernelsRunner(bundle, open_checkpoint(str(dense_doge)))
+
+
+@pytest.mark.parametrize("model", ["dense", pytest.param("moe", marks=large)])
+def test_a_bundle_is_verified_by_kernels(model: str, dense_doge: Path, moe_doge: Path, tmp_path: Path) -> None:
+    source = dense_doge if model == "dense" else moe_doge
+    bundle = make_bundle(source, tmp_path / "bundle", max_length=20)
+    report = verify(bundle, reference=str(source), backend="torch-kernels", greedy_steps=4)
+    assert report.failed_cases == []
+    assert report.graphs == {"static": f"kernels on {DEVICE}, --backend torch-kernels"}
+    selected = {result.case: result.selected for result in report.results}
+    assert selected["window K=w+1"] and selected["window decode"] and selected["greedy"]
+
+
+def test_a_wrong_kernel_is_found_out(dense_doge: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A chain that keeps one key fewer than the model."""
+
+    def narrower(operator: Any, inputs: Any, attributes: dict[str, Any], **options: Any) -> Any:
+        window = attributes.get("keep_window_size", 0)
+        return run_operator(operator, inputs, {**attributes, "keep_window_size": window and window - 1}, **options)
+
+    run_operator = torch_ops.run_operator
+    monkeypatch.setattr(torch_ops, "run_operator", narrower)
+    bundle = make_bundle(dense_doge, tmp_path / "bundle", max_length=20)
+    report = verify(bundle, reference=str(dense_doge), backend="torch-kernels", greedy_steps=4)
+    assert {"static/window K=w", "static/window decode"} <= set(report.failed_cases)
+    assert "static/window K=w-1" not in report.failed_cases
+
+
+@pytest.fixture(scope="module")
+def small_bundle(dense_doge: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_bundle(dense_doge, tmp_path_factory.mktemp("small") / "bundle", quantize="int8")
+
+
+@pytest.mark.parametrize(
+    ("options", "code", "message"),
+    [
+        (
+            ["--portable"],
+            2,
+            "runs the static layout in PyTorch: it takes no --engine, no --portable and no other --layout",
+        ),
+        (["--layout", "growing"], 2, "runs the static layout in PyTorch"),
+        (["--engine", "any"], 2, "runs the static layout in PyTorch"),
+        (["--lowering", "trt"], 2, "--lowering is run in ONNX Runtime, not by --backend torch-kernels"),
+        ([], 3, "has quantized weights"),
+    ],
+    ids=["portable", "layout", "engine", "lowering", "quantized"],
+)
+def test_what_does_not_fit_is_one_line(
+    options: list[str],
+    code: int,
+    message: str,
+    small_bundle: Path,
+    dense_doge: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    arguments = ["verify", str(small_bundle), "--reference", str(dense_doge), "--backend", "torch-kernels"]
+    assert run_command([*arguments, *options]) == code
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="this machine has a CUDA device")
+def test_without_a_device_it_is_said(
+    dense_doge: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    bundle = make_bundle(dense_doge, tmp_path / "bundle")
+    assert run_command(["verify", str(bundle), "--reference", str(dense_doge), "--backend", "torch-kernels"]) == 4
+    assert "kernels run on a CUDA device, not on 'cpu'; TRITON_INTERPRET=1" in capsys.readouterr().err
