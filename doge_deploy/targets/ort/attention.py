@@ -297,18 +297,25 @@ def _emit(layer: _Layer, index: int, lengths: _Lengths) -> None:
 
 
 def _emit_norms(emit: Emitter, query: _Head, key: _Head) -> ir.Value:
-    """Query and key heads of all rows normalised by one operator: `[B, Q, (H+Hkv)*D]`, not rotated yet."""
+    """Query and key heads of all rows normalised by one operator: `[B, Q, (H+Hkv)*D]`, not rotated yet.
+
+    The weights follow as a product. RMSNormalization takes one row per head too, but is seven times slower with it
+    (ONNX Runtime 1.32: 304 us instead of 44 us for 512 x 3 heads of 128).
+    """
     heads = emit("Concat", query.linear.output, key.linear.output, axis=-1, name="query_key").outputs[0]
     split = emit.ints(0, 0, query.heads + key.heads, -1, name="heads_shape")
     states = emit("Reshape", heads, split, name="heads").outputs[0]
-    # ONNX Runtime folds the weight: a row per head.
+    size = query.linear.width // query.heads
+    ones = emit("Constant", name="ones", value_floats=[1.0] * size).outputs[0]
+    normed = emit("RMSNormalization", states, ones, epsilon=query.epsilon, axis=-1, name="normed").outputs[0]
+    merged = emit("Reshape", normed, emit.ints(0, 0, -1, name="merged_shape"), name="merged").outputs[0]
+    # ONNX Runtime folds the weight.
     rows = [
-        emit("Expand", head.weight, emit.ints(head.heads, 1, name=f"{what}_rows"), name=f"{what}_norm").outputs[0]
+        emit("Tile", head.weight, emit.ints(head.heads, name=f"{what}_heads"), name=f"{what}_norm").outputs[0]
         for what, head in (("query", query), ("key", key))
     ]
     weight = emit("Concat", *rows, axis=0, name="norm_weight").outputs[0]
-    normed = emit("RMSNormalization", states, weight, epsilon=query.epsilon, axis=-1, name="normed").outputs[0]
-    return emit("Reshape", normed, emit.ints(0, 0, -1, name="merged_shape"), name="merged").outputs[0]
+    return emit("Mul", merged, weight, name="weighted").outputs[0]
 
 
 def _emit_bias(emit: Emitter, layer: _Layer, score: ir.Value, lengths: _Lengths) -> ir.Value:
