@@ -56,6 +56,7 @@ def export(model: str, output: Path, options: ExportOptions, *, force: bool, pro
             f"quantize={options.quantize} with task={options.task}: what rounding costs is judged by the "
             "predictions of a language model; quantize with task=causal-lm only"
         )
+    check_blocks(options)
     with writing_bundle(output, force=force) as directory:
         advance = progress.stage("check checkpoint")
         checkpoint = open_checkpoint(model, num_layers=options.num_layers)
@@ -65,7 +66,7 @@ def export(model: str, output: Path, options: ExportOptions, *, force: bool, pro
         max_length = resolve_max_length(facts, options.max_length)
         check_positions(max_length)
         warnings = tuple(check_score_range(checkpoint, DTYPES[options.dtype]))
-        check_finite(checkpoint, dtype=DTYPES[options.dtype])
+        check_finite(checkpoint, dtype="float16" if options.quantize == "fp16" else DTYPES[options.dtype])
         advance(1)
         layouts = _write_graphs(directory, checkpoint, options, max_length, progress)
         for file in checkpoint.companion_files:
@@ -104,6 +105,17 @@ def require_export_dependencies() -> None:
             raise MissingDependencyError(
                 f"export needs {name}, which is not installed: pip install 'doge-deploy[export]'"
             ) from None
+
+
+def check_blocks(options: ExportOptions) -> None:
+    """Raises UsageError where an option of blocks is given and weights are not stored in blocks."""
+    given = sorted({"block_size", "symmetric"} & options.model_fields_set)
+    if given and options.quantize not in ("int8", "int4"):
+        stored = "no quantize" if options.quantize is None else f"quantize={options.quantize}"
+        raise UsageError(
+            f"{given[0]}={getattr(options, given[0])!r} with {stored}: only weights of 8 or 4 bits have blocks; leave "
+            "it out or give quantize=int8 or int4"
+        )
 
 
 def check_task(facts: DogeFacts, options: ExportOptions, source: str) -> None:

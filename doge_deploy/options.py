@@ -43,7 +43,7 @@ class ExportOptions(BaseModel):
     routing: Literal["reference", "per-token"] = Field("reference", description="one of reference, per-token")
     logits: Literal["last", "all"] = Field("last", description="one of last, all")
     num_layers: int | None = Field(None, ge=1, description="a whole number >= 1, or null for all layers")
-    quantize: Literal["int8", "int4"] | None = Field(None, description="int8, int4 or null")
+    quantize: Literal["int8", "int4", "fp16"] | None = Field(None, description="int8, int4, fp16 or null")
     block_size: Literal[16, 32, 64, 128, 256] = Field(32, description="one of 16, 32, 64, 128, 256")
     symmetric: bool = Field(True, description="true or false")
 

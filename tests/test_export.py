@@ -10,16 +10,19 @@ import sys
 import time
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import onnx
 import pytest
+import torch
 from bundles import NoProgress, make_bundle
+from random_doge import random_doge
 from safetensors import safe_open
 
 from doge_deploy import export as export_module
 from doge_deploy.bundle import open_bundle
 from doge_deploy.cli.main import run_command
-from doge_deploy.errors import UsageError
+from doge_deploy.errors import UnsupportedModelError, UsageError
 from doge_deploy.options import ExportOptions
 
 
@@ -197,3 +200,31 @@ def test_config_file_and_set(dense_doge: Path, tmp_path: Path) -> None:
     assert list(manifest.layouts) == ["growing"]
     assert manifest.max_length == 32
     assert json.loads((tmp_path / "b" / "manifest.json").read_text())["options"]["logits"] == "all"
+
+
+@pytest.mark.parametrize("options", [{"quantize": "fp16", "block_size": 64}, {"symmetric": False}], ids=str)
+def test_blocks_without_weights_of_few_bits(options: dict[str, Any], dense_doge: Path, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"(block_size=64 with quantize=fp16|symmetric=False with no quantize): only"):
+        make_bundle(dense_doge, tmp_path / "b", **options)
+
+
+def test_weights_too_large_for_half_precision(tmp_path: Path) -> None:
+    model = random_doge()
+    with torch.no_grad():
+        model.model.layers[0].mlp.up_proj.weight[0, 0] = 1e5
+    model.save_pretrained(tmp_path / "checkpoint")
+    with pytest.raises(UnsupportedModelError, match=r"up_proj.weight has values up to 100000, beyond float16's 65504"):
+        make_bundle(tmp_path / "checkpoint", tmp_path / "b", quantize="fp16")
+
+
+def test_half_weights_halve_the_file(tmp_path: Path) -> None:
+    sizes = {
+        quantize: (
+            make_bundle("doge-tiny-moe", tmp_path / str(quantize), quantize=quantize, max_length=32)
+            / "weights.safetensors"
+        )
+        .stat()
+        .st_size
+        for quantize in (None, "fp16")
+    }
+    assert sizes["fp16"] < 0.55 * sizes[None]

@@ -1,9 +1,11 @@
 """Bytes that one decode step must read from memory, computed from what a bundle stores.
 
 Weights are read once, whatever the batch, in the form in which they are stored: of quantized ones numbers, scales and
-the zero points that are not constant. Of a lookup table only the rows that are looked up: one embedding row per
-row of the batch, one row of each RoPE table, the k routed experts. A tied embedding is the head too, and as that it is
-read whole. Of the caches what attention needs: every score, and keys and values of the keys that stay.
+the zero points that are not constant. Those that are stored in half precision but computed with in float32 are widened
+when they are loaded, and count as float32 unless they are looked up. Of a lookup table only the rows that are looked
+up: one embedding row per row of the batch, one row of each RoPE table, the k routed experts. A tied embedding is the
+head too, and as that it is read whole. Of the caches what attention needs: every score, and keys and values of the keys
+that stay.
 
 This is a floor: what a step writes, activations, and what an implementation reads twice are not in it. With B > 1 the
 rows of a batch may choose different experts; only k are counted, since that is what all rows may share.
@@ -44,10 +46,11 @@ class Traffic:
 def decode_traffic(bundle: Bundle, layout: Layout, *, batch_size: int, keys: int) -> Traffic:
     """What a decode step of `batch_size` rows must read, each attending to `keys` keys, its own included."""
     facts = bundle.manifest.facts
-    weights = sum(
-        read_bytes(name, rows, nbytes, facts, batch_size)
-        for name, rows, nbytes in stored_tensors(bundle.path / WEIGHTS_FILE)
-    )
+    widened = 2 if bundle.manifest.options.get("quantize") == "fp16" else 1
+    weights = 0
+    for name, rows, nbytes, dtype in stored_tensors(bundle.path / WEIGHTS_FILE):
+        read = read_bytes(name, rows, nbytes, facts, batch_size)
+        weights += read * widened if dtype == "F16" and read == nbytes else read
     return Traffic(weights, batch_size * _cache_bytes(layout, facts, keys))
 
 
@@ -64,8 +67,8 @@ def read_bytes(name: str, rows: int, nbytes: int, facts: DogeFacts, batch_size: 
     return nbytes
 
 
-def stored_tensors(path: Path) -> Iterator[tuple[str, int, int]]:
-    """Name, length of the first axis and bytes of every tensor of a safetensors file.
+def stored_tensors(path: Path) -> Iterator[tuple[str, int, int, str]]:
+    """Name, length of the first axis, bytes and dtype of every tensor of a safetensors file.
 
     Raises:
         BrokenBundleError: it is not one.
@@ -76,7 +79,7 @@ def stored_tensors(path: Path) -> Iterator[tuple[str, int, int]]:
         for name, entry in header.items():
             if name != "__metadata__":
                 begin, end = entry["data_offsets"]
-                yield name, entry["shape"][0] if entry["shape"] else 1, end - begin
+                yield name, entry["shape"][0] if entry["shape"] else 1, end - begin, entry["dtype"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise BrokenBundleError(f"{path} cannot be read: {type(error).__name__}: {error}") from error
 

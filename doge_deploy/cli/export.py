@@ -32,7 +32,11 @@ from doge_deploy.cli.progress import progress
     help="Of a mixture of experts: as transformers does it, or without mixing tokens.  [default: reference]",
 )
 @click.option("--logits", type=click.Choice(["last", "all"]), help="Of which tokens of a call.  [default: last]")
-@click.option("--quantize", type=click.Choice(["int8", "int4"]), help="Store weights in 8 or 4 bits, block by block.")
+@click.option(
+    "--quantize",
+    type=click.Choice(["int8", "int4", "fp16"]),
+    help="Store weights in 8 or 4 bits, block by block, or in half precision.",
+)
 @click.option(
     "--block-size",
     type=click.Choice(["16", "32", "64", "128", "256"]),

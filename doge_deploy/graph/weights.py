@@ -18,6 +18,7 @@ import onnx_ir as ir
 import torch
 
 from doge_deploy.checkpoint import Checkpoint
+from doge_deploy.graph.passes.half_weights import HalfWeightsPass
 from doge_deploy.graph.passes.quantize_weights import QuantizedParts, QuantizeWeightsPass, part_of, scheme_of
 from doge_deploy.graph.passes.transpose_weights import TRANSPOSED_SUFFIX
 
@@ -60,16 +61,22 @@ class TensorSources:
         self.checkpoint = checkpoint
         self.rope = rope
         self.scheme = scheme_of(options)
+        self._half = options.get("quantize") == "fp16"
         self._parts = None if self.scheme is None else QuantizedParts(checkpoint, self.scheme)
         self.left: dict[str, str] = {}
         """Tensors that were not quantized though that was asked for -> why."""
 
     def quantize(self, model: ir.Model) -> None:
         """Quantize the weights of a traced graph, in place, where that was asked for."""
+        step: QuantizeWeightsPass | HalfWeightsPass
         if self.scheme is not None:
             step = QuantizeWeightsPass(self.scheme)
-            step(model)
-            self.left |= step.left
+        elif self._half:
+            step = HalfWeightsPass()
+        else:
+            return
+        step(model)
+        self.left |= step.left
 
     def initializers(self, model: ir.Model) -> dict[str, ir.Value]:
         """The initializers of `model` that this is the source of."""

@@ -18,6 +18,7 @@ from safetensors import safe_open
 from doge_deploy.bundle import Bundle
 from doge_deploy.checkpoint import Checkpoint
 from doge_deploy.graph.passes.quantize_weights import values_suffix
+from doge_deploy.graph.passes.transpose_weights import TRANSPOSED_SUFFIX
 from doge_deploy.graph.quantize import QuantizationScheme, quantize
 from doge_deploy.graph.weights import WEIGHTS_FILE
 from doge_deploy.runtime.base import IntArray
@@ -43,6 +44,16 @@ def quantized_names(bundle: Bundle, scheme: QuantizationScheme) -> list[str]:
     suffix = values_suffix(scheme.bits)
     with safe_open(bundle.path / WEIGHTS_FILE, framework="pt") as file:
         return [name.removesuffix(suffix) for name in file.keys() if name.endswith(suffix)]  # noqa: SIM118
+
+
+def use_half(reference: Reference, bundle: Bundle) -> None:
+    """Give a reference the weights of a bundle that stores some of them in half precision."""
+    parameters = dict(reference.model.named_parameters())
+    with safe_open(bundle.path / WEIGHTS_FILE, framework="pt") as file, torch.no_grad():
+        for name in file.keys():  # noqa: SIM118
+            if file.get_slice(name).get_dtype() == "F16":
+                weight = parameters[name.removesuffix(TRANSPOSED_SUFFIX)]
+                weight.copy_(weight.half())
 
 
 def use_dequantized(reference: Reference, checkpoint: Checkpoint, names: list[str], scheme: QuantizationScheme) -> None:
@@ -85,7 +96,7 @@ def judge_quality(
 
     Args:
         layout: of the runner.
-        quantize_name: a row of `QUALITY`: "int8" or "int4".
+        quantize_name: a row of `QUALITY`: "int8", "int4" or "fp16".
         runner: the graph that is served.
         reference: with the checkpoint's own weights, in float32.
         replay: how the layout's calls are made in the reference.

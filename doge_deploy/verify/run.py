@@ -25,7 +25,7 @@ from doge_deploy.runtime.ort import OrtRunner, graph_file, open_runner
 from doge_deploy.verify.cases import Call, Case, Limits, chunk, distinct_ids, repeating_ids
 from doge_deploy.verify.held_out import HELD_OUT
 from doge_deploy.verify.parity import CaseResult, References, Runners, make_replay, verify_layouts
-from doge_deploy.verify.quality import QualityResult, judge_quality, quantized_names, use_dequantized
+from doge_deploy.verify.quality import QualityResult, judge_quality, quantized_names, use_dequantized, use_half
 from doge_deploy.verify.reference import Reference
 from doge_deploy.verify.replay import Replay
 from doge_deploy.verify.source import open_reference
@@ -138,12 +138,13 @@ def verify(
     name = f"the reference of legacy Doges ({facts.revision})" if facts.is_legacy else "transformers"
     report = Report(bundle.path, manifest.dtype, routing, name, weights, skipped=_unreachable(bundle))
     scheme = scheme_of(manifest.options)
+    rounded = manifest.options.get("quantize") is not None
     if one is None:
         chosen = _layouts(bundle, layouts, lowering)
         report.graphs = {name: graph_file(bundle.layout(name), portable=portable) for name in chosen}
         if lowering:
             report.graphs = {name: describe_lowered(bundle, name) for name in chosen}
-        elif scheme is not None:
+        elif rounded:
             report.quality = _judge_quality(bundle, report.graphs, references.same, started)
         standard = portable or scheme is not None
         runners = {layout: open_runners(bundle, layout, portable=standard, lowering=lowering) for layout in chosen}
@@ -155,6 +156,9 @@ def verify(
         names = quantized_names(bundle, scheme)
         for twin in (references.same, references.wider):
             use_dequantized(twin, checkpoint, names, scheme)
+    elif rounded:
+        for twin in (references.same, references.wider):
+            use_half(twin, bundle)
     if manifest.task == "causal-lm":
         report.reference_itself = compare_reference_with_itself(bundle, references.same)
     text_ids = _text_ids(bundle)

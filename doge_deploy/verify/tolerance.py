@@ -129,6 +129,14 @@ class Quality:
 
 
 QUALITY: dict[str, Quality] = {
+    "fp16": Quality(
+        0.002,
+        1.01,
+        0.99,
+        "doge-tiny loses 0.0001 nats, doge-tiny-moe 0.0005: rounding moves logits little, but may exchange two keys "
+        "at the edge of the window or two experts. A projection 10 % too large loses more than the limit "
+        "(tests/verify/test_quality.py).",
+    ),
     "int8": Quality(
         0.01,
         1.03,

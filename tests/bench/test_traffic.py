@@ -56,7 +56,7 @@ def decode_in_transformers(model: str | Path, keys: int, batch: int) -> tuple[di
 
 def rope_rows(bundle: Bundle) -> int:
     """transformers computes angles; a bundle reads a row of each table."""
-    return sum(nbytes // rows for name, rows, nbytes in stored_tensors(bundle.path / WEIGHTS_FILE) if "rope" in name)
+    return sum(nbytes // rows for name, rows, nbytes, _ in stored_tensors(bundle.path / WEIGHTS_FILE) if "rope" in name)
 
 
 @pytest.mark.parametrize("name", ["doge-tiny", "doge-tiny-moe"])
@@ -82,6 +82,18 @@ def test_only_the_routed_experts_are_read(tiny_moe_bundle: Path) -> None:
     assert len(experts) == 2 * facts.num_hidden_layers
     assert set(experts.values()) == {facts.num_experts_per_tok * facts.hidden_size * 4}
     assert facts.num_experts_per_tok < facts.num_experts
+
+
+@pytest.mark.parametrize("name", ["doge-tiny", "doge-tiny-moe"])
+def test_half_weights_are_read_in_float32_but_for_experts(
+    name: str, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    plain = open_bundle(request.getfixturevalue("tiny_moe_bundle" if "moe" in name else "tiny_bundle"))
+    half = open_bundle(make_bundle(name, tmp_path / "b", quantize="fp16"))
+    facts = plain.manifest.facts
+    one, two = (decode_traffic(b, b.layout("static"), batch_size=1, keys=10).weight_bytes for b in (plain, half))
+    rows = 2 * facts.num_hidden_layers * facts.num_experts_per_tok if facts.is_moe else 0
+    assert one - two == rows * facts.hidden_size * 2
 
 
 def test_rows_of_a_batch_share_the_weights_and_not_the_caches(tiny_bundle: Path) -> None:

@@ -48,6 +48,50 @@ def test_a_good_bundle_passes_and_is_small(kind: str, quantized: Callable[[str],
     assert "model.layers.0.self_attn.dt_proj.weight.T" in names
 
 
+@pytest.mark.parametrize("name", ["doge-tiny", "doge-tiny-moe"])
+def test_weights_in_half_precision(name: str, tmp_path: Path) -> None:
+    bundle = make_bundle(name, tmp_path / "b", quantize="fp16", max_length=64)
+    report = check(bundle)
+    assert report.passed, (report.failed_cases, report.quality)
+    assert report.graphs == {"static": "model.ort.onnx"}
+    (quality,) = report.quality
+    assert 0 < quality.mean_kl < 0.002
+    with safe_open(bundle / "weights.safetensors", framework="np") as file:
+        dtypes = {key: file.get_slice(key).get_dtype() for key in file.keys()}  # noqa: SIM118
+    assert dtypes["model.embed_tokens.weight"] == "F16"
+    assert dtypes["model.layers.0.self_attn.dt_proj.weight.T"] == "F32"
+    assert dtypes["model.norm.weight"] == "F32"
+    kinds = [node.op_type for node in ir.load(bundle / "model.ort.onnx").graph]
+    assert "GroupQueryAttention" in kinds and "FusedMatMul" in kinds, "the passes know such weights"
+
+
+def test_half_weights_one_projection_off_by_ten_percent(tmp_path: Path) -> None:
+    def scale(model: ir.Model) -> None:
+        node = [node for node in model.graph if node.op_type == "MatMul"][3]
+        factor = ir.node("Constant", [], {"value_float": 1.1})
+        scaled = ir.node("Mul", [node.outputs[0], factor.outputs[0]])
+        node.outputs[0].replace_all_uses_with(scaled.outputs[0])
+        scaled.replace_input_with(0, node.outputs[0])
+        model.graph.insert_after(node, [factor, scaled])
+
+    bundle = make_bundle("doge-tiny", tmp_path / "b", quantize="fp16", max_length=64)
+    report = check(broken_copy(bundle, tmp_path / "broken", graph=scale))
+    assert {"static/quality", "static/prefill"} <= set(report.failed_cases)
+    assert report.quality[0].mean_kl > 0.002
+
+
+def test_a_half_weight_off_by_an_ulp_is_found(tmp_path: Path) -> None:
+    bundle = make_bundle("doge-tiny", tmp_path / "b", quantize="fp16", max_length=64)
+    tensor = "model.layers.0.mlp.down_proj.weight.T"
+
+    def up(data: np.ndarray) -> np.ndarray:
+        data.view(np.uint16)[7] += 1
+        return data
+
+    broken = broken_copy(bundle, tmp_path / "broken", weights=lambda path: edit_bytes(path, tensor, up))
+    assert "weights" in check(broken).failed_cases
+
+
 def test_asymmetric_blocks_and_experts(tmp_path: Path) -> None:
     options = {"quantize": "int8", "block_size": 16, "symmetric": False, "max_length": 48}
     report = check(make_bundle("doge-tiny-moe", tmp_path / "b", **options))

@@ -24,6 +24,10 @@ KEPT = {
 """Linear layers that keep their dtype, with the reason. They are small."""
 
 
+KNOWN_READERS = {"MatMul", "Gather", "Transpose", CDMOE}
+"""Operators that may read a weight which is not stored in float32."""
+
+
 def values_suffix(bits: int) -> str:
     """Added to a checkpoint tensor's name where the graph holds its quantized numbers: `.q4`, `.q8`."""
     return f".q{bits}"
@@ -68,7 +72,7 @@ class QuantizeWeightsPass(ir.passes.InPlacePass):
         if columns % self.scheme.block_size:
             return f"its rows of {columns} numbers are no multiple of the block size {self.scheme.block_size}"
         readers = {use.node.op_type for use in weight.uses()}
-        known = readers <= {"MatMul", "Gather", "Transpose", CDMOE}
+        known = readers <= KNOWN_READERS
         return "" if known else f"it is read by {', '.join(sorted(readers))}"
 
     def _quantize(self, graph: ir.Graph, weight: ir.Value, name: str, transposed: bool) -> None:
@@ -109,8 +113,10 @@ def _without_data() -> ir.TensorProtocol:
 
 
 def scheme_of(options: Mapping[str, Any]) -> QuantizationScheme | None:
-    """How weights are quantized under these export options (as a manifest has them); None where they are not."""
-    bits = {None: None, "int8": 8, "int4": 4}[options.get("quantize")]
+    """How weights are put into blocks of few bits under these export options (as a manifest has them); None where they
+    are not.
+    """
+    bits = {None: None, "fp16": None, "int8": 8, "int4": 4}[options.get("quantize")]
     return None if bits is None else QuantizationScheme(bits, options["block_size"], options["symmetric"])
 
 

@@ -10,7 +10,7 @@ import onnx_ir as ir
 from doge_deploy.expert_pairs import candidate_pairs
 from doge_deploy.graph.schemas import CDMOE, DOMAIN, ROUTED_EXPERTS
 from doge_deploy.targets.ort.experts_body import Routing, Table, routed_experts_function
-from doge_deploy.targets.ort.matching import Emitter, attribute, expect, require_contrib, take_place
+from doge_deploy.targets.ort.matching import Emitter, attribute, expect, require_contrib, stored_half, take_place
 from doge_deploy.targets.ort.quantized import match_quantized, views_of
 
 ROWS_BYTES = 4 << 20
@@ -25,9 +25,9 @@ class RoutedExpertsPass(ir.passes.InPlacePass):
     """doge::CDMoE -> doge::RoutedExperts, whose body is made for the CPU provider; see `experts_body`.
 
     Needs: every CDMoE as the trace writes it, in float32, with at most 2**24 experts: their ids pass through float32.
-    Promises: the same experts, ties included, and the same sum in another order. Of a quantized table only the rows of
-    the chosen experts are dequantized, and no call holds more than `ROWS_BYTES` of rows of a table (or those of one
-    token), however many tokens it has.
+    Promises: the same experts, ties included, and the same sum in another order. Of a table that is not stored in
+    float32 only the rows of the chosen experts are unpacked, and no call holds more than `ROWS_BYTES` of rows of a
+    table (or those of one token), however many tokens it has.
 
     1. Fires on all mixtures of the graph or on none; on a graph without any there is nothing to do.
     2. Must not fire where the node has an attribute or a routing that this pass does not know.
@@ -90,7 +90,7 @@ def _table(value: ir.Value) -> Table:
     producer = value.producer()
     weight = match_quantized(producer) if producer is not None else None
     if weight is None:
-        return Table(("table",))
+        return Table(("table",), half=stored_half(value) is not None)
     parts = ("rows", "scale") if weight.has_middle_zero else ("rows", "scale", "zero_point")
     return Table(parts, weight.bits, weight.block)
 
@@ -100,7 +100,7 @@ def _parts(value: ir.Value, graph: ir.Graph) -> list[ir.Value]:
     producer = value.producer()
     weight = match_quantized(producer) if producer is not None else None
     if weight is None:
-        return [value]
+        return [stored_half(value) or value]
     views = views_of(graph, weight)
     return [views.rows, weight.scale, *([views.zero_point] if views.zero_point else [])]
 

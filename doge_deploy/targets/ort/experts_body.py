@@ -99,11 +99,11 @@ _MIX = """
 """
 
 _EXPERTS_OF = """
-            {p}down_rows = {down}
+            {down}
             {p}dot = {contrib}.FusedMatMul <transB = 1> ({tokens}, {p}down_rows)
             {activation}
             {p}gate = Mul ({p}activated, {weights})
-            {p}up_rows = {up}
+            {up}
             {p}mixed = MatMul ({p}gate, {p}up_rows)
 """
 
@@ -117,15 +117,19 @@ class Table:
     bits: int = 0
     """Of quantized numbers; 0 where they are not quantized."""
     block: int = 0
+    half: bool = False
+    """Stored in float16."""
 
-    def rows(self, name: str, ids: str) -> str:
-        """The operator that gives the rows `ids` `[N, k]` in float32, `[N, k, C]`."""
+    def rows(self, name: str, ids: str, target: str) -> str:
+        """Nodes that give the rows `ids` `[N, k]` in float32, `[N, k, C]`."""
         parts = [f"{name}_{part}" for part in self.inputs]
+        if self.half:
+            return f"{target}_half = Gather <axis = 0> ({parts[0]}, {ids})\n{target} = Cast <to = 1> ({target}_half)"
         if not self.bits:
-            return f"Gather <axis = 0> ({parts[0]}, {ids})"
+            return f"{target} = Gather <axis = 0> ({parts[0]}, {ids})"
         inputs = ", ".join([parts[0], ids, *parts[1:]])
         attributes = f"bits = {self.bits}, block_size = {self.block}, gather_axis = 0, quantize_axis = 1"
-        return f"{CONTRIB}.GatherBlockQuantized <{attributes}> ({inputs})"
+        return f"{target} = {CONTRIB}.GatherBlockQuantized <{attributes}> ({inputs})"
 
 
 @dataclass(frozen=True)
@@ -178,8 +182,8 @@ def _experts_of(prefix: str, routing: Routing, down: Table, up: Table, tokens: s
     return _EXPERTS_OF.format(
         p=prefix,
         contrib=CONTRIB,
-        down=down.rows("down", experts),
-        up=up.rows("up", experts),
+        down=down.rows("down", experts, f"{prefix}down_rows"),
+        up=up.rows("up", experts, f"{prefix}up_rows"),
         tokens=tokens,
         weights=weights,
         activation=activation_body(routing.activation, f"{prefix}dot", f"{prefix}activated").strip(),

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
-from doge_deploy.targets.ort.matching import CONTRIB, Emitter, attribute, require_contrib, take_place
+from doge_deploy.targets.ort.matching import CONTRIB, Emitter, attribute, is_weight, require_contrib, take_place
 
 
 class TiedHeadPass(ir.passes.InPlacePass):
     """Transpose(embedding) + MatMul -> FusedMatMul, which reads the embedding `[V, C]` as it is.
 
-    Needs: a MatMul by a transposed initializer. Promises: the same products in another order.
+    Needs: a MatMul by a transposed initializer, or by the cast of one. Promises: the same products in another order.
 
     1. Fires where `Transpose(perm=[1, 0])` of a 2-D initializer is read by a MatMul as its second input.
     """
@@ -32,4 +32,4 @@ def _transposed(node: ir.Node) -> ir.Value | None:
     if transpose is None or transpose.op_type != "Transpose" or attribute(transpose, "perm") != (1, 0):
         return None
     weight = transpose.inputs[0]
-    return weight if weight is not None and weight.is_initializer() else None
+    return weight if is_weight(weight) else None

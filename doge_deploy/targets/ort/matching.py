@@ -72,6 +72,20 @@ def attribute(node: ir.Node, name: str, default: Any = None) -> Any:
     return default if found is None else found.value
 
 
+def stored_half(value: ir.Value) -> ir.Value | None:
+    """The float16 initializer of which `value` is the cast to float32; None where it is none."""
+    node = value.producer()
+    if node is None or node.op_type != "Cast" or attribute(node, "to") != ir.DataType.FLOAT:
+        return None
+    source = node.inputs[0]
+    return source if source is not None and source.is_initializer() and source.dtype == ir.DataType.FLOAT16 else None
+
+
+def is_weight(value: ir.Value | None) -> bool:
+    """An initializer, or the cast of one that is stored in half precision, which ONNX Runtime folds."""
+    return value is not None and (value.is_initializer() or stored_half(value) is not None)
+
+
 @dataclass(frozen=True)
 class Linear:
     """x @ weight (+ bias): a linear layer as torch.export writes it, or with a quantized weight."""
@@ -84,7 +98,7 @@ class Linear:
 
     @property
     def weights(self) -> tuple[ir.Value | None, ...]:
-        """All inputs of the product after the first: initializers."""
+        """All inputs of the product after the first; each is a weight."""
         return tuple(self.product.inputs[1:])
 
     @property
@@ -100,7 +114,7 @@ class Linear:
 def linear_of(product: ir.Node) -> Linear | None:
     """The linear layer whose product `product` is; None where it is none."""
     is_product = product.op_type == "MatMul" or (product.op_type == "MatMulNBits" and product.domain == CONTRIB)
-    if not is_product or any(value is None or not value.is_initializer() for value in product.inputs[1:]):
+    if not is_product or not all(is_weight(value) for value in product.inputs[1:]):
         return None
     x, weight = product.inputs[:2]
     assert x is not None and weight is not None
