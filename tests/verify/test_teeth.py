@@ -15,8 +15,8 @@ from bundles import broken_copy, edit_tensor
 from doge_deploy.bundle import open_bundle
 from doge_deploy.cli.main import run_command
 from doge_deploy.config import DogeFacts
-from doge_deploy.expert_pairs import candidate_pairs
-from doge_deploy.graph.functions import cdmoe, dynamic_mask_attention
+from doge_deploy.graph.functions import dynamic_mask_attention
+from doge_deploy.graph.schemas import CDMOE, ROUTED_EXPERTS
 from doge_deploy.model.attention import hidden_bias
 from doge_deploy.verify.cases import Limits, exact_cases
 from doge_deploy.verify.replay import Replay
@@ -29,26 +29,20 @@ def one_percent(tensor: torch.Tensor) -> None:
     tensor.view(-1)[index] *= 1.01
 
 
-def body(
-    operator: str, old: str, new: str, monkeypatch: pytest.MonkeyPatch, facts: DogeFacts
-) -> Callable[[ir.Model], None]:
-    """Replace `old` by `new` in the text of an operator's body."""
+def attention_body(old: str, new: str, monkeypatch: pytest.MonkeyPatch, facts: DogeFacts) -> Callable[[ir.Model], None]:
+    """Replace `old` by `new` in the text of the attention's body."""
 
     def edit(model: ir.Model) -> None:
-        module = dynamic_mask_attention if operator == "DynamicMaskAttention" else cdmoe
+        module = dynamic_mask_attention
         for name, text in list(vars(module).items()):
             if name.startswith("_") and isinstance(text, str) and old in text:
                 monkeypatch.setattr(module, name, text.replace(old, new))
                 break
         else:
-            raise AssertionError(f"no text of {operator} has {old!r}")
-        if operator == "DynamicMaskAttention":
-            function = dynamic_mask_attention.dynamic_mask_attention_function(
-                facts, has_key_mask=False, keep_window=True, hidden_bias=hidden_bias(torch.float32)
-            )
-        else:
-            pairs = candidate_pairs(facts.num_experts_per_tok, facts.num_keys)
-            function = cdmoe.cdmoe_function(facts, routing="reference", pairs=pairs)
+            raise AssertionError(f"no text of the body has {old!r}")
+        function = dynamic_mask_attention.dynamic_mask_attention_function(
+            facts, has_key_mask=False, keep_window=True, hidden_bias=hidden_bias(torch.float32)
+        )
         model.functions[function.identifier()] = function
 
     return edit
@@ -58,6 +52,30 @@ def window_plus_one(model: ir.Model) -> None:
     for node in model.graph:
         if node.op_type in ("DynamicMaskAttention", "WindowBias"):
             node.attributes["keep_window_size"] = ir.AttrInt64("keep_window_size", 65)
+
+
+def second_routed_as_first(model: ir.Model) -> None:
+    """The second token of a call takes the router logits of the first."""
+    for node in list(model.graph):
+        if node.op_type not in (CDMOE, ROUTED_EXPERTS):
+            continue
+        bounds = {n: ir.tensor(np.array([n])) for n in (0, 1, 2, 1 << 30)}
+
+        def emit(operator: str, *inputs: ir.Value | None, before: ir.Node = node, **attributes: int) -> ir.Value:
+            made = ir.node(operator, inputs, attributes)
+            model.graph.insert_before(before, made)
+            return made.outputs[0]
+
+        at = {}
+        for n, tensor in bounds.items():
+            constant = ir.node("Constant", [], {"value": tensor})
+            model.graph.insert_before(node, constant)
+            at[n] = constant.outputs[0]
+        logits, axis = node.inputs[1], at[1]
+        first, second = (emit("Slice", logits, at[n], at[n + 1], axis) for n in (0, 1))
+        rest = emit("Slice", logits, at[2], at[1 << 30], axis)
+        copied = emit("Add", first, emit("Sub", second, second))  # of no token where there is no second
+        node.replace_input_with(1, emit("Concat", first, copied, rest, axis=1))
 
 
 def verify(bundle: Path, capfd: pytest.CaptureFixture[str], *options: str) -> tuple[int, str, set[str]]:
@@ -92,8 +110,7 @@ def test_score_term_dropped(
     tiny_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     facts = open_bundle(tiny_bundle).manifest.facts
-    edit = body(
-        "DynamicMaskAttention",
+    edit = attention_body(
         "score_bias = Where (kept, row_score_cast, hidden)",
         "no_score = Sub (row_score_cast, row_score_cast)\n    score_bias = Where (kept, no_score, hidden)",
         monkeypatch,
@@ -148,27 +165,12 @@ def test_two_experts_swapped(tiny_moe_bundle: Path, tmp_path: Path, capfd: pytes
     assert {"weights", "static/prefill"} <= cases
 
 
+@pytest.mark.parametrize("options", [(), ("--portable",)], ids=["lowered", "portable"])
 def test_token_routed_with_its_neighbours_scores(
-    tiny_moe_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+    options: tuple[str, ...], tiny_moe_bundle: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    facts = open_bundle(tiny_moe_bundle).manifest.facts
-    # the second token of a call takes the scores of the first; a call of one token is as it was
-    edit = body(
-        "CDMoE",
-        "    half_x = Gather <axis = 0> (halves, first)\n",
-        """    token_count = Shape <start = 1, end = 2> (halves)
-    token_end = Squeeze (token_count)
-    token = Range (first, token_end, second)
-    is_second = Equal (token, second)
-    shift = Cast <to = 7> (is_second)
-    source = Sub (token, shift)
-    mixed_halves = Gather <axis = 1> (halves, source)
-    half_x = Gather <axis = 0> (mixed_halves, first)
-""",
-        monkeypatch,
-        facts,
-    )
-    code, output, cases = verify(broken_copy(tiny_moe_bundle, tmp_path / "b", graph=edit), capfd)
+    broken = broken_copy(tiny_moe_bundle, tmp_path / "b", graph=second_routed_as_first, portable=bool(options))
+    code, output, cases = verify(broken, capfd, *options)
     assert code == 1
     assert "static/prefill" in cases
     assert re.search(r"FAIL static/prefill: .*(select other|experts\.0)", output)
