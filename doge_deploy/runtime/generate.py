@@ -14,7 +14,7 @@ import numpy as np
 
 from doge_deploy.errors import UsageError
 from doge_deploy.runtime.base import FloatArray, Runner
-from doge_deploy.runtime.sampling import Sampler, SamplingOptions
+from doge_deploy.runtime.sampling import Context, Sampler, SamplingOptions
 from doge_deploy.runtime.tokenizer import Detokenizer, Tokenizer
 
 DEFAULT_MAX_NEW_TOKENS = 100
@@ -176,12 +176,12 @@ def generate(
             f"cached={cached}: the runner's rows hold {runner.row_lengths.tolist()} tokens,"
             f" the prompt has {len(prompt_ids)}"
         )
-    return _tokens(runner, list(prompt_ids), sampler, max_new_tokens, eos_ids, prefill_chunk, cached)
+    return _tokens(runner, Context(prompt_ids), sampler, max_new_tokens, eos_ids, prefill_chunk, cached)
 
 
 def _tokens(
     runner: Runner,
-    context: list[int],
+    context: Context,
     sampler: Sampler,
     max_new_tokens: int,
     eos_ids: Collection[int],

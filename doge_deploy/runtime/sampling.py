@@ -10,8 +10,9 @@ Reference: transformers/generation/logits_process.py. Axes: V vocabulary.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import overload
 
 import numpy as np
 import numpy.typing as npt
@@ -76,6 +77,44 @@ def _is_count(value: int) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= 0
 
 
+class Context(Sequence[int]):
+    """The tokens of prompt and output so far, and which ones they are: to append a token, and to ask which there are,
+    takes the same time however many there are.
+    """
+
+    def __init__(self, tokens: Iterable[int] = ()) -> None:
+        self._tokens: list[int] = []
+        self._known: set[int] = set()
+        self._distinct: IntArray = np.empty(64, np.int64)
+        for token in tokens:
+            self.append(token)
+
+    def append(self, token: int) -> None:
+        self._tokens.append(token)
+        count = len(self._known)
+        self._known.add(token)
+        if len(self._known) == count:
+            return
+        if count == len(self._distinct):
+            self._distinct = np.concatenate((self._distinct, np.empty_like(self._distinct)))
+        self._distinct[count] = token
+
+    @property
+    def distinct(self) -> IntArray:
+        """Every id that occurs, once, in the order of first occurrence, `[n]`."""
+        return self._distinct[: len(self._known)]
+
+    def __len__(self) -> int:
+        return len(self._tokens)
+
+    @overload
+    def __getitem__(self, place: int) -> int: ...
+    @overload
+    def __getitem__(self, place: slice) -> list[int]: ...
+    def __getitem__(self, place: int | slice) -> int | list[int]:
+        return self._tokens[place]
+
+
 class Sampler:
     """Chooses one token after another; its random numbers run on from call to call."""
 
@@ -101,7 +140,8 @@ class Sampler:
 
         Args:
             logits: `[V]`, any float dtype; computed on in float32 as transformers does.
-            context: the tokens of prompt and output so far, which the repetition penalty looks at.
+            context: the tokens of prompt and output so far, which the repetition penalty looks at. A `Context` knows
+                which ones there are; in another sequence they are looked for in every call.
 
         Returns:
             ids `[n]`, each 0..V-1, and their probabilities `[n]`. Without sampling n is 1: the likeliest, of
@@ -153,7 +193,7 @@ def penalize_repetition(scores: Float32Array, context: Sequence[int], penalty: f
 
     Reference: `RepetitionPenaltyLogitsProcessor`.
     """
-    ids = np.unique(np.asarray(context, np.int64))
+    ids = context.distinct if isinstance(context, Context) else np.unique(np.asarray(context, np.int64))
     ids = ids[(ids >= 0) & (ids < len(scores))]
     factor = np.float32(penalty)
     seen = scores[ids]

@@ -13,7 +13,6 @@ import torch
 from doge_deploy.bundle import Bundle
 from doge_deploy.checkpoint import Checkpoint
 from doge_deploy.errors import UnsupportedModelError, UsageError
-from doge_deploy.graph.passes.quantize_weights import scheme_of
 from doge_deploy.graph.trace import reachable_windows
 from doge_deploy.model.decoder import StaticCausalLM
 from doge_deploy.model.rope import rope_tensors
@@ -43,7 +42,7 @@ class TorchKernelsRunner(BundleRunner):
             raise UnsupportedModelError(
                 f"{bundle.path}: kernels are verified without a sliding window and without a RoPE that remembers"
             )
-        if scheme_of(manifest.options) is not None:
+        if manifest.options.get("quantize") is not None:
             raise UnsupportedModelError(
                 f"{bundle.path} has quantized weights; kernels are verified with unquantized ones"
             )

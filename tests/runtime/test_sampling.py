@@ -19,6 +19,7 @@ from transformers.generation.logits_process import (
 
 from doge_deploy.errors import DogeDeployError, UnsupportedModelError, UsageError
 from doge_deploy.runtime.sampling import (
+    Context,
     Sampler,
     SamplingOptions,
     penalize_repetition,
@@ -131,6 +132,37 @@ class TestGreedy:
         logits = np.array([1, 2, -3], np.float32)
         Sampler(SamplingOptions(True, 0.5, 2, 0.5, 1.5)).pick(logits, [0, 1, 2])
         np.testing.assert_array_equal(logits, [1, 2, -3])
+
+
+class TestContext:
+    @settings(deadline=None)
+    @given(SEEDS, SIZES, st.floats(0.1, 3), st.lists(st.integers(-1, 70), max_size=200))
+    def test_penalty_is_that_of_a_plain_list(self, seed: int, size: int, penalty: float, tokens: list[int]) -> None:
+        logits = draw_logits(seed, size, ties=False)
+        context = Context(tokens[:3])
+        for token in tokens[3:]:
+            context.append(token)
+        assert list(context) == tokens and len(context) == len(tokens) and context[1:] == tokens[1:]
+        assert sorted(context.distinct) == sorted(set(tokens))
+        np.testing.assert_array_equal(
+            penalize_repetition(logits, context, penalty), penalize_repetition(logits, tokens, penalty)
+        )
+
+    def test_no_step_reads_the_tokens_again(self) -> None:
+        """The list behind it is not read when a token is chosen."""
+
+        class Unread(list[int]):
+            def __iter__(self) -> Any:
+                raise AssertionError("the whole context was read")
+
+            __getitem__ = __array__ = __iter__  # type: ignore[assignment]
+
+        context = Context([1, 2] * 1000)
+        context._tokens = Unread(context._tokens)
+        sampler = Sampler(SamplingOptions(repetition_penalty=2.0))
+        for _ in range(3):
+            context.append(sampler.pick(np.array([1, 2, 3, 2.5], np.float32), context))
+        assert len(context) == 2003
 
 
 class TestDraw:
