@@ -145,10 +145,16 @@ def test_declines_what_it_does_not_know(change: Callable[[ir.Node], None], words
 
 
 BREAKS = {
-    "keys-swapped": (
-        "half_expert = MatMul (key_float, pair_of_keys)",
-        "half_expert = MatMul (key_float, pair_of_scores)",
+    "keys-as-scores": (
+        "pair_expert = MatMul (keys, pair_of_keys)",
+        "pair_expert = MatMul (keys, pair_of_scores)",
     ),
+    "ids-of-another-chunk": (
+        "some_experts = Slice (EXPERTS, start_1d, end_1d, token_axis)",
+        "no_start = Sub (start_1d, start_1d)\n    width = Sub (end_1d, start_1d)\n"
+        "    some_experts = Slice (EXPERTS, no_start, width, token_axis)",
+    ),
+    "activation-left-out": ("{p}gate = Mul ({p}activated, {weights})", "{p}gate = Mul ({p}dot, {weights})"),
     "last-chunk-lost": ("chunks = Size (starts)", "all_chunks = Size (starts)\n    chunks = Sub (all_chunks, one)"),
     "weights-of-the-first-chunk": (
         "some_weights = Slice (weight_row, start_1d, end_1d, token_axis)",
@@ -161,7 +167,9 @@ BREAKS = {
 @pytest.mark.parametrize(("old", "new"), BREAKS.values(), ids=BREAKS.keys())
 def test_a_broken_body_is_found(old: str, new: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(experts, "ROWS_BYTES", 4 * 4 * TOP * HIDDEN)
-    for name in ("_ROUTE", "_MIX"):
+    texts = {name: getattr(experts_body, name) for name in ("_ROUTE", "_MIX", "_EXPERTS_OF")}
+    assert any(old in text for text in texts.values())
+    for name in texts:
         monkeypatch.setattr(experts_body, name, getattr(experts_body, name).replace(old, new))
     standard = mixture("reference", facts())
     given = arrays(1, 16, tied=False)

@@ -125,11 +125,14 @@ def _emit_shared(first: _Mixture, chunk: int) -> list[ir.Value]:
     by_half = emit("Reshape", ranks, emit.ints(2, -1, name="by_half"), name="ranks_by_half").outputs[0]
     reach = emit.ints(max(i for i, _ in pairs) + 1, name="reach")
     values = emit("Constant", name="off_on", value_floats=[0.0, 1.0]).outputs[0]
-    pick = emit("OneHot", by_half, reach, values, axis=1, name="pair_of_scores").outputs[0]
+    by_rank = emit("OneHot", by_half, reach, values, axis=1, name="by_rank").outputs[0]  # [2, reach, P]
     factors = emit("Constant", name="factors", value_floats=[float(first.routing.keys), 1.0]).outputs[0]
     per_half = emit("Reshape", factors, emit.ints(2, 1, 1, name="per_half"), name="factor_per_half").outputs[0]
-    keys = emit("Mul", pick, per_half, name="pair_of_keys").outputs[0]
-    return [shape, many, pick, keys]
+    weighted = emit("Mul", by_rank, per_half, name="weighted").outputs[0]
+    flat = emit.ints(-1, len(pairs), name="flat")
+    scores = emit("Reshape", by_rank, flat, name="pair_of_scores").outputs[0]
+    keys = emit("Reshape", weighted, flat, name="pair_of_keys").outputs[0]
+    return [shape, many, scores, keys]
 
 
 def _emit(mixture: _Mixture, index: int, shared: list[ir.Value]) -> None:

@@ -26,26 +26,26 @@ from doge_deploy.targets.ort.matching import CONTRIB, CONTRIB_VERSION
 _HALVES = {
     "reference": """
     halves_shape = Constant <value_ints = [2, -1, KEYS]> ()
-    halves = Reshape (router_logits, halves_shape)
+    memory_halves = Reshape (router_logits, halves_shape)
+    halves = Transpose <perm = [1, 0, 2]> (memory_halves)
 """,
     "per-token": """
     halves_shape = Constant <value_ints = [-1, 2, KEYS]> ()
-    token_halves = Reshape (router_logits, halves_shape)
-    halves = Transpose <perm = [1, 0, 2]> (token_halves)
+    halves = Reshape (router_logits, halves_shape)
 """,
 }
 
 _ROUTE = """
     reach = Constant <value_ints = [REACH]> ()
     score, key = TopK <axis = -1, largest = 1, sorted = 1> (halves, reach)
-    half_sum = MatMul (score, pair_of_scores)
-    half_axis = Constant <value_ints = [0]> ()
-    pair_score = ReduceSum <keepdims = 0> (half_sum, half_axis)
+    row_shape = Constant <value_ints = [0, -1]> ()
+    scores = Reshape (score, row_shape)
+    pair_score = MatMul (scores, pair_of_scores)
     best_count = Constant <value_ints = [TOP]> ()
     best_score, best_pair = TopK <axis = -1, largest = 1, sorted = 1> (pair_score, best_count)
     key_float = Cast <to = 1> (key)
-    half_expert = MatMul (key_float, pair_of_keys)
-    pair_expert = ReduceSum <keepdims = 0> (half_expert, half_axis)
+    keys = Reshape (key_float, row_shape)
+    pair_expert = MatMul (keys, pair_of_keys)
     expert_float = GatherElements <axis = 1> (pair_expert, best_pair)
     EXPERTS = Cast <to = 7> (expert_float)
     softmax = Softmax <axis = -1> (best_score)
@@ -152,8 +152,8 @@ def routed_experts_function(routing: Routing, down: Table, up: Table, *, chunk: 
     """doge::RoutedExperts.
 
     Inputs: hidden `[B, Q, C]`, router_logits `[B, Q, 2n]`, hidden_shape (that of `hidden`), many (whether N is above
-    `chunk`), pair_of_scores and pair_of_keys `[2, reach, P]`, the parts of both tables, weights of the activation.
-    Half h of the product of the sorted halves `[2, N, reach]` with a pair matrix is what that half adds to every pair.
+    `chunk`), pair_of_scores and pair_of_keys `[2*reach, P]`, the parts of both tables, weights of the activation. The
+    product of the sorted halves `[N, 2*reach]` with a pair matrix has the sum, or the expert id, of every pair.
     Output: `[B, Q, C]`.
     """
     body = _HALVES[routing.mode] + _ROUTE
