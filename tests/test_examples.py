@@ -55,3 +55,16 @@ def test_demo_checkpoints_are_small_and_use_what_makes_a_doge(name: str) -> None
     scores = [checkpoint.read(f"model.layers.{i}.self_attn.A") for i in range(checkpoint.facts.num_hidden_layers)]
     assert all((a.abs() > 0.05).all() for a in scores), "A was trained away from zero"
     assert checkpoint.facts.keep_window_size < checkpoint.facts.max_position_embeddings
+
+
+@pytest.mark.parametrize("options", [(), ("--prefill", "16")], ids=["decode", "prefill"])
+def test_shares_of_operators_add_up(options: tuple[str, ...], tiny_moe_bundle: Path) -> None:
+    script = EXAMPLES / "03_benchmarks" / "operator_times.py"
+    command = [sys.executable, str(script), str(tiny_moe_bundle), "--top", "3", *options]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    rows = [line.strip("| ").split(" | ") for line in result.stdout.splitlines()[2:]]
+    assert len(rows) == 5
+    *kinds, whole = rows
+    assert sum(int(row[1]) for row in kinds) == int(whole[1])
+    assert abs(sum(int(row[3].rstrip("%")) for row in kinds) - 100) <= 2

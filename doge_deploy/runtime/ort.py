@@ -24,7 +24,12 @@ _EXTERNAL_FOLDER = "session.model_external_initializers_file_folder_path"
 
 
 def open_session(
-    model: Path | bytes, folder: Path, *, threads: int | None = None, spin: bool = True
+    model: Path | bytes,
+    folder: Path,
+    *,
+    threads: int | None = None,
+    spin: bool = True,
+    profile: Path | None = None,
 ) -> onnxruntime.InferenceSession:
     """An ONNX Runtime session on the CPU provider.
 
@@ -33,6 +38,7 @@ def open_session(
         folder: where the external data of a graph given as bytes lies.
         threads: intra-op threads; ONNX Runtime's choice (all cores) where None.
         spin: let idle threads spin for the next operator; wasteful where another library computes in between.
+        profile: record the time of every operator; `end_profiling` of the session writes a file of this name and more.
 
     Raises:
         MissingDependencyError: ONNX Runtime is not installed.
@@ -50,6 +56,8 @@ def open_session(
         options.intra_op_num_threads = threads
     if not spin:
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    if profile is not None:
+        options.enable_profiling, options.profile_file_prefix = True, str(profile)
     if isinstance(model, bytes):
         options.add_session_config_entry(_EXTERNAL_FOLDER, str(folder))
     source = model if isinstance(model, bytes) else str(model)
@@ -95,13 +103,14 @@ def open_runner(
     spin: bool = True,
     model: bytes | None = None,
     portable: bool = False,
+    profile: Path | None = None,
 ) -> OrtRunner:
     """A runner of one layout of a bundle.
 
     Args:
         bundle: an opened bundle.
         layout: "static" or "growing"; the bundle's first where None.
-        threads, spin: see `open_session`.
+        threads, spin, profile: see `open_session`.
         model: a changed graph of that layout to run instead of the bundle's file; extra outputs are allowed.
         portable: run the standard graph where the bundle also holds one lowered for ONNX Runtime.
     """
@@ -111,7 +120,7 @@ def open_runner(
         from doge_deploy.targets.ort import widen_bfloat16
 
         source = widen_bfloat16(source)
-    session = open_session(source, bundle.path, threads=threads, spin=spin)
+    session = open_session(source, bundle.path, threads=threads, spin=spin, profile=profile)
     manifest = bundle.manifest
     if chosen.signature.layout == UNCACHED:
         return UncachedOrtRunner(session, chosen, manifest.max_length, manifest.facts.pad_token_id)
