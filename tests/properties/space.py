@@ -112,8 +112,8 @@ def ropes(draw: st.DrawFn, half: int, length: int) -> dict[str, Any]:
 
 
 @st.composite
-def configs(draw: st.DrawFn) -> dict[str, Any]:
-    """A config of one or two layers."""
+def configs(draw: st.DrawFn, hidden_act: str | None) -> dict[str, Any]:
+    """A config of one or two layers, with any activation where none is named."""
     kv_heads, groups = draw(st.sampled_from([1, 1, 2])), draw(st.sampled_from([1, 2, 4]))
     heads = kv_heads * groups
     size = draw(st.sampled_from([2, 4, 6, 8, 16]))
@@ -127,7 +127,7 @@ def configs(draw: st.DrawFn) -> dict[str, Any]:
         "num_hidden_layers": draw(st.integers(1, 2)),
         "num_attention_heads": heads,
         "num_key_value_heads": kv_heads,
-        "hidden_act": draw(st.sampled_from(sorted(SUPPORTED))),
+        "hidden_act": hidden_act or draw(st.sampled_from(sorted(SUPPORTED))),
         "rms_norm_eps": draw(st.sampled_from([1e-6, 1e-5])),
         "initializer_range": draw(st.sampled_from([0.02, 0.2])),
         "tie_word_embeddings": draw(st.booleans()),
@@ -149,9 +149,9 @@ def configs(draw: st.DrawFn) -> dict[str, Any]:
 
 
 @st.composite
-def examples(draw: st.DrawFn) -> Example:
+def examples(draw: st.DrawFn, hidden_act: str | None = None) -> Example:
     """Anything that an export accepts."""
-    config = draw(configs())
+    config = draw(configs(hidden_act))
     task = draw(st.sampled_from(TASKS))
     saved = task if task != "features" else draw(st.sampled_from(["features", "causal-lm", "sequence-classification"]))
     options: dict[str, Any] = {

@@ -72,6 +72,8 @@ class PluginChainPass(ir.passes.InPlacePass):
             raise UnsupportedModelError(
                 f"{node.name}: {node.op_type} has no attribute {error}; it has {', '.join(attributes)}"
             ) from None
+        except UnsupportedModelError as error:
+            raise UnsupportedModelError(f"{node.name}: {error}") from None
         for step in chain:
             for name in step.inputs:
                 if name not in values:
