@@ -13,6 +13,9 @@ if TYPE_CHECKING:
     from doge_deploy.plugins.compile import Record
     from doge_deploy.plugins.spec import Binding
 
+FILE_COLUMNS = 140
+"""Of the table where it goes into a file or a pipe, which have no width of their own."""
+
 _DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 
 
@@ -65,6 +68,8 @@ def compile_command(
     for name in ("registers", "spills", "shared", "threads"):
         table.add_column(name, justify="right", no_wrap=True)
     console = Console()
+    if not console.is_terminal and "COLUMNS" not in os.environ:
+        console = Console(width=FILE_COLUMNS)
     spilled = 0
     with console.status(f"compile {len(work)} kernels"):
         for (binding, arch), compiled in zip(work, compile_all(work, processes=jobs), strict=True):

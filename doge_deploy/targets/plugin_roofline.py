@@ -56,7 +56,7 @@ class Call:
 
     @property
     def slots(self) -> int:
-        """Of the cache: as many as are needed. A larger buffer costs the standard operators more, plugins nothing."""
+        """Of the cache: as many as are needed. A larger one costs the standard operators more, plugins empty parts."""
         return self.past + self.new
 
 

@@ -41,10 +41,11 @@ def has_tensor_cores(arch: int, dtype: str) -> bool:
 def select_tile(arch: int, values: Mapping[str, Any], dtype: str) -> Tile:
     """Scores are streamed by one program, so a tile is wide: fewer trips, more loads in flight.
 
-    Eight slots a thread with eight warps: some 110 registers, which is no matter where there is one program a score
-    head; left to itself ptxas spills a little on sm_80. 8 to 16 KiB for the histograms.
+    Eight slots a thread with eight warps: some 130 registers, which is no matter where there is one program a score
+    head; left to itself ptxas spills 8 bytes on sm_80, but allowed 255 it takes them all on sm_75, and spills too. 8 to
+    16 KiB for the histograms.
     """
-    return Tile({"BLOCK_SLOTS": 2048}, num_warps=8, num_stages=1, max_registers=255)
+    return Tile({"BLOCK_SLOTS": 2048}, num_warps=8, num_stages=1, max_registers=255 if arch >= 80 else None)
 
 
 def attend_tile(arch: int, values: Mapping[str, Any], dtype: str) -> Tile:
@@ -54,12 +55,12 @@ def attend_tile(arch: int, values: Mapping[str, Any], dtype: str) -> Tile:
     size, pack = head_block(values), packed_heads(values)
     if has_tensor_cores(arch, dtype):
         # 64 rows are 16 a warp. The accumulator then takes 64 registers a thread at D 128, and the tile of logits 16.
-        # At D 64 there is room for twice the keys from sm_90 on (on sm_86 that is a few registers too many). At D 256
-        # the accumulator would take 128 and spill: half the rows, twice the warps, and one stage, to stay near 48 KiB.
-        # From sm_90 on ptxas left to itself stops at 128 or 168 registers and spills up to 52 bytes.
+        # At D 64 there is room for twice the keys on sm_90 to sm_110 (elsewhere that is a few registers too many). At
+        # D 256 the accumulator would take 128 and spill: half the rows, twice the warps, and one stage, to stay near
+        # 48 KiB. From sm_90 on ptxas left to itself stops at 128 or 168 registers and spills up to 52 bytes.
         packed_rows, keys, warps, stages = 64, 32, 4, 2
         registers = 255 if arch >= 90 else None
-        if size <= 64 and arch >= 90:
+        if size <= 64 and 90 <= arch < 120:
             keys = 64
         elif size > 128:
             packed_rows, warps, stages, registers = 32, 8, 1, 255

@@ -62,7 +62,11 @@ def test_ptx_holds_nothing_of_this_machine(routed: Compiled) -> None:
     assert ".target sm_87" in routed.ptx
 
 
-def test_the_same_input_gives_the_same_bytes(routed: Compiled, tmp_path: Path) -> None:
+def test_the_same_input_gives_the_same_bytes(routed: Compiled, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In another process, from another directory, with another order of Python's sets, without the cache."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PYTHONHASHSEED", "1")
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "elsewhere"))
     again = compile_one(binding("CDMoERoute"), 87, cache=tmp_path)
     assert again == routed
 
