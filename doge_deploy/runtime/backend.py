@@ -24,7 +24,7 @@ def open_backend(
     Args:
         bundle: an opened bundle.
         backend: `ort`, `trt` or `trt-rtx`.
-        layout, portable, threads: of ONNX Runtime, see `runtime/ort.py`.
+        layout, portable, threads: of ONNX Runtime, see `runtime/ort/open.py`.
         engine: the name of an engine, where several fit.
 
     Raises:

@@ -13,7 +13,7 @@ import torch
 
 from doge_deploy.runtime.base import BundleRunner, FloatArray, IntArray
 from doge_deploy.runtime.ort import GrowingOrtRunner
-from doge_deploy.runtime.window import WindowOrtRunner
+from doge_deploy.runtime.ort.window import WindowOrtRunner
 from doge_deploy.verify.cases import Call, Case
 from doge_deploy.verify.compare import Array
 from doge_deploy.verify.reference import Reference, ReferenceRows, Selections, Watch

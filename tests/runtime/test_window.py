@@ -11,10 +11,9 @@ from bundles import make_bundle
 from random_doge import SMALL, SMALL_MOE, save_random_doge
 
 from doge_deploy.bundle import Bundle, open_bundle
-from doge_deploy.runtime import window
 from doge_deploy.runtime.base import FloatArray
-from doge_deploy.runtime.ort import OrtRunner, open_runner
-from doge_deploy.runtime.window import WindowOrtRunner
+from doge_deploy.runtime.ort import OrtRunner, open_runner, window
+from doge_deploy.runtime.ort.window import WindowOrtRunner
 from doge_deploy.verify.run import verify
 
 CONFIGS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from doge_deploy.runtime.base import FloatArray, IntArray
-from doge_deploy.runtime.ort import StaticOrtRunner
+from doge_deploy.runtime.ort.runners import StaticOrtRunner
 from doge_deploy.signature import SLOTS, past_name, present_name
 
 CHUNK = 256

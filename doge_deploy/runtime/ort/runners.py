@@ -1,140 +1,22 @@
-"""Bundles in ONNX Runtime.
+"""One layout of a bundle in ONNX Runtime, call by call.
 
 Reference: https://onnxruntime.ai/docs/api/python/api_summary.html (I/O binding).
 """
 
 from __future__ import annotations
 
-import importlib.metadata
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from doge_deploy.bundle import Bundle, Layout
-from doge_deploy.errors import MissingDependencyError, UnsupportedModelError, UsageError
+from doge_deploy.bundle import Layout
+from doge_deploy.errors import UsageError
 from doge_deploy.runtime.base import BundleRunner, FloatArray, IntArray
 from doge_deploy.runtime.padding import left_padded
-from doge_deploy.signature import PAST_ROPE, PRESENT_ROPE, SLOT_INDICES, UNCACHED, past_name, present_name
+from doge_deploy.signature import PAST_ROPE, PRESENT_ROPE, SLOT_INDICES, past_name, present_name
 
 if TYPE_CHECKING:
     import onnxruntime
-
-_EXTERNAL_FOLDER = "session.model_external_initializers_file_folder_path"
-
-
-def open_session(
-    model: Path | bytes,
-    folder: Path,
-    *,
-    threads: int | None = None,
-    spin: bool = True,
-    profile: Path | None = None,
-) -> onnxruntime.InferenceSession:
-    """An ONNX Runtime session on the CPU provider.
-
-    Args:
-        model: a file of the bundle, or a changed graph as bytes.
-        folder: where the external data of a graph given as bytes lies.
-        threads: intra-op threads; ONNX Runtime's choice (all cores) where None.
-        spin: let idle threads spin for the next operator; wasteful where another library computes in between.
-        profile: record the time of every operator; `end_profiling` of the session writes a file of this name and more.
-
-    Raises:
-        MissingDependencyError: ONNX Runtime is not installed.
-        UnsupportedModelError: ONNX Runtime refuses the graph.
-    """
-    try:
-        import onnxruntime
-    except ImportError:
-        raise MissingDependencyError(
-            "ONNX Runtime is not installed: pip install 'doge-deploy[cpu]' (or 'doge-deploy[gpu]')"
-        ) from None
-    onnxruntime.set_default_logger_severity(3)
-    options = onnxruntime.SessionOptions()
-    if threads is not None:
-        options.intra_op_num_threads = threads
-    if not spin:
-        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    if profile is not None:
-        options.enable_profiling, options.profile_file_prefix = True, str(profile)
-    if isinstance(model, bytes):
-        options.add_session_config_entry(_EXTERNAL_FOLDER, str(folder))
-    source = model if isinstance(model, bytes) else str(model)
-    try:
-        return onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
-    except Exception as error:  # ONNX Runtime's exceptions have no common base of their own
-        raise UnsupportedModelError(f"ONNX Runtime {onnxruntime.__version__} refuses the graph: {error}") from error
-
-
-def graph_file(layout: Layout, *, portable: bool = False) -> str:
-    """The file of a layout that ONNX Runtime runs here.
-
-    The graph lowered for it, unless there is none, the standard one is asked for, or the installed ONNX Runtime is
-    older than the lowered graph needs.
-    """
-    lowered = layout.ort
-    if portable or lowered is None or lowered.file is None:
-        return layout.file
-    if lowered.requires:
-        installed = next(filter(None, (_version(name) for name in ("onnxruntime", "onnxruntime-gpu"))), ())
-        if installed < _release(lowered.requires):
-            return layout.file
-    return lowered.file
-
-
-def _version(package: str) -> tuple[int, ...]:
-    try:
-        return _release(importlib.metadata.version(package))
-    except importlib.metadata.PackageNotFoundError:
-        return ()
-
-
-def _release(version: str) -> tuple[int, ...]:
-    """`1.32.0.dev1` -> (1, 32)."""
-    return tuple(int(part) for part in version.split(".")[:2])
-
-
-def open_runner(
-    bundle: Bundle,
-    layout: str | None = None,
-    *,
-    threads: int | None = None,
-    spin: bool = True,
-    model: bytes | None = None,
-    portable: bool = False,
-    profile: Path | None = None,
-) -> OrtRunner:
-    """A runner of one layout of a bundle.
-
-    Args:
-        bundle: an opened bundle.
-        layout: "static" or "growing"; the bundle's first where None.
-        threads, spin, profile: see `open_session`.
-        model: a changed graph of that layout to run instead of the bundle's file; extra outputs are allowed.
-        portable: run the standard graph where the bundle also holds one lowered for ONNX Runtime.
-    """
-    chosen = bundle.layout(layout)
-    source: Path | bytes = bundle.path / graph_file(chosen, portable=portable) if model is None else model
-    if bundle.manifest.dtype == "bfloat16":
-        from doge_deploy.targets.ort import widen_bfloat16
-
-        source = widen_bfloat16(source)
-    session = open_session(source, bundle.path, threads=threads, spin=spin, profile=profile)
-    manifest = bundle.manifest
-    if chosen.signature.layout == UNCACHED:
-        return UncachedOrtRunner(session, chosen, manifest.max_length, manifest.facts.pad_token_id)
-    last = manifest.options["logits"] == "last"
-    if any(value.name == SLOT_INDICES for value in session.get_inputs()):
-        from doge_deploy.runtime.window import WindowOrtRunner
-
-        mixes = manifest.facts.is_moe and manifest.options["routing"] == "reference"
-        window = manifest.facts.keep_window_size
-        return WindowOrtRunner(
-            session, chosen, max_length=manifest.max_length, last=last, window=window, whole_calls=mixes
-        )
-    kind = StaticOrtRunner if chosen.signature.layout == "static" else GrowingOrtRunner
-    return kind(session, chosen, max_length=manifest.max_length, last=last)
 
 
 class OrtRunner(BundleRunner):

@@ -1,0 +1,51 @@
+"""The runner that fits a layout of a bundle."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from doge_deploy.bundle import Bundle
+from doge_deploy.runtime.ort.runners import GrowingOrtRunner, OrtRunner, StaticOrtRunner, UncachedOrtRunner
+from doge_deploy.runtime.ort.session import graph_file, open_session
+from doge_deploy.runtime.ort.window import WindowOrtRunner
+from doge_deploy.signature import SLOT_INDICES, UNCACHED
+
+
+def open_runner(
+    bundle: Bundle,
+    layout: str | None = None,
+    *,
+    threads: int | None = None,
+    spin: bool = True,
+    model: bytes | None = None,
+    portable: bool = False,
+    profile: Path | None = None,
+) -> OrtRunner:
+    """A runner of one layout of a bundle.
+
+    Args:
+        bundle: an opened bundle.
+        layout: "static" or "growing"; the bundle's first where None.
+        threads, spin, profile: see `open_session`.
+        model: a changed graph of that layout to run instead of the bundle's file; extra outputs are allowed.
+        portable: run the standard graph where the bundle also holds one lowered for ONNX Runtime.
+    """
+    chosen = bundle.layout(layout)
+    source: Path | bytes = bundle.path / graph_file(chosen, portable=portable) if model is None else model
+    if bundle.manifest.dtype == "bfloat16":
+        from doge_deploy.targets.ort import widen_bfloat16
+
+        source = widen_bfloat16(source)
+    session = open_session(source, bundle.path, threads=threads, spin=spin, profile=profile)
+    manifest = bundle.manifest
+    if chosen.signature.layout == UNCACHED:
+        return UncachedOrtRunner(session, chosen, manifest.max_length, manifest.facts.pad_token_id)
+    last = manifest.options["logits"] == "last"
+    if any(value.name == SLOT_INDICES for value in session.get_inputs()):
+        mixes = manifest.facts.is_moe and manifest.options["routing"] == "reference"
+        window = manifest.facts.keep_window_size
+        return WindowOrtRunner(
+            session, chosen, max_length=manifest.max_length, last=last, window=window, whole_calls=mixes
+        )
+    kind = StaticOrtRunner if chosen.signature.layout == "static" else GrowingOrtRunner
+    return kind(session, chosen, max_length=manifest.max_length, last=last)

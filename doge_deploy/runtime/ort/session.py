@@ -1,0 +1,87 @@
+"""Sessions of ONNX Runtime, and which file of a bundle they run."""
+
+from __future__ import annotations
+
+import importlib.metadata
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from doge_deploy.bundle import Layout
+from doge_deploy.errors import MissingDependencyError, UnsupportedModelError
+
+if TYPE_CHECKING:
+    import onnxruntime
+
+_EXTERNAL_FOLDER = "session.model_external_initializers_file_folder_path"
+
+
+def open_session(
+    model: Path | bytes,
+    folder: Path,
+    *,
+    threads: int | None = None,
+    spin: bool = True,
+    profile: Path | None = None,
+) -> onnxruntime.InferenceSession:
+    """An ONNX Runtime session on the CPU provider.
+
+    Args:
+        model: a file of the bundle, or a changed graph as bytes.
+        folder: where the external data of a graph given as bytes lies.
+        threads: intra-op threads; ONNX Runtime's choice (all cores) where None.
+        spin: let idle threads spin for the next operator; wasteful where another library computes in between.
+        profile: record the time of every operator; `end_profiling` of the session writes a file of this name and more.
+
+    Raises:
+        MissingDependencyError: ONNX Runtime is not installed.
+        UnsupportedModelError: ONNX Runtime refuses the graph.
+    """
+    try:
+        import onnxruntime
+    except ImportError:
+        raise MissingDependencyError(
+            "ONNX Runtime is not installed: pip install 'doge-deploy[cpu]' (or 'doge-deploy[gpu]')"
+        ) from None
+    onnxruntime.set_default_logger_severity(3)
+    options = onnxruntime.SessionOptions()
+    if threads is not None:
+        options.intra_op_num_threads = threads
+    if not spin:
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    if profile is not None:
+        options.enable_profiling, options.profile_file_prefix = True, str(profile)
+    if isinstance(model, bytes):
+        options.add_session_config_entry(_EXTERNAL_FOLDER, str(folder))
+    source = model if isinstance(model, bytes) else str(model)
+    try:
+        return onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # ONNX Runtime's exceptions have no common base of their own
+        raise UnsupportedModelError(f"ONNX Runtime {onnxruntime.__version__} refuses the graph: {error}") from error
+
+
+def graph_file(layout: Layout, *, portable: bool = False) -> str:
+    """The file of a layout that ONNX Runtime runs here.
+
+    The graph lowered for it, unless there is none, the standard one is asked for, or the installed ONNX Runtime is
+    older than the lowered graph needs.
+    """
+    lowered = layout.ort
+    if portable or lowered is None or lowered.file is None:
+        return layout.file
+    if lowered.requires:
+        installed = next(filter(None, (_version(name) for name in ("onnxruntime", "onnxruntime-gpu"))), ())
+        if installed < _release(lowered.requires):
+            return layout.file
+    return lowered.file
+
+
+def _version(package: str) -> tuple[int, ...]:
+    try:
+        return _release(importlib.metadata.version(package))
+    except importlib.metadata.PackageNotFoundError:
+        return ()
+
+
+def _release(version: str) -> tuple[int, ...]:
+    """`1.32.0.dev1` -> (1, 32)."""
+    return tuple(int(part) for part in version.split(".")[:2])
