@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -55,18 +56,26 @@ def a_run(name: str) -> dict[str, object]:
 
 def test_the_page_is_made_of_the_files_alone(tmp_path: Path) -> None:
     matrix, page = load("matrix"), load("page")
+    results = tmp_path / "results"
+    results.mkdir()
     for name in matrix.ROWS:
-        (tmp_path / f"{name}.json").write_text(json.dumps(a_run(name)))
-    (tmp_path / "generate.json").write_text(json.dumps({"int4": {"median_s": 0.5, "p90_s": 0.6, "n": 20}}))
+        (results / f"{name}.json").write_text(json.dumps({**a_run(name), "path": str(tmp_path / "bundles" / name)}))
+    (results / "generate.json").write_text(json.dumps({"int4": {"median_s": 0.5, "p90_s": 0.6, "n": 20}}))
     target = tmp_path / "benchmarks.md"
     shutil.copyfile(ROOT / "docs" / "benchmarks.md", target)
-    page.write_page(tmp_path, target)
+    page.write_page(results, target)
     text = target.read_text()
     assert "| 20M fp32 | 500 | 2.000 (2.000) | 4 | 3.00 (3.00 to 3.00) |" in text
     assert "A processor, 2 CPUs" in text and "| int4 | 0.500 (0.600) | 20 |" in text
     assert (tmp_path / "benchmarks" / "decode.png").is_file() and (tmp_path / "benchmarks" / "prefill.png").is_file()
-    page.write_page(tmp_path, target)
+    assert json.loads((tmp_path / "benchmarks" / "20M.json").read_text())["path"] == "bundles/20M"
+    page.write_page(results, target)
     assert target.read_text() == text, "made twice is made once"
+
+
+def test_what_is_published_has_no_path_of_a_machine() -> None:
+    for file in (ROOT / "docs" / "benchmarks").glob("*.json"):
+        assert not re.search(r'"/[a-z]', file.read_text()), file.name
 
 
 def test_options_of_rows_are_options_of_the_commands() -> None:

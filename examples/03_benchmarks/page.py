@@ -23,10 +23,15 @@ COLORS = {"transformers": "#9a9a9a", "naive": "#5b8db8", "fp32": "#2f6b3a", "int
 
 
 def write_page(results: Path, page: Path) -> None:
-    """Replace the marked parts of `page` by what the files in `results` say; plots go beside it."""
+    """Replace the marked parts of `page` by what the files in `results` say; plots and the files go beside it.
+
+    Paths in the copies are relative to the folder that `results` lies in.
+    """
     runs = {file.stem: json.loads(file.read_text()) for file in sorted(results.glob("*.json"))}
     plots = page.parent / page.stem
     plots.mkdir(exist_ok=True)
+    for file in results.glob("*.json"):
+        (plots / file.name).write_text(file.read_text().replace(f"{results.resolve().parent}/", ""))
     parts: dict[str, Callable[[], str]] = {
         "conditions": lambda: conditions(runs),
         "decode": lambda: decode_table(runs),
