@@ -66,7 +66,7 @@ def export(model: str, output: Path, options: ExportOptions, *, force: bool, pro
         max_length = resolve_max_length(facts, options.max_length)
         check_positions(max_length)
         warnings = tuple(check_score_range(checkpoint, DTYPES[options.dtype]))
-        check_finite(checkpoint, dtype="float16" if options.quantize == "fp16" else DTYPES[options.dtype])
+        check_finite(checkpoint, dtype=DTYPES[options.dtype], others=_in_half(checkpoint, options))
         advance(1)
         layouts = _write_graphs(directory, checkpoint, options, max_length, progress)
         for file in checkpoint.companion_files:
@@ -94,6 +94,15 @@ def export(model: str, output: Path, options: ExportOptions, *, force: bool, pro
 
 
 _LIBRARIES = ("onnx", "onnx-ir", "onnxscript", "torch", "transformers")
+
+
+def _in_half(checkpoint: Checkpoint, options: ExportOptions) -> dict[str, str]:
+    """Tensors that are stored as float16 in a graph of another dtype."""
+    from doge_deploy.graph.passes.half_weights import kept_whole
+
+    if options.quantize != "fp16":
+        return {}
+    return {name: "float16" for name, info in checkpoint.tensors.items() if not kept_whole(name, info.shape)}
 
 
 def require_export_dependencies() -> None:

@@ -217,6 +217,14 @@ def test_weights_too_large_for_half_precision(tmp_path: Path) -> None:
         make_bundle(tmp_path / "checkpoint", tmp_path / "b", quantize="fp16")
 
 
+def test_what_stays_in_float32_may_exceed_half_precision(tmp_path: Path) -> None:
+    model = random_doge()
+    with torch.no_grad():
+        model.model.norm.weight[0] = 1e5
+    model.save_pretrained(tmp_path / "checkpoint")
+    assert make_bundle(tmp_path / "checkpoint", tmp_path / "b", quantize="fp16").is_dir()
+
+
 def test_half_weights_halve_the_file(tmp_path: Path) -> None:
     sizes = {
         quantize: (

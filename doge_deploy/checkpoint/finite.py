@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
 from doge_deploy.checkpoint.read import Checkpoint
@@ -14,7 +14,11 @@ if TYPE_CHECKING:
 
 
 def check_finite(
-    checkpoint: Checkpoint, progress: Callable[[int], None] | None = None, *, dtype: str = "float32"
+    checkpoint: Checkpoint,
+    progress: Callable[[int], None] | None = None,
+    *,
+    dtype: str = "float32",
+    others: Mapping[str, str] | None = None,
 ) -> None:
     """Read every tensor once, one at a time.
 
@@ -22,13 +26,14 @@ def check_finite(
         checkpoint: what to check.
         progress: called after every tensor with its number of bytes.
         dtype: what the weights will be converted to: float32, float16 or bfloat16.
+        others: names of tensors that are converted to another dtype, and which.
 
     Raises:
-        UnsupportedModelError: values are NaN or infinite, or become so in `dtype`; names every such tensor.
+        UnsupportedModelError: values are NaN or infinite, or become so in their dtype; names every such tensor.
     """
     findings = []
     for name, info in checkpoint.tensors.items():
-        finding = _finding(checkpoint.read(name), dtype)
+        finding = _finding(checkpoint.read(name), (others or {}).get(name, dtype))
         if finding:
             findings.append(f"{name} has {finding}")
         if progress is not None:

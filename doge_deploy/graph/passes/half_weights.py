@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import onnx_ir as ir
 
 from doge_deploy.graph.passes.quantize_weights import KEPT, KNOWN_READERS
@@ -29,7 +31,10 @@ class HalfWeightsPass(ir.passes.InPlacePass):
         for weight in list(model.graph.initializers.values()):
             if weight.shape is None or len(weight.shape) != 2 or weight.name is None or weight.name.startswith("rope_"):
                 continue
-            reason = _reason(weight)
+            readers = {use.node.op_type for use in weight.uses()}
+            reason = kept_whole(weight.name, tuple(weight.shape))
+            if not reason and not readers <= KNOWN_READERS:
+                reason = f"it is read by {', '.join(sorted(readers))}"
             if reason:
                 self.left[weight.name.removesuffix(TRANSPOSED_SUFFIX)] = reason
             else:
@@ -37,13 +42,11 @@ class HalfWeightsPass(ir.passes.InPlacePass):
         return ir.passes.PassResult(model, True)
 
 
-def _reason(weight: ir.Value) -> str:
-    """Why a weight must stay as it is; "" where it need not."""
-    for part, why in KEPT.items():
-        if f".{part}." in str(weight.name):
-            return why
-    readers = {use.node.op_type for use in weight.uses()}
-    return "" if readers <= KNOWN_READERS else f"it is read by {', '.join(sorted(readers))}"
+def kept_whole(name: str, shape: Sequence[object]) -> str:
+    """Why a checkpoint's tensor keeps its dtype; "" where it need not."""
+    if len(shape) != 2:
+        return "it is no matrix"
+    return next((why for part, why in KEPT.items() if f".{part}." in name), "")
 
 
 def _store_in_half(graph: ir.Graph, weight: ir.Value) -> None:
