@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -66,16 +67,8 @@ def test_weights_in_half_precision(name: str, tmp_path: Path) -> None:
 
 
 def test_half_weights_one_projection_off_by_ten_percent(tmp_path: Path) -> None:
-    def scale(model: ir.Model) -> None:
-        node = [node for node in model.graph if node.op_type == "MatMul"][3]
-        factor = ir.node("Constant", [], {"value_float": 1.1})
-        scaled = ir.node("Mul", [node.outputs[0], factor.outputs[0]])
-        node.outputs[0].replace_all_uses_with(scaled.outputs[0])
-        scaled.replace_input_with(0, node.outputs[0])
-        model.graph.insert_after(node, [factor, scaled])
-
     bundle = make_bundle("doge-tiny", tmp_path / "b", quantize="fp16", max_length=64)
-    report = check(broken_copy(bundle, tmp_path / "broken", graph=scale))
+    report = check(broken_copy(bundle, tmp_path / "broken", graph=partial(scale_one_projection, operator="MatMul")))
     assert {"static/quality", "static/prefill"} <= set(report.failed_cases)
     assert report.quality[0].mean_kl > 0.002
 
@@ -98,9 +91,9 @@ def test_asymmetric_blocks_and_experts(tmp_path: Path) -> None:
     assert report.passed, (report.failed_cases, report.quality)
 
 
-def scale_one_projection(model: ir.Model) -> None:
+def scale_one_projection(model: ir.Model, operator: str = "MatMulNBits") -> None:
     """As if the scales of one projection were 10 % too large."""
-    node = [node for node in model.graph if node.op_type == "MatMulNBits"][3]
+    node = [node for node in model.graph if node.op_type == operator][3]
     factor = ir.node("Constant", [], {"value_float": 1.1})
     scaled = ir.node("Mul", [node.outputs[0], factor.outputs[0]])
     node.outputs[0].replace_all_uses_with(scaled.outputs[0])

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import onnx_ir as ir
 
+from doge_deploy.graph.passes.pending import pending
 from doge_deploy.graph.passes.quantize_weights import KEPT, KNOWN_READERS
 from doge_deploy.graph.passes.transpose_weights import TRANSPOSED_SUFFIX
 
@@ -64,7 +65,7 @@ def _store_in_half(graph: ir.Graph, weight: ir.Value) -> None:
             whole.name, whole.shape, whole.type = f"{name}.float", weight.shape, wide
         use.node.replace_input_with(use.idx, whole)
     weight.type = ir.TensorType(ir.DataType.FLOAT16)
-    weight.const_value = ir.LazyTensor(_without_data, dtype=ir.DataType.FLOAT16, shape=shape, name=name)
+    weight.const_value = pending(ir.DataType.FLOAT16, shape, name)
 
 
 def _cast_rows(graph: ir.Graph, gather: ir.Node, wide: ir.TypeProtocol | None) -> None:
@@ -77,7 +78,3 @@ def _cast_rows(graph: ir.Graph, gather: ir.Node, wide: ir.TypeProtocol | None) -
     result.name, rows.name = rows.name, f"{rows.name}.half"
     rows.type = ir.TensorType(ir.DataType.FLOAT16)
     graph.insert_after(gather, node)
-
-
-def _without_data() -> ir.TensorProtocol:
-    raise RuntimeError("this initializer has no data before graph/weights.py attaches it")

@@ -9,6 +9,7 @@ import onnx_ir as ir
 import torch
 
 from doge_deploy.checkpoint import Checkpoint
+from doge_deploy.graph.passes.pending import pending
 from doge_deploy.graph.passes.transpose_weights import TRANSPOSED_SUFFIX
 from doge_deploy.graph.quantize import QuantizationScheme, Quantized, packed, quantize
 from doge_deploy.graph.schemas import CDMOE
@@ -103,13 +104,9 @@ class QuantizeWeightsPass(ir.passes.InPlacePass):
         if name in graph.initializers:
             return graph.initializers[name]
         value = ir.Value(name=name, shape=ir.Shape(shape), type=ir.TensorType(dtype))
-        value.const_value = ir.LazyTensor(_without_data, dtype=dtype, shape=ir.Shape(shape), name=name)
+        value.const_value = pending(dtype, ir.Shape(shape), name)
         graph.register_initializer(value)
         return value
-
-
-def _without_data() -> ir.TensorProtocol:
-    raise RuntimeError("this initializer has no data before graph/weights.py attaches it")
 
 
 def scheme_of(options: Mapping[str, Any]) -> QuantizationScheme | None:

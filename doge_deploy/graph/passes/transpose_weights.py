@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
+from doge_deploy.graph.passes.pending import pending
+
 TRANSPOSED_SUFFIX = ".T"
 """Added to a checkpoint tensor's name where the graph holds its transpose."""
 
@@ -36,9 +38,7 @@ class TransposeWeightsPass(ir.passes.InPlacePass):
             node.outputs[0].replace_all_uses_with(stored)
             model.graph.remove(node, safe=True)
             del model.graph.initializers[weight.name]
-            stored.const_value = ir.LazyTensor(
-                _without_data, dtype=_dtype(weight), shape=ir.Shape(weight.shape[::-1]), name=name
-            )
+            stored.const_value = pending(_dtype(weight), ir.Shape(weight.shape[::-1]), name)
             model.graph.register_initializer(stored)
             modified = True
         return ir.passes.PassResult(model, modified)
@@ -47,7 +47,3 @@ class TransposeWeightsPass(ir.passes.InPlacePass):
 def _dtype(value: ir.Value) -> ir.DataType:
     assert value.dtype is not None
     return value.dtype
-
-
-def _without_data() -> ir.TensorProtocol:
-    raise RuntimeError("this initializer has no data before graph/weights.py attaches it")
