@@ -55,7 +55,8 @@ class Runner(ABC):
         """
         batch, width = input_ids.shape
         real = np.full(batch, width) if lengths is None else np.asarray(lengths, np.int64)
-        if batch != len(self.row_lengths) or real.shape != (batch,) or real.min() < 1 or real.max() > width:
+        legal = lengths is None or (real.shape == (batch,) and real.min() >= 1 and real.max() <= width)
+        if batch != len(self.row_lengths) or width < 1 or not legal:
             raise UsageError(
                 f"run: input_ids {input_ids.shape} with lengths {real.tolist()} on {len(self.row_lengths)} rows"
             )
