@@ -99,6 +99,8 @@ class RMSNorm(nn.Module):
 class Attention(nn.Module):
     """The attention layer; parameter names are those of transformers' `DogeAttention`.
 
+    Each `forward_*` ends before the output projection `o_proj`, which is the caller's: it may not need all tokens.
+
     `keep_window_size` and `sliding_window` are 0 where they can hide no key.
     """
 
@@ -144,13 +146,13 @@ class Attention(nn.Module):
         first_slot: torch.Tensor,
         key_mask: torch.Tensor | None,
     ) -> torch.Tensor:
-        """The operator and the output projection: -> `[B, Q, hidden]`."""
+        """The operator, heads merged: -> `[B, Q, H*D]`."""
         scale = self.facts.head_dim**-0.5
         mixed = dynamic_mask_attention(
             query, key, value, score, first_slot, key_mask, self.keep_window_size, scale, self.sliding_window
         )
-        projected: torch.Tensor = self.o_proj(merge_heads(mixed.transpose(1, 2)))
-        return projected
+        merged: torch.Tensor = merge_heads(mixed.transpose(1, 2))
+        return merged
 
     def forward_uncached(
         self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, first_slot: torch.Tensor, key_mask: torch.Tensor

@@ -7,7 +7,7 @@ D head_dim, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -30,6 +30,8 @@ from doge_deploy.model.ops import (
 from doge_deploy.model.rope import rope_shapes
 
 Past = Sequence[tuple[torch.Tensor, ...]]
+Select = Callable[[torch.Tensor], torch.Tensor]
+"""`[B, Q, C]` -> `[B, 1, C]`: the token of each row that the head needs."""
 Outputs = tuple[Any, ...]
 """Logits, the caches of each layer, and `present_rope_length` where RoPE has a memory."""
 
@@ -56,9 +58,13 @@ class DecoderLayer(nn.Module):
         self.mlp = MLP(facts, routing, dtype)
         self.post_attention_residual = nn.Parameter(torch.empty(facts.hidden_size, dtype=dtype))
 
-    def add_attention(self, residual: torch.Tensor, attended: torch.Tensor) -> torch.Tensor:
-        """The two residual sums around an attention output, both `[B, Q, hidden]`."""
-        x = self.input_residual * residual + attended
+    def finish(self, residual: torch.Tensor, attended: torch.Tensor) -> torch.Tensor:
+        """What follows attention: its output projection, the residual sums, the feed-forward network.
+
+        `residual` `[B, Q, hidden]`, `attended` `[B, Q, H*D]` -> `[B, Q, hidden]`. Token by token, unless the routing of
+        a mixture mixes those of a call.
+        """
+        x: torch.Tensor = self.input_residual * residual + self.self_attn.o_proj(attended)
         fed: torch.Tensor = self.mlp(self.post_attention_layernorm(x))
         return self.post_attention_residual * x + fed
 
@@ -123,6 +129,20 @@ class Doge(nn.Module):
     def layers(self) -> list[DecoderLayer]:
         return cast("list[DecoderLayer]", list(self.model.layers))
 
+    def finish(
+        self, layer: DecoderLayer, residual: torch.Tensor, attended: torch.Tensor, select: Select | None
+    ) -> torch.Tensor:
+        """What follows a layer's attention; after the last layer only the tokens that `select` leaves.
+
+        A dense network selects before it computes: in the last layer nobody reads what it makes of other tokens. A
+        mixture selects afterwards, because reference routing depends on all tokens of the call.
+        """
+        if select is None or layer is not self.model.layers[-1]:
+            return layer.finish(residual, attended)
+        if self.facts.is_moe:
+            return select(layer.finish(residual, attended))
+        return layer.finish(select(residual), select(attended))
+
     def rotation(
         self, position_ids: torch.Tensor, past_rope_length: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor, tuple[torch.Tensor, ...]]:
@@ -169,14 +189,16 @@ class UncachedDoge(Doge):
         first_slot = no_past(input_ids)
         cos, sin, memory = self.rotation(row_positions(first_slot, input_ids), past_rope_length)
         key_mask = attention_mask != 0
+        select = None if self.task == "features" else self._pooled(input_ids)
         for layer in self.layers():
             attended = layer.self_attn.forward_uncached(layer.input_layernorm(x), cos, sin, first_slot, key_mask)
-            x = layer.add_attention(x, attended)
-        if self.task == "features":
-            return self.model.norm(x), *memory
+            x = self.finish(layer, x, attended, select)
+        x = self.model.norm(x)
+        return x if self.task == "features" else self.score(x).squeeze(1), *memory
+
+    def _pooled(self, input_ids: torch.Tensor) -> Select:
         pad = self.facts.pad_token_id
-        pooled = x[:, -1:] if pad is None else last_unlike(x, input_ids, pad)
-        return self.score(self.model.norm(pooled)).squeeze(1), *memory
+        return _last if pad is None else lambda x: last_unlike(x, input_ids, pad)
 
 
 class GrowingCausalLM(Doge):
@@ -205,9 +227,9 @@ class GrowingCausalLM(Doge):
         for layer, past in zip(self.layers(), past_key_values, strict=True):
             normed = layer.input_layernorm(x)
             attended, caches = layer.self_attn.forward_growing(normed, cos, sin, first_slot, key_mask, past)
-            x = layer.add_attention(x, attended)
+            x = self.finish(layer, x, attended, _last if self.last_logits else None)
             present.append(caches)
-        return self.head(x[:, -1:] if self.last_logits else x), present, *memory
+        return self.head(x), present, *memory
 
 
 class StaticCausalLM(Doge):
@@ -229,12 +251,16 @@ class StaticCausalLM(Doge):
         """
         x = self.model.embed_tokens(input_ids)
         cos, sin, memory = self.rotation(row_positions(write_indices, input_ids), past_rope_length)
+        select = None if sequence_lengths is None else lambda x: last_token(x, sequence_lengths)
         present = []
         for layer, past in zip(self.layers(), past_key_values, strict=True):
             normed = layer.input_layernorm(x)
             attended, caches = layer.self_attn.forward_static(normed, cos, sin, write_indices, past)
-            x = layer.add_attention(x, attended)
+            x = self.finish(layer, x, attended, select)
             present.append(caches)
-        if sequence_lengths is not None:
-            x = last_token(x, sequence_lengths)
         return self.head(x), present, *memory
+
+
+def _last(x: torch.Tensor) -> torch.Tensor:
+    """The last token of each row, real everywhere where rows are padded on the left."""
+    return x[:, -1:]

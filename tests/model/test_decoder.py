@@ -131,3 +131,29 @@ def test_last_logits_are_those_of_each_rows_last_real_token() -> None:
     every, _ = whole(ids, start, past)
     some, _ = last(ids, start, past, sequence_lengths=lengths)
     torch.testing.assert_close(some[:, 0], every[[0, 1], lengths - 1])
+
+
+@pytest.mark.parametrize("config", ["dense", "untied", "moe"])
+@pytest.mark.parametrize("kind", [GrowingCausalLM, StaticCausalLM], ids=["growing", "static"])
+@torch.no_grad()
+def test_the_last_layer_works_for_the_head_only(kind: type[Doge], config: str) -> None:
+    """Behind its attention a dense network computes one token a row; a mixture all, which reference routing mixes."""
+    reference, ids = random_doge(**CONFIGS[config]), distinct_ids()
+    every, last = ours(reference, kind), ours(reference, kind, last_logits=True)
+    widths: list[int] = []
+    for layer in last.layers():
+        layer.mlp.register_forward_pre_hook(lambda _, arguments: widths.append(arguments[0].shape[1]))
+    past = empty_past(every, CAPACITY if kind is StaticCausalLM else 0)
+    real = LENGTH - 5 if kind is StaticCausalLM else LENGTH  # only the static layout pads on the right
+    if kind is StaticCausalLM:
+        start = torch.zeros(1, dtype=torch.int64)
+        expected = every(ids[:, :real], start, past)[0]
+        got = last(ids if config != "moe" else ids[:, :real], start, past, torch.tensor([real]))[0]
+    else:
+        masks = torch.ones_like(ids), torch.arange(LENGTH)[None]
+        expected, got = every(ids, *masks, past)[0], last(ids, *masks, past)[0]
+    assert got.shape[1] == 1
+    torch.testing.assert_close(got, expected[:, -1:], rtol=0, atol=2e-6)
+    assert widths[:-1] == [widths[0]] * (len(widths) - 1)
+    assert widths[0] > 1
+    assert widths[-1] == (widths[0] if config == "moe" else 1)
