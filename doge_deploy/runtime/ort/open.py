@@ -41,11 +41,18 @@ def open_runner(
     if chosen.signature.layout == UNCACHED:
         return UncachedOrtRunner(session, chosen, manifest.max_length, manifest.facts.pad_token_id)
     last = manifest.options["logits"] == "last"
+    if chosen.signature.layout == "growing":
+        return GrowingOrtRunner(session, chosen, max_length=manifest.max_length, last=last)
+    facts = manifest.facts
+    mixes = facts.is_moe and manifest.options["routing"] == "reference"
+    whole = mixes or facts.rope_changes(manifest.max_length)
     if any(value.name == SLOT_INDICES for value in session.get_inputs()):
-        mixes = manifest.facts.is_moe and manifest.options["routing"] == "reference"
-        window = manifest.facts.keep_window_size
         return WindowOrtRunner(
-            session, chosen, max_length=manifest.max_length, last=last, window=window, whole_calls=mixes
+            session,
+            chosen,
+            max_length=manifest.max_length,
+            last=last,
+            whole_calls=whole,
+            window=facts.keep_window_size,
         )
-    kind = StaticOrtRunner if chosen.signature.layout == "static" else GrowingOrtRunner
-    return kind(session, chosen, max_length=manifest.max_length, last=last)
+    return StaticOrtRunner(session, chosen, max_length=manifest.max_length, last=last, whole_calls=whole)

@@ -12,11 +12,18 @@ import numpy as np
 from doge_deploy.bundle import Layout
 from doge_deploy.errors import UsageError
 from doge_deploy.runtime.base import BundleRunner, FloatArray, IntArray
+from doge_deploy.runtime.ort.pieces import joined_logits, joined_selections
 from doge_deploy.runtime.padding import left_padded
 from doge_deploy.signature import PAST_ROPE, PRESENT_ROPE, SLOT_INDICES, past_name, present_name
 
 if TYPE_CHECKING:
     import onnxruntime
+
+
+PIECE = 512
+"""Tokens of a call that are computed at once: attention holds `[H, Q, K]` numbers, and computes all K keys in use for
+each token, those that it then hides too.
+"""
 
 
 class OrtRunner(BundleRunner):
@@ -103,7 +110,14 @@ class StaticOrtRunner(OrtRunner):
     A decode step sets a few numbers in bound arrays and runs; what it does in Python does not grow with the number of
     layers or with the length of the text. Texts of as many rows follow each other in the same arrays: the first touch
     of fresh memory would take a twentieth of a prefill.
+
+    Args:
+        whole_calls: what a token gets depends on the call it is in, so calls are not cut into pieces of `PIECE` tokens.
     """
+
+    def __init__(self, *arguments: Any, whole_calls: bool, **keywords: Any) -> None:
+        super().__init__(*arguments, **keywords)
+        self.whole_calls = whole_calls
 
     _batch: int | None = None
     """B of the caches; None where there are none yet."""
@@ -148,7 +162,30 @@ class StaticOrtRunner(OrtRunner):
             self._binding.bind_ortvalue_input(name, _wrap(array))
         self._binding.bind_ortvalue_output("logits", _wrap(self._logits))
 
+    @property
+    def _piece(self) -> int:
+        """Tokens that are computed at once."""
+        return PIECE
+
     def _run(self, input_ids: IntArray, lengths: IntArray) -> FloatArray:
+        width, step = input_ids.shape[1], self._piece
+        if width <= step or self.whole_calls:
+            return self._run_part(input_ids, lengths)
+        parts, kept, before = [], [], self.row_lengths
+        try:
+            for start in range(0, width, step):
+                part = input_ids[:, start : start + step]
+                real = np.clip(lengths - start, 0, part.shape[1])
+                parts.append(self._run_part(part, real))
+                kept.append(self.extra)
+                self.row_lengths = self.row_lengths + real
+        finally:
+            self.row_lengths = before  # the caller advances it
+        self.extra = {name: joined_selections([part[name] for part in kept], len(lengths)) for name in kept[0]}
+        return joined_logits(parts, lengths, step, last=self.last_logits)
+
+    def _run_part(self, input_ids: IntArray, lengths: IntArray) -> FloatArray:
+        """A call, or a piece of one, in which rows that ended before have no real token."""
         if self._bound != input_ids.shape:
             self._bind(*input_ids.shape)
         self._inputs["input_ids"][:] = input_ids
@@ -156,7 +193,7 @@ class StaticOrtRunner(OrtRunner):
         if SLOT_INDICES in self._inputs:
             self._inputs[SLOT_INDICES][:] = self.held()
         if "sequence_lengths" in self._inputs:
-            self._inputs["sequence_lengths"][:] = lengths
+            np.maximum(lengths, 1, out=self._inputs["sequence_lengths"])
         self._written = max(self._written, int(self.held().max()) + input_ids.shape[1])
         for name in self.extra_outputs:  # their shapes change from call to call
             self._binding.bind_output(name, "cpu")

@@ -31,13 +31,11 @@ class WindowOrtRunner(StaticOrtRunner):
 
     Args:
         window: w.
-        whole_calls: what a token gets depends on the call it is in (the reference's routing), so calls are not cut.
     """
 
-    def __init__(self, *arguments: Any, window: int, whole_calls: bool, **keywords: Any) -> None:
+    def __init__(self, *arguments: Any, window: int, **keywords: Any) -> None:
         super().__init__(*arguments, **keywords)
         self.window = window
-        self.whole_calls = whole_calls
         for name, shape in self._shapes.items():
             if name.startswith(("past_key_values.", "present.")):
                 self._shapes[name] = (*shape[:2], SLOTS, *shape[3:])
@@ -46,6 +44,10 @@ class WindowOrtRunner(StaticOrtRunner):
         self._held: IntArray = np.zeros(0, np.int64)
         self._positions: list[IntArray] = []
         """Per layer `[B, Hkv, S]`: the token in each slot."""
+
+    @property
+    def _piece(self) -> int:
+        return CHUNK
 
     def held(self) -> IntArray:
         return self._held
@@ -62,28 +64,7 @@ class WindowOrtRunner(StaticOrtRunner):
         shape = self._array(0, "key").shape[:3]
         self._positions = [np.zeros(shape, np.int64) for _ in range(self._layers)]
 
-    def _run(self, input_ids: IntArray, lengths: IntArray) -> FloatArray:
-        before = self.row_lengths
-        step = input_ids.shape[1] if self.whole_calls else CHUNK
-        parts, kept = [], []
-        try:
-            for start in range(0, input_ids.shape[1], step):
-                part = input_ids[:, start : start + step]
-                parts.append(self._run_part(part, np.clip(lengths - start, 0, part.shape[1])))
-                kept.append(self.extra)
-        finally:
-            self.row_lengths = before  # the caller advances it
-        self.extra = {
-            name: _joined_selections([part[name] for part in kept], len(lengths)) for name in self.extra_outputs
-        }
-        if len(parts) == 1:
-            return parts[0]
-        if self.last_logits:
-            return np.stack([parts[part][b] for b, part in enumerate((lengths - 1) // step)])
-        return np.concatenate(parts, axis=1)
-
     def _run_part(self, input_ids: IntArray, lengths: IntArray) -> FloatArray:
-        """A call without cutting; advances `row_lengths`."""
         width = input_ids.shape[1]
         needed = int(self._held.max()) + width
         if needed > min(self._slots, self.window + max(SPARE, width)):
@@ -95,9 +76,8 @@ class WindowOrtRunner(StaticOrtRunner):
             tokens = self.row_lengths[b] + np.arange(width)
             for positions in self._positions:
                 positions[b, :, first : first + width] = tokens
-        logits = super()._run(input_ids, np.maximum(lengths, 1))
+        logits = super()._run_part(input_ids, lengths)
         self._held = self._held + lengths
-        self.row_lengths = self.row_lengths + lengths
         self.extra = {name: self._by_position(name, value) for name, value in self.extra.items()}
         return logits
 
@@ -141,15 +121,3 @@ class WindowOrtRunner(StaticOrtRunner):
         batch, head, row, slot = np.nonzero(value)
         result[batch, head, row, columns[batch, head, 0, slot]] = True
         return result
-
-
-def _joined_selections(parts: list[Any], batch: int) -> Any:
-    """Selections of the parts of a call as those of the call."""
-    if len(parts) == 1:
-        return parts[0]
-    if parts[0].ndim != 4:  # experts: [B*Q, k], row after row
-        rows = [part.reshape(batch, -1, part.shape[-1]) for part in parts]
-        return np.concatenate(rows, axis=1).reshape(-1, parts[0].shape[-1])
-    columns = max(part.shape[3] for part in parts)
-    padded = [np.pad(part, ((0, 0), (0, 0), (0, 0), (0, columns - part.shape[3]))) for part in parts]
-    return np.concatenate(padded, axis=2)
