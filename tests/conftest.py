@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -30,6 +31,14 @@ def moe_doge(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from random_doge import SMALL_MOE, save_random_doge
 
     return save_random_doge(tmp_path_factory.mktemp("checkpoints") / "moe", **SMALL_MOE)
+
+
+@pytest.fixture(autouse=True)
+def _denormal_numbers_stay() -> Iterator[None]:
+    """`generate` and `bench` let the thread that runs them flush denormal numbers; a process of tests runs on."""
+    yield
+    if "torch" in sys.modules:
+        sys.modules["torch"].set_flush_denormal(False)
 
 
 def _no_gpu() -> str:

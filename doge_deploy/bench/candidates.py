@@ -67,7 +67,9 @@ def open_candidate(candidate: Candidate, threads: int) -> Runner:
         bundle = open_bundle(candidate.path, check="quick")
         if candidate.backend != "ort":
             return open_backend(bundle, candidate.backend)
-        return open_backend(bundle, layout=candidate.layout, threads=threads, portable=candidate.portable)
+        return open_backend(
+            bundle, layout=candidate.layout, threads=threads, flush_denormals=True, portable=candidate.portable
+        )
     if candidate.kind == "transformers":
         from doge_deploy.bench.peers.eager import open_eager
 

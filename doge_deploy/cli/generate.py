@@ -151,7 +151,7 @@ class _Session:
         from doge_deploy.runtime.backend import open_backend
         from doge_deploy.runtime.generate import TextGenerator
 
-        runner = open_backend(self.bundle, **self._model)
+        runner = open_backend(self.bundle, **self._model, flush_denormals=True)
         self._load_ms = (perf_counter() - self._start) * 1000
         return TextGenerator(runner, self.tokenizer, self.options)
 

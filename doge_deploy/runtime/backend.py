@@ -17,6 +17,7 @@ def open_backend(
     layout: str | None = None,
     portable: bool = False,
     threads: int | None = None,
+    flush_denormals: bool = False,
     engine: str | None = None,
 ) -> BundleRunner:
     """A runner of a bundle; the backend's library is loaded here and not before.
@@ -24,7 +25,7 @@ def open_backend(
     Args:
         bundle: an opened bundle.
         backend: `ort`, `trt` or `trt-rtx`.
-        layout, portable, threads: of ONNX Runtime, see `runtime/ort/open.py`.
+        layout, portable, threads, flush_denormals: of ONNX Runtime, see `runtime/ort/open.py`.
         engine: the name of an engine, where several fit.
 
     Raises:
@@ -37,7 +38,7 @@ def open_backend(
             raise UsageError(f"--engine {engine} belongs to an engine: give --backend trt or trt-rtx too")
         from doge_deploy.runtime.ort import open_runner
 
-        return open_runner(bundle, layout, threads=threads, portable=portable)
+        return open_runner(bundle, layout, threads=threads, flush_denormals=flush_denormals, portable=portable)
     for option, given in (("--portable", portable), ("--threads", threads is not None)):
         if given:
             raise UsageError(f"{option} belongs to --backend ort; {backend} runs an engine")

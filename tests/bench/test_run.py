@@ -117,7 +117,10 @@ def test_an_engine_is_opened_by_its_backend(tiny_bundle: Path, monkeypatch: pyte
     import_libraries(candidate)
     open_candidate(candidate, threads=3)
     open_candidate(replace(candidate, backend="ort"), threads=3)
-    assert asked == [(("trt-rtx",), {}), ((), {"layout": "static", "threads": 3, "portable": False})]
+    assert asked == [
+        (("trt-rtx",), {}),
+        ((), {"layout": "static", "threads": 3, "flush_denormals": True, "portable": False}),
+    ]
 
 
 def test_load_and_memory_are_of_fresh_processes_one_alive_at_a_time(

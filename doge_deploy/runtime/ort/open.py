@@ -17,6 +17,7 @@ def open_runner(
     *,
     threads: int | None = None,
     spin: bool = True,
+    flush_denormals: bool = False,
     model: bytes | None = None,
     portable: bool = False,
     profile: Path | None = None,
@@ -27,6 +28,7 @@ def open_runner(
         bundle: an opened bundle.
         layout: "static" or "growing"; the bundle's first where None.
         threads, spin, profile: see `open_session`.
+        flush_denormals: see `open_session`; without effect where keys are left out, which scores of any size decide.
         model: a changed graph of that layout to run instead of the bundle's file; extra outputs are allowed.
         portable: run the standard graph where the bundle also holds one lowered for ONNX Runtime.
     """
@@ -36,14 +38,15 @@ def open_runner(
         from doge_deploy.targets.ort import widen_bfloat16
 
         source = widen_bfloat16(source)
-    session = open_session(source, bundle.path, threads=threads, spin=spin, profile=profile)
     manifest = bundle.manifest
+    facts = manifest.facts
+    flush = flush_denormals and not facts.keep_window(manifest.max_length)
+    session = open_session(source, bundle.path, threads=threads, spin=spin, flush_denormals=flush, profile=profile)
     if chosen.signature.layout == UNCACHED:
-        return UncachedOrtRunner(session, chosen, manifest.max_length, manifest.facts.pad_token_id)
+        return UncachedOrtRunner(session, chosen, manifest.max_length, facts.pad_token_id)
     last = manifest.options["logits"] == "last"
     if chosen.signature.layout == "growing":
         return GrowingOrtRunner(session, chosen, max_length=manifest.max_length, last=last)
-    facts = manifest.facts
     mixes = facts.is_moe and manifest.options["routing"] == "reference"
     whole = mixes or facts.rope_changes(manifest.max_length)
     if any(value.name == SLOT_INDICES for value in session.get_inputs()):
