@@ -30,7 +30,8 @@ def record(bundle: Path, *, threads: int, prompt: int, steps: int, portable: boo
     opened = open_bundle(bundle)
     ids = np.random.default_rng(0).integers(3, opened.manifest.facts.vocab_size, (1, prompt or 128))
     with tempfile.TemporaryDirectory() as folder:
-        runner = open_runner(opened, threads=threads, portable=portable, profile=Path(folder) / "profile")
+        profile = Path(folder) / "profile"
+        runner = open_runner(opened, threads=threads, portable=portable, flush_denormals=True, profile=profile)
         if prompt:
             for _ in range(steps):
                 runner.reset()

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 from bundles import make_bundle
-from random_doge import SMALL, save_random_doge
+from random_doge import SMALL, SMALL_MOE, save_random_doge
 
 from doge_deploy.bundle import open_bundle
 from doge_deploy.runtime.backend import open_backend
@@ -34,13 +34,14 @@ print(json.dumps([bool(tiny.any()), [call.ravel().tolist() for call in logits]])
 """
 
 
-def _bundle(folder: Path, window: int) -> Path:
-    config = {**SMALL, "head_dim": 16, "keep_window_size": window, "max_position_embeddings": 64}
+def _bundle(folder: Path, window: int, **more: Any) -> Path:
+    config = {**SMALL, **more, "head_dim": 16, "keep_window_size": window, "max_position_embeddings": 64}
     return make_bundle(save_random_doge(folder / "checkpoint", **config), folder / "bundle")
 
 
-def test_logits_are_the_same_without_denormal_numbers(tmp_path: Path) -> None:
-    bundle = _bundle(tmp_path, 64)
+@pytest.mark.parametrize("more", [{}, SMALL_MOE], ids=["dense", "moe"])
+def test_logits_are_the_same_without_denormal_numbers(tmp_path: Path, more: dict[str, Any]) -> None:
+    bundle = _bundle(tmp_path, 64, **more)
     ids = np.random.default_rng(0).integers(3, SMALL["vocab_size"], 48).tolist()
 
     def run(flush: bool) -> tuple[bool, list[list[float]]]:

@@ -76,18 +76,23 @@ def judge(tmp_path_factory: pytest.TempPathFactory) -> Judge:
 CASE = Case("prefill", chunk([np.arange(3, 15)], [[12]]), exact=True)
 
 
-def judged(judge: Judge, monkeypatch: pytest.MonkeyPatch, times: float) -> tuple[CaseResult, int]:
-    """The case with one logit off by `times` the largest noise; and how many more draws were made."""
+def first_draw(judge: Judge) -> tuple[list[Array], float]:
+    """Logits of the reference, and their largest noise."""
     same, wider = (
         judge.references.run(one, judge.replay, CASE) for one in (judge.references.same, judge.references.wider)
     )
-    noise = difference(same.logits, wider.logits)
+    return same.logits, difference(same.logits, wider.logits).max_abs
+
+
+def judged(judge: Judge, monkeypatch: pytest.MonkeyPatch, times: float) -> tuple[CaseResult, int]:
+    """The case with one logit off by `times` the largest noise; and how many more draws were made."""
+    logits, noise = first_draw(judge)
     feed, draw, draws = Replay.feed, Judge._draw, []
 
     def off(self: Replay, *arguments: Any) -> CandidateTrace:
         trace = feed(self, *arguments)
-        trace.logits[0] = same.logits[0].copy()
-        trace.logits[0][5, 7] += times * noise.max_abs
+        trace.logits[0] = logits[0].copy()
+        trace.logits[0][5, 7] += times * noise
         return trace
 
     def counted(self: Judge, *arguments: Any) -> Any:
@@ -119,15 +124,12 @@ def test_without_more_draws_a_sound_bundle_is_refused(
     judge: Judge, monkeypatch: pytest.MonkeyPatch, most: float
 ) -> None:
     """The slow twin of the shortcut: a first draw that happens to be 12 times smaller than others and the bundle's."""
-    same, wider = (
-        judge.references.run(one, judge.replay, CASE) for one in (judge.references.same, judge.references.wider)
-    )
-    noise = 12 * difference(same.logits, wider.logits).max_abs
+    logits, noise = first_draw(judge)
     feed, draw = Replay.feed, Judge._draw
 
     def drawn(seed: int) -> list[Array]:
         random = np.random.default_rng(seed)
-        return [rows + random.uniform(-noise, noise, rows.shape).astype(rows.dtype) for rows in same.logits]
+        return [rows + (12 * noise * random.uniform(-1, 1, rows.shape)).astype(rows.dtype) for rows in logits]
 
     def of_the_bundle(self: Replay, *arguments: Any) -> CandidateTrace:
         trace = feed(self, *arguments)

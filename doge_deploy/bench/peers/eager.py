@@ -56,7 +56,7 @@ def open_eager(
 
     torch.set_num_threads(threads)
     torch.set_num_interop_threads(1)
-    torch.set_flush_denormal(True)
+    torch.set_flush_denormal(True)  # as sessions of bundles do
     model = load_model(path, dtype=dtype, num_layers=num_layers)
     return EagerRunner(model, max_length=max_length, last_logits=last_logits)
 

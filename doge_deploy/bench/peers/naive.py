@@ -135,7 +135,7 @@ def _export(module: Any, path: Path, facts: DogeFacts, dtype: Any) -> None:
 
 
 def open_naive(directory: Path, *, max_length: int, last_logits: bool, threads: int) -> NaiveRunner:
-    """A runner of what `export_naive` wrote."""
+    """A runner of what `export_naive` wrote, with denormal numbers flushed as in sessions of bundles."""
     session = open_session(directory / MODEL_FILE, directory, threads=threads, flush_denormals=True)
     return NaiveRunner(session, max_length=max_length, last_logits=last_logits)
 
