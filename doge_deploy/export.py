@@ -16,7 +16,7 @@ from doge_deploy.checkpoint import Checkpoint, check_finite, check_score_range, 
 from doge_deploy.config import TASKS, DogeFacts
 from doge_deploy.errors import MissingDependencyError, UnsupportedModelError, UsageError
 from doge_deploy.genai_config import GENAI_CONFIG, follows_convention, genai_config, write_genai_config
-from doge_deploy.options import ExportOptions
+from doge_deploy.options import BLOCK_SIZES, ExportOptions
 from doge_deploy.revisions import REVISIONS
 from doge_deploy.signature import LAYOUTS, UNCACHED, make_signature, uncached_signature, windowed
 
@@ -57,6 +57,8 @@ def export(model: str, output: Path, options: ExportOptions, *, force: bool, pro
             "predictions of a language model; quantize with task=causal-lm only"
         )
     check_blocks(options)
+    if options.block_size is None:
+        options = options.model_copy(update={"block_size": BLOCK_SIZES.get(options.quantize or "")})
     with writing_bundle(output, force=force) as directory:
         advance = progress.stage("check checkpoint")
         checkpoint = open_checkpoint(model, num_layers=options.num_layers)
@@ -118,7 +120,8 @@ def require_export_dependencies() -> None:
 
 def check_blocks(options: ExportOptions) -> None:
     """Raises UsageError where an option of blocks is given and weights are not stored in blocks."""
-    given = sorted({"block_size", "symmetric"} & options.model_fields_set)
+    fields = sorted({"block_size", "symmetric"} & options.model_fields_set)
+    given = [name for name in fields if getattr(options, name) is not None]
     if given and options.quantize not in ("int8", "int4"):
         stored = "no quantize" if options.quantize is None else f"quantize={options.quantize}"
         raise UsageError(

@@ -23,6 +23,11 @@ _Options = TypeVar("_Options", bound=BaseModel)
 
 _LAYOUT_ORDER = ("static", "growing")
 
+BLOCK_SIZES = {"int8": 128, "int4": 32}
+"""Numbers that share a scale where nothing else is asked for. With 8 bits a smaller block costs time and gains nothing
+that can be seen (docs/decisions/0028).
+"""
+
 _FILE_KEYS = ("name", "description", "sources", "device", "export", "build")
 """Top-level keys of a file in export_configs/."""
 
@@ -44,7 +49,9 @@ class ExportOptions(BaseModel):
     logits: Literal["last", "all"] = Field("last", description="one of last, all")
     num_layers: int | None = Field(None, ge=1, description="a whole number >= 1, or null for all layers")
     quantize: Literal["int8", "int4", "fp16"] | None = Field(None, description="int8, int4, fp16 or null")
-    block_size: Literal[16, 32, 64, 128, 256] = Field(32, description="one of 16, 32, 64, 128, 256")
+    block_size: Literal[16, 32, 64, 128, 256] | None = Field(
+        None, description="one of 16, 32, 64, 128, 256, or null for 128 with int8 and 32 with int4"
+    )
     symmetric: bool = Field(True, description="true or false")
 
     @field_validator("kv_cache", mode="before")

@@ -41,7 +41,7 @@ from doge_deploy.cli.progress import progress
     "--block-size",
     type=click.Choice(["16", "32", "64", "128", "256"]),
     callback=lambda _context, _parameter, value: None if value is None else int(value),
-    help="Numbers that share a scale.  [default: 32]",
+    help="Numbers that share a scale, at most.  [default: 128 with int8, 32 with int4]",
 )
 @click.option(
     "--symmetric/--asymmetric",

@@ -15,6 +15,10 @@ _SHRINK = {4: (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7), 8: (1.0,)}
 """Per bit width, fractions of a block's range that are tried: with few levels it pays to clip the outermost number."""
 
 
+SMALLEST_BLOCK = 16
+"""Numbers of a block that ONNX Runtime's operators take, at least."""
+
+
 @dataclass(frozen=True)
 class QuantizationScheme:
     """How weights are quantized."""
@@ -22,9 +26,16 @@ class QuantizationScheme:
     bits: int
     """4 or 8."""
     block_size: int
-    """Numbers of a row that share a scale: a power of two from 16 up."""
+    """Numbers of a row that share a scale, at most: a power of two from `SMALLEST_BLOCK` up."""
     symmetric: bool
     """The zero point is the middle of the range; else each block has its own."""
+
+    def block(self, columns: int) -> int | None:
+        """Numbers that share a scale in rows of `columns`: of the powers of two that divide them, the largest that is
+        not above `block_size`. None where that is below `SMALLEST_BLOCK`.
+        """
+        found = min(self.block_size, columns & -columns)
+        return found if found >= SMALLEST_BLOCK else None
 
     @property
     def levels(self) -> int:
@@ -55,13 +66,16 @@ class Quantized:
 
 
 def quantize(weight: torch.Tensor, scheme: QuantizationScheme) -> Quantized:
-    """Quantize a weight `[N, C]`, C a multiple of the block size.
+    """Quantize a weight `[N, C]`, C a multiple of `SMALLEST_BLOCK` (else ValueError).
 
     Of a few ranges per block that with the smallest squared error is taken. The symmetric range gives the number of
     largest magnitude the one level more that two's complement has: its sign is the scale's.
     """
     rows, columns = weight.shape
-    blocks = weight.float().reshape(rows, columns // scheme.block_size, scheme.block_size)
+    block = scheme.block(columns)
+    if block is None:
+        raise ValueError(f"rows of {columns} numbers are no multiple of {SMALLEST_BLOCK}")
+    blocks = weight.float().reshape(rows, columns // block, block)
     best: tuple[torch.Tensor, ...] | None = None
     for shrink in _SHRINK[scheme.bits]:
         scale, zero = _range(blocks, scheme, shrink)

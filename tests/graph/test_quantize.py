@@ -51,3 +51,18 @@ def test_the_first_of_two_numbers_is_the_low_half() -> None:
     values = torch.tensor([[1, 2, 3], [4, 5, 15]], dtype=torch.uint8)
     assert packed(values, 4).tolist() == [0x21, 0x43, 0xF5]
     assert packed(values, 8) is values
+
+
+@pytest.mark.parametrize(
+    ("columns", "block_size", "block"),
+    [(256, 128, 128), (512, 32, 32), (64, 128, 64), (192, 128, 64), (48, 32, 16), (16, 16, 16), (40, 32, None)],
+)
+def test_rows_get_the_largest_block_that_divides_them(columns: int, block_size: int, block: int | None) -> None:
+    scheme = QuantizationScheme(8, block_size, True)
+    assert scheme.block(columns) == block
+    weight = torch.ones(3, columns)
+    if block is None:
+        with pytest.raises(ValueError, match=f"rows of {columns} numbers are no multiple of 16"):
+            quantize(weight, scheme)
+    else:
+        assert quantize(weight, scheme).scale.shape == (3, columns // block)

@@ -6,14 +6,18 @@ import json
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
 import pytest
 from bundles import broken_copy, make_bundle
+from random_doge import SMALL, save_random_doge
 from safetensors import safe_open
 
+from doge_deploy.bundle import open_bundle
 from doge_deploy.cli.main import run_command
+from doge_deploy.runtime.ort import open_runner
 from doge_deploy.verify.run import Report, verify
 
 
@@ -150,6 +154,42 @@ def test_quality_is_in_the_reports(
     assert report["quality"][0]["passed"] is True
     assert report["quality_limits"]["int4"]["reason"]
     assert 'name="quality"' in (tmp_path / "r.xml").read_text()
+
+
+@pytest.mark.parametrize(
+    ("options", "block", "sizes"),
+    [
+        ({"quantize": "int8"}, 128, {"q_proj": 128, "o_proj": 64, "down_proj": 16}),
+        ({"quantize": "int4"}, 32, {"q_proj": 32, "o_proj": 32, "down_proj": 16}),
+        ({"quantize": "int4", "symmetric": False}, 32, {"q_proj": 32, "o_proj": 32, "down_proj": 16}),
+        ({"quantize": "int8", "block_size": 256}, 256, {"q_proj": 128, "o_proj": 64, "down_proj": 16}),
+    ],
+    ids=str,
+)
+def test_blocks_that_suit_each_weight(
+    options: dict[str, Any], block: int, sizes: dict[str, int], tmp_path: Path
+) -> None:
+    checkpoint = save_random_doge(tmp_path / "checkpoint", **{**SMALL, "hidden_size": 128, "head_dim": 16})
+    bundle = make_bundle(checkpoint, tmp_path / "b", **options)
+    manifest = open_bundle(bundle).manifest
+    assert manifest.options["block_size"] == block
+    assert not [warning for warning in manifest.warnings if "_proj" in warning and "dt_proj" not in warning]
+    names = {name: f"mlp.{name}" if name == "down_proj" else f"self_attn.{name}" for name in sizes}
+    rows = {"q_proj": 128, "o_proj": 64, "down_proj": 48}
+    with safe_open(bundle / "weights.safetensors", framework="np") as file:
+        scales = {name: file.get_tensor(f"model.layers.0.{names[name]}.weight.scale") for name in sizes}
+    assert {name: rows[name] // scale.shape[1] for name, scale in scales.items()} == sizes
+    report = verify(bundle, reference=str(checkpoint), greedy_steps=2, portable=True)
+    assert not [(result.case, result.failures) for result in report.results if not result.passed]
+    portable, served = (logits_of(bundle, portable=portable) for portable in (True, False))
+    assert np.abs(served - portable).max() < 0.05 * np.abs(portable).max(), "the state is rounded to 8 bits"
+
+
+def logits_of(bundle: Path, *, portable: bool) -> np.ndarray[Any, Any]:
+    """Of a short text."""
+    runner = open_runner(open_bundle(bundle), portable=portable)
+    runner.reset()
+    return runner.run(np.arange(3, 11)[None])
 
 
 def test_quantized_weights_need_fp32(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

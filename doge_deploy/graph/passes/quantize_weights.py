@@ -11,7 +11,7 @@ import torch
 from doge_deploy.checkpoint import Checkpoint
 from doge_deploy.graph.passes.pending import pending
 from doge_deploy.graph.passes.transpose_weights import TRANSPOSED_SUFFIX
-from doge_deploy.graph.quantize import QuantizationScheme, Quantized, packed, quantize
+from doge_deploy.graph.quantize import SMALLEST_BLOCK, QuantizationScheme, Quantized, packed, quantize
 from doge_deploy.graph.schemas import CDMOE
 
 SCALE_SUFFIX, ZERO_SUFFIX = ".scale", ".zero_point"
@@ -41,7 +41,7 @@ class QuantizeWeightsPass(ir.passes.InPlacePass):
     yet attached.
     Promises: every reader gets the dequantized weight; a tied embedding is stored once.
 
-    1. Fires on 2-D weights whose rows are a multiple of the block size.
+    1. Fires on 2-D weights whose rows are a multiple of the smallest block.
     2. Must not fire on the layers in `KEPT`, nor on weights with another reader than those known here.
     """
 
@@ -70,8 +70,8 @@ class QuantizeWeightsPass(ir.passes.InPlacePass):
         for part, why in KEPT.items():
             if f".{part}." in name:
                 return why
-        if columns % self.scheme.block_size:
-            return f"its rows of {columns} numbers are no multiple of the block size {self.scheme.block_size}"
+        if self.scheme.block(columns) is None:
+            return f"its rows of {columns} numbers are no multiple of {SMALLEST_BLOCK}"
         readers = {use.node.op_type for use in weight.uses()}
         known = readers <= KNOWN_READERS
         return "" if known else f"it is read by {', '.join(sorted(readers))}"
@@ -81,13 +81,15 @@ class QuantizeWeightsPass(ir.passes.InPlacePass):
         assert weight.shape is not None
         shape = tuple(int(n) for n in weight.shape)  # type: ignore[arg-type]
         rows, columns = shape[::-1] if transposed else shape
-        blocks = columns // scheme.block_size
+        block = scheme.block(columns)
+        assert block is not None
+        blocks = columns // block
         dtype = ir.DataType.UINT4 if scheme.bits == 4 else ir.DataType.UINT8
         zero_name = f"{SHARED_ZERO}.{rows}x{blocks}" if scheme.symmetric else name + ZERO_SUFFIX
         values = self._add(graph, name + values_suffix(scheme.bits), dtype, (rows, columns))
         scale = self._add(graph, name + SCALE_SUFFIX, ir.DataType.FLOAT, (rows, blocks))
         zero = self._add(graph, zero_name, dtype, (rows, blocks))
-        attributes = {"axis": 1, "block_size": scheme.block_size}
+        attributes = {"axis": 1, "block_size": block}
         node = ir.node("DequantizeLinear", [values, scale, zero], attributes, num_outputs=1)
         nodes, result = [node], node.outputs[0]
         result.name, result.shape, result.type = f"{name}.dequantized", ir.Shape((rows, columns)), weight.type

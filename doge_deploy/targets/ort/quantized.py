@@ -22,7 +22,8 @@ class QuantizedWeightsPass(ir.passes.InPlacePass):
 
     The operators see the stored bytes in other shapes; a tied embedding stays one tensor for both.
 
-    Needs: 4 or 8 bits, unsigned, blocked along the rows of a 2-D weight in external data; whole blocks.
+    Needs: 4 or 8 bits, unsigned, blocked along the rows of a 2-D weight in external data; whole blocks;
+    where the operators need zero points, a whole number of bytes of them per row.
     Promises: the same weights. The state is rounded to 8 bits per block for a product, see `ACCURACY_LEVEL`.
 
     1. A zero point that is the middle of the range everywhere is left out: it is what the operators assume.
@@ -89,9 +90,12 @@ def match_quantized(node: ir.Node) -> QuantizedWeight | None:
     bits = {ir.DataType.UINT4: 4, ir.DataType.UINT8: 8}.get(stored.dtype)
     block = attribute(node, "block_size", 0)
     shape = stored.shape.numpy()
-    if bits is None or block < 16 or len(shape) != 2 or shape[1] % block or (shape[1] // block * bits) % 8:
+    if bits is None or block < 16 or len(shape) != 2 or shape[1] % block:
         return None
-    return QuantizedWeight(node.outputs[0], stored, scale, zeros, bits, block, *shape)
+    weight = QuantizedWeight(node.outputs[0], stored, scale, zeros, bits, block, *shape)
+    # A row of zero points begins with a byte of its own in the operators, and where the last row ends in storage.
+    whole_bytes = shape[1] // block * bits % 8 == 0
+    return weight if whole_bytes or weight.has_middle_zero else None
 
 
 def views_of(graph: ir.Graph, weight: QuantizedWeight) -> Views:
