@@ -29,7 +29,7 @@ _COMMANDS = {
     "generate": "Generate text from a bundle.",
     "bench": "Time a bundle, beside transformers and a plain export.",
     "inspect": "Show what a bundle is, and check its files.",
-    "plugins": "List, check and cost the kernels of Doge's two operators.",
+    "plugins": "List, check, compile and cost the kernels of Doge's two operators.",
 }
 """In the order of use; each lives in a file of its own name here. The help texts spare `--help` their imports."""
 
@@ -65,12 +65,15 @@ def cli(ctx: click.Context, debug: bool) -> None:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point: runs the command and exits."""
     # A polite request to stop unwinds like an error, so that nothing half-written is left behind.
-    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(EXIT_TERMINATED))
+    before = signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(EXIT_TERMINATED))
     args = list(sys.argv[1:] if arguments is None else arguments)
     # Taken off here so that it works before and after the command's name.
     debug = "--debug" in args
     args = [arg for arg in args if arg != "--debug"]
-    sys.exit(run_command(args, debug))
+    try:
+        sys.exit(run_command(args, debug))
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def run_command(args: list[str], debug: bool = False) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import signal
 import sys
 from pathlib import Path
 
@@ -69,6 +70,15 @@ def test_debug_shows_the_traceback(place: str, capfd: pytest.CaptureFixture[str]
         main(command)
     assert stop.value.code == 2
     assert "Traceback" in capfd.readouterr().err
+
+
+def test_the_callers_handler_of_signals_comes_back() -> None:
+    from doge_deploy.cli.main import main
+
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(SystemExit):
+        main(["--version"])
+    assert signal.getsignal(signal.SIGTERM) is before
 
 
 def test_version(capfd: pytest.CaptureFixture[str]) -> None:
