@@ -101,3 +101,11 @@ def test_make_random_knows_the_options_of_rows(tmp_path: Path) -> None:
 def test_a_row_that_does_not_exist_is_refused(row: str, tmp_path: Path) -> None:
     result = CliRunner().invoke(load("matrix").cli, ["run", str(tmp_path), row])
     assert result.exit_code == 2 and "is not one of" in result.output
+
+
+def test_a_page_of_nothing_is_refused(tmp_path: Path) -> None:
+    page = tmp_path / "page.md"
+    page.write_text("as it was")
+    result = CliRunner().invoke(load("matrix").cli, ["page", str(tmp_path), str(page)])
+    assert result.exit_code == 2 and "has no results of a row" in result.output
+    assert page.read_text() == "as it was"

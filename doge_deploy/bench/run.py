@@ -28,8 +28,10 @@ from doge_deploy.verify.source import open_reference
 
 PEERS = ("transformers", "naive")
 
-_SETTLE_S = 0.05
-"""Pause before a section, so that threads of the one before it stop waiting for work and go to sleep."""
+_SETTLE_S = 0.1
+"""Pause before a section, so that threads of the one before it stop waiting for work and go to sleep. Those of ONNX
+Runtime wait for a number of pause instructions, which took 35 to 62 ms on a Xeon.
+"""
 
 
 @dataclass(frozen=True)

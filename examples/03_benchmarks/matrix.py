@@ -158,12 +158,15 @@ def time_generate(directory: Path, runs: int = 20) -> dict[str, dict[str, float]
 
 
 @cli.command("page")
-@click.argument("results", type=click.Path(path_type=Path, exists=True))
-@click.argument("page", type=click.Path(path_type=Path, exists=True))
-def page_command(results: Path, page: Path) -> None:
-    """Put what the JSON files in RESULTS say into PAGE, and plots beside it."""
+@click.argument("directory", type=click.Path(path_type=Path))
+@click.argument("page", type=click.Path(path_type=Path, exists=True, dir_okay=False))
+def page_command(directory: Path, page: Path) -> None:
+    """Put what the JSON files in DIRECTORY/results say into PAGE, and plots beside it."""
     from page import write_page
 
+    results = directory / "results"
+    if not any(file.stem in ROWS for file in results.glob("*.json")):
+        raise click.UsageError(f"{results} has no results of a row; make some by: matrix.py run {directory}")
     write_page(results, page)
 
 
