@@ -125,7 +125,8 @@ def test_above_the_window_only_kept_keys_are_read(tiny_bundle: Path) -> None:
 
 @pytest.mark.parametrize("bits", [8, 4])
 def test_quantized_weights_count_as_they_are_stored(bits: int, tmp_path: Path) -> None:
-    bundle = open_bundle(make_bundle("doge-tiny-moe", tmp_path / "bundle", quantize=f"int{bits}", num_layers=1))
+    options = {"quantize": f"int{bits}", "block_size": 32, "num_layers": 1}
+    bundle = open_bundle(make_bundle("doge-tiny-moe", tmp_path / "bundle", **options))
     facts = bundle.manifest.facts
     hidden, heads, kv_heads = facts.hidden_size, facts.num_attention_heads, facts.num_key_value_heads
     width, kv_width = heads * facts.head_dim, kv_heads * facts.head_dim
