@@ -14,14 +14,6 @@ nox.options.sessions = ["tests", "lint", "typing"]
 
 CONSTRAINTS = "constraints.txt"
 
-# No onnxruntime that runs our bundles exists for Python 3.10: there a checkpoint can be read and checked.
-WITHOUT_RUNTIME = [
-    "tests/test_config.py",
-    "tests/test_options.py",
-    "tests/test_checkpoint.py",
-    "tests/test_bad_checkpoints.py",
-]
-
 
 def install(session: nox.Session, extras: str) -> None:
     """Install the package itself with `extras`, at the versions that CI tests."""
@@ -35,18 +27,11 @@ def tests(session: nox.Session) -> None:
     session.run("pytest", *session.posargs)
 
 
-@nox.session(python="3.10", name="tests-3.10")
-def tests_without_runtime(session: nox.Session) -> None:
-    """What Python 3.10 can do."""
-    install(session, "export,dev")
-    session.run("pytest", *(session.posargs or WITHOUT_RUNTIME))
-
-
 @nox.session
 def kernels(session: nox.Session) -> None:
     """The kernels in Triton's interpreter on many drawn shapes and on large ones."""
     install(session, "export,cpu,plugins,dev")
-    files = ["tests/plugins", "tests/verify/test_torch_kernels.py"]
+    files = ["tests/kernels", "tests/verify/test_torch_kernels.py"]
     session.run("pytest", *files, *session.posargs, env={"DOGE_KERNEL_SWEEP": "1", "TRITON_INTERPRET": "1"})
 
 
@@ -57,7 +42,7 @@ def tensorrt_contract(session: nox.Session) -> None:
     # the bindings alone: the package of TensorRT's library is on another index
     session.install("-c", CONSTRAINTS, "--no-deps", "tensorrt-cu13-bindings>=11.4")
     environment = {"DOGE_TENSORRT_CONTRACT": "1", "TRITON_INTERPRET": "1"}
-    session.run("pytest", "tests/plugins/test_tensorrt_contract.py", *session.posargs, env=environment)
+    session.run("pytest", "tests/kernels/test_tensorrt_contract.py", *session.posargs, env=environment)
 
 
 @nox.session

@@ -12,9 +12,9 @@ import onnx_ir as ir
 import torch
 from safetensors import safe_open
 
-from doge_deploy.bundle import file_entries, open_bundle, write_manifest
-from doge_deploy.export import export
-from doge_deploy.options import ExportOptions
+from doge_deploy.bundle.manifest import file_entries, open_bundle, write_manifest
+from doge_deploy.options.export import ExportOptions
+from doge_deploy.pipelines.export import export
 from doge_deploy.runtime.ort import graph_file
 
 

@@ -10,14 +10,14 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent / "verify"), str(Path(__file__).parent / "model")]
+sys.path[:0] = [str(Path(__file__).parent / folder) for folder in (".", "config", "verify", "model")]
 
 import test_config
 import test_decoder
 import test_parity
 import test_tasks
 
-from doge_deploy import config_keys
+from doge_deploy.config import keys as config_keys
 
 PAGE = Path(__file__).parent.parent / "docs" / "config-keys.md"
 
@@ -25,9 +25,9 @@ PLACES = {
     "verify": (test_parity.CASES, "tests/verify/test_parity.py"),
     "tasks": (test_tasks.CASES, "tests/verify/test_tasks.py"),
     "model": (test_decoder.CONFIGS, "tests/model/test_decoder.py"),
-    "refused": (test_config.REFUSED, "tests/test_config.py"),
-    "accepted": (test_config.ACCEPTED, "tests/test_config.py"),
-    "rope": (test_config.ROPES, "tests/test_config.py"),
+    "refused": (test_config.REFUSED, "tests/config/test_config.py"),
+    "accepted": (test_config.ACCEPTED, "tests/config/test_config.py"),
+    "rope": (test_config.ROPES, "tests/config/test_config.py"),
 }
 """Where a case is, by the word that stands before its id below."""
 
@@ -109,7 +109,7 @@ def page() -> str:
         what, cases = EXACT[key]
         lines.append(f"| `{key}` | exact | {what} | {', '.join(map(_case, cases.split()))} |")
     for key, why in sorted(config_keys.REFUSED_KEYS.items()):
-        lines.append(f"| `{key}` | refused | {why} | `tests/test_config.py` |")
+        lines.append(f"| `{key}` | refused | {why} | `tests/config/test_config.py` |")
     for key in sorted(config_keys.MUST_BE_OFF):
         lines.append(f"| `{key}` | refused if set | not a Doge setting | {_case('refused:encoder-decoder')} |")
     for key in sorted(config_keys.LEGACY_KEYS):

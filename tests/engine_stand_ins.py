@@ -12,14 +12,14 @@ from typing import Any
 
 import numpy as np
 
-from doge_deploy.build_options import BuildOptions, Range
-from doge_deploy.bundle import Bundle
-from doge_deploy.engine import EngineProfile, EngineRecord, EngineTensor, LayerCounts, SourceFile
+from doge_deploy.bundle.engine_record import EngineProfile, EngineRecord, EngineTensor, LayerCounts, SourceFile
+from doge_deploy.bundle.manifest import Bundle
+from doge_deploy.bundle.signature import BATCH, SEQUENCE
+from doge_deploy.options.build import BuildOptions, Range
 from doge_deploy.runtime.ort import open_session
 from doge_deploy.runtime.trt.device import Device, Graph, HostMemory, Memory
 from doge_deploy.runtime.trt.plan import ITEM_BYTES, make_plan
 from doge_deploy.runtime.trt.runner import Context, Engine, TrtRunner
-from doge_deploy.signature import BATCH, SEQUENCE
 
 
 class HeldMemory(Memory, HostMemory):
@@ -230,3 +230,23 @@ def held_runner(bundle: Bundle, *, records_itself: bool = False, **changes: Any)
         max_length=bundle.manifest.max_length,
         last=bundle.manifest.options["logits"] == "last",
     )
+
+
+def axes(batch: int, low: int, high: int) -> dict[str, Range]:
+    one = Range(min=1, opt=1, max=batch)
+    return {"batch_size": one, "sequence_length": Range(min=low, opt=high, max=high)}
+
+
+def made_up_record(**changes: Any) -> EngineRecord:
+    """A record of no real engine, for tests of its readers."""
+    fields: dict[str, Any] = {
+        "profiles": (
+            EngineProfile(name="prefill", axes=axes(1, 1, 64)),
+            EngineProfile(name="decode", axes=axes(4, 1, 1)),
+        ),
+        "inputs": (EngineTensor(name="input_ids", dtype="int64", shape=("batch_size", "sequence_length")),),
+        "outputs": (EngineTensor(name="logits", dtype="float16", shape=("batch_size", 1, 256)),),
+        "aliases": {"present.0.key": "past_key_values.0.key"},
+        "compute_capabilities": ("8.9",),
+    }
+    return pretended_record("trt-rtx-fp16-sm89", **{**fields, **changes})

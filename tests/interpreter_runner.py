@@ -14,11 +14,11 @@ import torch
 from onnx.reference import ReferenceEvaluator
 from onnx.reference.op_run import OpRun
 
-from doge_deploy.bundle import Bundle
+from doge_deploy.bundle.manifest import Bundle
 from doge_deploy.graph.passes.plugin_chains import PluginChainPass
-from doge_deploy.plugins.launch import run_kernel
-from doge_deploy.plugins.registry import installed
-from doge_deploy.plugins.spec import PluginSpec
+from doge_deploy.kernels.launch import run_kernel
+from doge_deploy.kernels.registry import installed
+from doge_deploy.kernels.spec import PluginSpec
 from doge_deploy.runtime.base import BundleRunner, FloatArray, IntArray
 
 

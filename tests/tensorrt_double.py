@@ -22,8 +22,8 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from doge_deploy.plugins.expressions import INT_OPERATIONS
-from doge_deploy.plugins.spec import PluginSpec
+from doge_deploy.kernels.expressions import INT_OPERATIONS
+from doge_deploy.kernels.spec import PluginSpec
 
 PACKAGES = ("tensorrt_bindings", "tensorrt_rtx_libs")
 

@@ -37,7 +37,7 @@ def load(name: str) -> ModuleType:
 
 
 def a_run(name: str) -> dict[str, object]:
-    """A report in which bundles take 2 ms and peers 6 ms a step."""
+    """A report in which bundles take 2 ms and baselines 6 ms a step."""
     names = {"fp32": "bundle", "transformers": "transformers", "naive": "naive"}
     results = []
     for past in (0, 7168) if name.endswith("w512") else (0,):

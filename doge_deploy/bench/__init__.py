@@ -3,7 +3,7 @@
 workload.py   what is timed, and the same token ids for everyone
 measure.py    the timed sections; nothing else runs in them
 candidates.py whatever can be timed, behind `doge_deploy.runtime.base.Runner`
-peers/        transformers in eager mode; a plain export of it
+baselines/    transformers in eager mode; a plain export of it
 worker.py     the process that one candidate lives in
 process.py    the other end of that process
 schedule.py   the order of candidates, rotated from round to round

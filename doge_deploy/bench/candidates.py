@@ -10,15 +10,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from doge_deploy.backends import Backend
+from doge_deploy.options.backends import Backend
 from doge_deploy.runtime.base import Runner
 
 Kind = Literal["bundle", "transformers", "naive"]
 
 _LIBRARIES = {
     "bundle": ("onnxruntime", "doge_deploy.runtime.ort"),
-    "transformers": ("torch", "transformers.models.doge.modeling_doge", "doge_deploy.bench.peers.eager"),
-    "naive": ("onnxruntime", "doge_deploy.bench.peers.naive"),
+    "transformers": ("torch", "transformers.models.doge.modeling_doge", "doge_deploy.bench.baselines.eager"),
+    "naive": ("onnxruntime", "doge_deploy.bench.baselines.naive"),
 }
 
 
@@ -61,7 +61,7 @@ def open_candidate(candidate: Candidate, threads: int) -> Runner:
         DogeDeployError: it cannot be loaded.
     """
     if candidate.kind == "bundle":
-        from doge_deploy.bundle import open_bundle
+        from doge_deploy.bundle.manifest import open_bundle
         from doge_deploy.runtime.backend import open_backend
 
         bundle = open_bundle(candidate.path, check="quick")
@@ -71,7 +71,7 @@ def open_candidate(candidate: Candidate, threads: int) -> Runner:
             bundle, layout=candidate.layout, threads=threads, flush_denormals=True, portable=candidate.portable
         )
     if candidate.kind == "transformers":
-        from doge_deploy.bench.peers.eager import open_eager
+        from doge_deploy.bench.baselines.eager import open_eager
 
         return open_eager(
             Path(candidate.path),
@@ -81,7 +81,7 @@ def open_candidate(candidate: Candidate, threads: int) -> Runner:
             last_logits=candidate.last_logits,
             threads=threads,
         )
-    from doge_deploy.bench.peers.naive import open_naive
+    from doge_deploy.bench.baselines.naive import open_naive
 
     return open_naive(
         Path(candidate.path), max_length=candidate.max_length, last_logits=candidate.last_logits, threads=threads

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter, process_time
 
-from doge_deploy.host import available_cpus, kilobytes_field, processor_name, read_text
+from doge_deploy.devices.host import available_cpus, kilobytes_field, processor_name, read_text
 
 _PACKAGES = ("doge-deploy", "onnxruntime", "torch", "transformers", "numpy")
 

@@ -234,15 +234,15 @@ def _spread(values: Sequence[float]) -> dict[str, float]:
 
 
 def bundles(report: Report) -> list[str]:
-    """Names of the candidates that are bundles; the others are peers."""
+    """Names of the candidates that are bundles; the others are baselines."""
     return [candidate.name for candidate in report.candidates if candidate.kind == "bundle"]
 
 
 def compared(report: Report) -> list[tuple[str, str]]:
-    """Which candidates are held against which: every bundle against every peer, and against the first bundle."""
+    """Which candidates are held against which: every bundle against every baseline, and against the first bundle."""
     own = bundles(report)
-    peers = [candidate.name for candidate in report.candidates if candidate.kind != "bundle"]
-    return [(name, other) for name in own for other in (*peers, *own[:1]) if name != other]
+    baselines = [candidate.name for candidate in report.candidates if candidate.kind != "bundle"]
+    return [(name, other) for name in own for other in (*baselines, *own[:1]) if name != other]
 
 
 def to_json(report: Report) -> dict[str, Any]:

@@ -9,7 +9,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from time import sleep
 
-from doge_deploy.backends import Backend
 from doge_deploy.bench.candidates import Candidate
 from doge_deploy.bench.machine import this_machine
 from doge_deploy.bench.measure import RoundTimes
@@ -19,14 +18,15 @@ from doge_deploy.bench.roofline import buffer_bytes
 from doge_deploy.bench.schedule import rotated
 from doge_deploy.bench.traffic import decode_traffic
 from doge_deploy.bench.workload import Workload
-from doge_deploy.bundle import Bundle, open_bundle
+from doge_deploy.bundle.manifest import Bundle, open_bundle
 from doge_deploy.checkpoint import Checkpoint
+from doge_deploy.devices.host import available_cpus
 from doge_deploy.errors import UsageError
-from doge_deploy.export import require_export_dependencies
-from doge_deploy.host import available_cpus
+from doge_deploy.options.backends import Backend
+from doge_deploy.pipelines.export import require_export_dependencies
 from doge_deploy.verify.source import open_reference
 
-PEERS = ("transformers", "naive")
+BASELINES = ("transformers", "naive")
 
 _SETTLE_S = 0.1
 """Pause before a section, so that threads of the one before it stop waiting for work and go to sleep. Those of ONNX
@@ -53,7 +53,7 @@ class BenchOptions:
     backends: tuple[Backend, ...] = ("ort",)
     """What runs every bundle, each as a candidate of its own."""
     against: tuple[str, ...] = ()
-    """Of `PEERS`."""
+    """Of `BASELINES`."""
     reference: str | None = None
     roofline: bool = False
     cache: Path | None = None
@@ -81,21 +81,21 @@ def bench(
     started: Callable[[str], None] = lambda what: None,
     finished: Callable[[Report, WorkloadResult], None] = lambda report, result: None,
 ) -> Report:
-    """Time bundles, and their peers, in turns.
+    """Time bundles, and their baselines, in turns.
 
     Every candidate lives in a process of its own. For load time and memory these are fresh ones, `loads` per
     candidate and workload, one alive at a time. For speed all are alive and take turns, one section at a time, in an
     order that is rotated every round.
 
     Args:
-        paths: bundles of one checkpoint (of any, where there are no peers); the first is what others are held against.
+        paths: bundles of one checkpoint (of any, where there are no baselines); others are compared with the first.
         options: what to measure.
         argv: the command line, for the report.
         started: told what is about to be done.
         finished: told each workload when it is done.
 
     Raises:
-        UsageError: a workload does not fit into a bundle, or the checkpoint of peers is not known.
+        UsageError: a workload does not fit into a bundle, or the checkpoint of baselines is not known.
         UnsupportedModelError: a bundle or the checkpoint is broken, or a process died.
         MissingDependencyError: a package is missing.
     """
@@ -103,8 +103,8 @@ def bench(
     bundles = _bundle_candidates(opened, options)
     _check_lengths(list(bundles), options.workloads())
     threads = options.threads or available_cpus()
-    peers = _peers(opened, options, threads, started) if options.against else []
-    candidates = [*bundles, *peers]
+    baselines = _baselines(opened, options, threads, started) if options.against else []
+    candidates = [*bundles, *baselines]
     settings = Settings(threads, options.rounds, options.loads, tuple(argv))
     report = Report(this_machine(), settings, candidates)
     for workload in options.workloads():
@@ -194,10 +194,10 @@ def _empty(candidate: Candidate, workload: Workload) -> Measurements:
     return Measurements(candidate.name, not_measured=reason)
 
 
-def _peers(
+def _baselines(
     bundles: Sequence[Bundle], options: BenchOptions, threads: int, started: Callable[[str], None]
 ) -> list[Candidate]:
-    """The peers that were asked for, in the dtype of the first bundle; a plain export is made where there is none."""
+    """The baselines that were asked for, in the dtype of the first bundle; a plain export is made where none is."""
     require_export_dependencies()
     first = bundles[0]
     others = {bundle.manifest.checkpoint["sha256"] for bundle in bundles}
@@ -210,14 +210,14 @@ def _peers(
             f"--against: transformers cannot run {checkpoint.path}, a checkpoint of the {facts.revision} code"
         )
     last = manifest.options["logits"] == "last"
-    peers = []
+    baselines = []
     for name in options.against:
         path, length = str(checkpoint.path), facts.max_position_embeddings
         if name == "naive":
-            from doge_deploy.bench.peers.naive import naive_max_length
+            from doge_deploy.bench.baselines.naive import naive_max_length
 
             path, length = _naive(checkpoint, first, options, threads, started), naive_max_length(facts)
-        peers.append(
+        baselines.append(
             Candidate(
                 name=name,
                 kind="naive" if name == "naive" else "transformers",
@@ -229,13 +229,13 @@ def _peers(
                 num_layers=facts.num_hidden_layers,
             )
         )
-    return peers
+    return baselines
 
 
 def _naive(
     checkpoint: Checkpoint, bundle: Bundle, options: BenchOptions, threads: int, started: Callable[[str], None]
 ) -> str:
-    from doge_deploy.bench.peers.naive import naive_directory
+    from doge_deploy.bench.baselines.naive import naive_directory
 
     manifest, facts = bundle.manifest, checkpoint.facts
     last = manifest.options["logits"] == "last"

@@ -18,9 +18,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from doge_deploy.bundle import Bundle, Layout
+from doge_deploy.bundle.manifest import Bundle, Layout
 from doge_deploy.checkpoint.names import EMBEDDING
-from doge_deploy.config import DogeFacts
+from doge_deploy.config.model import DogeFacts
 from doge_deploy.errors import BrokenBundleError
 
 WEIGHTS_FILE = "weights.safetensors"

@@ -87,8 +87,8 @@ class Worker:
         return {"peak_bytes": peak_memory_bytes()}
 
     def export_naive(self, checkpoint: str, output: str, facts: dict[str, Any], **choices: Any) -> dict[str, Any]:
-        from doge_deploy.bench.peers.naive import export_naive
-        from doge_deploy.config import DogeFacts
+        from doge_deploy.bench.baselines.naive import export_naive
+        from doge_deploy.config.model import DogeFacts
 
         export_naive(Path(checkpoint), Path(output), facts=DogeFacts.from_json(facts), **choices)
         return {}

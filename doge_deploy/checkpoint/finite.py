@@ -6,8 +6,8 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
 from doge_deploy.checkpoint.read import Checkpoint
+from doge_deploy.diagnostics import join_findings
 from doge_deploy.errors import UnsupportedModelError
-from doge_deploy.findings import join_findings
 
 if TYPE_CHECKING:
     import torch

@@ -15,8 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from doge_deploy.diagnostics import join_findings
 from doge_deploy.errors import UnsupportedModelError
-from doge_deploy.findings import join_findings
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"

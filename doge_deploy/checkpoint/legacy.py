@@ -14,11 +14,11 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from doge_deploy.checkpoint.headers import TensorInfo
-from doge_deploy.config import ARCHITECTURE, DogeFacts
-from doge_deploy.config_keys import is_integer, is_number, legacy_keys
+from doge_deploy.config.keys import is_integer, is_number, legacy_keys
+from doge_deploy.config.model import ARCHITECTURE, DogeFacts
+from doge_deploy.config.revisions import KEEPS_ALL, REVISIONS, TRANSFORMERS, Revision
+from doge_deploy.diagnostics import join_findings
 from doge_deploy.errors import UnsupportedModelError
-from doge_deploy.findings import join_findings
-from doge_deploy.revisions import KEEPS_ALL, REVISIONS, TRANSFORMERS, Revision
 
 EARLY = ("2025-02", "2025-03")
 """Revisions whose tensors and config keys had other names."""

@@ -8,10 +8,10 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 
 from doge_deploy.checkpoint.headers import DTYPES, TensorInfo
-from doge_deploy.config import ARCHITECTURE, DogeFacts
-from doge_deploy.config_keys import TRAINED_ACTIVATIONS
+from doge_deploy.config.keys import TRAINED_ACTIVATIONS
+from doge_deploy.config.model import ARCHITECTURE, DogeFacts
+from doge_deploy.diagnostics import MAX_FINDINGS
 from doge_deploy.errors import UnsupportedModelError
-from doge_deploy.findings import MAX_FINDINGS
 
 EMBEDDING = "model.embed_tokens.weight"
 HEAD = "lm_head.weight"

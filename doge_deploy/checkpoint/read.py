@@ -13,7 +13,7 @@ from doge_deploy.checkpoint.find import find_checkpoint, model_source
 from doge_deploy.checkpoint.headers import TensorInfo, read_headers, read_json
 from doge_deploy.checkpoint.legacy import EARLY, find_revision, legacy_facts, old_name, rename_config, rename_tensors
 from doge_deploy.checkpoint.names import EMBEDDING, HEAD, PREFIX, check_tensors, expected_tensors, with_prefix
-from doge_deploy.config import DogeFacts, check_model_type
+from doge_deploy.config.model import DogeFacts, check_model_type
 from doge_deploy.errors import UnsupportedModelError, UsageError
 
 if TYPE_CHECKING:

@@ -9,7 +9,7 @@ from typing import Any
 
 import click
 
-from doge_deploy.backends import BACKENDS
+from doge_deploy.options.backends import BACKENDS
 
 
 def _numbers(minimum: int) -> Callable[[click.Context, click.Parameter, tuple[str, ...]], tuple[int, ...]]:
@@ -30,7 +30,7 @@ def _numbers(minimum: int) -> Callable[[click.Context, click.Parameter, tuple[st
     return parse
 
 
-def _peers(context: click.Context, parameter: click.Parameter, values: tuple[str, ...]) -> tuple[str, ...]:
+def _baselines(context: click.Context, parameter: click.Parameter, values: tuple[str, ...]) -> tuple[str, ...]:
     legal = ("transformers", "naive")
     for name in _parts(values):
         if name not in legal:
@@ -99,11 +99,11 @@ def _parts(values: tuple[str, ...]) -> list[str]:
 @click.option(
     "--against",
     multiple=True,
-    callback=_peers,
+    callback=_baselines,
     metavar="transformers,naive",
-    help="Peers that take turns with the bundle, in the same dtype.",
+    help="Baselines that take turns with the bundle, in the same dtype.",
 )
-@click.option("--reference", metavar="MODEL", help="The checkpoint of peers; default: what the bundle says.")
+@click.option("--reference", metavar="MODEL", help="The checkpoint of baselines; default: what the bundle says.")
 @click.option("--roofline", is_flag=True, help="Measure memory bandwidth, and which share of it decode reaches.")
 @click.option("--json", "json_file", type=click.Path(path_type=Path), metavar="FILE", help="Write every time here.")
 @click.option("--plot", "plot_file", type=click.Path(path_type=Path), metavar="FILE.png", help="Draw the result.")

@@ -55,8 +55,8 @@ def build(bundle: Path, config_file: Path | None, assignments: tuple[str, ...], 
     Exit code 3: the target cannot do what the graph needs; 4: the target's library or device is missing, or its library
     broke down.
     """
-    from doge_deploy.build import build as run
-    from doge_deploy.build_options import load_build_options
+    from doge_deploy.options.build import load_build_options
+    from doge_deploy.pipelines.build import build as run
 
     given = {key: value for key, value in choices.items() if value not in (None, ())}
     options = load_build_options(config_file, given, assignments)

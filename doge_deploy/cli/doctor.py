@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Any
 import click
 
 if TYPE_CHECKING:
-    from doge_deploy.device_facts import DeviceFacts
+    from doge_deploy.devices.facts import DeviceFacts
+    from doge_deploy.doctor.deployment_options import Way, Wish
     from doge_deploy.doctor.machine import Machine
-    from doge_deploy.doctor.subject import Subject
+    from doge_deploy.doctor.model import Subject
     from doge_deploy.doctor.targets import Target
-    from doge_deploy.doctor.ways import Way, Wish
 
 
 @click.command("doctor")
@@ -48,7 +48,7 @@ def doctor(
 
     Exit code 4: no way to run on one of the devices that were named.
     """
-    from doge_deploy.doctor.subject import open_subject
+    from doge_deploy.doctor.model import open_subject
 
     subject = open_subject(model, max_length=max_length) if model is not None else None
     asked = {"dtype": dtype, "batch_size": batch_size}
@@ -78,8 +78,8 @@ def _answers(
     names: tuple[str, ...], machine: Machine | None, subject: Subject | None, asked: dict[str, Any]
 ) -> Iterator[Answer]:
     """Name, facts, wishes and ways of every device that is asked about."""
-    from doge_deploy.device_facts import device_configs, find_devices, load_device_config
-    from doge_deploy.doctor.ways import Wish, ways
+    from doge_deploy.devices.facts import device_configs, find_devices, load_device_config
+    from doge_deploy.doctor.deployment_options import Wish, ways
 
     given = {key: value for key, value in asked.items() if value is not None}
     if machine is not None:

@@ -8,12 +8,12 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from doge_deploy.device_facts import DeviceFacts
-from doge_deploy.doctor.ways import Way, Wish, size
+from doge_deploy.devices.facts import DeviceFacts
+from doge_deploy.doctor.deployment_options import Way, Wish, size
 
 if TYPE_CHECKING:
     from doge_deploy.doctor.machine import Machine
-    from doge_deploy.doctor.subject import Subject
+    from doge_deploy.doctor.model import Subject
     from doge_deploy.doctor.targets import Target
 
 

@@ -63,8 +63,8 @@ def export(
 
     MODEL is a directory, a Hub id (owner/name), or one of the bundled doge-tiny and doge-tiny-moe.
     """
-    from doge_deploy.export import export as run
-    from doge_deploy.options import load_export_options
+    from doge_deploy.options.export import load_export_options
+    from doge_deploy.pipelines.export import export as run
 
     given = {key: value for key, value in choices.items() if value not in (None, ())}
     options = load_export_options(config_file, given, assignments)

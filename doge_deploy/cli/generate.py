@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from doge_deploy.backends import BACKENDS, Backend
 from doge_deploy.errors import UsageError
+from doge_deploy.options.backends import BACKENDS, Backend
 
 if TYPE_CHECKING:
     from doge_deploy.runtime.generate import TextGenerator, TextStream
@@ -115,7 +115,7 @@ class _Session:
         quiet: bool,
     ) -> None:
         self._start = perf_counter()
-        from doge_deploy.bundle import open_bundle
+        from doge_deploy.bundle.manifest import open_bundle
         from doge_deploy.runtime.generate import GenerationOptions, settings_not_done
         from doge_deploy.runtime.tokenizer import Tokenizer
 

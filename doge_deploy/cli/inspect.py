@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING
 
 import click
 
-from doge_deploy.revisions import REVISIONS
+from doge_deploy.config.revisions import REVISIONS
 
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from doge_deploy.bundle import Bundle, Layout, Manifest
+    from doge_deploy.bundle.manifest import Bundle, Layout, Manifest
 
 
 @click.command("inspect")
@@ -28,7 +28,7 @@ def inspect(bundle: Path, as_json: bool, layers: bool) -> None:
 
     Exit code 3: a file is missing or was altered.
     """
-    from doge_deploy.bundle import open_bundle
+    from doge_deploy.bundle.manifest import open_bundle
     from doge_deploy.cli.inspect_engine import find_engine, show_engine
 
     engine = find_engine(bundle)

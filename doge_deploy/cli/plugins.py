@@ -11,8 +11,8 @@ from doge_deploy.cli.plugins_compile import compile_command
 from doge_deploy.cli.plugins_roofline import roofline
 
 if TYPE_CHECKING:
-    from doge_deploy.plugins.preflight import Verdict
-    from doge_deploy.plugins.registry import Registry
+    from doge_deploy.kernels.preflight import Verdict
+    from doge_deploy.kernels.registry import Registry
 
 
 @click.group("plugins")
@@ -28,7 +28,7 @@ plugins.add_command(roofline)
 @click.option("--json", "as_json", is_flag=True, help="Every tensor, attribute and limit as JSON.")
 def list_plugins(as_json: bool) -> None:
     """Show the plugins that are installed."""
-    from doge_deploy.plugins.registry import installed
+    from doge_deploy.kernels.registry import installed
 
     registry = installed()
     if as_json:

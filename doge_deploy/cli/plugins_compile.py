@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 import click
 
 if TYPE_CHECKING:
-    from doge_deploy.plugins.compile import Record
-    from doge_deploy.plugins.spec import Binding
+    from doge_deploy.kernels.compile import Record
+    from doge_deploy.kernels.spec import Binding
 
 FILE_COLUMNS = 140
 """Of the table where it goes into a file or a pipe, which have no width of their own."""
@@ -51,8 +51,8 @@ def compile_command(
     from rich.console import Console
     from rich.table import Table
 
-    from doge_deploy.plugins.compile import compile_all, is_supported, write
-    from doge_deploy.plugins.devices import DEVICES, parse_arch
+    from doge_deploy.kernels.compile import compile_all, is_supported, write
+    from doge_deploy.kernels.devices import DEVICES, parse_arch
 
     chosen = list(DEVICES) if archs is None else [parse_arch(arch) for arch in _list(archs)]
     bound = [
@@ -113,8 +113,8 @@ def _parse_sizes(text: str | None) -> list[int] | None:
 def _bindings(model: str | None, head_dims: Sequence[int] | None, dtype: str, names: frozenset[str]) -> list[Binding]:
     from dataclasses import replace
 
-    from doge_deploy.plugins.registry import installed
-    from doge_deploy.plugins.samples import Model, bindings, published
+    from doge_deploy.kernels.registry import installed
+    from doge_deploy.kernels.samples import Model, bindings, published
 
     if model is None:
         models = [published(size) for size in head_dims or (64, 128)]

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 import click
 
 if TYPE_CHECKING:
-    from doge_deploy.config import DogeFacts
-    from doge_deploy.targets.plugin_roofline import Machine, Roofline
+    from doge_deploy.config.model import DogeFacts
+    from doge_deploy.doctor.kernel_roofline import Machine, Roofline
 
 
 @click.command("roofline")
@@ -36,9 +36,9 @@ def roofline(device: str, model: str, past: int, new: int, batch_size: int, dtyp
 
     A model on paper: bytes and operations, counted, at the device's published bandwidth and peak. Nothing is measured.
     """
-    from doge_deploy.plugins.registry import installed
-    from doge_deploy.targets.plugin_roofline import Call
-    from doge_deploy.targets.plugin_roofline import roofline as make
+    from doge_deploy.doctor.kernel_roofline import Call
+    from doge_deploy.doctor.kernel_roofline import roofline as make
+    from doge_deploy.kernels.registry import installed
 
     machine, sources = _machine(device)
     dtypes = {"fp16": "float16", "bf16": "bfloat16"}
@@ -54,10 +54,10 @@ def roofline(device: str, model: str, past: int, new: int, batch_size: int, dtyp
 
 def _machine(name: str) -> tuple[Machine, list[str]]:
     """The device's figures, and where they come from."""
-    from doge_deploy.device_facts import device_configs
+    from doge_deploy.devices.facts import device_configs
+    from doge_deploy.diagnostics import suggest
+    from doge_deploy.doctor.kernel_roofline import Machine
     from doge_deploy.errors import UsageError
-    from doge_deploy.findings import suggest
-    from doge_deploy.targets.plugin_roofline import Machine
 
     configs = {key: config for key, config in device_configs().items() if config.facts.fp16_tflops is not None}
     matching = [key for key in configs if key == name] or [key for key in configs if key.startswith(name)]
@@ -74,7 +74,7 @@ def _machine(name: str) -> tuple[Machine, list[str]]:
 
 
 def _facts(model: str) -> DogeFacts:
-    from doge_deploy.published import SIZES, published_facts
+    from doge_deploy.config.published import SIZES, published_facts
 
     if model in SIZES:
         return published_facts(model)

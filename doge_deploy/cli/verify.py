@@ -7,7 +7,7 @@ from typing import Literal
 
 import click
 
-from doge_deploy.backends import BACKENDS, TORCH_KERNELS, Backend
+from doge_deploy.options.backends import BACKENDS, TORCH_KERNELS, Backend
 
 
 @click.command("verify")
@@ -52,7 +52,7 @@ def verify(
     Exit code 0: every number is within its calibrated tolerance; 1: one is not.
     """
     from doge_deploy.errors import MismatchError
-    from doge_deploy.export import require_export_dependencies
+    from doge_deploy.pipelines.export import require_export_dependencies
 
     require_export_dependencies()
     from doge_deploy.verify import files

@@ -12,7 +12,7 @@ import math
 from dataclasses import dataclass
 
 from doge_deploy.checkpoint.names import EMBEDDING, expected_tensors
-from doge_deploy.config import DogeFacts
+from doge_deploy.config.model import DogeFacts
 
 ITEM_BYTES = {"fp32": 4, "fp16": 2, "bf16": 2}
 

@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from doge_deploy.build_options import parse_capability
-from doge_deploy.device_facts import GIB, DeviceFacts
+from doge_deploy.devices.facts import GIB, DeviceFacts
+from doge_deploy.devices.host import ROOT, available_cpus, kilobytes_field, processor_name, read_text
 from doge_deploy.doctor.probe import Found, probe_libraries, run_tool
-from doge_deploy.host import ROOT, available_cpus, kilobytes_field, processor_name, read_text
+from doge_deploy.options.build import parse_capability
 
 
 @dataclass(frozen=True)

@@ -4,8 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from doge_deploy.devices.tensorrt_limits import (
+    RTX_CAPABILITIES,
+    TRT_FIRST_CAPABILITY,
+    TRT_FIRST_NATIVE_LAYERS,
+    at_least,
+)
 from doge_deploy.doctor.machine import Machine
-from doge_deploy.products import RTX_CAPABILITIES, TRT_FIRST_CAPABILITY, TRT_FIRST_NATIVE_LAYERS, at_least
 
 ORT_FIRST = "1.25"
 """The first ONNX Runtime with TensorScatter; see pyproject.toml."""

@@ -7,8 +7,8 @@ from pathlib import Path
 import onnx
 import onnx.checker
 
+from doge_deploy.bundle.signature import Signature, TensorSpec
 from doge_deploy.errors import BrokenBundleError
-from doge_deploy.signature import Signature, TensorSpec
 
 
 def check_model(path: Path, signature: Signature) -> None:

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import onnx_ir as ir
 
-from doge_deploy.bundle import open_bundle
+from doge_deploy.bundle.manifest import open_bundle
+from doge_deploy.diagnostics import join_findings
 from doge_deploy.errors import BrokenBundleError, UnsupportedModelError, UsageError
-from doge_deploy.findings import join_findings
 from doge_deploy.graph.passes.plugin_chains import (
     NAMESPACE_ATTRIBUTE,
     ONNX_DTYPES,
@@ -17,8 +17,8 @@ from doge_deploy.graph.passes.plugin_chains import (
     PluginChainPass,
     value_shape,
 )
-from doge_deploy.plugins.preflight import PluginNode, Verdict, check_node
-from doge_deploy.plugins.registry import Registry, installed
+from doge_deploy.kernels.preflight import PluginNode, Verdict, check_node
+from doge_deploy.kernels.registry import Registry, installed
 
 _STANDARD_DOMAINS = ("", "ai.onnx", "ai.onnx.ml")
 _DTYPE_NAMES = {dtype: name for name, dtype in ONNX_DTYPES.items()}

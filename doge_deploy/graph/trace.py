@@ -19,15 +19,15 @@ import onnx_ir as ir
 import torch
 from onnxscript.values import Opset
 
-from doge_deploy.config import DogeFacts
-from doge_deploy.expert_pairs import candidate_pairs
+from doge_deploy.bundle.signature import Signature, TensorSpec
+from doge_deploy.config.expert_pairs import candidate_pairs
+from doge_deploy.config.model import DogeFacts
 from doge_deploy.graph import schemas
 from doge_deploy.graph.functions import activation_function, cdmoe_function, dynamic_mask_attention_function
 from doge_deploy.graph.functions.text import OPSET
 from doge_deploy.graph.passes import run_passes
 from doge_deploy.model.attention import hidden_bias
 from doge_deploy.model.decoder import Doge, GrowingCausalLM, StaticCausalLM, UncachedDoge, Windows
-from doge_deploy.signature import Signature, TensorSpec
 
 TORCH_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 _MODELS: dict[str, type[Doge]] = {"growing": GrowingCausalLM, "static": StaticCausalLM, "uncached": UncachedDoge}

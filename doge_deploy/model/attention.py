@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from doge_deploy.config import DogeFacts
+from doge_deploy.config.model import DogeFacts
 from doge_deploy.model.ops import last_slots, merge_heads, rms_norm, rotary_embedding, split_heads, tensor_scatter
 
 

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from doge_deploy.config import DogeFacts
+from doge_deploy.config.model import DogeFacts
 from doge_deploy.model.attention import Attention, RMSNorm
 from doge_deploy.model.moe import MLP
 from doge_deploy.model.ops import (

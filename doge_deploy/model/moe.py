@@ -13,9 +13,9 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-from doge_deploy.config import DogeFacts
-from doge_deploy.config_keys import TRAINED_ACTIVATIONS
-from doge_deploy.expert_pairs import candidate_pairs
+from doge_deploy.config.expert_pairs import candidate_pairs
+from doge_deploy.config.keys import TRAINED_ACTIVATIONS
+from doge_deploy.config.model import DogeFacts
 from doge_deploy.model.ops import activate, activation
 
 

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import torch
 from transformers.activations import ACT2FN
 
-from doge_deploy.config_keys import TRAINED_ACTIVATIONS
+from doge_deploy.config.keys import TRAINED_ACTIVATIONS
 
 
 @torch.library.custom_op("doge::rms_norm", mutates_args=())

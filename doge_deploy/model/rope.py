@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from doge_deploy.config import DogeFacts
+from doge_deploy.config.model import DogeFacts
 
 ROPE_TENSORS = ("rope_cos", "rope_sin", "rope_frequencies", "rope_scaling")
 """Names of everything that `rope_tensors` can give: tensors of a graph that no checkpoint has."""

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from doge_deploy.backends import Backend
-from doge_deploy.bundle import Bundle
+from doge_deploy.bundle.manifest import Bundle
 from doge_deploy.errors import UsageError
+from doge_deploy.options.backends import Backend
 from doge_deploy.runtime.base import BundleRunner
 
 

@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from doge_deploy.bundle.signature import Signature
 from doge_deploy.errors import UsageError
-from doge_deploy.signature import Signature
 
 IntArray = npt.NDArray[np.int64]
 FloatArray = npt.NDArray[np.floating]

@@ -1,1 +1,1 @@
-"""Lowerings of the standard graph, one target a file."""
+"""Lowerings of the standard graph, one target a folder."""

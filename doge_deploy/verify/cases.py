@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from doge_deploy.config import DogeFacts
+from doge_deploy.config.model import DogeFacts
 from doge_deploy.runtime.base import IntArray
 
 

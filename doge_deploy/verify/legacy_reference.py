@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, DogeConfig, DogeForCausalLM
 from transformers.models.doge.modeling_doge import apply_rotary_pos_emb
 
 from doge_deploy.checkpoint import Checkpoint
-from doge_deploy.config import DogeFacts
+from doge_deploy.config.model import DogeFacts
 
 
 class LegacyAttention(nn.Module):

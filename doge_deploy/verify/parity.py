@@ -12,9 +12,9 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from doge_deploy.bundle import Bundle, Manifest
+from doge_deploy.bundle.manifest import Bundle, Manifest
+from doge_deploy.bundle.signature import UNCACHED
 from doge_deploy.runtime.base import BundleRunner, IntArray
-from doge_deploy.signature import UNCACHED
 from doge_deploy.verify.cases import Case, Limits, chunk, exact_cases, natural_case
 from doge_deploy.verify.compare import Array, Difference, Top1, difference, kl_divergence, top1
 from doge_deploy.verify.noise import DRAWS, MOST_BY_CHANCE, pool, rounded_once_more

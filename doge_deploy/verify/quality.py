@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from safetensors import safe_open
 
-from doge_deploy.bundle import Bundle
+from doge_deploy.bundle.manifest import Bundle
 from doge_deploy.checkpoint import Checkpoint
 from doge_deploy.graph.passes.quantize_weights import values_suffix
 from doge_deploy.graph.passes.transpose_weights import TRANSPOSED_SUFFIX

@@ -11,14 +11,14 @@ from typing import Literal
 import numpy as np
 import onnx_ir as ir
 
-from doge_deploy.backends import TORCH_KERNELS, Backend
-from doge_deploy.bundle import Bundle, open_bundle
+from doge_deploy.bundle.manifest import Bundle, open_bundle
 from doge_deploy.checkpoint import Checkpoint
+from doge_deploy.config.revisions import KEEPS_ALL
 from doge_deploy.errors import UsageError
 from doge_deploy.graph.passes.expose_selections import ExposeSelectionsPass
 from doge_deploy.graph.passes.quantize_weights import scheme_of
 from doge_deploy.graph.schemas import CDMOE, DYNAMIC_MASK_ATTENTION, ROUTED_EXPERTS, WINDOW_BIAS
-from doge_deploy.revisions import KEEPS_ALL
+from doge_deploy.options.backends import TORCH_KERNELS, Backend
 from doge_deploy.runtime.backend import check_engine_layout, open_backend
 from doge_deploy.runtime.base import IntArray
 from doge_deploy.runtime.ort import OrtRunner, graph_file, open_runner

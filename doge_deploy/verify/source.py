@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from doge_deploy.bundle import Bundle
+from doge_deploy.bundle.manifest import Bundle
 from doge_deploy.checkpoint import Checkpoint, open_checkpoint
 from doge_deploy.errors import UnsupportedModelError, UsageError
 

@@ -10,14 +10,14 @@ from typing import Any
 import numpy as np
 import torch
 
-from doge_deploy.bundle import Bundle
+from doge_deploy.bundle.manifest import Bundle
 from doge_deploy.checkpoint import Checkpoint
 from doge_deploy.errors import UnsupportedModelError, UsageError
 from doge_deploy.graph.trace import reachable_windows
+from doge_deploy.kernels.launch import require_launcher
+from doge_deploy.kernels.torch_ops import kernels_in_torch
 from doge_deploy.model.decoder import StaticCausalLM
 from doge_deploy.model.rope import rope_tensors
-from doge_deploy.plugins.launch import require_launcher
-from doge_deploy.plugins.torch_ops import kernels_in_torch
 from doge_deploy.runtime.base import BundleRunner, FloatArray, IntArray
 
 

@@ -15,8 +15,8 @@ from pathlib import Path
 
 import click
 
-from doge_deploy.bundle import Bundle, open_bundle
-from doge_deploy.engine import EngineRecord
+from doge_deploy.bundle.engine_record import EngineRecord
+from doge_deploy.bundle.manifest import Bundle, open_bundle
 
 SIZES = ("20M", "20M-w512", "20M-MoE", "60M", "160M", "320M")
 HEADER = (

@@ -18,7 +18,7 @@ Result = dict[str, Any]
 DECODE_ROWS = ("20M", "60M", "160M", "20M-MoE")
 PREFILL_ROWS = ("20M-prefill", "60M-prefill", "20M-MoE-16384-prefill")
 KINDS = ("fp32", "int8", "int4")
-PEERS = ("transformers", "naive")
+BASELINES = ("transformers", "naive")
 COLORS = {"transformers": "#9a9a9a", "naive": "#5b8db8", "fp32": "#2f6b3a", "int8": "#d08a2e", "int4": "#b0413e"}
 
 
@@ -104,7 +104,7 @@ def decode_table(runs: dict[str, Result]) -> str:
         if name not in runs:
             continue
         result = only(runs[name])
-        peers = [number(row_of(result, peer).get("decode_tokens_per_s")) for peer in PEERS]
+        baselines = [number(row_of(result, baseline).get("decode_tokens_per_s")) for baseline in BASELINES]
         for kind in kinds_of(result):
             row = row_of(result, kind)
             step = row["decode_step_ms"]
@@ -116,7 +116,7 @@ def decode_table(runs: dict[str, Result]) -> str:
                     str(step["n"]),
                     ratio(result, kind, "transformers", "decode"),
                     ratio(result, kind, "naive", "decode"),
-                    " / ".join(peers),
+                    " / ".join(baselines),
                 ]
             )
     header = [
@@ -210,7 +210,7 @@ def load_table(runs: dict[str, Result]) -> str:
         if name not in runs:
             continue
         result = only(runs[name])
-        for candidate in (*kinds_of(result), *PEERS):
+        for candidate in (*kinds_of(result), *BASELINES):
             row = row_of(result, candidate)
             if row:
                 rows.append(
@@ -247,7 +247,7 @@ def plot_rates(runs: dict[str, Result], names: tuple[str, ...], figure_name: str
     present = [name for name in names if name in runs]
     if not present:
         return
-    candidates = [*PEERS, *KINDS]
+    candidates = [*BASELINES, *KINDS]
     figure = Figure(figsize=(9, 4), layout="constrained")
     axes = figure.subplots()
     width = 0.8 / len(candidates)

@@ -1,11 +1,11 @@
-"""What the CDMoE kernels load, store and calculate; see `doge_deploy.plugins.cost`. Symbols as in `spec.py`."""
+"""What the CDMoE kernels load, store and calculate; see `doge_deploy.kernels.cost`. Symbols as in `spec.py`."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 
-from doge_deploy.plugins.cost import ITEM_BYTES, Cost, CostModel
-from doge_deploy.plugins.spec import Binding, Tile
+from doge_deploy.kernels.cost import ITEM_BYTES, Cost, CostModel
+from doge_deploy.kernels.spec import Binding, Tile
 
 ID, WEIGHT, SCALE = 4, 4, 4
 """Bytes."""

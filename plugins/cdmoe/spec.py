@@ -9,8 +9,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from doge_deploy.errors import UnsupportedModelError
-from doge_deploy.plugins.expressions import sym
-from doge_deploy.plugins.spec import Attribute, DType, Limit, OperatorPlugin, PluginSpec, Step, TensorSpec
+from doge_deploy.kernels.expressions import sym
+from doge_deploy.kernels.spec import Attribute, DType, Limit, OperatorPlugin, PluginSpec, Step, TensorSpec
 from doge_plugins.cdmoe.cost import COSTS
 from doge_plugins.cdmoe.tiles import experts_tile, route_tile
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from doge_deploy.plugins.spec import Tile
+from doge_deploy.kernels.spec import Tile
 
 
 def power_of_two(number: int, least: int = 1) -> int:
@@ -17,7 +17,7 @@ def power_of_two(number: int, least: int = 1) -> int:
 
 
 def candidates(k: int, keys: int) -> int:
-    """Pairs of ranks that can be among the `k` best sums: see `doge_deploy.expert_pairs.candidate_pairs`."""
+    """Pairs of ranks that can be among the `k` best sums: see `doge_deploy.config.expert_pairs.candidate_pairs`."""
     return sum(min(k // (rank + 1), keys) for rank in range(min(k, keys)))
 
 

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from doge_deploy.errors import UnsupportedModelError
-from doge_deploy.plugins.expressions import Operand, cdiv, minimum, sym
-from doge_deploy.plugins.spec import Attribute, Limit, OperatorPlugin, PluginSpec, Step, TensorSpec
+from doge_deploy.kernels.expressions import Operand, cdiv, minimum, sym
+from doge_deploy.kernels.spec import Attribute, Limit, OperatorPlugin, PluginSpec, Step, TensorSpec
 from doge_plugins.dynamic_mask_attention.cost import COSTS
 from doge_plugins.dynamic_mask_attention.tiles import attend_tile, select_tile, split_tile
 

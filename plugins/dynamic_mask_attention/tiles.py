@@ -1,7 +1,7 @@
 """Tile sizes of the attention kernels by device, each with its reason.
 
 Three things bound a tile. Registers: a spilled accumulator costs more than a small tile. Shared memory: about 48 KiB,
-although every device has more (`doge_deploy/plugins/devices.py`): two programs then share a multiprocessor. And what
+although every device has more (`doge_deploy/kernels/devices.py`): two programs then share a multiprocessor. And what
 multiplies: tensor cores take float16 and bfloat16 from sm_80 on; float32 stays exact, and Triton has no path
 to the tensor cores of sm_75, so there the tile is multiplied by ordinary instructions, out of registers.
 Figures are those of `doge-deploy plugins compile` at D 128.
@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from doge_deploy.plugins.spec import Tile
+from doge_deploy.kernels.spec import Tile
 
 
 def power_of_two(number: int, least: int = 1) -> int:

@@ -19,7 +19,7 @@ from doge_deploy.bench.measure import PREFILLS
 from doge_deploy.bench.report import figures, ratios, to_json
 from doge_deploy.bench.roofline import SWEEPS
 from doge_deploy.bench.run import BenchOptions, bench
-from doge_deploy.bundle import Bundle, open_bundle
+from doge_deploy.bundle.manifest import Bundle, open_bundle
 from doge_deploy.errors import UsageError
 from doge_deploy.runtime import backend
 
@@ -171,7 +171,7 @@ def test_the_same_bundle_twice_is_refused(tiny_bundle: Path) -> None:
         bench([tiny_bundle, tiny_bundle], BenchOptions((16,), decode_steps=4))
 
 
-def test_peers_need_one_checkpoint(tiny_bundle: Path, tiny_moe_bundle: Path) -> None:
+def test_baselines_need_one_checkpoint(tiny_bundle: Path, tiny_moe_bundle: Path) -> None:
     with pytest.raises(UsageError, match="one checkpoint; these come from 2"):
         bench([tiny_bundle, tiny_moe_bundle], BenchOptions((16,), decode_steps=4, against=("transformers",)))
 
@@ -186,7 +186,7 @@ def test_a_plain_export_is_left_out_where_its_trace_would_be_wrong(
     assert to_json(bench([tiny_bundle], options))["results"][1]["ratios"] == []
 
 
-def test_a_legacy_checkpoint_has_no_peers(tmp_path: Path, scripted: type[ScriptedProcess]) -> None:
+def test_a_legacy_checkpoint_has_no_baselines(tmp_path: Path, scripted: type[ScriptedProcess]) -> None:
     checkpoint = golden_legacy.DIRECTORY / "dense"
     bundle = make_bundle(checkpoint, tmp_path / "bundle", num_layers=1)
     options = BenchOptions((4,), decode_steps=2, against=("transformers",), reference=str(checkpoint))
@@ -209,9 +209,9 @@ def test_for_real(tmp_path: Path) -> None:
     )
     report = bench([bundle], options)
     (result,) = report.results
-    own, *peers = result.measurements
-    assert len(peers) == 2
-    for found in (own, *peers):
+    own, *baselines = result.measurements
+    assert len(baselines) == 2
+    for found in (own, *baselines):
         assert found.tokens == own.tokens, f"{found.candidate} computes something else"
         assert [len(times.decode_ns) for times in found.rounds] == [3, 3]
         assert [len(times.prefill_ns) for times in found.rounds] == [PREFILLS] * 2

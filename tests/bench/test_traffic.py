@@ -12,9 +12,9 @@ from bundles import make_bundle
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import DynamicCache
 
-from doge_deploy.bench.peers.eager import load_model
+from doge_deploy.bench.baselines.eager import load_model
 from doge_deploy.bench.traffic import WEIGHTS_FILE, decode_traffic, stored_tensors
-from doge_deploy.bundle import Bundle, open_bundle
+from doge_deploy.bundle.manifest import Bundle, open_bundle
 from doge_deploy.checkpoint import open_checkpoint
 
 

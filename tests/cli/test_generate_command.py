@@ -17,12 +17,12 @@ from scripted_runner import ScriptedRunner, scripted
 
 import doge_deploy
 import doge_deploy.runtime.ort
-from doge_deploy.bundle import Layout, Manifest, file_entries, write_manifest
+from doge_deploy.bundle.manifest import Layout, Manifest, file_entries, write_manifest
+from doge_deploy.bundle.signature import make_signature
 from doge_deploy.cli.generate import EXIT_BROKEN_PIPE, EXIT_INTERRUPTED, generate
-from doge_deploy.config import DogeFacts
+from doge_deploy.config.model import DogeFacts
 from doge_deploy.errors import BrokenBundleError, DogeDeployError, UsageError
 from doge_deploy.runtime.tokenizer import Tokenizer
-from doge_deploy.signature import make_signature
 
 DOGE_TINY = Path(doge_deploy.__file__).parent / "demo" / "doge-tiny"
 MAX_LENGTH = 128

@@ -27,7 +27,7 @@ BAD: dict[str, tuple[list[str], int, str]] = {
     "bench: not a bundle": (["bench", "nowhere"], 2, "nowhere is not a directory"),
     "bench: not a number": (["bench", "x", "--prompt-length", "128,many"], 2, "'many' is not a whole number from 1 up"),
     "bench: no row": (["bench", "x", "--batch", "0"], 2, "'0' is not a whole number from 1 up"),
-    "bench: no such peer": (
+    "bench: no such baseline": (
         ["bench", "x", "--against", "transformers,llama"],
         2,
         "'llama' is not one of transformers, naive",

@@ -71,7 +71,6 @@ def test_a_library_without_code_is_not_loaded(install: Callable[[str], Library])
     assert probe_libraries({"x": Library("pretend_vendor", ("pytest",))})["x"].version == pytest.__version__
 
 
-@pytest.mark.skipif("sys.version_info < (3, 11)", reason="Python 3.10 always searches the current directory")
 def test_a_file_in_the_current_directory_is_not_taken_for_a_library(
     install: Callable[[str], Library], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

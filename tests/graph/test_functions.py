@@ -14,10 +14,10 @@ import torch
 from onnx_ir.tensor_adapters import TorchTensor
 
 from doge_deploy.checkpoint import open_checkpoint
-from doge_deploy.config import DogeFacts
-from doge_deploy.config_keys import TRAINED_ACTIVATIONS
+from doge_deploy.config.expert_pairs import candidate_pairs
+from doge_deploy.config.keys import TRAINED_ACTIVATIONS
+from doge_deploy.config.model import DogeFacts
 from doge_deploy.errors import UnsupportedModelError
-from doge_deploy.expert_pairs import candidate_pairs
 from doge_deploy.graph import schemas
 from doge_deploy.graph.functions import cdmoe_function, dynamic_mask_attention_function
 from doge_deploy.graph.functions.activations import SUPPORTED, activation_function

@@ -11,12 +11,12 @@ import onnx_ir as ir
 import pytest
 from plugin_graphs import attention_graph, moe_graph
 
-from doge_deploy.bundle import open_bundle
+from doge_deploy.bundle.manifest import open_bundle
 from doge_deploy.errors import UnsupportedModelError
 from doge_deploy.graph.check import check_model
 from doge_deploy.graph.passes.plugin_chains import PluginChainPass
-from doge_deploy.plugins.registry import Registry, installed, make_registry
-from doge_deploy.plugins.spec import OperatorPlugin, Step
+from doge_deploy.kernels.registry import Registry, installed, make_registry
+from doge_deploy.kernels.spec import OperatorPlugin, Step
 from doge_plugins.dynamic_mask_attention.spec import PLUGIN as ATTENTION
 
 

@@ -12,7 +12,7 @@ from plugin_graphs import attention_graph, moe_graph
 from doge_deploy.errors import BrokenBundleError, UnsupportedModelError, UsageError
 from doge_deploy.graph.passes.plugin_chains import PluginChainPass
 from doge_deploy.graph.preflight import check_file, check_plugins, require_plugins
-from doge_deploy.plugins.registry import installed
+from doge_deploy.kernels.registry import installed
 
 
 def lowered(window: int = 16, **options: int | str) -> ir.Model:

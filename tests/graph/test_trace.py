@@ -9,9 +9,9 @@ from typing import Any
 import onnx_ir as ir
 import pytest
 
+from doge_deploy.bundle.signature import make_signature
 from doge_deploy.checkpoint import open_checkpoint
 from doge_deploy.graph.trace import trace
-from doge_deploy.signature import make_signature
 
 
 def nodes(model: ir.Model) -> list[Any]:

@@ -9,7 +9,7 @@ import torch
 from random_doge import DYNAMIC, LONGROPE, SMALL, SMALL_MOE, random_doge
 from transformers import DogeForCausalLM
 
-from doge_deploy.config import DogeFacts
+from doge_deploy.config.model import DogeFacts
 from doge_deploy.model.decoder import Doge, GrowingCausalLM, StaticCausalLM, Windows
 from doge_deploy.model.rope import rope_tensors
 

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from doge_deploy.expert_pairs import candidate_pairs
+from doge_deploy.config.expert_pairs import candidate_pairs
 from doge_deploy.model.moe import route, split_router
 
 

@@ -11,7 +11,7 @@ import torch
 from transformers import DogeConfig
 from transformers.models.doge.modeling_doge import DogeRotaryEmbedding
 
-from doge_deploy.config import DogeFacts
+from doge_deploy.config.model import DogeFacts
 from doge_deploy.model.rope import rope_tensors
 
 LENGTH = 512

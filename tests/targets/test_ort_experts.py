@@ -14,9 +14,9 @@ import pytest
 from bundles import make_bundle
 from random_doge import SMALL, SMALL_MOE, save_random_doge
 
-from doge_deploy.bundle import Bundle, open_bundle
-from doge_deploy.config import DogeFacts
-from doge_deploy.expert_pairs import candidate_pairs
+from doge_deploy.bundle.manifest import Bundle, open_bundle
+from doge_deploy.config.expert_pairs import candidate_pairs
+from doge_deploy.config.model import DogeFacts
 from doge_deploy.graph.functions import cdmoe_function
 from doge_deploy.graph.functions.text import OPSET
 from doge_deploy.graph.passes.expose_selections import ExposeSelectionsPass

@@ -12,7 +12,7 @@ import pytest
 from bundles import broken_copy, make_bundle
 from random_doge import SMALL, SMALL_MOE, save_random_doge
 
-from doge_deploy.bundle import Bundle, open_bundle
+from doge_deploy.bundle.manifest import Bundle, open_bundle
 from doge_deploy.cli.main import run_command
 from doge_deploy.graph.schemas import DYNAMIC_MASK_ATTENTION
 from doge_deploy.runtime.base import FloatArray

@@ -15,7 +15,7 @@ from bundles import broken_copy, make_bundle
 from random_doge import SMALL, save_random_doge
 from safetensors import safe_open
 
-from doge_deploy.bundle import open_bundle
+from doge_deploy.bundle.manifest import open_bundle
 from doge_deploy.cli.main import run_command
 from doge_deploy.runtime.ort import open_runner
 from doge_deploy.verify.run import Report, verify

@@ -12,9 +12,9 @@ import pytest
 import torch
 from bundles import broken_copy, edit_tensor
 
-from doge_deploy.bundle import open_bundle
+from doge_deploy.bundle.manifest import open_bundle
 from doge_deploy.cli.main import run_command
-from doge_deploy.config import DogeFacts
+from doge_deploy.config.model import DogeFacts
 from doge_deploy.graph.functions import dynamic_mask_attention
 from doge_deploy.graph.schemas import CDMOE, ROUTED_EXPERTS
 from doge_deploy.model.attention import hidden_bias

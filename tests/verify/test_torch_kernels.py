@@ -13,11 +13,11 @@ from kernel_cases import large
 
 pytest.importorskip("triton", reason="kernels need Triton, which exists for Linux only")
 
-from doge_deploy.bundle import open_bundle
+from doge_deploy.bundle.manifest import open_bundle
 from doge_deploy.checkpoint import open_checkpoint
 from doge_deploy.cli.main import run_command
 from doge_deploy.errors import UsageError
-from doge_deploy.plugins import torch_ops
+from doge_deploy.kernels import torch_ops
 from doge_deploy.runtime.ort import open_runner
 from doge_deploy.verify.run import verify
 from doge_deploy.verify.torch_kernels import TorchKernelsRunner

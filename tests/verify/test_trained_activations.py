@@ -14,13 +14,13 @@ from bundles import broken_copy, make_bundle
 from random_doge import SMALL, SMALL_MOE, save_random_doge
 from safetensors import safe_open
 
-from doge_deploy.build import lower_layout
-from doge_deploy.bundle import open_bundle
+from doge_deploy.bundle.manifest import open_bundle
 from doge_deploy.checkpoint import open_checkpoint
 from doge_deploy.cli.main import run_command
-from doge_deploy.config_keys import TRAINED_ACTIVATIONS
+from doge_deploy.config.keys import TRAINED_ACTIVATIONS
 from doge_deploy.errors import UnsupportedModelError
 from doge_deploy.graph.preflight import check_file
+from doge_deploy.pipelines.build import lower_layout
 from doge_deploy.verify.run import verify
 
 CASES: dict[str, tuple[str, dict[str, Any]]] = {

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from engine_stand_ins import DECODE, SHARED, axes, held_runner
 
-from doge_deploy.bundle import Bundle, open_bundle
-from doge_deploy.engine import EngineProfile
+from doge_deploy.bundle.engine_record import EngineProfile
+from doge_deploy.bundle.manifest import Bundle, open_bundle
 from doge_deploy.runtime.base import FloatArray, IntArray
 from doge_deploy.runtime.trt.runner import TrtRunner
 from doge_deploy.verify import run

@@ -9,7 +9,7 @@ import math
 
 import onnx_ir as ir
 
-from doge_deploy.config_keys import TRAINED_ACTIVATIONS
+from doge_deploy.config.keys import TRAINED_ACTIVATIONS
 from doge_deploy.errors import UnsupportedModelError
 from doge_deploy.graph.functions.text import parse_function
 from doge_deploy.graph.schemas import ACTIVATION

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 
 import onnx_ir as ir
 
-from doge_deploy.config import DogeFacts
+from doge_deploy.config.model import DogeFacts
 from doge_deploy.graph.functions.activations import activation_body, weight_inputs
 from doge_deploy.graph.functions.text import parse_function
 from doge_deploy.graph.schemas import CDMOE
@@ -92,7 +92,7 @@ def cdmoe_function(facts: DogeFacts, *, routing: str, pairs: Sequence[tuple[int,
     Args:
         facts: experts, keys and activation of the checkpoint.
         routing: "reference" or "per-token".
-        pairs: the candidate ranks, see `doge_deploy.expert_pairs.candidate_pairs`.
+        pairs: the candidate ranks, see `doge_deploy.config.expert_pairs.candidate_pairs`.
 
     Raises:
         UnsupportedModelError: the activation has no body in standard operators.

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
-from doge_deploy.config import DogeFacts
+from doge_deploy.config.model import DogeFacts
 from doge_deploy.graph.functions.text import parse_function
 from doge_deploy.graph.functions.visible import CAUSAL, selected
 from doge_deploy.graph.schemas import DYNAMIC_MASK_ATTENTION

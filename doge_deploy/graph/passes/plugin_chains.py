@@ -8,9 +8,9 @@ import onnx_ir as ir
 
 from doge_deploy.errors import UnsupportedModelError
 from doge_deploy.graph.schemas import input_names
-from doge_deploy.plugins import symbols
-from doge_deploy.plugins.registry import Registry
-from doge_deploy.plugins.spec import OperatorPlugin, Step, TensorSpec
+from doge_deploy.kernels import symbols
+from doge_deploy.kernels.registry import Registry
+from doge_deploy.kernels.spec import OperatorPlugin, Step, TensorSpec
 
 NAMESPACE_ATTRIBUTE = "plugin_namespace"
 VERSION_ATTRIBUTE = "plugin_version"

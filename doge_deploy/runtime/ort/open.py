@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from doge_deploy.bundle import Bundle
+from doge_deploy.bundle.manifest import Bundle
+from doge_deploy.bundle.signature import SLOT_INDICES, UNCACHED
 from doge_deploy.runtime.ort.runners import GrowingOrtRunner, OrtRunner, StaticOrtRunner, UncachedOrtRunner
 from doge_deploy.runtime.ort.session import graph_file, open_session
 from doge_deploy.runtime.ort.window import WindowOrtRunner
-from doge_deploy.signature import SLOT_INDICES, UNCACHED
 
 
 def open_runner(

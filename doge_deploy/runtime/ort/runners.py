@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from doge_deploy.bundle import Layout
+from doge_deploy.bundle.manifest import Layout
+from doge_deploy.bundle.signature import PAST_ROPE, PRESENT_ROPE, SLOT_INDICES, past_name, present_name
 from doge_deploy.errors import UsageError
 from doge_deploy.runtime.base import BundleRunner, FloatArray, IntArray
-from doge_deploy.runtime.ort.pieces import joined_logits, joined_selections
+from doge_deploy.runtime.ort.prefill_chunks import joined_logits, joined_selections
 from doge_deploy.runtime.padding import left_padded
-from doge_deploy.signature import PAST_ROPE, PRESENT_ROPE, SLOT_INDICES, past_name, present_name
 
 if TYPE_CHECKING:
     import onnxruntime

@@ -6,7 +6,7 @@ import importlib.metadata
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from doge_deploy.bundle import Layout
+from doge_deploy.bundle.manifest import Layout
 from doge_deploy.errors import MissingDependencyError, UnsupportedModelError
 
 if TYPE_CHECKING:

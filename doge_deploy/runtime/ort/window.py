@@ -13,9 +13,9 @@ from typing import Any
 
 import numpy as np
 
+from doge_deploy.bundle.signature import SLOTS, past_name, present_name
 from doge_deploy.runtime.base import FloatArray, IntArray
 from doge_deploy.runtime.ort.runners import StaticOrtRunner
-from doge_deploy.signature import SLOTS, past_name, present_name
 
 CHUNK = 256
 """Tokens of a prefill that are computed at once: [Hkv, Q, K] numbers per layer are compared for the selection."""

@@ -9,10 +9,10 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from doge_deploy.build_options import Range
-from doge_deploy.engine import EngineRecord, EngineTensor
+from doge_deploy.bundle.engine_record import EngineRecord, EngineTensor
+from doge_deploy.bundle.signature import BATCH, SEQUENCE, Signature
 from doge_deploy.errors import BrokenBundleError, UsageError
-from doge_deploy.signature import BATCH, SEQUENCE, Signature
+from doge_deploy.options.build import Range
 
 ITEM_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "int64": 8, "int32": 4}
 

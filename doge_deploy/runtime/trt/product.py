@@ -10,10 +10,10 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from doge_deploy.build_options import Target
-from doge_deploy.bundle import Bundle
-from doge_deploy.engine import EngineRecord
+from doge_deploy.bundle.engine_record import EngineRecord
+from doge_deploy.bundle.manifest import Bundle
 from doge_deploy.errors import BrokenBundleError, MissingDependencyError, UnsupportedModelError, UsageError
+from doge_deploy.options.build import Target
 from doge_deploy.runtime.trt.device import Device, open_device
 from doge_deploy.runtime.trt.plan import make_plan
 from doge_deploy.runtime.trt.runner import Context, Engine, TrtRunner

@@ -15,11 +15,11 @@ from typing import Any
 
 import numpy as np
 
-from doge_deploy.engine import EngineTensor
+from doge_deploy.bundle.engine_record import EngineTensor
+from doge_deploy.bundle.signature import PAST_ROPE, PRESENT_ROPE, Signature
 from doge_deploy.runtime.base import BundleRunner, FloatArray, IntArray
 from doge_deploy.runtime.trt.device import Device, Graph, HostMemory, Memory
 from doge_deploy.runtime.trt.plan import BindingPlan, nbytes
-from doge_deploy.signature import PAST_ROPE, PRESENT_ROPE, Signature
 
 
 class Context(ABC):
@@ -107,7 +107,7 @@ class TrtRunner(BundleRunner):
         self._calls = {}
         self._caches = {}
         self.addresses = {}
-        self._rope = np.zeros(1, np.int64)
+        self._rope: np.ndarray[Any, Any] = np.zeros(1, np.int64)
         for cache in self.plan.caches:
             memory = self.device.allocate(nbytes(cache.tensor, cache.shape(batch_size)))
             self._caches[cache.present] = memory

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 import onnx_ir as ir
 
+from doge_deploy.bundle.signature import BATCH, SLOT_INDICES, SLOTS
 from doge_deploy.graph.schemas import DOMAIN, DYNAMIC_MASK_ATTENTION, WINDOW_BIAS
-from doge_deploy.signature import BATCH, SLOT_INDICES, SLOTS
 from doge_deploy.targets.ort.matching import (
     CONTRIB,
     Declined,

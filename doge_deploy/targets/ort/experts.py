@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import onnx_ir as ir
 
-from doge_deploy.expert_pairs import candidate_pairs
+from doge_deploy.config.expert_pairs import candidate_pairs
 from doge_deploy.graph.schemas import CDMOE, DOMAIN, ROUTED_EXPERTS
 from doge_deploy.targets.ort.experts_body import Routing, Table, routed_experts_function
 from doge_deploy.targets.ort.matching import Emitter, attribute, expect, require_contrib, stored_half, take_place

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import onnx_ir as ir
 import onnx_ir.passes.common as common
 
-from doge_deploy.signature import SLOT_INDICES
+from doge_deploy.bundle.signature import SLOT_INDICES
 from doge_deploy.targets.ort.attention import FUSED_ATTENTION_SINCE, FuseAttentionPass
 from doge_deploy.targets.ort.experts import RoutedExpertsPass
 from doge_deploy.targets.ort.head import TiedHeadPass
@@ -40,7 +40,7 @@ class Lowering:
 
     @property
     def drops_keys(self) -> bool:
-        """The graph has the signature of `doge_deploy.signature.windowed`."""
+        """The graph has the signature of `doge_deploy.bundle.signature.windowed`."""
         return any(value.name == SLOT_INDICES for value in self.model.graph.inputs)
 
     @property

@@ -6,8 +6,8 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
 
-from doge_deploy.build_options import Target
-from doge_deploy.engine import Decomposed, EngineProfile, EngineTensor, KernelCounts
+from doge_deploy.bundle.engine_record import Decomposed, EngineProfile, EngineTensor, KernelCounts
+from doge_deploy.options.build import Target
 
 
 class _Message(BaseModel):

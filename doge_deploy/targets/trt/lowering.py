@@ -14,10 +14,10 @@ from collections.abc import Iterator, Sequence
 import onnx_ir as ir
 import onnx_ir.passes.common as common
 
+from doge_deploy.devices.tensorrt_limits import TOPK_LIMIT
+from doge_deploy.diagnostics import join_findings
 from doge_deploy.errors import UnsupportedModelError
-from doge_deploy.findings import join_findings
 from doge_deploy.graph.passes.name_nodes import NameNodesPass
-from doge_deploy.products import TOPK_LIMIT
 from doge_deploy.targets.trt.plugins import PluginLowering
 
 _STANDARD_DOMAINS = ("", "ai.onnx")

@@ -10,7 +10,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from doge_deploy.engine import EngineTensor
+from doge_deploy.bundle.engine_record import EngineTensor
 from doge_deploy.errors import UnsupportedModelError, UsageError
 from doge_deploy.targets.trt.job import Job
 from doge_deploy.targets.trt.vendor import PRODUCTS

@@ -1,6 +1,6 @@
 """The plugin lowering of one operator, as a build takes it.
 
-Plugins come in by entry point, ours and anybody else's: see `doge_deploy.plugins.registry`. Finding one imports neither
+Plugins come in by entry point, ours and anybody else's: see `doge_deploy.kernels.registry`. Finding one imports neither
 Triton nor TensorRT; `register` does both.
 """
 
@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 from doge_deploy.errors import MissingDependencyError
-from doge_deploy.plugins.registry import GROUP, Registry, installed, make_registry
-from doge_deploy.plugins.spec import OperatorPlugin
+from doge_deploy.kernels.registry import GROUP, Registry, installed, make_registry
+from doge_deploy.kernels.spec import OperatorPlugin
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -83,7 +83,7 @@ class ChainLowering:
         return PluginChainPass(registry)(model).model
 
     def register(self, capabilities: Collection[str]) -> None:
-        from doge_deploy.plugins.tensorrt import register
+        from doge_deploy.kernels.tensorrt import register
 
         # PTX for a capability runs on every later one too
         register(self.plugin.specs, min(int(text.replace(".", "")) for text in capabilities))

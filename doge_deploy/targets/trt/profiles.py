@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Literal
 
-from doge_deploy.build_options import BuildOptions, Range
-from doge_deploy.engine import EngineProfile
+from doge_deploy.bundle.engine_record import EngineProfile
+from doge_deploy.bundle.signature import BATCH, SEQUENCE
 from doge_deploy.errors import UsageError
-from doge_deploy.signature import BATCH, SEQUENCE
+from doge_deploy.options.build import BuildOptions, Range
 
 _PREFILL_OPT = 512
 """Tokens of the prefill that kernels are chosen for where the user does not say: a short chat turn."""

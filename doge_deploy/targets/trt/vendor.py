@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from types import ModuleType
 from typing import Literal
 
-from doge_deploy.build_options import Target
 from doge_deploy.errors import MissingDependencyError
+from doge_deploy.options.build import Target
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import IO, Any, Literal
 
-from doge_deploy.engine import Decomposed
+from doge_deploy.bundle.engine_record import Decomposed
 from doge_deploy.errors import DogeDeployError, MissingDependencyError, UnsupportedModelError, UsageError
 from doge_deploy.targets.trt.job import Failed, Finished, Job, Progress
 from doge_deploy.targets.trt.layers import BuilderLog, count_kernels, describe

@@ -13,10 +13,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from doge_deploy.build_options import Target
-from doge_deploy.bundle import open_bundle, write_manifest
+from doge_deploy.bundle.manifest import open_bundle, write_manifest
 from doge_deploy.cli.main import run_command
 from doge_deploy.errors import MissingDependencyError
+from doge_deploy.options.build import Target
 from doge_deploy.runtime.base import BundleRunner
 from doge_deploy.runtime.ort import open_runner
 from doge_deploy.runtime.trt import open_runner as open_engine

@@ -10,11 +10,11 @@ import pytest
 import tensorrt_standin
 from bundles import NoProgress, make_bundle
 
-from doge_deploy import build as building
-from doge_deploy.build_options import BuildOptions
-from doge_deploy.bundle import Bundle, Layout, open_bundle
-from doge_deploy.engine import EngineRecord
+from doge_deploy.bundle.engine_record import EngineRecord
+from doge_deploy.bundle.manifest import Bundle, Layout, open_bundle
 from doge_deploy.errors import UnsupportedModelError
+from doge_deploy.options.build import BuildOptions
+from doge_deploy.pipelines import build as building
 
 pytestmark = pytest.mark.skipif(bool(tensorrt_standin.missing()), reason=tensorrt_standin.missing() or "complete")
 

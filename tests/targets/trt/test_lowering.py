@@ -11,12 +11,12 @@ import onnx_ir as ir
 import pytest
 from bundles import make_bundle
 
-from doge_deploy.build import cache_aliases, lower_layout, serialize, weight_bytes
-from doge_deploy.bundle import Bundle, open_bundle
+from doge_deploy.bundle.manifest import Bundle, open_bundle
 from doge_deploy.errors import MissingDependencyError, UnsupportedModelError
-from doge_deploy.plugins import registry
-from doge_deploy.plugins.registry import installed
-from doge_deploy.plugins.spec import Limit
+from doge_deploy.kernels import registry
+from doge_deploy.kernels.registry import installed
+from doge_deploy.kernels.spec import Limit
+from doge_deploy.pipelines.build import cache_aliases, lower_layout, serialize, weight_bytes
 from doge_deploy.runtime.ort import open_runner
 from doge_deploy.targets.trt.lowering import lower
 

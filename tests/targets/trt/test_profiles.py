@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from doge_deploy.build_options import BuildOptions, Range
 from doge_deploy.errors import UsageError
+from doge_deploy.options.build import BuildOptions, Range
 from doge_deploy.targets.trt.profiles import make_profiles
 
 

@@ -1,0 +1,171 @@
+"""Every input and output of an exported graph: the contract between the trace and all later rooms.
+
+Axes: B `batch_size`, Q `sequence_length`, P `past_sequence_length`, K `past_sequence_length + sequence_length`,
+L `max_length` (a number, fixed at export).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from doge_deploy.config.model import DogeFacts
+
+BATCH = "batch_size"
+SEQUENCE = "sequence_length"
+PAST = "past_sequence_length"
+TOTAL = f"{PAST} + {SEQUENCE}"
+SEEN = "total_sequence_length"
+"""All tokens so far, where a sliding cache holds fewer."""
+PRESENT = "present_sequence_length"
+"""Slots of a sliding cache after the call: P + Q, at most `sliding_window - 1`."""
+PAST_ROPE = "past_rope_length"
+PRESENT_ROPE = "present_rope_length"
+"""The memory of RoPE type `dynamic` beyond its original length: tokens of the longest text so far, 0 for none."""
+
+LAYOUTS = ("static", "growing")
+"""Cache layouts, the default first."""
+
+UNCACHED = "uncached"
+"""The one layout of tasks other than causal-lm: a whole text in one call."""
+
+CACHE_KINDS = {"growing": ("key", "value"), "static": ("key", "value", "score")}
+"""What a layout keeps per layer, in graph order."""
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """One graph input or output: `dtype` is an ONNX element type in NumPy's spelling, an axis a name or a size."""
+
+    name: str
+    dtype: str
+    shape: tuple[str | int, ...]
+
+
+@dataclass(frozen=True)
+class Signature:
+    """Inputs and outputs of one layout's graph, in order."""
+
+    layout: str
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+
+    def past(self) -> Iterator[tuple[TensorSpec, TensorSpec]]:
+        """Each cache input with the output that replaces it on the next call."""
+        present = {spec.name: spec for spec in self.outputs}
+        for spec in self.inputs:
+            if spec.name.startswith("past_key_values."):
+                yield spec, present[present_name(spec.name)]
+
+    @property
+    def remembers_rope(self) -> bool:
+        """Whether `past_rope_length` is an input, whose next value is the output `present_rope_length`."""
+        return any(spec.name == PAST_ROPE for spec in self.inputs)
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "layout": self.layout,
+            "inputs": [asdict(spec) for spec in self.inputs],
+            "outputs": [asdict(spec) for spec in self.outputs],
+        }
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Signature:
+        def specs(rows: Any) -> tuple[TensorSpec, ...]:
+            return tuple(TensorSpec(row["name"], row["dtype"], tuple(row["shape"])) for row in rows)
+
+        return cls(data["layout"], specs(data["inputs"]), specs(data["outputs"]))
+
+
+def past_name(layer: int | str, kind: str) -> str:
+    return f"past_key_values.{layer}.{kind}"
+
+
+def present_name(past: str) -> str:
+    """`past_key_values.3.key` -> `present.3.key`."""
+    return past.replace("past_key_values.", "present.", 1)
+
+
+def uncached_signature(facts: DogeFacts, task: str, *, dtype: str, max_length: int) -> Signature:
+    """The signature of a graph for "features" or "sequence-classification".
+
+    Without a padding token transformers classifies one text at a time: B is 1 there.
+    """
+    classifies = task == "sequence-classification"
+    batch: str | int = 1 if classifies and facts.pad_token_id is None else BATCH
+    inputs = [
+        TensorSpec("input_ids", "int64", (batch, SEQUENCE)),
+        TensorSpec("attention_mask", "int64", (batch, SEQUENCE)),
+    ]
+    if classifies:
+        assert facts.num_labels is not None
+        outputs = [TensorSpec("logits", dtype, (batch, facts.num_labels))]
+    else:
+        outputs = [TensorSpec("last_hidden_state", dtype, (batch, SEQUENCE, facts.hidden_size))]
+    if facts.rope_remembers(max_length):
+        inputs.append(TensorSpec(PAST_ROPE, "int64", (1,)))
+        outputs.append(TensorSpec(PRESENT_ROPE, "int64", (1,)))
+    return Signature(UNCACHED, tuple(inputs), tuple(outputs))
+
+
+SLOT_INDICES = "slot_indices"
+SLOTS = "num_slots"
+
+
+def windowed(signature: Signature) -> Signature:
+    """The static signature of a graph whose runner drops keys that left the window.
+
+    The buffers have any number of slots, and `slot_indices` `[B]` is each row's next one; `write_indices` is then only
+    the next position.
+    """
+
+    def any_slots(spec: TensorSpec) -> TensorSpec:
+        if not spec.name.startswith(("past_key_values.", "present.")):
+            return spec
+        return replace(spec, shape=(*spec.shape[:2], SLOTS, *spec.shape[3:]))
+
+    inputs = []
+    for spec in signature.inputs:
+        inputs.append(any_slots(spec))
+        if spec.name == "write_indices":
+            inputs.append(TensorSpec(SLOT_INDICES, "int64", (BATCH,)))
+    return Signature(signature.layout, tuple(inputs), tuple(any_slots(spec) for spec in signature.outputs))
+
+
+def make_signature(facts: DogeFacts, layout: str, *, dtype: str, max_length: int, last_logits: bool) -> Signature:
+    """The signature of a graph.
+
+    Args:
+        facts: the checkpoint, its `num_hidden_layers` the number that is exported.
+        layout: "growing" or "static".
+        dtype: NumPy's name of the model's dtype: "float32", "float16" or "bfloat16". Scores are float32 in all of them.
+        max_length: slots per row of a static cache.
+        last_logits: logits of one token per row.
+    """
+    past_axis: str | int = max_length if layout == "static" else PAST
+    sliding = facts.sliding_window is not None
+    present_axis: str | int = max_length if layout == "static" else PRESENT if sliding else TOTAL
+    ids = [TensorSpec("input_ids", "int64", (BATCH, SEQUENCE))]
+    if layout == "growing":
+        ids.append(TensorSpec("attention_mask", "int64", (BATCH, SEEN if sliding else TOTAL)))
+        ids.append(TensorSpec("position_ids", "int64", (BATCH, SEQUENCE)))
+    else:
+        ids.append(TensorSpec("write_indices", "int64", (BATCH,)))
+        if last_logits:
+            ids.append(TensorSpec("sequence_lengths", "int64", (BATCH,)))
+    memory = facts.rope_remembers(max_length)
+    if memory:
+        ids.append(TensorSpec(PAST_ROPE, "int64", (1,)))
+    past, present = [], []
+    for layer in range(facts.num_hidden_layers):
+        for kind in CACHE_KINDS[layout]:
+            name, width = past_name(layer, kind), 1 if kind == "score" else facts.head_dim
+            kind_dtype = "float32" if kind == "score" else dtype
+            heads = facts.num_score_heads if kind == "score" else facts.num_key_value_heads
+            past.append(TensorSpec(name, kind_dtype, (BATCH, heads, past_axis, width)))
+            present.append(TensorSpec(present_name(name), kind_dtype, (BATCH, heads, present_axis, width)))
+    logits = TensorSpec("logits", dtype, (BATCH, 1 if last_logits else SEQUENCE, facts.vocab_size))
+    if memory:
+        present.append(TensorSpec(PRESENT_ROPE, "int64", (1,)))
+    return Signature(layout, (*ids, *past), (logits, *present))

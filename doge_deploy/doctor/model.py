@@ -1,0 +1,60 @@
+"""The model that is asked about: a checkpoint or a bundle."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from doge_deploy.bundle.manifest import MANIFEST, open_bundle
+from doge_deploy.bundle.signature import LAYOUTS
+from doge_deploy.checkpoint import open_checkpoint
+from doge_deploy.config.model import DogeFacts
+from doge_deploy.errors import UsageError
+from doge_deploy.pipelines.export import resolve_max_length
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What is to run somewhere."""
+
+    name: str
+    facts: DogeFacts
+    dtype: str | None
+    """fp32, fp16 or bf16 where that is settled, as in a bundle."""
+    max_length: int
+    layouts: tuple[str, ...]
+    """Of a bundle; a checkpoint may be exported in any."""
+    last_logits: bool
+
+    @property
+    def window(self) -> int | None:
+        """`keep_window_size` where a row can hold more keys than that: keys are then selected."""
+        return self.facts.keep_window_size if self.facts.keep_window(self.max_length) else None
+
+
+def open_subject(path: str, *, max_length: int | None = None) -> Subject:
+    """A bundle's directory, or anything that `export` takes as MODEL; no weights are read.
+
+    Args:
+        path: the bundle or model.
+        max_length: slots per row, for a checkpoint; its own length where None.
+
+    Raises:
+        UsageError, UnsupportedModelError, MissingDependencyError: it cannot be opened.
+    """
+    if (Path(path) / MANIFEST).is_file():
+        manifest = open_bundle(path, check="quick").manifest
+        if max_length is not None and max_length != manifest.max_length:
+            raise UsageError(
+                f"--max-length {max_length}: {path} was exported for {manifest.max_length}; export it again for another"
+            )
+        return Subject(
+            path,
+            manifest.facts,
+            manifest.options["dtype"],
+            manifest.max_length,
+            tuple(manifest.layouts),
+            manifest.options["logits"] == "last",
+        )
+    facts = open_checkpoint(path).facts
+    return Subject(path, facts, None, resolve_max_length(facts, max_length), LAYOUTS, True)

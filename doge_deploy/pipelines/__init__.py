@@ -1,0 +1,1 @@
+"""The order of the steps of an export and of a build, and nothing else."""

@@ -1,0 +1,307 @@
+"""Builds: real ones with TensorRT-RTX, and what is left when one breaks down or is killed."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from bundles import NoProgress, make_bundle
+from engine_stand_ins import made_up_record
+
+from doge_deploy.bundle import engine_store
+from doge_deploy.bundle.engine_record import EngineRecord
+from doge_deploy.bundle.manifest import open_bundle
+from doge_deploy.cli.main import run_command
+from doge_deploy.errors import BrokenBundleError, MissingDependencyError, UnsupportedModelError, UsageError
+from doge_deploy.options.build import BuildOptions
+from doge_deploy.pipelines import build as building
+from doge_deploy.pipelines.build import build
+from doge_deploy.targets.trt import vendor
+
+
+@pytest.fixture(scope="module")
+def fp16_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """doge-tiny in fp16, static, without engines; do not write into it."""
+    return make_bundle("doge-tiny", tmp_path_factory.mktemp("bundles") / "doge-tiny-fp16", dtype="fp16")
+
+
+@pytest.fixture
+def bundle(fp16_bundle: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(fp16_bundle, tmp_path / "bundle"))
+
+
+def run(path: Path, *, force: bool = False, **options: Any) -> EngineRecord:
+    return build(path, BuildOptions(**options), force=force, progress=NoProgress())
+
+
+def without_engine(path: Path) -> None:
+    """The bundle is whole, and nothing of a build is left in it."""
+    assert open_bundle(path).manifest.engines == {}
+    assert not (path / "engines").exists()
+
+
+@pytest.mark.tensorrt
+def test_an_engine_and_its_record(bundle: Path) -> None:
+    record = run(bundle, compute_capabilities=["8.9"])
+    opened = open_bundle(bundle)
+    assert opened.engine() == record == opened.manifest.engines["trt-rtx-fp16-sm89"]
+    assert opened.manifest.files[record.engine_file]["bytes"] == record.engine_bytes
+    signature = opened.layout("static").signature
+    assert [tensor.name for tensor in record.inputs] == [spec.name for spec in signature.inputs]
+    assert [(t.dtype, t.shape) for t in record.inputs] == [(s.dtype, s.shape) for s in signature.inputs]
+    assert [(t.dtype, t.shape) for t in record.outputs] == [(s.dtype, s.shape) for s in signature.outputs]
+    assert record.layers.kv_cache_update == len(record.aliases) == 9
+    assert record.layers.attention == 3
+    assert record.layers.decomposed == ()
+    assert record.kernels is not None
+    assert record.kernels.fused_attention == 3
+    assert "TF32" not in record.flags
+    assert record.onnx.sha256 == opened.manifest.files["model.onnx"]["sha256"]
+    assert record.peak_memory_bytes > record.engine_bytes
+    assert record.activation_bytes
+
+
+@pytest.mark.tensorrt
+def test_inspect_shows_the_engine(bundle: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    run(bundle)
+    capfd.readouterr()
+    engine = bundle / "engines" / "trt-rtx-fp16-portable"
+    assert run_command(["inspect", str(bundle)]) == 0
+    assert "engine trt-rtx-fp16-portable: TensorRT-RTX" in capfd.readouterr().out
+    for path in (engine, engine / "model.engine"):
+        assert run_command(["inspect", str(path)]) == 0
+        text = " ".join(capfd.readouterr().out.split())
+        assert "3 native layers; 3 of 3 (one per layer and profile) run as one kernel" in text
+        assert "KV_CACHE_UPDATE │ 9" in text
+    assert run_command(["inspect", str(engine), "--layers"]) == 0
+    assert "Attention_2" in capfd.readouterr().out
+    assert run_command(["inspect", str(engine), "--json"]) == 0
+    data = json.loads(capfd.readouterr().out)
+    assert data["record"]["layers"]["attention"] == 3
+    assert len(data["report"]["network"]) == data["record"]["layers"]["total"]
+    assert run_command(["inspect", str(bundle), "--layers"]) == 2
+    (engine / "model.engine").write_bytes(b"")
+    assert run_command(["inspect", str(engine)]) == 3
+    assert "model.engine was altered" in capfd.readouterr().err
+
+
+@pytest.mark.tensorrt
+def test_fp32_decomposes_its_attention_and_says_why(tiny_bundle: Path, tmp_path: Path) -> None:
+    record = run(Path(shutil.copytree(tiny_bundle, tmp_path / "bundle")))
+    assert [layer.layer for layer in record.layers.decomposed] == ["Attention_0", "Attention_1", "Attention_2"]
+    assert "no fused kernel for these heads and this dtype" in record.layers.decomposed[0].reason
+    assert "TF32" not in record.flags
+
+
+@pytest.mark.tensorrt
+def test_a_mixture_of_experts_builds(tmp_path: Path) -> None:
+    path = make_bundle("doge-tiny-moe", tmp_path / "moe", dtype="bf16")
+    record = run(path, profiles="separate", batch_size=[1, 2, 4])
+    assert [profile.name for profile in record.profiles] == ["prefill", "decode"]
+    assert record.profile_for(batch_size=4, sequence_length=1) == 1
+
+
+@pytest.mark.tensorrt
+def test_an_engine_is_replaced_only_with_force(bundle: Path) -> None:
+    first = run(bundle)
+    with pytest.raises(UsageError, match="has an engine trt-rtx-fp16-portable; replace it with --force"):
+        run(bundle)
+    second = run(bundle, force=True, verbosity="none")
+    opened = open_bundle(bundle)
+    assert opened.engine() == second != first
+    assert second.kernels is None
+    assert [path.name for path in (bundle / "engines").iterdir()] == ["trt-rtx-fp16-portable"]
+
+
+@pytest.mark.tensorrt
+@pytest.mark.parametrize(
+    ("options", "error", "words"),
+    [
+        ({"compute_capabilities": ["8.7"]}, UsageError, r"cannot build for 8.7; known: 7.5, 8.0, 8.6"),
+        ({"compute_capabilities": ["7.5"]}, UnsupportedModelError, r"for Turing \(SM75\): FP32 GEMM is not supported"),
+        ({"strip_weights": True}, MissingDependencyError, "needs a CUDA device to strip weights"),
+        ({"sequence_length": 4096}, UsageError, "a call of 4096 tokens does not fit"),
+        ({"timing_cache": "t.cache"}, UsageError, "TensorRT-RTX measures no kernels"),
+    ],
+    ids=["unknown-device", "turing", "strip-weights", "too-long", "timing-cache"],
+)
+def test_what_cannot_be_built_leaves_nothing(
+    bundle: Path, options: dict[str, Any], error: type[Exception], words: str
+) -> None:
+    with pytest.raises(error, match=words) as caught:
+        run(bundle, **options)
+    assert "\n" not in str(caught.value)
+    without_engine(bundle)
+
+
+def test_a_bundle_without_static_layout_is_refused(tmp_path: Path, dense_doge: Path) -> None:
+    path = make_bundle(dense_doge, tmp_path / "growing", kv_cache=("growing",))
+    with pytest.raises(UsageError, match="has no 'static' layout; it holds: growing"):
+        run(path)
+
+
+def test_quantized_weights_are_refused(tmp_path: Path) -> None:
+    path = make_bundle("doge-tiny", tmp_path / "int8", quantize="int8")
+    with pytest.raises(UnsupportedModelError, match=r"stores its weights as int8; .* export without --quantize"):
+        run(path)
+
+
+def test_full_tensorrt_is_missing_here(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(vendor.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(MissingDependencyError, match=r"needs TensorRT, which is not installed: pip install") as caught:
+        run(bundle, target="trt")
+    assert caught.value.exit_code == 4
+    without_engine(bundle)
+
+
+def test_full_tensorrt_needs_a_device(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(vendor.importlib.util, "find_spec", lambda name: object())
+    monkeypatch.setattr(vendor, "_cuda_driver", lambda: None)
+    with pytest.raises(MissingDependencyError, match="no CUDA device was found; run it on that device"):
+        run(bundle, target="trt")
+
+
+def test_full_tensorrt_builds_for_its_own_device_only(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(building, "check_installed", lambda target: None)
+    monkeypatch.setattr(building, "require_gpu", lambda target: None)
+    monkeypatch.setattr(building, "device_capability", lambda: "8.7")
+    with pytest.raises(UsageError, match=r"compute_capabilities=8.9: TensorRT builds for the device of .* is 8.7"):
+        run(bundle, target="trt", compute_capabilities=["8.9"])
+
+
+def test_an_installed_product_that_does_not_load(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(vendor, "check_installed", lambda target: None)
+
+    def broken(name: str) -> None:
+        raise ImportError("libnvinfer.so.11: cannot open shared object file\nmore")
+
+    monkeypatch.setattr(vendor.importlib, "import_module", broken)
+    with pytest.raises(
+        MissingDependencyError, match=r"cannot be loaded: libnvinfer.so.11: cannot open .*doge-deploy\[trt"
+    ):
+        vendor.import_product("trt")
+
+
+CRASHES = {
+    "abort": ("import os, sys; print('the cause', file=sys.stderr, flush=True); os.abort()", "was ended by signal 6"),
+    "segmentation-fault": ("import ctypes; ctypes.string_at(0)", "was ended by signal 11"),
+    "exit": ("import sys; sys.exit('the cause')", "ended with status 1; its last words: the cause"),
+    "silence": ("", "ended with status 0; its last words: nothing"),
+}
+
+
+@pytest.mark.parametrize(("code", "words"), CRASHES.values(), ids=CRASHES.keys())
+def test_a_library_that_breaks_down_is_an_error_with_its_last_words(
+    bundle: Path, code: str, words: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(building, "check_installed", lambda target: None)
+    monkeypatch.setattr(building, "WORKER", (sys.executable, "-c", code))
+    with pytest.raises(MissingDependencyError, match="the library of TensorRT-RTX broke down: its process") as caught:
+        run(bundle)
+    assert words in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert caught.value.exit_code == 4
+    without_engine(bundle)
+
+
+def test_two_builds_of_one_bundle_do_not_mix(bundle: Path) -> None:
+    opened = open_bundle(bundle)
+    with (
+        engine_store.staging(opened),
+        pytest.raises(UsageError, match="another build is writing to"),
+        engine_store.staging(opened),
+    ):
+        pass
+
+
+def stage(bundle: Path, staged: Path, content: str = "engine") -> None:
+    (staged / "model.engine").write_text(content)
+    (staged / "layers.json").write_text("{}")
+
+
+def record_of(bundle: Path) -> EngineRecord:
+    files = open_bundle(bundle).manifest.files
+    onnx = {"file": "model.onnx", "sha256": files["model.onnx"]["sha256"]}
+    weights = {"file": "weights.safetensors", "sha256": files["weights.safetensors"]["sha256"]}
+    return made_up_record(onnx=onnx, weights=weights)
+
+
+class Killed(BaseException):
+    """Ends a block as a kill would, without clean-up by `except Exception`."""
+
+
+@pytest.mark.parametrize("step", ["rename", "rmtree", "first manifest", "second manifest"])
+def test_an_interrupted_replacement_leaves_the_bundle_whole(
+    bundle: Path, step: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened, record = open_bundle(bundle), record_of(bundle)
+    with engine_store.staging(opened) as staged:
+        stage(bundle, staged)
+        engine_store.commit(opened, staged, record)
+    calls = {"first manifest": 1, "second manifest": 2}.get(step, 1)
+    target, name = {
+        "rename": (Path, "rename"),
+        "rmtree": (engine_store.shutil, "rmtree"),
+    }.get(step, (engine_store, "write_manifest"))
+    original, count = getattr(target, name), 0
+
+    def fail(*arguments: Any, **options: Any) -> Any:
+        nonlocal count
+        count += 1
+        if count == calls:
+            raise Killed
+        return original(*arguments, **options)
+
+    opened = open_bundle(bundle)
+    with pytest.raises(Killed), engine_store.staging(opened) as staged:
+        stage(bundle, staged, "another engine")
+        with monkeypatch.context() as patch:
+            patch.setattr(target, name, fail)
+            engine_store.commit(opened, staged, record)
+    assert set(open_bundle(bundle).manifest.engines) <= {"trt-rtx-fp16-sm89"}
+    with engine_store.staging(opened) as staged:
+        stage(bundle, staged, "a third engine")
+        engine_store.commit(opened, staged, record)
+    assert (bundle / record.engine_file).read_text() == "a third engine"
+    assert open_bundle(bundle).engine() == record
+    assert not list((bundle / "engines").glob(".*"))
+
+
+def test_a_bundle_that_was_exported_anew_meanwhile_is_not_given_the_engine(bundle: Path) -> None:
+    opened, record = open_bundle(bundle), made_up_record()
+    with engine_store.staging(opened) as staged, pytest.raises(BrokenBundleError, match="was replaced while"):
+        stage(bundle, staged)
+        engine_store.commit(opened, staged, record)
+    without_engine(bundle)
+
+
+@pytest.mark.tensorrt
+@pytest.mark.parametrize("delay", [0.4, 0.9, 1.4])
+def test_a_killed_build_leaves_the_bundle_whole(bundle: Path, delay: float) -> None:
+    command = [sys.executable, "-m", "doge_deploy.cli", "build", str(bundle)]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    time.sleep(delay)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert set(open_bundle(bundle).manifest.engines) <= {"trt-rtx-fp16-portable"}
+    run(bundle, force=True)
+    assert [path.name for path in (bundle / "engines").iterdir()] == ["trt-rtx-fp16-portable"]
+
+
+@pytest.mark.tensorrt
+def test_a_polite_end_of_a_build_cleans_up(bundle: Path) -> None:
+    command = [sys.executable, "-m", "doge_deploy.cli", "build", str(bundle)]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 60
+    while not (bundle / "engines").exists() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=60) == 143
+    without_engine(bundle)
