@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Protocol
 from doge_deploy.bundle.engine_record import ENGINES, EngineRecord, LayerCounts, PluginUse, SourceFile
 from doge_deploy.bundle.engine_store import commit, staging
 from doge_deploy.bundle.manifest import Bundle, Layout, open_bundle
+from doge_deploy.devices.host import platform_name
 from doge_deploy.errors import MissingDependencyError, UnsupportedModelError, UsageError
 from doge_deploy.options.build import BuildOptions
 from doge_deploy.targets.trt.job import EVENTS, Failed, Finished, Job
@@ -25,7 +26,6 @@ from doge_deploy.targets.trt.vendor import (
     Product,
     check_installed,
     device_capability,
-    platform_name,
     require_gpu,
 )
 

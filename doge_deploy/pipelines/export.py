@@ -17,10 +17,9 @@ from doge_deploy.bundle.signature import LAYOUTS, UNCACHED, make_signature, unca
 from doge_deploy.checkpoint import Checkpoint, check_finite, check_score_range, open_checkpoint
 from doge_deploy.config.model import TASKS, DogeFacts
 from doge_deploy.config.revisions import REVISIONS
+from doge_deploy.dtypes import NAMES
 from doge_deploy.errors import MissingDependencyError, UnsupportedModelError, UsageError
 from doge_deploy.options.export import BLOCK_SIZES, ExportOptions
-
-DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 
 
 class Progress(Protocol):
@@ -67,8 +66,8 @@ def export(model: str, output: Path, options: ExportOptions, *, force: bool, pro
         check_activation(facts, options.dtype)
         max_length = resolve_max_length(facts, options.max_length)
         check_positions(max_length)
-        warnings = tuple(check_score_range(checkpoint, DTYPES[options.dtype]))
-        check_finite(checkpoint, dtype=DTYPES[options.dtype], others=_in_half(checkpoint, options))
+        warnings = tuple(check_score_range(checkpoint, NAMES[options.dtype]))
+        check_finite(checkpoint, dtype=NAMES[options.dtype], others=_in_half(checkpoint, options))
         advance(1)
         layouts = _write_graphs(directory, checkpoint, options, max_length, progress)
         for file in checkpoint.companion_files:
@@ -192,7 +191,7 @@ def _write_graphs(
     from doge_deploy.graph.weights import WEIGHTS_FILE, TensorSources, write_weights
     from doge_deploy.model.rope import rope_tensors
 
-    facts, dtype = checkpoint.facts, DTYPES[options.dtype]
+    facts, dtype = checkpoint.facts, NAMES[options.dtype]
     last_logits = options.logits == "last"
     keep_window = facts.keep_window(max_length)
     notes: tuple[str, ...] = ()
