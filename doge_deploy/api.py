@@ -23,6 +23,7 @@ from doge_deploy.options.build import BuildOptions
 from doge_deploy.options.export import ExportOptions
 from doge_deploy.options.keywords import BuildKeywords, ExportKeywords
 from doge_deploy.options.load import combine_options
+from doge_deploy.process.progress import NO_PROGRESS
 from doge_deploy.runtime.choices import TextChoices
 from doge_deploy.runtime.generate import GenerationOptions
 from doge_deploy.runtime.text_model import Generation, TextModel
@@ -30,7 +31,7 @@ from doge_deploy.runtime.text_model import Generation, TextModel
 if TYPE_CHECKING:  # what takes long to import is imported by the function that needs it
     from doge_deploy.bundle.engine_record import EngineRecord
     from doge_deploy.bundle.manifest import Bundle
-    from doge_deploy.pipelines.export import Progress
+    from doge_deploy.process.progress import Progress
     from doge_deploy.verify.parity import CaseResult
     from doge_deploy.verify.run import Report
 
@@ -52,14 +53,6 @@ __all__ = [
     "BrokenBundleError",
     "MissingDependencyError",
 ]
-
-
-class NoProgress:
-    """Takes what a long function tells about itself, and shows nothing."""
-
-    def stage(self, name: str, total: int = 1) -> Callable[[int], None]:
-        """A stage begins; what is returned is called with units of it that are done."""
-        return lambda done: None
 
 
 def export(
@@ -94,7 +87,7 @@ def export(
 
     chosen = combine_options(ExportOptions, options, choices)
     output = Path(output)
-    return Bundle(output, run(str(model), output, chosen, force=force, progress=progress or NoProgress()))
+    return Bundle(output, run(str(model), output, chosen, force=force, progress=progress or NO_PROGRESS))
 
 
 def build(
@@ -126,7 +119,7 @@ def build(
     from doge_deploy.pipelines.build import build as run
 
     chosen = combine_options(BuildOptions, options, choices)
-    return run(bundle, chosen, force=force, progress=progress or NoProgress())
+    return run(bundle, chosen, force=force, progress=progress or NO_PROGRESS)
 
 
 def verify(
@@ -166,9 +159,9 @@ def verify(
         BrokenBundleError, UnsupportedModelError: bundle or checkpoint is broken, or they do not belong together.
         MissingDependencyError: torch, transformers or the backend is missing (the extras `export` and `cpu`).
     """
-    from doge_deploy.pipelines.export import require_export_dependencies
+    from doge_deploy.devices.packages import require_export_packages
 
-    require_export_dependencies()
+    require_export_packages("verify")
     from doge_deploy.verify.run import verify as run
 
     return run(
