@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 import json
 import shutil
@@ -29,6 +30,7 @@ from doge_deploy.errors import (
     UsageError,
 )
 from doge_deploy.runtime.ort import open_runner
+from doge_deploy.runtime.sampling import SamplingOptions
 
 PROMPT = "A list is"
 GREEDY: doge_deploy.TextChoices = {"do_sample": False}
@@ -364,3 +366,8 @@ def test_keywords_are_the_fields_of_the_options(keywords: Any, options: Any) -> 
         wanted = {str(part) for part in typing.get_args(field.annotation) or (field.annotation,)}
         given = {str(part) for part in typing.get_args(types[name]) or (types[name],)}
         assert wanted <= given or typing.get_origin(field.annotation) is tuple, name
+
+
+def test_choices_are_all_that_a_text_can_be_generated_with() -> None:
+    sampling = {spec.name for spec in dataclasses.fields(SamplingOptions)}
+    assert set(doge_deploy.TextChoices.__annotations__) == {*sampling, "max_new_tokens", "eos_token_id", "stop_strings"}

@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
+from doge_deploy.dtypes import ShortName
 from doge_deploy.options.load import load_options
 
 CacheLayout = Literal["static", "growing"]
@@ -30,7 +31,7 @@ class ExportOptions(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
     task: Task = Field("causal-lm", description="one of causal-lm, sequence-classification, features")
-    dtype: Literal["fp32", "fp16", "bf16"] = Field("fp32", description="one of fp32, fp16, bf16")
+    dtype: ShortName = Field("fp32", description="one of fp32, fp16, bf16")
     kv_cache: tuple[CacheLayout, ...] = Field(
         ("static",), min_length=1, description="static, growing or a list of both"
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Literal, TypedDict
 
+from doge_deploy.dtypes import ShortName
 from doge_deploy.options.build import Range, Target
 from doge_deploy.options.export import CacheLayout, Task
 
@@ -13,7 +14,7 @@ class ExportKeywords(TypedDict, total=False):
     """Fields of `ExportOptions`, which says what each means and what is legal."""
 
     task: Task
-    dtype: Literal["fp32", "fp16", "bf16"]
+    dtype: ShortName
     kv_cache: CacheLayout | Sequence[CacheLayout]
     max_length: int | None
     routing: Literal["reference", "per-token"]

@@ -7,13 +7,14 @@ from typing import Any, TypedDict
 
 from doge_deploy.diagnostics import suggest
 from doge_deploy.errors import UsageError
+from doge_deploy.runtime.generate import ONLY_WHERE_SAMPLING
 
 
 class TextChoices(TypedDict, total=False):
     """Choices as keyword arguments; one that is missing or None comes from the bundle's generation_config.json."""
 
     do_sample: bool | None
-    """Draw each token; where False take the likeliest. Implied by temperature, top_k and top_p."""
+    """Draw each token; where False take the likeliest. Implied by temperature, top_k, top_p and min_p."""
     temperature: float | None
     """Finite, above 0; above 1 evens out the odds."""
     top_k: int | None
@@ -24,6 +25,14 @@ class TextChoices(TypedDict, total=False):
     """Above 0; above 1 makes tokens that were there less likely."""
     seed: int | None
     """From 0 up: the same seed draws the same text, on the same machine."""
+    min_p: float | None
+    """0 to 1: draw among the tokens that are at least this likely in proportion to the likeliest one."""
+    presence_penalty: float | None
+    """-2 to 2: taken off the logit of every token that the output holds."""
+    frequency_penalty: float | None
+    """-2 to 2: taken off the logit of a token for each time that the output holds it."""
+    logit_bias: Mapping[int, float] | None
+    """Token id to a number, -100 to 100, that is added to its logit."""
     max_new_tokens: int | None
     """From 1 up: end after so many tokens."""
     eos_token_id: int | Sequence[int] | None
@@ -32,15 +41,11 @@ class TextChoices(TypedDict, total=False):
     """The text ends before the first of them."""
 
 
-_DRAWING = ("temperature", "top_k", "top_p")
-"""What means something only where tokens are drawn."""
-
-
 def without_effect(choices: Mapping[str, Any]) -> dict[str, Any]:
     """Choices that would do nothing, since no token is to be drawn; with their values."""
     if choices.get("do_sample") is not False:
         return {}
-    return {name: choices[name] for name in _DRAWING if choices.get(name) is not None}
+    return {name: choices[name] for name in ONLY_WHERE_SAMPLING if choices.get(name) is not None}
 
 
 def resolve_choices(choices: Mapping[str, Any]) -> dict[str, Any]:
@@ -57,6 +62,6 @@ def resolve_choices(choices: Mapping[str, Any]) -> dict[str, Any]:
         named = ", ".join(f"{name}={value!r}" for name, value in idle.items())
         raise UsageError(f"do_sample=False draws no token, so {named} would do nothing: drop one or the other")
     made = {name: value for name, value in choices.items() if value is not None}
-    if any(name in made for name in _DRAWING):
+    if any(name in made for name in ONLY_WHERE_SAMPLING):
         made["do_sample"] = True
     return made
