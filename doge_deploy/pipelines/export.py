@@ -12,8 +12,9 @@ from typing import Protocol
 
 from doge_deploy import __version__
 from doge_deploy.bundle.genai_config import GENAI_CONFIG, follows_convention, genai_config, write_genai_config
-from doge_deploy.bundle.manifest import Layout, Lowered, Manifest, file_entries, write_manifest, writing_bundle
+from doge_deploy.bundle.manifest import Layout, Lowered, Manifest, file_entries, write_manifest
 from doge_deploy.bundle.signature import LAYOUTS, UNCACHED, make_signature, uncached_signature, windowed
+from doge_deploy.bundle.writing import writing_bundle
 from doge_deploy.checkpoint import Checkpoint, check_finite, check_score_range, open_checkpoint
 from doge_deploy.config.model import TASKS, DogeFacts
 from doge_deploy.config.revisions import REVISIONS
