@@ -23,7 +23,7 @@ DEFAULT_MAX_NEW_TOKENS = 100
 FinishReason = Literal["eos", "stop", "max_new_tokens", "max_length"]
 
 _SAMPLING_NAMES = tuple(spec.name for spec in fields(SamplingOptions))
-_ONLY_WHERE_SAMPLING = ("temperature", "top_k", "top_p")
+_ONLY_WHERE_SAMPLING = ("temperature", "top_k", "top_p", "min_p")
 
 _NOT_DONE_HERE: dict[str, tuple[object, ...]] = {
     "num_beams": (1,),
@@ -32,7 +32,6 @@ _NOT_DONE_HERE: dict[str, tuple[object, ...]] = {
     "penalty_alpha": (0,),
     "dola_layers": (),
     "guidance_scale": (1,),
-    "min_p": (0,),
     "top_h": (),
     "typical_p": (1,),
     "epsilon_cutoff": (0,),
@@ -85,11 +84,11 @@ class GenerationOptions:
         """Options from several mappings in the names of generation_config.json; a later one wins.
 
         None means not set. What is set nowhere has transformers' default, except `max_new_tokens`. Without
-        sampling, temperature, top-k and top-p have no meaning and are not looked at.
+        sampling, temperature, top-k, top-p and min-p have no meaning and are not looked at.
 
         Args:
-            layers: looked at are `do_sample`, `temperature`, `top_k`, `top_p`, `repetition_penalty`, `seed`,
-                `max_new_tokens`, `eos_token_id` (an id or a list) and `stop_strings` (a text or a list).
+            layers: looked at are the names of `SamplingOptions`, `max_new_tokens`, `eos_token_id` (an id or a list)
+                and `stop_strings` (a text or a list).
 
         Raises:
             UsageError: a value is not legal.
