@@ -5,8 +5,6 @@ What takes long to import is imported when it is needed: `--help` must not wait 
 
 from __future__ import annotations
 
-import contextlib
-import os
 import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -21,11 +19,6 @@ from doge_deploy.options.backends import BACKENDS, Backend
 if TYPE_CHECKING:
     from doge_deploy.runtime.choices import TextChoices
     from doge_deploy.runtime.text_model import Prompt
-
-EXIT_INTERRUPTED = 128 + 2
-"""What a shell reports of a command that SIGINT ended."""
-EXIT_BROKEN_PIPE = 128 + 13
-"""The same of SIGPIPE."""
 
 
 @click.command("generate")
@@ -74,18 +67,17 @@ def generate(
     if system is not None and not chat:
         raise UsageError("--system belongs to a conversation: give --chat too")
     asked = _asked(choices)
-    with _quiet_ends():
-        if prompt == "-":
-            prompt = _decoded(sys.stdin.buffer.read()).removesuffix("\n")
-        runs = {"layout": layout, "portable": portable, "threads": threads, "backend": backend, "engine": engine}
-        session = _Session(bundle, asked, runs, quiet)
-        messages = [] if system is None else [{"role": "system", "content": system}]
-        if prompt is None:
-            session.converse(messages)
-        elif chat:
-            session.answer([*messages, {"role": "user", "content": prompt}])
-        else:
-            session.answer(prompt)
+    if prompt == "-":
+        prompt = _decoded(sys.stdin.buffer.read()).removesuffix("\n")
+    runs = {"layout": layout, "portable": portable, "threads": threads, "backend": backend, "engine": engine}
+    session = _Session(bundle, asked, runs, quiet)
+    messages = [] if system is None else [{"role": "system", "content": system}]
+    if prompt is None:
+        session.converse(messages)
+    elif chat:
+        session.answer([*messages, {"role": "user", "content": prompt}])
+    else:
+        session.answer(prompt)
 
 
 def _asked(choices: Mapping[str, Any]) -> dict[str, Any]:
@@ -177,17 +169,3 @@ def _put(text: str) -> None:
     encoding = sys.stdout.encoding or "utf-8"
     sys.stdout.write(text.encode(encoding, "replace").decode(encoding))
     sys.stdout.flush()
-
-
-@contextlib.contextmanager
-def _quiet_ends() -> Iterator[None]:
-    """Ctrl-C and a reader that went away end the command as they end other commands: without a traceback."""
-    try:
-        yield
-    except KeyboardInterrupt:
-        click.echo(err=True)  # the shell's prompt begins on a line of its own
-        raise SystemExit(EXIT_INTERRUPTED) from None
-    except BrokenPipeError:
-        # Python flushes standard output once more when it ends; that must not fail again.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        raise SystemExit(EXIT_BROKEN_PIPE) from None
