@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from doge_deploy.kernels.cost import ITEM_BYTES, Cost, CostModel
-from doge_deploy.kernels.spec import Binding, Tile
+from doge_deploy.kernels.cost import ITEM_BYTES
+from doge_deploy.kernels.spec import Binding, Cost, CostModel, Tile
 
 ID, WEIGHT, SCALE = 4, 4, 4
 """Bytes."""
