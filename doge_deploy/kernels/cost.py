@@ -12,16 +12,6 @@ from typing import Any
 from doge_deploy.errors import UnsupportedModelError
 from doge_deploy.kernels.spec import Cost, OperatorPlugin
 
-ITEM_BYTES: Mapping[str, int] = {
-    "float32": 4,
-    "float16": 2,
-    "bfloat16": 2,
-    "int64": 8,
-    "int32": 4,
-    "int8": 1,
-    "bool": 1,
-}
-
 
 def chain_costs(
     operator: OperatorPlugin,

@@ -14,6 +14,7 @@ from types import ModuleType
 from typing import Any
 
 from doge_deploy.bundle.engine_record import Decomposed
+from doge_deploy.devices.host import peak_memory_bytes
 from doge_deploy.errors import DogeDeployError, MissingDependencyError, UnsupportedModelError
 from doge_deploy.process.worker import Channel, connect, error_message
 from doge_deploy.targets.trt.job import Advanced, Finished, Job
@@ -95,7 +96,7 @@ def run(job: Job, channel: Channel) -> Finished:
         kernels=count_kernels(log.kernels),
         activation_bytes=log.activation_bytes,
         engine_weight_bytes=log.weight_bytes,
-        peak_memory_bytes=peak_memory_bytes(),
+        peak_memory_bytes=peak_memory_bytes() or 0,
     )
 
 
@@ -186,22 +187,6 @@ def _make_monitor(trt: ModuleType, channel: Channel) -> Any:
             self.phases.finish(phase_name)
 
     return Monitor()
-
-
-def peak_memory_bytes() -> int:
-    """Largest resident set of this process so far.
-
-    Linux gives it per program; getrusage would count the process that started this one too.
-    """
-    status = Path("/proc/self/status")
-    if status.is_file():
-        for line in status.read_text().splitlines():
-            if line.startswith("VmHWM:"):
-                return int(line.split()[1]) * 1024
-    import resource
-
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
 
 
 if __name__ == "__main__":
