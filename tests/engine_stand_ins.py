@@ -17,7 +17,7 @@ from doge_deploy.bundle.manifest import Bundle
 from doge_deploy.bundle.signature import BATCH, SEQUENCE
 from doge_deploy.options.build import BuildOptions, Range
 from doge_deploy.runtime.ort import open_session
-from doge_deploy.runtime.trt.device import Device, Graph, HostMemory, Memory
+from doge_deploy.runtime.trt.device import Bytes, Device, Graph, HostMemory, Memory
 from doge_deploy.runtime.trt.plan import ITEM_BYTES, make_plan
 from doge_deploy.runtime.trt.runner import Context, Engine, TrtRunner
 
@@ -52,9 +52,13 @@ class HeldDevice(Device):
         self.launches = 0
         self.recordings = 0
 
-    def memory(self, address: int) -> HeldMemory:
-        assert address in self._alive, "this memory is no longer there"
-        return self._alive[address]
+    def part(self, address: int, nbytes: int) -> Bytes:
+        """The bytes at an address, all in one piece of memory that is still there."""
+        for memory in self._alive.values():
+            begin = address - memory.address
+            if 0 <= begin and begin + nbytes <= memory.nbytes:
+                return memory.array[begin : begin + nbytes]
+        raise AssertionError("this memory is no longer there, or ends before")
 
     def allocate(self, nbytes: int) -> HeldMemory:
         memory = HeldMemory(nbytes, 0)
@@ -80,6 +84,15 @@ class HeldDevice(Device):
             right.array[:] = left.array
 
         self.do(copy)
+
+    def copy(self, source: Memory, source_begin: int, target: Memory, target_begin: int, nbytes: int) -> None:
+        left = self.part(source.address + source_begin, nbytes)
+        right = self.part(target.address + target_begin, nbytes)
+        assert not np.shares_memory(left, right)
+        self.do(lambda: np.copyto(right, left))
+
+    def clear(self, memory: Memory, begin: int, nbytes: int) -> None:
+        self.do(lambda: self.part(memory.address + begin, nbytes).fill(0))
 
     def do(self, work: Callable[[], None]) -> None:
         if self._recording is None:
@@ -140,10 +153,9 @@ class HeldContext(Context):
         return tuple(self.sizes[axis] if isinstance(axis, str) else axis for axis in tensor.shape)
 
     def _view(self, tensor: EngineTensor) -> np.ndarray[Any, Any]:
-        memory = self.engine.device.memory(self.addresses[tensor.name])
         shape = self._shape(tensor)
-        assert memory.nbytes == np.prod(shape) * ITEM_BYTES[tensor.dtype]
-        return memory.array.view(tensor.dtype).reshape(shape)
+        part = self.engine.device.part(self.addresses[tensor.name], int(np.prod(shape)) * ITEM_BYTES[tensor.dtype])
+        return part.view(tensor.dtype).reshape(shape)
 
     def enqueue(self) -> None:
         self.engine.device.do(self._run)
@@ -232,7 +244,7 @@ def held_runner(bundle: Bundle, *, records_itself: bool = False, **changes: Any)
     )
 
 
-def axes(batch: int, low: int, high: int) -> dict[str, Range]:
+def made_up_axes(batch: int, low: int, high: int) -> dict[str, Range]:
     one = Range(min=1, opt=1, max=batch)
     return {"batch_size": one, "sequence_length": Range(min=low, opt=high, max=high)}
 
@@ -241,8 +253,8 @@ def made_up_record(**changes: Any) -> EngineRecord:
     """A record of no real engine, for tests of its readers."""
     fields: dict[str, Any] = {
         "profiles": (
-            EngineProfile(name="prefill", axes=axes(1, 1, 64)),
-            EngineProfile(name="decode", axes=axes(4, 1, 1)),
+            EngineProfile(name="prefill", axes=made_up_axes(1, 1, 64)),
+            EngineProfile(name="decode", axes=made_up_axes(4, 1, 1)),
         ),
         "inputs": (EngineTensor(name="input_ids", dtype="int64", shape=("batch_size", "sequence_length")),),
         "outputs": (EngineTensor(name="logits", dtype="float16", shape=("batch_size", 1, 256)),),
