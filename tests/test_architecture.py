@@ -14,6 +14,7 @@ PACKAGE = Path(__file__).parent.parent / "doge_deploy"
 
 ORDER = [
     {"__init__", "errors", "diagnostics", "demo", "export_configs"},
+    {"process"},
     {"config", "options"},
     {"devices", "bundle"},
     {"checkpoint"},

@@ -19,7 +19,7 @@ from typing import IO, Any, Literal
 
 from doge_deploy.bundle.engine_record import Decomposed
 from doge_deploy.errors import DogeDeployError, MissingDependencyError, UnsupportedModelError, UsageError
-from doge_deploy.targets.trt.job import Failed, Finished, Job, Progress
+from doge_deploy.targets.trt.job import Advanced, Failed, Finished, Job
 from doge_deploy.targets.trt.layers import BuilderLog, count_kernels, describe
 from doge_deploy.targets.trt.network import (
     attention_layers,
@@ -54,7 +54,7 @@ class Channel:
         self._stream = stream
         self._lock = threading.Lock()
 
-    def send(self, event: Progress | Failed | Finished) -> bool:
+    def send(self, event: Advanced | Failed | Finished) -> bool:
         """Write one event; False where nobody listens any more."""
         with self._lock:
             try:
@@ -228,7 +228,7 @@ def _make_monitor(trt: ModuleType, channel: Channel) -> Any:
             if fraction < self.told + _STEP:
                 return True
             self.told = fraction
-            return channel.send(Progress(fraction=fraction, phase=phase_name))
+            return channel.send(Advanced(fraction=fraction, phase=phase_name))
 
         def phase_finish(self, phase_name: str) -> None:
             self.phases.finish(phase_name)
