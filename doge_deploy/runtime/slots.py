@@ -9,11 +9,14 @@ Axes: S slots, R slots of a call, Q tokens of a call, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
 from doge_deploy.bundle.manifest import Bundle
 from doge_deploy.errors import UnsupportedModelError, UsageError
+from doge_deploy.options.backends import Backend
+from doge_deploy.runtime.backend import open_backend
 from doge_deploy.runtime.base import IntArray
 from doge_deploy.runtime.logits import Logits
 from doge_deploy.runtime.rows import RowsRunner, padded
@@ -276,7 +279,22 @@ def refusal(bundle: Bundle, slots: int) -> str | None:
     return None
 
 
-def check_slots(bundle: Bundle, slots: int) -> None:
-    """Raises UnsupportedModelError where `refusal` has a reason."""
+def open_slots(bundle: Bundle, slots: int, backend: Backend = "ort", **options: Any) -> SlotRunner:
+    """Slots of a bundle's static layout.
+
+    Args:
+        bundle: an opened bundle.
+        slots: S, at least 1.
+        backend, options: see `open_backend`.
+
+    Raises:
+        UsageError: S is not positive, or a profile of the engine does not take so many rows.
+        UnsupportedModelError: see `refusal`; or the backend has no rows of its own.
+        MissingDependencyError, BrokenBundleError: see `open_backend`.
+    """
     if reason := refusal(bundle, slots):
         raise UnsupportedModelError(reason)
+    runner = open_backend(bundle, backend, layout="static", **options)
+    if not isinstance(runner, RowsRunner):
+        raise UnsupportedModelError(f"--backend {backend} runs the rows of a batch together only; it has no slots")
+    return SlotRunner(runner, slots)
