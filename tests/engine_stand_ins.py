@@ -56,7 +56,7 @@ class HeldDevice(Device):
         """The bytes at an address, all in one piece of memory that is still there."""
         for memory in self._alive.values():
             begin = address - memory.address
-            if 0 <= begin and begin + nbytes <= memory.nbytes:
+            if begin >= 0 and begin + nbytes <= memory.nbytes:
                 return memory.array[begin : begin + nbytes]
         raise AssertionError("this memory is no longer there, or ends before")
 

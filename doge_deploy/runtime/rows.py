@@ -1,7 +1,7 @@
 """Rows of a static cache that can be called, copied, exchanged and cut one by one.
 
-This is what a backend implements; `Runner` (all rows in each call) and `SlotRunner` (any rows, by stable names) are both
-served by it.
+This is what a backend implements; `Runner` (all rows in each call) and `SlotRunner` (any rows, by stable names) are
+both served by it.
 
 Axes: B rows of the cache, R rows of a call, Q tokens of a call, V vocabulary.
 """
@@ -19,9 +19,9 @@ from doge_deploy.runtime.logits import Logits
 class RowsRunner(BundleRunner):
     """A runner whose B rows lie one after the other in the same buffers.
 
-    A call takes R neighbouring rows, in place: it costs what those rows cost, and changes no other row. What a row holds
-    is finite everywhere, also beyond its tokens: a hidden key's 0 weight multiplies its value, and 0 times infinity is
-    not 0.
+    A call takes R neighbouring rows, in place: it costs what those rows cost, and changes no other row. What a row
+    holds is finite everywhere, also beyond its tokens: a hidden key's 0 weight multiplies its value, and 0 times
+    infinity is not 0.
     """
 
     whole_calls: bool = False

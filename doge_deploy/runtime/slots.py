@@ -26,8 +26,8 @@ class SlotRunner:
     """S texts in the rows of a runner, which nobody else may call meanwhile.
 
     Slot numbers are 0 to S - 1 and stay; the rows that they stand for change places so that each call is over
-    neighbouring rows (see docs/decisions/0030-slots.md). Every method that feeds tokens gives logits, which the next one
-    overwrites.
+    neighbouring rows (see docs/decisions/0030-slots.md). Every method that feeds tokens gives logits, which the next
+    one overwrites.
 
     Args:
         runner: of a bundle that `refusal` has no objection to.
@@ -97,8 +97,8 @@ class SlotRunner:
         """Feed a prompt, or the next piece of it, to one slot: `[1, Q or 1, V]`. No other row is touched or computed.
 
         Raises:
-            UsageError: the slot is not in use, there is no token, a token is none of the vocabulary's, the tokens do not
-                fit, or the prompt must come whole (`whole_prompts`) and the slot holds something.
+            UsageError: the slot is not in use, there is no token, a token is none of the vocabulary's, the tokens do
+                not fit, or the prompt must come whole (`whole_prompts`) and the slot holds something.
         """
         return self.extend([slot], [ids])
 
@@ -143,8 +143,8 @@ class SlotRunner:
         """`target` holds the first `tokens` of `source` and nothing else.
 
         Raises:
-            UsageError: a slot is not in use, both are the same, `source` does not hold so many tokens, or it has dropped
-                keys and less than all of it is asked for.
+            UsageError: a slot is not in use, both are the same, `source` does not hold so many tokens, or it has
+                dropped keys and less than all of it is asked for.
         """
         from_row, to_row = self._rows_of([source, target])
         held = self.length(source)
@@ -212,8 +212,8 @@ class SlotRunner:
             raise UsageError(f"token {wrong} for slot {slot}: must be 0 to {self.vocab_size - 1}")
         if self.whole_prompts and array.size > 1 and self.length(slot):
             raise UsageError(
-                f"slot {slot} holds {self.length(slot)} tokens, and this bundle takes a prompt in one call only: what a "
-                "token gets depends on the tokens that come with it"
+                f"slot {slot} holds {self.length(slot)} tokens, and this bundle takes a prompt in one call only: what "
+                "a token gets depends on the tokens that come with it"
             )
         return array
 
@@ -268,13 +268,14 @@ def refusal(bundle: Bundle, slots: int) -> str | None:
         )
     if slots > 1 and facts.is_moe and manifest.options["routing"] == "reference":
         return (
-            f"{bundle.path} routes experts as transformers does, which mixes the tokens of all rows of a call: export it "
-            "with --routing per-token, or use one slot"
+            f"{bundle.path} routes experts as transformers does, which mixes the tokens of all rows of a call: export "
+            "it with --routing per-token, or use one slot"
         )
     if slots > 1 and facts.rope_changes(manifest.max_length):
         return (
-            f"{bundle.path} holds more tokens than its RoPE was made for ({facts.stateless_length}), and then the longest "
-            f"row decides the angles of all: export it with --max-length {facts.stateless_length}, or use one slot"
+            f"{bundle.path} holds more tokens than its RoPE was made for ({facts.stateless_length}), and then the "
+            f"longest row decides the angles of all: export it with --max-length {facts.stateless_length}, or use one "
+            "slot"
         )
     return None
 

@@ -123,9 +123,9 @@ class StaticOrtRunner(OrtRunner, RowsRunner):
     """Arrays that are bound once as inputs and outputs: the graph writes the caches, and the logits, in place.
 
     A decode step sets a few numbers in bound arrays and runs; what it does in Python does not grow with the number of
-    layers or with the length of the text. Some rows alone are a contiguous part of the same arrays, bound as such. Texts
-    of as many rows follow each other in the same arrays: the first touch of fresh memory would take a twentieth of a
-    prefill.
+    layers or with the length of the text. Some rows alone are a contiguous part of the same arrays, bound as such.
+    Texts of as many rows follow each other in the same arrays: the first touch of fresh memory would take a twentieth
+    of a prefill.
 
     Args:
         whole_calls: what a token gets depends on the call it is in, so calls are not cut into pieces of `PIECE` tokens.
