@@ -15,10 +15,11 @@ import numpy as np
 from doge_deploy.bundle.engine_record import EngineProfile, EngineRecord, EngineTensor, LayerCounts, SourceFile
 from doge_deploy.bundle.manifest import Bundle
 from doge_deploy.bundle.signature import BATCH, SEQUENCE
+from doge_deploy.dtypes import item_bytes
 from doge_deploy.options.build import BuildOptions, Range
 from doge_deploy.runtime.ort import open_session
 from doge_deploy.runtime.trt.device import Bytes, Device, Graph, HostMemory, Memory
-from doge_deploy.runtime.trt.plan import ITEM_BYTES, make_plan
+from doge_deploy.runtime.trt.plan import make_plan
 from doge_deploy.runtime.trt.runner import Context, Engine, TrtRunner
 
 
@@ -154,7 +155,7 @@ class HeldContext(Context):
 
     def _view(self, tensor: EngineTensor) -> np.ndarray[Any, Any]:
         shape = self._shape(tensor)
-        part = self.engine.device.part(self.addresses[tensor.name], int(np.prod(shape)) * ITEM_BYTES[tensor.dtype])
+        part = self.engine.device.part(self.addresses[tensor.name], int(np.prod(shape)) * item_bytes(tensor.dtype))
         return part.view(tensor.dtype).reshape(shape)
 
     def enqueue(self) -> None:

@@ -102,6 +102,19 @@ def batch_noise(alone: Runner, rows: Sequence[int], vocab_size: int, texts: int 
     return pool(draws)
 
 
+def graph_noise(alone: Runner, standard: Runner, vocab_size: int, texts: int = 6) -> Noise:
+    """What 8-bit activations change: a graph that rounds them, and the standard one, which does not.
+
+    There `batch_noise` is nearly always 0, and once in a while the smallest difference turns an activation into the
+    next of the 256 that there are. How much that changes is seen where all of them are rounded.
+    """
+    draws = []
+    for seed in range(texts):
+        ids = np.random.default_rng([9, seed]).permutation(vocab_size)[: alone.max_length]
+        draws.append(difference(_one_text(alone, ids, 1), _one_text(standard, ids, 1)))
+    return pool(draws)
+
+
 def allowed(noise: Noise, found: Difference) -> Limit:
     """What `verify` allows for that noise, in so many errors as were found."""
     count = min(noise.effective, found.effective)

@@ -8,6 +8,7 @@ from typing import Any
 import click
 
 from doge_deploy.cli.progress import progress
+from doge_deploy.dtypes import NAMES
 
 
 @click.command("export")
@@ -18,7 +19,7 @@ from doge_deploy.cli.progress import progress
     type=click.Choice(["causal-lm", "sequence-classification", "features"]),
     help="What the bundle is for.  [default: causal-lm]",
 )
-@click.option("--dtype", type=click.Choice(["fp32", "fp16", "bf16"]), help="Of weights and caches.  [default: fp32]")
+@click.option("--dtype", type=click.Choice(tuple(NAMES)), help="Of weights and caches.  [default: fp32]")
 @click.option(
     "--kv-cache",
     multiple=True,
@@ -63,13 +64,12 @@ def export(
 
     MODEL is a directory, a Hub id (owner/name), or one of the bundled doge-tiny and doge-tiny-moe.
     """
+    from doge_deploy import api
     from doge_deploy.options.export import load_export_options
-    from doge_deploy.pipelines.export import export as run
 
-    given = {key: value for key, value in choices.items() if value not in (None, ())}
-    options = load_export_options(config_file, given, assignments)
+    options = load_export_options(config_file, choices, assignments)
     with progress() as display:
-        manifest = run(model, output, options, force=force, progress=display)
+        manifest = api.export(model, output, options, force=force, progress=display).manifest
     for warning in manifest.warnings:
         click.echo(f"warning: {warning}", err=True)
     size = sum(entry["bytes"] for entry in manifest.files.values())

@@ -15,11 +15,15 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator
 from doge_deploy.diagnostics import join_findings, suggest
 from doge_deploy.errors import UsageError
 from doge_deploy.options.build import BuildOptions, load_build_options, parse_capability
-from doge_deploy.options.export import ExportOptions, load_export_options, load_options, read_document
+from doge_deploy.options.export import ExportOptions, load_export_options
+from doge_deploy.options.load import load_options, read_document
 
 GIB = 1 << 30
 
 _PACKAGE = Path(__file__).parent.parent
+
+EnginePlatform = Literal["linux-x86_64", "linux-aarch64"]
+"""What the vendors have libraries for, as `doge_deploy.devices.host.platform_name` calls it."""
 
 
 class DeviceFacts(BaseModel):
@@ -31,9 +35,7 @@ class DeviceFacts(BaseModel):
         "cpu", description="one of cpu, jetson, desktop, datacenter"
     )
     product: str = Field("", description="the product's name")
-    platform: Literal["linux-x86_64", "linux-aarch64", "any"] = Field(
-        "any", description="one of linux-x86_64, linux-aarch64, any"
-    )
+    platform: EnginePlatform | Literal["any"] = Field("any", description="one of linux-x86_64, linux-aarch64, any")
     compute_capability: str | None = Field(None, description="a compute capability such as 8.7, or null for no GPU")
     memory_gib: float | None = Field(None, gt=0, description="a number > 0, or null where it is not fixed")
     """Of the GPU; where `memory_shared`, of the whole device."""

@@ -8,14 +8,14 @@ from pathlib import Path
 
 from doge_deploy import __version__
 from doge_deploy.bundle.genai_config import GENAI_CONFIG, follows_convention, genai_config, write_genai_config
-from doge_deploy.bundle.manifest import Manifest, file_entries, write_manifest, writing_bundle
+from doge_deploy.bundle.manifest import Manifest, file_entries, write_manifest
+from doge_deploy.bundle.writing import writing_bundle
 from doge_deploy.checkpoint import Checkpoint, check_finite, check_score_range, open_checkpoint
 from doge_deploy.devices.packages import require_export_packages
+from doge_deploy.dtypes import NAMES
 from doge_deploy.options.compatibility import check_facts, resolve_max_length, resolve_options
 from doge_deploy.options.export import ExportOptions
 from doge_deploy.process.progress import Progress
-
-DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 
 _LIBRARIES = ("onnx", "onnx-ir", "onnxscript", "torch", "transformers")
 
@@ -40,7 +40,7 @@ def export(model: str, output: Path, options: ExportOptions, *, force: bool, pro
     from doge_deploy.targets.ort.write import write_lowered
 
     options = resolve_options(options)
-    dtype = DTYPES[options.dtype]
+    dtype = NAMES[options.dtype]
     with writing_bundle(output, force=force) as directory:
         advance = progress.stage("check checkpoint")
         checkpoint = open_checkpoint(model, num_layers=options.num_layers)

@@ -13,7 +13,7 @@ import pytest
 from bundles import shared_bundle
 from engine_stand_ins import axes, held_runner
 from random_doge import SMALL, SMALL_MOE, shared_doge
-from slot_schedules import Edge, Findings, Schedule, batch_noise
+from slot_schedules import Edge, Findings, Schedule, batch_noise, graph_noise
 
 from doge_deploy.bundle.engine_record import EngineProfile
 from doge_deploy.bundle.manifest import Bundle, open_bundle
@@ -86,7 +86,11 @@ def opened(config: str, backend: str) -> Opened:
     edge = None
     if facts.keep_window(bundle.manifest.max_length):
         edge = Edge(BACKENDS["ort-portable"](bundle), facts.keep_window_size, alone.vocab_size)
-    return Opened(rows, alone, batch_noise(alone, range(2, SLOTS + 1), alone.vocab_size), edge)
+    if (config, backend) == ("int8", "ort"):
+        noise = graph_noise(alone, BACKENDS["ort-portable"](bundle), alone.vocab_size)
+    else:
+        noise = batch_noise(alone, range(2, SLOTS + 1), alone.vocab_size)
+    return Opened(rows, alone, noise, edge)
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -18,6 +18,7 @@ import numpy as np
 
 from doge_deploy.bundle.engine_record import EngineTensor
 from doge_deploy.bundle.signature import PAST_ROPE, PRESENT_ROPE, Signature
+from doge_deploy.devices.tensorrt_limits import TENSORRT_DTYPES
 from doge_deploy.runtime.base import FloatArray, IntArray
 from doge_deploy.runtime.logits import Logits, check_current
 from doge_deploy.runtime.rows import RowsRunner, row_range
@@ -280,13 +281,7 @@ class TrtRunner(RowsRunner):
         return held
 
 
-_RAW_DTYPES = {
-    "float32": np.float32,
-    "float16": np.float16,
-    "bfloat16": np.uint16,
-    "int64": np.int64,
-    "int32": np.int32,
-}
+_RAW_DTYPES = {name: np.dtype("uint16" if name == "bfloat16" else name) for name in TENSORRT_DTYPES}
 """NumPy has no bfloat16: its bits."""
 
 

@@ -6,10 +6,11 @@ import hashlib
 
 from doge_deploy.bundle.engine_record import ENGINES, EngineRecord, LayerCounts, SourceFile
 from doge_deploy.bundle.manifest import Bundle
+from doge_deploy.devices.host import platform_name
 from doge_deploy.options.build import BuildOptions
 from doge_deploy.targets.trt.job import Finished, Job
 from doge_deploy.targets.trt.layout import LoweredLayout
-from doge_deploy.targets.trt.vendor import PRODUCTS, platform_name
+from doge_deploy.targets.trt.vendor import PRODUCTS
 
 ENGINE_FILE, REPORT_FILE = "model.engine", "layers.json"
 """Names of an engine's files in its folder."""
