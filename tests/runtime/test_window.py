@@ -95,9 +95,9 @@ def test_verification_finds_a_key_dropped_too_early(bundle: Bundle, monkeypatch:
     if bundle.manifest.facts.keep_window_size == 1:
         pytest.skip("a window of one key has none to spare")
 
-    def drop(self: WindowOrtRunner) -> None:
+    def drop(self: WindowOrtRunner, rows: slice) -> None:
         self.window -= 1
-        original(self)
+        original(self, rows)
         self.window += 1
 
     original = WindowOrtRunner._drop
