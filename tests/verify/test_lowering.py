@@ -46,5 +46,5 @@ def test_only_the_static_layout_is_lowered(tiny_bundle: Path) -> None:
 def test_the_report_names_the_engine_of_the_same_graph(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     path = own_bundle(tmp_path / "tiny", "doge-tiny", dtype="fp16")
     assert run_command(["build", str(path)]) == 0
-    assert run_command(["verify", str(path), "--lowering", "trt-rtx", "--greedy-steps", "4"]) == 0
+    assert run_command(["verify", str(path), "--lowering", "--greedy-steps", "4"]) == 0
     assert "that of trt-rtx-fp16-portable)" in " ".join(capfd.readouterr().out.split())

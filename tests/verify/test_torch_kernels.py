@@ -105,7 +105,7 @@ def small_bundle(dense_doge: Path) -> Path:
         ),
         (["--layout", "growing"], 2, "runs the static layout in PyTorch"),
         (["--engine", "any"], 2, "runs the static layout in PyTorch"),
-        (["--lowering", "trt"], 2, "--lowering is run in ONNX Runtime, not by --backend torch-kernels"),
+        (["--lowering"], 2, "--lowering is run in ONNX Runtime, not by --backend torch-kernels"),
         ([], 3, "has quantized weights"),
     ],
     ids=["portable", "layout", "engine", "lowering", "quantized"],

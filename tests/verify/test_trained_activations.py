@@ -115,7 +115,7 @@ def test_the_kernel_of_the_experts_refuses_it_by_name(made: tuple[Path, Path]) -
 
 def test_tensorrts_graph_computes_the_same(made: tuple[Path, Path]) -> None:
     checkpoint, bundle = made
-    arguments = ["verify", str(bundle), "--reference", str(checkpoint), "--lowering", "trt-rtx", "--greedy-steps", "2"]
+    arguments = ["verify", str(bundle), "--reference", str(checkpoint), "--lowering", "--greedy-steps", "2"]
     assert run_command(arguments) == 0
 
 
