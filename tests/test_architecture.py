@@ -15,7 +15,7 @@ PACKAGE = Path(__file__).parent.parent / "doge_deploy"
 ORDER = [
     {"__init__", "errors", "diagnostics", "demo", "export_configs"},
     {"config", "options"},
-    {"devices", "bundle"},
+    {"devices", "bundle", "text"},
     {"checkpoint"},
     {"model"},
     {"kernels"},

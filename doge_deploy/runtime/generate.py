@@ -5,127 +5,20 @@ One row at a time (batch 1). Axes: Q tokens of a call, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass
 from time import perf_counter
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 
 from doge_deploy.errors import UsageError
+from doge_deploy.options.generation import GenerationOptions
 from doge_deploy.runtime.base import FloatArray, Runner
-from doge_deploy.runtime.sampling import Context, Sampler, SamplingOptions
+from doge_deploy.runtime.sampling import Context, Sampler
 from doge_deploy.runtime.tokenizer import Detokenizer, Tokenizer
 
-DEFAULT_MAX_NEW_TOKENS = 100
-"""Where the bundle names none: what the model cards of Doge recommend."""
-
 FinishReason = Literal["eos", "stop", "max_new_tokens", "max_length"]
-
-_SAMPLING_NAMES = tuple(spec.name for spec in fields(SamplingOptions))
-_ONLY_WHERE_SAMPLING = ("temperature", "top_k", "top_p")
-
-_NOT_DONE_HERE: dict[str, tuple[object, ...]] = {
-    "num_beams": (1,),
-    "num_beam_groups": (1,),
-    "num_return_sequences": (1,),
-    "penalty_alpha": (0,),
-    "dola_layers": (),
-    "guidance_scale": (1,),
-    "min_p": (0,),
-    "top_h": (),
-    "typical_p": (1,),
-    "epsilon_cutoff": (0,),
-    "eta_cutoff": (0,),
-    "encoder_repetition_penalty": (1,),
-    "no_repeat_ngram_size": (0,),
-    "encoder_no_repeat_ngram_size": (0,),
-    "bad_words_ids": ([],),
-    "sequence_bias": ({}, []),
-    "suppress_tokens": ([],),
-    "begin_suppress_tokens": ([],),
-    "forced_bos_token_id": (),
-    "forced_eos_token_id": (),
-    "exponential_decay_length_penalty": (),
-    "watermarking_config": (),
-    "token_healing": (False,),
-    "min_length": (0,),
-    "min_new_tokens": (0,),
-    "max_time": (),
-}
-"""Settings of transformers' GenerationConfig that change a text and are not done here.
-
-With each the values, beside null, under which it has no effect."""
-
-
-@dataclass(frozen=True)
-class GenerationOptions:
-    """How a text is generated.
-
-    Raises:
-        UsageError: a value outside of what is legal.
-    """
-
-    sampling: SamplingOptions = field(default_factory=SamplingOptions)
-    max_new_tokens: int = DEFAULT_MAX_NEW_TOKENS
-    """At most so many tokens, the one that ends the text included."""
-    eos_ids: frozenset[int] = frozenset()
-    """Tokens that end a text."""
-    stop: tuple[str, ...] = ()
-    """Texts that end a text; the output holds none of them."""
-
-    def __post_init__(self) -> None:
-        if not _is_whole(self.max_new_tokens) or self.max_new_tokens < 1:
-            raise UsageError(f"max_new_tokens={self.max_new_tokens!r}: must be a whole number from 1 up")
-        if not all(isinstance(text, str) and text for text in self.stop):
-            raise UsageError(f"stop={list(self.stop)!r}: must be texts of at least one character")
-
-    @classmethod
-    def merged(cls, *layers: Mapping[str, Any]) -> GenerationOptions:
-        """Options from several mappings in the names of generation_config.json; a later one wins.
-
-        None means not set. What is set nowhere has transformers' default, except `max_new_tokens`. Without
-        sampling, temperature, top-k and top-p have no meaning and are not looked at.
-
-        Args:
-            layers: looked at are `do_sample`, `temperature`, `top_k`, `top_p`, `repetition_penalty`, `seed`,
-                `max_new_tokens`, `eos_token_id` (an id or a list) and `stop_strings` (a text or a list).
-
-        Raises:
-            UsageError: a value is not legal.
-        """
-        values = {key: value for layer in layers for key, value in layer.items() if value is not None}
-        sampling = {name: values[name] for name in _SAMPLING_NAMES if name in values}
-        if not sampling.get("do_sample", False):
-            for name in _ONLY_WHERE_SAMPLING:
-                sampling.pop(name, None)
-        eos = _as_tuple(values.get("eos_token_id", ()))
-        if not all(_is_whole(token) for token in eos):
-            raise UsageError(f"eos_token_id={list(eos)!r}: must be a token id or a list of them")
-        return cls(
-            SamplingOptions(**sampling),
-            values.get("max_new_tokens", DEFAULT_MAX_NEW_TOKENS),
-            frozenset(eos),
-            _as_tuple(values.get("stop_strings", ())),
-        )
-
-
-def settings_not_done(config: Mapping[str, Any]) -> tuple[str, ...]:
-    """What a generation_config.json asks for that `generate` does not do, each as `name=value`."""
-    return tuple(
-        f"{name}={config[name]!r}"
-        for name, without_effect in _NOT_DONE_HERE.items()
-        if config.get(name) is not None and config[name] not in without_effect
-    )
-
-
-def _is_whole(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _as_tuple(value: Any) -> tuple[Any, ...]:
-    return tuple(value) if isinstance(value, list | tuple) else (value,)
-
 
 def check_prompt(prompt_ids: Sequence[int], max_length: int) -> None:
     """Raises UsageError where a prompt is empty or longer than `max_length` tokens."""
