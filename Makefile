@@ -4,9 +4,11 @@ PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
+# a worker a core, each computing with one thread; one that is done takes tests over from another
+PARALLEL := -n auto --maxprocesses 8 --dist worksteal
 
 .DEFAULT_GOAL := help
-.PHONY: help setup test test-gpu demo lint typing format clean
+.PHONY: help setup test test-full test-gpu demo lint typing format clean
 
 help: ## show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/make \1|\2/' | column -t -s '|'
@@ -20,8 +22,11 @@ $(STAMP): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[export,cpu,rtx,plugins,bench,dev]'
 	@touch $@
 
-test: setup lint typing ## lint, type check and all tests that need no special device
-	$(BIN)/python -m pytest
+test: setup lint typing ## lint, type check and the tests that need no special device, without sweeps
+	$(BIN)/python -m pytest $(PARALLEL) -m 'not sweep'
+
+test-full: setup lint typing ## the same with all sweeps
+	$(BIN)/python -m pytest $(PARALLEL)
 
 test-gpu: setup ## the tests that need a CUDA device or TensorRT
 	TRITON_INTERPRET=0 $(BIN)/python -m pytest -m 'gpu or tensorrt'

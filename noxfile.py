@@ -13,6 +13,8 @@ nox.options.default_venv_backend = "venv"
 nox.options.sessions = ["tests", "lint", "typing"]
 
 CONSTRAINTS = "constraints.txt"
+PARALLEL = ["-n", "auto", "--maxprocesses", "8", "--dist", "worksteal"]
+"""As in the Makefile."""
 
 
 def install(session: nox.Session, extras: str) -> None:
@@ -22,9 +24,16 @@ def install(session: nox.Session, extras: str) -> None:
 
 @nox.session(python=["3.11", "3.12", "3.13"])
 def tests(session: nox.Session) -> None:
+    """The tests that need no special device, without sweeps."""
+    install(session, "export,cpu,rtx,plugins,bench,dev")
+    session.run("pytest", *PARALLEL, "-m", "not sweep", *session.posargs)
+
+
+@nox.session
+def full(session: nox.Session) -> None:
     """All tests that need no special device."""
     install(session, "export,cpu,rtx,plugins,bench,dev")
-    session.run("pytest", *session.posargs)
+    session.run("pytest", *PARALLEL, *session.posargs)
 
 
 @nox.session

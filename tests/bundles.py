@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import onnx_ir as ir
+import shared_files
 import torch
 from safetensors import safe_open
 
@@ -29,6 +30,22 @@ def make_bundle(model: str | Path, output: Path, **options: Any) -> Path:
     """Export `model` to `output` with the given `ExportOptions`."""
     export(str(model), output, ExportOptions(**options), force=False, progress=NoProgress())
     return output
+
+
+def shared_bundle(model: str | Path, **options: Any) -> Path:
+    """The same as `make_bundle`, exported once for all tests of a session; do not write into it.
+
+    Not for tests of the export itself: what they replace in it must neither come from here nor stay here.
+    """
+    # the bundle's manifest names the path too
+    key = [str(model), shared_files.content(model) if isinstance(model, Path) else "", options]
+    name = model.name if isinstance(model, Path) else model
+    return shared_files.made_once(name, ["bundle", *key], lambda path: make_bundle(model, path, **options))
+
+
+def own_bundle(target: Path, model: str | Path, **options: Any) -> Path:
+    """A copy of `shared_bundle` at `target`, which the test may write into."""
+    return Path(shutil.copytree(shared_bundle(model, **options), target))
 
 
 def broken_copy(

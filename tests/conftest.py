@@ -9,28 +9,61 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import shared_files
 
 from doge_deploy.doctor.probe import run_tool
+
+# Workers share the cores, so each computes with one thread; torch reads this when it is imported.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 # Triton decides when it is imported whether kernels are interpreted, and torch may import it at any time.
 # `make test-gpu` sets TRITON_INTERPRET=0 and runs the tests that are marked `gpu` on the device.
 os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _shared_files(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Name the folder that `shared_files` uses, and complain at the end if a test wrote into what all share."""
+    base = tmp_path_factory.getbasetemp()
+    # the folder of a worker lies in that of the session
+    shared_files.use_folder((base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "shared")
+    yield
+    changed = shared_files.changed_files()
+    assert not changed, f"tests wrote into shared files: {changed}"
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _one_thread_a_session() -> Iterator[None]:
+    """ONNX Runtime takes all cores where it is not told a number of threads; here it takes one, as torch does."""
+    if importlib.util.find_spec("onnxruntime") is None:
+        yield
+        return
+    import onnxruntime
+
+    class OneThread(onnxruntime.SessionOptions):  # type: ignore[misc]
+        def __init__(self) -> None:
+            super().__init__()
+            self.intra_op_num_threads = 1
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(onnxruntime, "SessionOptions", OneThread)
+        yield
+
+
 @pytest.fixture(scope="session")
-def dense_doge(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def dense_doge() -> Path:
     """A small dense checkpoint with random weights; do not write into it."""
-    from random_doge import save_random_doge  # transformers takes seconds, and most tests need no checkpoint
+    from random_doge import shared_doge  # transformers takes seconds, and most tests need no checkpoint
 
-    return save_random_doge(tmp_path_factory.mktemp("checkpoints") / "dense")
+    return shared_doge()
 
 
 @pytest.fixture(scope="session")
-def moe_doge(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def moe_doge() -> Path:
     """A small mixture with 20 experts, 16 of them reachable; do not write into it."""
-    from random_doge import SMALL_MOE, save_random_doge
+    from random_doge import SMALL_MOE, shared_doge
 
-    return save_random_doge(tmp_path_factory.mktemp("checkpoints") / "moe", **SMALL_MOE)
+    return shared_doge(**SMALL_MOE)
 
 
 @pytest.fixture(autouse=True)
@@ -67,18 +100,16 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture(scope="session")
-def tiny_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def tiny_bundle() -> Path:
     """doge-tiny in both layouts, fp32, logits of every token; do not write into it."""
-    from bundles import make_bundle
+    from bundles import shared_bundle
 
-    path = tmp_path_factory.mktemp("bundles") / "doge-tiny"
-    return make_bundle("doge-tiny", path, kv_cache=("static", "growing"), logits="all")
+    return shared_bundle("doge-tiny", kv_cache=("static", "growing"), logits="all")
 
 
 @pytest.fixture(scope="session")
-def tiny_moe_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def tiny_moe_bundle() -> Path:
     """doge-tiny-moe likewise, with transformers' routing."""
-    from bundles import make_bundle
+    from bundles import shared_bundle
 
-    path = tmp_path_factory.mktemp("bundles") / "doge-tiny-moe"
-    return make_bundle("doge-tiny-moe", path, kv_cache=("static", "growing"), logits="all")
+    return shared_bundle("doge-tiny-moe", kv_cache=("static", "growing"), logits="all")

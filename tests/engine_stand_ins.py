@@ -15,10 +15,11 @@ import numpy as np
 from doge_deploy.bundle.engine_record import EngineProfile, EngineRecord, EngineTensor, LayerCounts, SourceFile
 from doge_deploy.bundle.manifest import Bundle
 from doge_deploy.bundle.signature import BATCH, SEQUENCE
+from doge_deploy.dtypes import item_bytes
 from doge_deploy.options.build import BuildOptions, Range
 from doge_deploy.runtime.ort import open_session
 from doge_deploy.runtime.trt.device import Device, Graph, HostMemory, Memory
-from doge_deploy.runtime.trt.plan import ITEM_BYTES, make_plan
+from doge_deploy.runtime.trt.plan import make_plan
 from doge_deploy.runtime.trt.runner import Context, Engine, TrtRunner
 
 
@@ -142,7 +143,7 @@ class HeldContext(Context):
     def _view(self, tensor: EngineTensor) -> np.ndarray[Any, Any]:
         memory = self.engine.device.memory(self.addresses[tensor.name])
         shape = self._shape(tensor)
-        assert memory.nbytes == np.prod(shape) * ITEM_BYTES[tensor.dtype]
+        assert memory.nbytes == np.prod(shape) * item_bytes(tensor.dtype)
         return memory.array.view(tensor.dtype).reshape(shape)
 
     def enqueue(self) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import shared_files
 import torch
 from transformers import DogeConfig, DogeForCausalLM, DogeForSequenceClassification, DogeModel
 
@@ -67,3 +68,11 @@ def save_random_doge(directory: Path, seed: int = 0, *, task: str = "causal-lm",
     """Write a model for `task` as `save_pretrained` does; returns `directory`."""
     random_doge(seed, kind=KINDS[task], **config).save_pretrained(directory)
     return directory
+
+
+def shared_doge(seed: int = 0, *, task: str = "causal-lm", **config: Any) -> Path:
+    """What `save_random_doge` writes, made once for all tests of a session; do not write into it."""
+    kind = "moe" if config.get("is_moe") else "dense"
+    return shared_files.made_once(
+        kind, ["doge", seed, task, config], lambda path: save_random_doge(path, seed, task=task, **config)
+    )

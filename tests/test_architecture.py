@@ -13,7 +13,8 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "doge_deploy"
 
 ORDER = [
-    {"__init__", "errors", "diagnostics", "demo", "export_configs"},
+    {"__init__", "errors", "diagnostics", "dtypes", "demo", "export_configs"},
+    {"process"},
     {"config", "options"},
     {"devices", "bundle", "text"},
     {"checkpoint"},

@@ -44,19 +44,6 @@ def this_machine() -> Machine:
     )
 
 
-def peak_memory_bytes() -> int | None:
-    """Largest resident memory of this process so far, libraries and mapped files included.
-
-    Not `getrusage`: Linux lets its figure survive exec, so a small child of a large parent would show the parent's.
-    """
-    return kilobytes_field(Path("/proc/self/status"), "VmHWM")
-
-
-def memory_bytes() -> int | None:
-    """Resident memory of this process now."""
-    return kilobytes_field(Path("/proc/self/status"), "VmRSS")
-
-
 class NeighbourClock:
     """How much of the machine others used since it was made."""
 

@@ -21,9 +21,9 @@ from doge_deploy.bench.workload import Workload
 from doge_deploy.bundle.manifest import Bundle, open_bundle
 from doge_deploy.checkpoint import Checkpoint
 from doge_deploy.devices.host import available_cpus
+from doge_deploy.devices.packages import require_export_packages
 from doge_deploy.errors import UsageError
 from doge_deploy.options.backends import Backend
-from doge_deploy.pipelines.export import require_export_dependencies
 from doge_deploy.verify.source import open_reference
 
 BASELINES = ("transformers", "naive")
@@ -198,7 +198,7 @@ def _baselines(
     bundles: Sequence[Bundle], options: BenchOptions, threads: int, started: Callable[[str], None]
 ) -> list[Candidate]:
     """The baselines that were asked for, in the dtype of the first bundle; a plain export is made where none is."""
-    require_export_dependencies()
+    require_export_packages("bench --against")
     first = bundles[0]
     others = {bundle.manifest.checkpoint["sha256"] for bundle in bundles}
     if len(others) > 1:

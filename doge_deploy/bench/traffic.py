@@ -21,6 +21,7 @@ from pathlib import Path
 from doge_deploy.bundle.manifest import Bundle, Layout
 from doge_deploy.checkpoint.names import EMBEDDING
 from doge_deploy.config.model import DogeFacts
+from doge_deploy.dtypes import item_bytes
 from doge_deploy.errors import BrokenBundleError
 
 WEIGHTS_FILE = "weights.safetensors"
@@ -94,8 +95,5 @@ def _cache_bytes(layout: Layout, facts: DogeFacts, keys: int) -> int:
     for past, _ in layout.signature.past():
         kind, (_, heads, _, width) = past.name.rsplit(".", 1)[1], past.shape
         assert isinstance(heads, int) and isinstance(width, int)
-        total += heads * width * columns[kind] * _ITEM_BYTES[past.dtype]
+        total += heads * width * columns[kind] * item_bytes(past.dtype)
     return total
-
-
-_ITEM_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}

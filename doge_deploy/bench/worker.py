@@ -49,7 +49,7 @@ class Worker:
 
     def load(self, candidate: dict[str, Any], threads: int) -> dict[str, Any]:
         from doge_deploy.bench.candidates import Candidate, import_libraries, open_candidate
-        from doge_deploy.bench.machine import memory_bytes
+        from doge_deploy.devices.host import memory_bytes
 
         described = Candidate(**candidate)
         start = perf_counter_ns()
@@ -82,7 +82,7 @@ class Worker:
         return self._runner, described, described.input_ids(self._vocab_size)
 
     def memory(self) -> dict[str, Any]:
-        from doge_deploy.bench.machine import peak_memory_bytes
+        from doge_deploy.devices.host import peak_memory_bytes
 
         return {"peak_bytes": peak_memory_bytes()}
 

@@ -10,6 +10,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from doge_deploy.dtypes import ShortName
 from doge_deploy.options.build import BuildOptions, Range, Target
 
 ENGINES = "engines"
@@ -108,7 +109,7 @@ class EngineRecord(_Record):
     """Of the product. An engine runs with the version that built it, unless a flag says otherwise."""
     platform: str
     """Operating system and processor of the builder: `linux-x86_64`."""
-    dtype: Literal["fp32", "fp16", "bf16"]
+    dtype: ShortName
     layout: str
     """The layout of the bundle that it was built from."""
     lowering: Literal["standard", "plugins"]

@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any
 
 from doge_deploy.bundle.signature import Signature
 from doge_deploy.config.model import DogeFacts
+from doge_deploy.dtypes import NAMES
 from doge_deploy.errors import BrokenBundleError, UsageError
 
 if TYPE_CHECKING:
@@ -103,7 +104,7 @@ class Manifest:
     @property
     def dtype(self) -> str:
         """NumPy's name of the model's dtype."""
-        return {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}[self.options["dtype"]]
+        return NAMES[self.options["dtype"]]
 
     @property
     def task(self) -> str:

@@ -16,20 +16,13 @@ from pathlib import Path
 from typing import Any
 
 from doge_deploy.diagnostics import join_findings
+from doge_deploy.dtypes import BY_TAG
 from doge_deploy.errors import UnsupportedModelError
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 
 _PICKLES = ("pytorch_model*.bin", "*.pt", "*.pth", "*.bin")
-
-_ITEM_BYTES = {
-    "F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1, "C64": 8, "BOOL": 1,
-    "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U64": 8, "U32": 4, "U16": 2, "U8": 1,
-}  # fmt: skip
-
-DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
-"""Stored dtypes that a Doge may have, with the names that torch and NumPy give them."""
 
 _SHARD_NAME = re.compile(r"[\w.-]+\.safetensors")
 """No separators: a path would let a checkpoint read files outside its directory."""
@@ -43,7 +36,7 @@ _MAX_HEADER_BYTES = 100_000_000  # the format's own limit
 class TensorInfo:
     """One stored tensor: `nbytes` bytes of `dtype`, row by row, from `offset` of `file` on.
 
-    `dtype` is torch's and NumPy's name where a Doge may have it, else the name in the file.
+    `dtype` is `DType.name` where a Doge's weights may have it, else the name in the file.
     """
 
     name: str
@@ -125,11 +118,13 @@ def _tensor_info(path: Path, name: str, entry: Any, data_start: int) -> TensorIn
         raise UnsupportedModelError(f"{path}: damaged header: entry {name!r} is {entry!r}") from None
     if not all(isinstance(number, int) and number >= 0 for number in numbers):
         raise UnsupportedModelError(f"{path}: damaged header: entry {name!r} is {entry!r}")
-    if dtype in _ITEM_BYTES and end - begin != math.prod(shape) * _ITEM_BYTES[dtype]:
+    if dtype in BY_TAG and end - begin != BY_TAG[dtype].nbytes(math.prod(shape)):
         raise UnsupportedModelError(
             f"{path}: damaged header: {name!r} {dtype} {list(shape)} is given {end - begin} bytes"
         )
-    return TensorInfo(name, path, DTYPES.get(dtype, dtype), shape, data_start + begin, end - begin)
+    known = BY_TAG.get(dtype)
+    name_of_dtype = known.name if known and known.short else dtype
+    return TensorInfo(name, path, name_of_dtype, shape, data_start + begin, end - begin)
 
 
 def _check_extent(path: Path, infos: Mapping[str, TensorInfo], data_start: int, size: int) -> None:

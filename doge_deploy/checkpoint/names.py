@@ -7,10 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
-from doge_deploy.checkpoint.headers import DTYPES, TensorInfo
+from doge_deploy.checkpoint.headers import TensorInfo
 from doge_deploy.config.keys import TRAINED_ACTIVATIONS
 from doge_deploy.config.model import ARCHITECTURE, DogeFacts
 from doge_deploy.diagnostics import MAX_FINDINGS
+from doge_deploy.dtypes import FLOATS
 from doge_deploy.errors import UnsupportedModelError
 
 EMBEDDING = "model.embed_tokens.weight"
@@ -125,8 +126,8 @@ def check_tensors(
             ],
         ),
         _group(
-            f"dtype not one of {', '.join(DTYPES.values())}",
-            [f"{spell(name)} is {info.dtype}" for name, info in tensors.items() if info.dtype not in DTYPES.values()],
+            f"dtype not one of {', '.join(FLOATS)}",
+            [f"{spell(name)} is {info.dtype}" for name, info in tensors.items() if info.dtype not in FLOATS],
         ),
     ]
     found = [group for group in groups if group]

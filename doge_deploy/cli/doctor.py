@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from doge_deploy.dtypes import NAMES
+
 if TYPE_CHECKING:
     from doge_deploy.devices.facts import DeviceFacts
     from doge_deploy.doctor.deployment_options import Way, Wish
@@ -26,7 +28,7 @@ if TYPE_CHECKING:
     metavar="DEVICE",
     help="A device of export_configs/, some words of its name, or a YAML file; repeatable. Default: this machine.",
 )
-@click.option("--dtype", type=click.Choice(["fp32", "fp16", "bf16"]), help="Of a MODEL; default: the device's own.")
+@click.option("--dtype", type=click.Choice(tuple(NAMES)), help="Of a MODEL; default: the device's own.")
 @click.option(
     "--batch-size", type=click.IntRange(min=1), metavar="N", help="Rows at a time; default: the device's own."
 )

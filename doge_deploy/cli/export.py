@@ -8,6 +8,7 @@ from typing import Any
 import click
 
 from doge_deploy.cli.progress import progress
+from doge_deploy.dtypes import NAMES
 
 
 @click.command("export")
@@ -18,7 +19,7 @@ from doge_deploy.cli.progress import progress
     type=click.Choice(["causal-lm", "sequence-classification", "features"]),
     help="What the bundle is for.  [default: causal-lm]",
 )
-@click.option("--dtype", type=click.Choice(["fp32", "fp16", "bf16"]), help="Of weights and caches.  [default: fp32]")
+@click.option("--dtype", type=click.Choice(tuple(NAMES)), help="Of weights and caches.  [default: fp32]")
 @click.option(
     "--kv-cache",
     multiple=True,

@@ -9,14 +9,14 @@ from typing import TYPE_CHECKING
 
 import click
 
+from doge_deploy.dtypes import NAMES
+
 if TYPE_CHECKING:
     from doge_deploy.kernels.compile import Record
     from doge_deploy.kernels.spec import Binding
 
 FILE_COLUMNS = 140
 """Of the table where it goes into a file or a pipe, which have no width of their own."""
-
-_DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 
 
 @click.command("compile")
@@ -94,9 +94,9 @@ def _parse_dtypes(text: str) -> list[str]:
     from doge_deploy.errors import UsageError
 
     for name in _list(text):
-        if name not in _DTYPES:
-            raise UsageError(f"--dtype {name}: must be one of {', '.join(_DTYPES)}")
-    return [_DTYPES[name] for name in _list(text)]
+        if name not in NAMES:
+            raise UsageError(f"--dtype {name}: must be one of {', '.join(NAMES)}")
+    return [NAMES[name] for name in _list(text)]
 
 
 def _parse_sizes(text: str | None) -> list[int] | None:
@@ -147,7 +147,7 @@ def _row(binding: Binding, record: Record) -> list[str]:
     return [
         f"sm_{record.arch}",
         binding.spec.name,
-        next(short for short, name in _DTYPES.items() if name == record.dtype),
+        next(short for short, name in NAMES.items() if name == record.dtype),
         _sizes(binding),
         str(record.registers),
         str(record.spill_bytes),

@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING
 
 import click
 
+from doge_deploy.dtypes import NAMES
+
 if TYPE_CHECKING:
     from doge_deploy.config.model import DogeFacts
     from doge_deploy.doctor.kernel_roofline import Machine, Roofline
@@ -41,8 +43,7 @@ def roofline(device: str, model: str, past: int, new: int, batch_size: int, dtyp
     from doge_deploy.kernels.registry import installed
 
     machine, sources = _machine(device)
-    dtypes = {"fp16": "float16", "bf16": "bfloat16"}
-    call = Call(past=past, new=new, batch=batch_size, dtype=dtypes[dtype])
+    call = Call(past=past, new=new, batch=batch_size, dtype=NAMES[dtype])
     result = make(_facts(model), machine, call, installed())
     if as_json:
         import json

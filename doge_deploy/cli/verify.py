@@ -51,10 +51,10 @@ def verify(
 
     Exit code 0: every number is within its calibrated tolerance; 1: one is not.
     """
+    from doge_deploy.devices.packages import require_export_packages
     from doge_deploy.errors import MismatchError
-    from doge_deploy.pipelines.export import require_export_dependencies
 
-    require_export_dependencies()
+    require_export_packages("verify")
     from doge_deploy.verify import files
 
     for file in (json_file, junit_file):

@@ -90,7 +90,6 @@ TRAINED_ACTIVATIONS: Mapping[str, Mapping[str, tuple[int, ...]]] = {
 Buffers count too where transformers saves them and does not know their values without.
 """
 
-DTYPES = ("float32", "float16", "bfloat16")
 
 MAX_SIZE = 2**31 - 1
 """Of anything counted. No Doge comes near it, and arithmetic with sizes stays within 64 bits."""

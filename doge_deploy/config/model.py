@@ -12,7 +12,6 @@ from typing import Any
 
 from doge_deploy.config.keys import (
     ACTIVATIONS,
-    DTYPES,
     INERT_DOGE_KEYS,
     ConfigReader,
     is_integer,
@@ -21,6 +20,7 @@ from doge_deploy.config.keys import (
 from doge_deploy.config.revisions import REVISIONS, TRANSFORMERS
 from doge_deploy.config.rope import STATEFUL_TYPES, read_rope
 from doge_deploy.diagnostics import join_findings, shortened
+from doge_deploy.dtypes import FLOATS
 from doge_deploy.errors import UnsupportedModelError
 
 ARCHITECTURE = "DogeForCausalLM"
@@ -293,4 +293,4 @@ def _check_inert(reader: ConfigReader) -> None:
             reader.non_negative(key, 0.0)
     for key in ("dtype", "torch_dtype"):
         if reader.config.get(key) is not None:
-            reader.name(key, "float32", frozenset(DTYPES))
+            reader.name(key, "float32", frozenset(FLOATS))

@@ -21,6 +21,9 @@ GIB = 1 << 30
 
 _PACKAGE = Path(__file__).parent.parent
 
+EnginePlatform = Literal["linux-x86_64", "linux-aarch64"]
+"""What the vendors have libraries for, as `doge_deploy.devices.host.platform_name` calls it."""
+
 
 class DeviceFacts(BaseModel):
     """A device. The description of a field says what is legal, and is quoted where a value is not."""
@@ -31,9 +34,7 @@ class DeviceFacts(BaseModel):
         "cpu", description="one of cpu, jetson, desktop, datacenter"
     )
     product: str = Field("", description="the product's name")
-    platform: Literal["linux-x86_64", "linux-aarch64", "any"] = Field(
-        "any", description="one of linux-x86_64, linux-aarch64, any"
-    )
+    platform: EnginePlatform | Literal["any"] = Field("any", description="one of linux-x86_64, linux-aarch64, any")
     compute_capability: str | None = Field(None, description="a compute capability such as 8.7, or null for no GPU")
     memory_gib: float | None = Field(None, gt=0, description="a number > 0, or null where it is not fixed")
     """Of the GPU; where `memory_shared`, of the whole device."""

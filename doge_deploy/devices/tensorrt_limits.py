@@ -41,6 +41,16 @@ TOPK_LIMIT = 3840
 Reference: https://docs.nvidia.com/deeplearning/tensorrt/latest/_static/operators/TopK.html
 """
 
+TENSORRT_DTYPES = {
+    "float32": "FLOAT",
+    "float16": "HALF",
+    "bfloat16": "BF16",
+    "int64": "INT64",
+    "int32": "INT32",
+    "int8": "INT8",
+}
+"""Names in `tensorrt.DataType` of what may be bound to an engine or given to a plugin. Both refuse bool."""
+
 BF16_FIRST_CAPABILITY = "8.0"
 """bfloat16 arithmetic came with Ampere; same support matrices."""
 

@@ -13,8 +13,7 @@ from dataclasses import dataclass
 
 from doge_deploy.checkpoint.names import EMBEDDING, expected_tensors
 from doge_deploy.config.model import DogeFacts
-
-ITEM_BYTES = {"fp32": 4, "fp16": 2, "bf16": 2}
+from doge_deploy.dtypes import item_bytes
 
 _EXPERT_TABLES = ("mlp.down_embed.weight", "mlp.up_embed.weight")
 
@@ -55,12 +54,12 @@ def weight_bytes(facts: DogeFacts, dtype: str) -> int:
     count = sum(math.prod(shape) for shape in shapes.values())
     if facts.tie_word_embeddings:
         count += math.prod(shapes[EMBEDDING])
-    return count * ITEM_BYTES[dtype]
+    return count * item_bytes(dtype)
 
 
 def row_cache_bytes(facts: DogeFacts, dtype: str, length: int) -> int:
     """Key, value and score of one row of `length` slots, all layers."""
-    per_slot = facts.num_key_value_heads * (2 * facts.head_dim * ITEM_BYTES[dtype] + ITEM_BYTES["fp32"])
+    per_slot = facts.num_key_value_heads * (2 * facts.head_dim * item_bytes(dtype) + item_bytes("fp32"))
     return facts.num_hidden_layers * length * per_slot
 
 
@@ -71,7 +70,7 @@ def activation_bytes(facts: DogeFacts, dtype: str, *, batch_size: int, tokens: i
     model's dtype, scores and weights of attention `[B, H, Q, K]` in fp32, the rows of both expert tables that a call
     looks up, and the logits.
     """
-    item, n = ITEM_BYTES[dtype], batch_size * tokens
+    item, n = item_bytes(dtype), batch_size * tokens
     stream = n * 4 * facts.hidden_size * item
     square = batch_size * tokens * keys
     attention = square * (facts.num_key_value_heads * (4 + item) + facts.num_attention_heads * 2 * 4)
@@ -96,4 +95,4 @@ def decode_bytes(facts: DogeFacts, dtype: str, *, batch_size: int, keys: int) ->
             count += min(batch_size * facts.num_experts_per_tok, shape[0]) * shape[1]
         else:
             count += math.prod(shape)
-    return count * ITEM_BYTES[dtype] + batch_size * row_cache_bytes(facts, dtype, keys)
+    return count * item_bytes(dtype) + batch_size * row_cache_bytes(facts, dtype, keys)

@@ -17,12 +17,13 @@ import onnx_ir as ir
 from doge_deploy.checkpoint.names import EMBEDDING, HEAD, expected_tensors
 from doge_deploy.config.expert_pairs import candidate_pairs
 from doge_deploy.config.model import DogeFacts
+from doge_deploy.dtypes import item_bytes
 from doge_deploy.errors import UnsupportedModelError, UsageError
 from doge_deploy.graph.cost import graph_cost
 from doge_deploy.graph.functions import cdmoe_function, dynamic_mask_attention_function
 from doge_deploy.graph.functions.text import OPSET
 from doge_deploy.graph.schemas import CDMOE, DOMAIN, DYNAMIC_MASK_ATTENTION, VERSION
-from doge_deploy.kernels.cost import ITEM_BYTES, Cost, chain_costs
+from doge_deploy.kernels.cost import Cost, chain_costs
 from doge_deploy.kernels.registry import Registry
 
 Shapes = dict[str, tuple[int, ...]]
@@ -169,7 +170,7 @@ def _standard(
     name: str, attributes: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], function: ir.Function, dtype: str
 ) -> Cost:
     """The operator's body at these sizes."""
-    of_model = {"float32": ir.DataType.FLOAT}.get(dtype, ir.DataType.FLOAT16)  # bfloat16 is as wide
+    of_model = ir.DataType.FLOAT if dtype == "float32" else ir.DataType.FLOAT16  # bfloat16 is as wide
     inputs = [ir.val(key, _FIXED_DTYPES.get(key, of_model), ir.Shape(shape)) for key, shape in shapes.items()]
     node = ir.node(name, inputs, attributes, domain=DOMAIN, num_outputs=1)
     node.outputs[0].name, node.outputs[0].dtype = "output", of_model
@@ -181,7 +182,7 @@ def _standard(
 
 def _rest(facts: DogeFacts, call: Call) -> Cost:
     """Every weight that a step reads but for the experts, which the operator reads; and the caches' new slots."""
-    item = ITEM_BYTES[call.dtype]
+    item = item_bytes(call.dtype)
     tensors = expected_tensors(facts)
     embedding = tensors[EMBEDDING] if HEAD in tensors else ()
     weights = sum(prod(shape) for name, shape in tensors.items() if not name.endswith("_embed.weight"))

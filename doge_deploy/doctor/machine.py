@@ -7,10 +7,10 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
-from doge_deploy.devices.facts import GIB, DeviceFacts
-from doge_deploy.devices.host import ROOT, available_cpus, kilobytes_field, processor_name, read_text
+from doge_deploy.devices.facts import GIB, DeviceFacts, EnginePlatform
+from doge_deploy.devices.host import ROOT, available_cpus, kilobytes_field, platform_name, processor_name, read_text
 from doge_deploy.doctor.probe import Found, probe_libraries, run_tool
 from doge_deploy.options.build import parse_capability
 
@@ -52,7 +52,7 @@ class Machine:
         if gpu is not None and not shared:
             total, free = gpu.memory_bytes, gpu.free_bytes
         facts: dict[str, Any] = {
-            "platform": platform_name(),
+            "platform": platform_name() if platform_name() in get_args(EnginePlatform) else "any",
             "product": gpu.name if gpu else self.processor,
             "memory_gib": total / GIB if total else None,
             "memory_reserved_gib": (total - free) / GIB if total and free is not None else 0.0,
@@ -91,13 +91,6 @@ def this_machine(root: Path = ROOT) -> Machine:
         gpus=_gpus(),
         libraries=libraries,
     )
-
-
-def platform_name() -> str:
-    """`linux-x86_64`, as an engine's record spells it; `any` where no engine is known to run."""
-    machine = {"AMD64": "x86_64", "arm64": "aarch64"}.get(platform.machine(), platform.machine())
-    name = f"{platform.system().lower()}-{machine}"
-    return name if name in ("linux-x86_64", "linux-aarch64") else "any"
 
 
 def _gpus() -> tuple[Gpu, ...]:

@@ -10,7 +10,7 @@ from doge_deploy.bundle.signature import LAYOUTS
 from doge_deploy.checkpoint import open_checkpoint
 from doge_deploy.config.model import DogeFacts
 from doge_deploy.errors import UsageError
-from doge_deploy.pipelines.export import resolve_max_length
+from doge_deploy.options.compatibility import resolve_max_length
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ import onnx
 import onnx.checker
 
 from doge_deploy.bundle.signature import Signature, TensorSpec
+from doge_deploy.dtypes import BY_ONNX
 from doge_deploy.errors import BrokenBundleError
 
 
@@ -32,5 +33,4 @@ def check_model(path: Path, signature: Signature) -> None:
 def _spec(value: onnx.ValueInfoProto) -> TensorSpec:
     tensor = value.type.tensor_type
     shape = tuple(axis.dim_param or axis.dim_value for axis in tensor.shape.dim)
-    dtype = onnx.TensorProto.DataType.Name(tensor.elem_type).lower().replace("float", "float32")
-    return TensorSpec(value.name, dtype.replace("float3216", "float16"), shape)
+    return TensorSpec(value.name, BY_ONNX[tensor.elem_type].name, shape)

@@ -9,10 +9,10 @@ import onnx_ir as ir
 
 from doge_deploy.bundle.manifest import open_bundle
 from doge_deploy.diagnostics import join_findings
+from doge_deploy.dtypes import BY_ONNX
 from doge_deploy.errors import BrokenBundleError, UnsupportedModelError, UsageError
 from doge_deploy.graph.passes.plugin_chains import (
     NAMESPACE_ATTRIBUTE,
-    ONNX_DTYPES,
     VERSION_ATTRIBUTE,
     PluginChainPass,
     value_shape,
@@ -21,7 +21,6 @@ from doge_deploy.kernels.preflight import PluginNode, Verdict, check_node
 from doge_deploy.kernels.registry import Registry, installed
 
 _STANDARD_DOMAINS = ("", "ai.onnx", "ai.onnx.ml")
-_DTYPE_NAMES = {dtype: name for name, dtype in ONNX_DTYPES.items()}
 
 
 def check_plugins(model: ir.Model, registry: Registry) -> list[Verdict]:
@@ -63,7 +62,8 @@ def _plugin_nodes(model: ir.Model) -> Iterator[PluginNode]:
 def _dtype_name(value: ir.Value | None) -> str | None:
     if value is None or value.dtype is None:
         return None
-    return _DTYPE_NAMES.get(value.dtype, value.dtype.name.lower())
+    known = BY_ONNX.get(int(value.dtype))
+    return known.name if known else value.dtype.name.lower()
 
 
 def check_file(path: Path, registry: Registry | None = None) -> list[Verdict]:

@@ -22,6 +22,7 @@ from onnxscript.values import Opset
 from doge_deploy.bundle.signature import Signature, TensorSpec
 from doge_deploy.config.expert_pairs import candidate_pairs
 from doge_deploy.config.model import DogeFacts
+from doge_deploy.dtypes import DTYPES
 from doge_deploy.graph import schemas
 from doge_deploy.graph.functions import activation_function, cdmoe_function, dynamic_mask_attention_function
 from doge_deploy.graph.functions.text import OPSET
@@ -29,7 +30,6 @@ from doge_deploy.graph.passes import run_passes
 from doge_deploy.model.attention import hidden_bias
 from doge_deploy.model.decoder import Doge, GrowingCausalLM, StaticCausalLM, UncachedDoge, Windows
 
-TORCH_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 _MODELS: dict[str, type[Doge]] = {"growing": GrowingCausalLM, "static": StaticCausalLM, "uncached": UncachedDoge}
 
 # Sizes of the example inputs: any that differ from each other and from 0 and 1, which torch.export would specialise on.
@@ -65,7 +65,7 @@ def trace(
         decompose: see `_convert`; the graph is the same.
     """
     schemas.register_schemas()
-    torch_dtype = TORCH_DTYPES[dtype]
+    torch_dtype: torch.dtype = getattr(torch, dtype)
     windows = reachable_windows(facts, signature.layout, max_length)
     with torch.device("meta"):
         model = _MODELS[signature.layout](
@@ -172,7 +172,7 @@ def _apply_signature(model: ir.Model, signature: Signature) -> None:
     graph.inputs.extend(values)
     for spec, value in zip(signature.inputs, values, strict=True):
         value.name, value.shape = spec.name, ir.Shape(spec.shape)
-        value.dtype = ir.DataType[spec.dtype.upper().replace("FLOAT32", "FLOAT")]
+        value.dtype = ir.DataType(DTYPES[spec.dtype].onnx_number)
     for spec, value in zip(signature.outputs, graph.outputs, strict=True):
         value.name, value.shape = spec.name, ir.Shape(spec.shape)
 

@@ -18,20 +18,12 @@ import onnx_ir as ir
 import torch
 
 from doge_deploy.checkpoint import Checkpoint
+from doge_deploy.dtypes import BY_ONNX
 from doge_deploy.graph.passes.half_weights import HalfWeightsPass
 from doge_deploy.graph.passes.quantize_weights import QuantizedParts, QuantizeWeightsPass, part_of, scheme_of
 from doge_deploy.graph.passes.transpose_weights import TRANSPOSED_SUFFIX
 
 WEIGHTS_FILE = "weights.safetensors"
-
-# safetensors' name of a dtype, and the dtype to convert to.
-_DTYPES = {
-    ir.DataType.FLOAT: ("F32", torch.float32),
-    ir.DataType.FLOAT16: ("F16", torch.float16),
-    ir.DataType.BFLOAT16: ("BF16", torch.bfloat16),
-    ir.DataType.UINT8: ("U8", torch.uint8),
-    ir.DataType.UINT4: ("U8", torch.uint8),
-}
 
 _ALIGNMENT = 4096
 """Data starts on a page, so that runtimes can map the file."""
@@ -98,7 +90,7 @@ class TensorSources:
         tensor = self.rope[source] if source in self.rope else self.checkpoint.read(source)
         if source != name:
             tensor = tensor.T
-        return tensor.to(_DTYPES[dtype][1])
+        return tensor.to(getattr(torch, BY_ONNX[dtype].name))
 
 
 def write_weights(
@@ -168,7 +160,7 @@ def _stored_shape(stored: StoredTensor) -> list[int]:
 def _header(plan: Mapping[str, StoredTensor]) -> bytes:
     entries = {
         stored.name: {
-            "dtype": _DTYPES[stored.dtype][0],
+            "dtype": BY_ONNX[stored.dtype].tag,
             "shape": _stored_shape(stored),
             "data_offsets": [stored.begin, stored.begin + stored.nbytes],
         }

@@ -15,16 +15,6 @@ from doge_deploy.errors import UnsupportedModelError
 if TYPE_CHECKING:
     from doge_deploy.kernels.spec import Binding, OperatorPlugin, Tile
 
-ITEM_BYTES: Mapping[str, int] = {
-    "float32": 4,
-    "float16": 2,
-    "bfloat16": 2,
-    "int64": 8,
-    "int32": 4,
-    "int8": 1,
-    "bool": 1,
-}
-
 
 @dataclass(frozen=True)
 class Cost:

@@ -14,14 +14,13 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from doge_deploy.dtypes import FLOATS
 from doge_deploy.errors import UsageError
 from doge_deploy.kernels.cost import CostModel
 from doge_deploy.kernels.expressions import Expr, Operand, evaluate
 
 DType = Literal["T", "float32", "float16", "bfloat16", "int64", "int32", "int8", "bool"]
 AttributeType = Literal["int", "float", "str"]
-
-FLOATS = ("float32", "float16", "bfloat16")
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import ModuleType
 from typing import Any
 
+from doge_deploy.devices.tensorrt_limits import TENSORRT_DTYPES
 from doge_deploy.errors import MissingDependencyError, UnsupportedModelError
 from doge_deploy.kernels.compile import Compiled, compile_one
 from doge_deploy.kernels.expressions import INT_OPERATIONS, Expr, Operand, evaluate
@@ -28,17 +29,7 @@ Compiler = Callable[[Binding, int], Compiled]
 
 _PYTHON_TYPES: Mapping[str, type] = {"int": int, "float": float, "str": str}
 
-_TENSORRT_DTYPES: Mapping[str, str] = {
-    "float32": "FLOAT",
-    "float16": "HALF",
-    "bfloat16": "BF16",
-    "int64": "INT64",
-    "int32": "INT32",
-    "int8": "INT8",
-}
-"""Names in `tensorrt.DataType`. There is none for bool: a plugin's tensor must not be one."""
-
-_AUTOTUNE_DTYPES = {**_TENSORRT_DTYPES, "float32": "FP32", "float16": "FP16"}
+_AUTOTUNE_DTYPES = {**TENSORRT_DTYPES, "float32": "FP32", "float16": "FP16"}
 """Names in the text form of `AutoTuneCombination`."""
 
 
@@ -129,7 +120,7 @@ class _Plugin:
         self.compiler = compiler
         self.operations = {name: functools.partial(_apply, trtp, name) for name in INT_OPERATIONS}
         trt = importlib.import_module("tensorrt")
-        self.dtypes = {name: getattr(trt.DataType, member) for name, member in _TENSORRT_DTYPES.items()}
+        self.dtypes = {name: getattr(trt.DataType, member) for name, member in TENSORRT_DTYPES.items()}
 
     def describe(self, *args: Any, **kwargs: Any) -> tuple[Any, ...]:
         """Shapes and dtypes of the outputs, in TensorRT's symbols."""

@@ -14,6 +14,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from doge_deploy.diagnostics import join_findings, suggest
+from doge_deploy.dtypes import ShortName
 from doge_deploy.errors import UsageError
 
 CacheLayout = Literal["static", "growing"]
@@ -38,7 +39,7 @@ class ExportOptions(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
     task: Task = Field("causal-lm", description="one of causal-lm, sequence-classification, features")
-    dtype: Literal["fp32", "fp16", "bf16"] = Field("fp32", description="one of fp32, fp16, bf16")
+    dtype: ShortName = Field("fp32", description="one of fp32, fp16, bf16")
     kv_cache: tuple[CacheLayout, ...] = Field(
         ("static",), min_length=1, description="static, growing or a list of both"
     )

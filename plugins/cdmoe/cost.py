@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from doge_deploy.kernels.cost import ITEM_BYTES, Cost, CostModel
+from doge_deploy.dtypes import item_bytes
+from doge_deploy.kernels.cost import Cost, CostModel
 from doge_deploy.kernels.spec import Binding, Tile
 
 ID, WEIGHT, SCALE = 4, 4, 4
@@ -14,7 +15,7 @@ ID, WEIGHT, SCALE = 4, 4, 4
 def route(binding: Binding, tile: Tile, past: int) -> Cost:
     v = binding.values
     tokens = v["B"] * v["Q"]
-    loaded = tokens * v["router_width"] * ITEM_BYTES[binding.dtype]
+    loaded = tokens * v["router_width"] * item_bytes(binding.dtype)
     stored = tokens * v["num_experts_per_tok"] * (ID + WEIGHT)
     return Cost(loaded, stored, loaded + stored, 0)
 
@@ -22,7 +23,7 @@ def route(binding: Binding, tile: Tile, past: int) -> Cost:
 def _experts(binding: Binding, table_bytes: int, scale_bytes: int) -> Cost:
     v = binding.values
     tokens, k, hidden = v["B"] * v["Q"], v["k"], v["C"]
-    row = hidden * ITEM_BYTES[binding.dtype]
+    row = hidden * item_bytes(binding.dtype)
     expert = 2 * (hidden * table_bytes + scale_bytes)
     loaded = tokens * (row + k * (ID + WEIGHT + expert))
     stored = tokens * row
@@ -33,7 +34,7 @@ def _experts(binding: Binding, table_bytes: int, scale_bytes: int) -> Cost:
 
 
 def experts(binding: Binding, tile: Tile, past: int) -> Cost:
-    return _experts(binding, ITEM_BYTES[binding.dtype], 0)
+    return _experts(binding, item_bytes(binding.dtype), 0)
 
 
 def experts_int8(binding: Binding, tile: Tile, past: int) -> Cost:

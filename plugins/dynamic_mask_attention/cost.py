@@ -8,7 +8,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from doge_deploy.kernels.cost import ITEM_BYTES, Cost, CostModel
+from doge_deploy.dtypes import item_bytes
+from doge_deploy.kernels.cost import Cost, CostModel
 from doge_deploy.kernels.spec import Binding, Tile
 
 SELECT_PASSES = 6
@@ -24,7 +25,7 @@ def _ceil(number: int, divisor: int) -> int:
 
 def _row_bytes(binding: Binding) -> int:
     """A row of K or V, or of a query head."""
-    size: int = binding.values["D"] * ITEM_BYTES[binding.dtype]
+    size: int = binding.values["D"] * item_bytes(binding.dtype)
     return size
 
 

@@ -23,7 +23,8 @@ from doge_deploy.errors import BrokenBundleError, MissingDependencyError, Unsupp
 from doge_deploy.options.build import BuildOptions
 from doge_deploy.pipelines import build as building
 from doge_deploy.pipelines.build import build
-from doge_deploy.targets.trt import vendor
+from doge_deploy.targets.trt import choices, vendor
+from doge_deploy.targets.trt import run as run_module
 
 
 @pytest.fixture(scope="module")
@@ -171,7 +172,7 @@ def test_full_tensorrt_needs_a_device(bundle: Path, monkeypatch: pytest.MonkeyPa
 def test_full_tensorrt_builds_for_its_own_device_only(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(building, "check_installed", lambda target: None)
     monkeypatch.setattr(building, "require_gpu", lambda target: None)
-    monkeypatch.setattr(building, "device_capability", lambda: "8.7")
+    monkeypatch.setattr(choices, "device_capability", lambda: "8.7")
     with pytest.raises(UsageError, match=r"compute_capabilities=8.9: TensorRT builds for the device of .* is 8.7"):
         run(bundle, target="trt", compute_capabilities=["8.9"])
 
@@ -202,7 +203,7 @@ def test_a_library_that_breaks_down_is_an_error_with_its_last_words(
     bundle: Path, code: str, words: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(building, "check_installed", lambda target: None)
-    monkeypatch.setattr(building, "WORKER", (sys.executable, "-c", code))
+    monkeypatch.setattr(run_module, "WORKER", (sys.executable, "-c", code))
     with pytest.raises(MissingDependencyError, match="the library of TensorRT-RTX broke down: its process") as caught:
         run(bundle)
     assert words in str(caught.value)

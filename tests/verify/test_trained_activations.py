@@ -20,7 +20,7 @@ from doge_deploy.cli.main import run_command
 from doge_deploy.config.keys import TRAINED_ACTIVATIONS
 from doge_deploy.errors import UnsupportedModelError
 from doge_deploy.graph.preflight import check_file
-from doge_deploy.pipelines.build import lower_layout
+from doge_deploy.targets.trt.layout import lower_layout
 from doge_deploy.verify.run import verify
 
 CASES: dict[str, tuple[str, dict[str, Any]]] = {

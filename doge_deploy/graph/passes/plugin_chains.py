@@ -6,6 +6,7 @@ from typing import Any
 
 import onnx_ir as ir
 
+from doge_deploy.dtypes import DTYPES
 from doge_deploy.errors import UnsupportedModelError
 from doge_deploy.graph.schemas import input_names
 from doge_deploy.kernels import symbols
@@ -17,17 +18,6 @@ VERSION_ATTRIBUTE = "plugin_version"
 """Read by TensorRT's ONNX parser, which looks a plugin up by the node's operator, its version and its namespace.
 Reference: https://github.com/onnx/onnx-tensorrt, importer of nodes without an ONNX operator.
 """
-
-ONNX_DTYPES = {
-    "float32": ir.DataType.FLOAT,
-    "float16": ir.DataType.FLOAT16,
-    "bfloat16": ir.DataType.BFLOAT16,
-    "int64": ir.DataType.INT64,
-    "int32": ir.DataType.INT32,
-    "int8": ir.DataType.INT8,
-    "bool": ir.DataType.BOOL,
-}
-"""By the name that a spec uses."""
 
 
 class PluginChainPass(ir.passes.InPlacePass):
@@ -134,7 +124,7 @@ def _plugin_node(node: ir.Node, step: Step, inputs: list[ir.Value]) -> ir.Node:
     )
     for value, name, tensor in zip(made.outputs, step.outputs, spec.outputs, strict=True):
         value.name = f"{node.name}/{name}"
-        dtype = of_model if tensor.dtype == "T" else ONNX_DTYPES[tensor.dtype]
+        dtype = of_model if tensor.dtype == "T" else ir.DataType(DTYPES[tensor.dtype].onnx_number)
         if dtype is not None:
             value.dtype = dtype
         value.shape = ir.Shape([symbols.dimension(size, known) for size in tensor.shape])

@@ -11,6 +11,7 @@ import numpy as np
 
 from doge_deploy.bundle.manifest import Layout
 from doge_deploy.bundle.signature import PAST_ROPE, PRESENT_ROPE, SLOT_INDICES, past_name, present_name
+from doge_deploy.dtypes import DTYPES
 from doge_deploy.errors import UsageError
 from doge_deploy.runtime.base import BundleRunner, FloatArray, IntArray
 from doge_deploy.runtime.ort.prefill_chunks import joined_logits, joined_selections
@@ -279,8 +280,5 @@ class GrowingOrtRunner(OrtRunner):
         }
 
 
-_NUMPY_DTYPES = {
-    "tensor(float)": np.float32,
-    "tensor(float16)": np.float16,
-    "tensor(int64)": np.int64,
-}
+_NUMPY_DTYPES = {f"tensor({DTYPES[name].onnx.lower()})": np.dtype(name) for name in ("float32", "float16", "int64")}
+"""By ONNX Runtime's name; those of a graph's inputs and outputs."""

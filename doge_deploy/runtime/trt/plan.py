@@ -11,10 +11,10 @@ from dataclasses import dataclass
 
 from doge_deploy.bundle.engine_record import EngineRecord, EngineTensor
 from doge_deploy.bundle.signature import BATCH, SEQUENCE, Signature
+from doge_deploy.devices.tensorrt_limits import TENSORRT_DTYPES
+from doge_deploy.dtypes import DTYPES
 from doge_deploy.errors import BrokenBundleError, UsageError
 from doge_deploy.options.build import Range
-
-ITEM_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "int64": 8, "int32": 4}
 
 
 @dataclass(frozen=True)
@@ -95,8 +95,8 @@ def make_plan(record: EngineRecord, signature: Signature) -> BindingPlan:
     for tensor in (*record.inputs, *record.outputs):
         if tensor.name in shapes and tensor.shape != shapes[tensor.name]:
             findings.append(f"{tensor.name} is {list(tensor.shape)}, the graph's {list(shapes[tensor.name])}")
-        if tensor.dtype not in ITEM_BYTES:
-            findings.append(f"{tensor.name} is {tensor.dtype}, must be one of {', '.join(ITEM_BYTES)}")
+        if tensor.dtype not in TENSORRT_DTYPES:
+            findings.append(f"{tensor.name} is {tensor.dtype}, must be one of {', '.join(TENSORRT_DTYPES)}")
     pairs = [(past.name, present.name) for past, present in signature.past()]
     findings += [
         f"{present} is not written in place of {past}" for past, present in pairs if record.aliases.get(present) != past
@@ -114,7 +114,7 @@ def make_plan(record: EngineRecord, signature: Signature) -> BindingPlan:
 
 def nbytes(tensor: EngineTensor, shape: tuple[int, ...]) -> int:
     """Bytes of the tensor at that shape."""
-    return math.prod(shape) * ITEM_BYTES[tensor.dtype]
+    return DTYPES[tensor.dtype].nbytes(math.prod(shape))
 
 
 def _differences(found: tuple[EngineTensor, ...], expected: list[str], what: str) -> list[str]:

@@ -12,12 +12,13 @@ from typing import Any
 
 from doge_deploy.bundle.engine_record import EngineRecord
 from doge_deploy.bundle.manifest import Bundle
+from doge_deploy.devices.host import platform_name
 from doge_deploy.errors import BrokenBundleError, MissingDependencyError, UnsupportedModelError, UsageError
 from doge_deploy.options.build import Target
 from doge_deploy.runtime.trt.device import Device, open_device
 from doge_deploy.runtime.trt.plan import make_plan
 from doge_deploy.runtime.trt.runner import Context, Engine, TrtRunner
-from doge_deploy.targets.trt.vendor import PRODUCTS, import_product, platform_name
+from doge_deploy.targets.trt.vendor import PRODUCTS, import_product
 
 
 def open_runner(bundle: Bundle, backend: Target, engine: str | None = None) -> TrtRunner:

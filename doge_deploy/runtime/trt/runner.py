@@ -17,6 +17,7 @@ import numpy as np
 
 from doge_deploy.bundle.engine_record import EngineTensor
 from doge_deploy.bundle.signature import PAST_ROPE, PRESENT_ROPE, Signature
+from doge_deploy.devices.tensorrt_limits import TENSORRT_DTYPES
 from doge_deploy.runtime.base import BundleRunner, FloatArray, IntArray
 from doge_deploy.runtime.trt.device import Device, Graph, HostMemory, Memory
 from doge_deploy.runtime.trt.plan import BindingPlan, nbytes
@@ -166,13 +167,7 @@ class TrtRunner(BundleRunner):
         return held
 
 
-_RAW_DTYPES = {
-    "float32": np.float32,
-    "float16": np.float16,
-    "bfloat16": np.uint16,
-    "int64": np.int64,
-    "int32": np.int32,
-}
+_RAW_DTYPES = {name: np.dtype("uint16" if name == "bfloat16" else name) for name in TENSORRT_DTYPES}
 """NumPy has no bfloat16: its bits."""
 
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
 
 from doge_deploy.bundle.engine_record import Decomposed, EngineProfile, EngineTensor, KernelCounts
-from doge_deploy.options.build import Target
+from doge_deploy.bundle.signature import Signature
+from doge_deploy.options.build import BuildOptions, Target
 
 
 class _Message(BaseModel):
@@ -39,10 +42,42 @@ class Job(_Message):
     """`doge` operators whose plugins are to be registered first."""
 
 
-class Progress(_Message):
+def make_job(
+    options: BuildOptions,
+    *,
+    onnx_file: Path,
+    weights_beside: Path,
+    engine_file: Path,
+    report_file: Path,
+    profiles: tuple[EngineProfile, ...],
+    signature: Signature,
+    compute_capabilities: tuple[str, ...],
+    plugins: tuple[str, ...],
+) -> Job:
+    """The job of this process that the options ask for; see `Job` for the other arguments."""
+    return Job(
+        target=options.target,
+        parent_pid=os.getpid(),
+        onnx_file=str(onnx_file),
+        weights_beside=str(weights_beside),
+        engine_file=str(engine_file),
+        report_file=str(report_file),
+        profiles=profiles,
+        axes={spec.name: spec.shape for spec in (*signature.inputs, *signature.outputs)},
+        compute_capabilities=compute_capabilities,
+        allow_tf32=False,
+        workspace_bytes=None if options.workspace_mib is None else options.workspace_mib << 20,
+        strip_weights=options.strip_weights,
+        verbosity=options.verbosity,
+        timing_cache=options.timing_cache,
+        plugins=plugins,
+    )
+
+
+class Advanced(_Message):
     """How far the builder says it is."""
 
-    event: Literal["progress"] = "progress"
+    event: Literal["advanced"] = "advanced"
     fraction: float
     phase: str
 
@@ -72,5 +107,5 @@ class Finished(_Message):
     peak_memory_bytes: int
 
 
-Event = Annotated[Progress | Failed | Finished, Field(discriminator="event")]
-EVENTS: TypeAdapter[Progress | Failed | Finished] = TypeAdapter(Event)
+Event = Annotated[Advanced | Failed | Finished, Field(discriminator="event")]
+EVENTS: TypeAdapter[Advanced | Failed | Finished] = TypeAdapter(Event)

@@ -11,11 +11,12 @@ from types import ModuleType
 from typing import Any
 
 from doge_deploy.bundle.engine_record import EngineTensor
+from doge_deploy.devices.tensorrt_limits import TENSORRT_DTYPES
 from doge_deploy.errors import UnsupportedModelError, UsageError
 from doge_deploy.targets.trt.job import Job
 from doge_deploy.targets.trt.vendor import PRODUCTS
 
-_DTYPES = {"FLOAT": "float32", "HALF": "float16", "BF16": "bfloat16", "INT64": "int64", "INT32": "int32"}
+_DTYPES = {member: name for name, member in TENSORRT_DTYPES.items()}
 _VERBOSITY = {"none": "NONE", "names": "LAYER_NAMES_ONLY", "detailed": "DETAILED"}
 
 

@@ -115,8 +115,3 @@ def device_capability() -> str:
         driver.cuDeviceGetAttribute(ctypes.byref(value), attribute, 0)
         parts.append(str(value.value))
     return ".".join(parts)
-
-
-def platform_name() -> str:
-    """Operating system and processor: `linux-x86_64`."""
-    return f"{platform.system()}-{platform.machine()}".lower()

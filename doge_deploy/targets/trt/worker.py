@@ -18,8 +18,9 @@ from types import ModuleType
 from typing import IO, Any, Literal
 
 from doge_deploy.bundle.engine_record import Decomposed
+from doge_deploy.devices.host import peak_memory_bytes
 from doge_deploy.errors import DogeDeployError, MissingDependencyError, UnsupportedModelError, UsageError
-from doge_deploy.targets.trt.job import Failed, Finished, Job, Progress
+from doge_deploy.targets.trt.job import Advanced, Failed, Finished, Job
 from doge_deploy.targets.trt.layers import BuilderLog, count_kernels, describe
 from doge_deploy.targets.trt.network import (
     attention_layers,
@@ -54,7 +55,7 @@ class Channel:
         self._stream = stream
         self._lock = threading.Lock()
 
-    def send(self, event: Progress | Failed | Finished) -> bool:
+    def send(self, event: Advanced | Failed | Finished) -> bool:
         """Write one event; False where nobody listens any more."""
         with self._lock:
             try:
@@ -143,7 +144,7 @@ def run(job: Job, channel: Channel) -> Finished:
         kernels=count_kernels(log.kernels),
         activation_bytes=log.activation_bytes,
         engine_weight_bytes=log.weight_bytes,
-        peak_memory_bytes=peak_memory_bytes(),
+        peak_memory_bytes=peak_memory_bytes() or 0,
     )
 
 
@@ -228,28 +229,12 @@ def _make_monitor(trt: ModuleType, channel: Channel) -> Any:
             if fraction < self.told + _STEP:
                 return True
             self.told = fraction
-            return channel.send(Progress(fraction=fraction, phase=phase_name))
+            return channel.send(Advanced(fraction=fraction, phase=phase_name))
 
         def phase_finish(self, phase_name: str) -> None:
             self.phases.finish(phase_name)
 
     return Monitor()
-
-
-def peak_memory_bytes() -> int:
-    """Largest resident set of this process so far.
-
-    Linux gives it per program; getrusage would count the process that started this one too.
-    """
-    status = Path("/proc/self/status")
-    if status.is_file():
-        for line in status.read_text().splitlines():
-            if line.startswith("VmHWM:"):
-                return int(line.split()[1]) * 1024
-    import resource
-
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
 
 
 if __name__ == "__main__":

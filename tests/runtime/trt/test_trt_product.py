@@ -15,13 +15,13 @@ from engine_stand_ins import record_of
 from doge_deploy.bundle.engine_record import EngineRecord
 from doge_deploy.bundle.manifest import Bundle, open_bundle, write_manifest
 from doge_deploy.cli.main import run_command
+from doge_deploy.devices.host import platform_name
 from doge_deploy.doctor.probe import run_tool
 from doge_deploy.errors import MissingDependencyError, UsageError
 from doge_deploy.options.backends import Backend
 from doge_deploy.runtime.backend import open_backend
 from doge_deploy.runtime.trt.device import open_device
 from doge_deploy.runtime.trt.product import _make_log, choose_engine, engines_for, obstacle
-from doge_deploy.targets.trt.vendor import platform_name
 
 VERSION = "1.7.1.116"
 

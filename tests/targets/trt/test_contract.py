@@ -15,6 +15,9 @@ from doge_deploy.bundle.manifest import Bundle, Layout, open_bundle
 from doge_deploy.errors import UnsupportedModelError
 from doge_deploy.options.build import BuildOptions
 from doge_deploy.pipelines import build as building
+from doge_deploy.targets.trt import choices
+from doge_deploy.targets.trt import layout as layout_module
+from doge_deploy.targets.trt.layout import LoweredLayout
 
 pytestmark = pytest.mark.skipif(bool(tensorrt_standin.missing()), reason=tensorrt_standin.missing() or "complete")
 
@@ -27,7 +30,7 @@ def bundle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     tensorrt_standin.use(folder, monkeypatch)
     monkeypatch.setattr(building, "check_installed", lambda target: None)
     monkeypatch.setattr(building, "require_gpu", lambda target: None)
-    monkeypatch.setattr(building, "device_capability", lambda: "8.7")
+    monkeypatch.setattr(choices, "device_capability", lambda: "8.7")
     return make_bundle("doge-tiny", tmp_path / "bundle", dtype="fp16")
 
 
@@ -56,15 +59,15 @@ def test_both_products_get_the_same_graph(bundle: Path) -> None:
 
 
 def test_a_plugin_that_tensorrt_does_not_know_is_named(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def with_a_plugin(opened: Bundle, layout: Layout, *, use_plugins: bool) -> tuple[ir.Model, list[Any]]:
+    def with_a_plugin(opened: Bundle, layout: Layout, *, use_plugins: bool) -> LoweredLayout:
         model = ir.load(opened.path / layout.file)
         model.functions.clear()
         for node in model.graph:
             if node.domain == "doge":
                 node.attributes["plugin_namespace"] = ir.AttrString("plugin_namespace", "doge")
                 node.attributes["plugin_version"] = ir.AttrString("plugin_version", "1")
-        return model, []
+        return LoweredLayout(model)
 
-    monkeypatch.setattr(building, "lower_layout", with_a_plugin)
+    monkeypatch.setattr(layout_module, "lower_layout", with_a_plugin)
     with pytest.raises(UnsupportedModelError, match=r"refuses the graph: node layers.0.DynamicMaskAttention"):
         run(bundle)

@@ -16,13 +16,13 @@ from doge_deploy.errors import MissingDependencyError, UnsupportedModelError
 from doge_deploy.kernels import registry
 from doge_deploy.kernels.registry import installed
 from doge_deploy.kernels.spec import Limit
-from doge_deploy.pipelines.build import cache_aliases, lower_layout, serialize, weight_bytes
 from doge_deploy.runtime.ort import open_runner
+from doge_deploy.targets.trt.layout import LoweredLayout, lower_layout
 from doge_deploy.targets.trt.lowering import lower
 
 
 def lowered(bundle: Bundle) -> ir.Model:
-    return lower_layout(bundle, bundle.layout("static"), use_plugins=False)[0]
+    return lower_layout(bundle, bundle.layout("static"), use_plugins=False).model
 
 
 def count(model: ir.Model) -> dict[str, int]:
@@ -58,21 +58,24 @@ def test_the_interface_is_that_of_the_signature(tiny_bundle: Path) -> None:
     model = lowered(bundle)
     assert [value.name for value in model.graph.inputs] == [spec.name for spec in signature.inputs]
     assert [value.name for value in model.graph.outputs] == [spec.name for spec in signature.outputs]
-    assert cache_aliases(model) == {present.name: past.name for past, present in signature.past()}
+    assert LoweredLayout(model).aliases() == {present.name: past.name for past, present in signature.past()}
 
 
 def test_weights_stay_where_they_are(tiny_bundle: Path) -> None:
     bundle = open_bundle(tiny_bundle)
     model = lowered(bundle)
-    assert len(serialize(model)) < 200_000
+    assert len(LoweredLayout(model).serialized()) < 200_000
     stored = (tiny_bundle / "weights.safetensors").stat().st_size
-    assert 0 < weight_bytes(model) <= stored
+    assert 0 < LoweredLayout(model).weight_bytes() <= stored
 
 
 @pytest.mark.parametrize("name", ["tiny_bundle", "tiny_moe_bundle"])
 def test_the_lowered_graph_computes_the_same(name: str, request: pytest.FixtureRequest) -> None:
     bundle = open_bundle(request.getfixturevalue(name))
-    runners = [open_runner(bundle, "static"), open_runner(bundle, "static", model=serialize(lowered(bundle)))]
+    runners = [
+        open_runner(bundle, "static"),
+        open_runner(bundle, "static", model=LoweredLayout(lowered(bundle)).serialized()),
+    ]
     ids = np.random.default_rng(0).integers(0, bundle.manifest.facts.vocab_size, (2, 9))
     found = []
     for runner in runners:
@@ -84,7 +87,7 @@ def test_the_lowered_graph_computes_the_same(name: str, request: pytest.FixtureR
 
 def test_the_same_bundle_gives_the_same_bytes(tiny_bundle: Path) -> None:
     bundle = open_bundle(tiny_bundle)
-    assert serialize(lowered(bundle)) == serialize(lowered(bundle))
+    assert LoweredLayout(lowered(bundle)).serialized() == LoweredLayout(lowered(bundle)).serialized()
 
 
 def test_a_node_without_a_body_is_refused_by_name(tiny_bundle: Path) -> None:
@@ -130,8 +133,9 @@ def test_a_window_beyond_top_k_that_cannot_be_reached_is_no_problem(tmp_path: Pa
 
 def test_plugins_come_in_by_entry_point(tiny_moe_bundle: Path) -> None:
     bundle = open_bundle(tiny_moe_bundle)
-    model, used = lower_layout(bundle, bundle.layout("static"), use_plugins=True)
-    assert [plugin.operator for plugin in used] == ["CDMoE", "DynamicMaskAttention"]
+    found = lower_layout(bundle, bundle.layout("static"), use_plugins=True)
+    model = found.model
+    assert [plugin.operator for plugin in found.plugins] == ["CDMoE", "DynamicMaskAttention"]
     layers = bundle.manifest.facts.num_hidden_layers
     counts = Counter(node.op_type for node in model.graph if node.domain == "doge")
     assert counts == dict.fromkeys(
@@ -139,7 +143,7 @@ def test_plugins_come_in_by_entry_point(tiny_moe_bundle: Path) -> None:
         layers,
     )
     assert not model.functions
-    onnx.load_model_from_string(serialize(model))
+    onnx.load_model_from_string(LoweredLayout(model).serialized())
 
 
 def test_without_an_installed_plugin_the_remedies_are_named(tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,33 @@
+"""Python packages that are installed here."""
+
+from __future__ import annotations
+
+import importlib.metadata
+from collections.abc import Iterable
+
+from doge_deploy.errors import MissingDependencyError
+
+
+def require_packages(names: Iterable[str], *, user: str, extra: str) -> None:
+    """Check that packages are installed, without importing them.
+
+    Args:
+        names: as they are called in the package index.
+        user: what needs them, for the message: `export`.
+        extra: the extra of this package that brings them.
+
+    Raises:
+        MissingDependencyError: naming the first one that is absent, and the extra.
+    """
+    for name in names:
+        try:
+            importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            raise MissingDependencyError(
+                f"{user} needs {name}, which is not installed: pip install 'doge-deploy[{extra}]'"
+            ) from None
+
+
+def require_export_packages(user: str) -> None:
+    """Raises MissingDependencyError where a package that tracing and transformers' models need is absent."""
+    require_packages(("torch", "transformers", "onnxscript"), user=user, extra="export")

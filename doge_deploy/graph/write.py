@@ -1,0 +1,120 @@
+"""The files of a bundle that come from tracing: a graph for each layout, and the weights that they share."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+
+import onnx_ir as ir
+
+from doge_deploy import __version__
+from doge_deploy.bundle.manifest import Layout
+from doge_deploy.bundle.signature import LAYOUTS, UNCACHED, make_signature, uncached_signature
+from doge_deploy.checkpoint import Checkpoint
+from doge_deploy.config.model import DogeFacts
+from doge_deploy.config.revisions import REVISIONS
+from doge_deploy.graph.check import check_model
+from doge_deploy.graph.trace import trace
+from doge_deploy.graph.weights import WEIGHTS_FILE, TensorSources, write_weights
+from doge_deploy.model.rope import rope_tensors
+from doge_deploy.options.export import ExportOptions
+from doge_deploy.process.progress import Progress
+
+
+def write_graphs(
+    directory: Path,
+    checkpoint: Checkpoint,
+    options: ExportOptions,
+    *,
+    dtype: str,
+    max_length: int,
+    progress: Progress,
+) -> dict[str, Layout]:
+    """Trace the layouts asked for and write their graphs and the weight file they share.
+
+    Args:
+        directory: of the new bundle.
+        checkpoint: what is traced.
+        options: what the user chose.
+        dtype: NumPy's name of the graph's dtype.
+        max_length: slots of a row.
+        progress: told what is being done.
+
+    Returns:
+        The layouts by name, none of them lowered for a backend yet.
+    """
+    facts = checkpoint.facts
+    layouts: dict[str, Layout] = {}
+    models: list[ir.Model] = []
+    for name in _layouts(options):
+        advance = progress.stage(f"trace {options.task if name == UNCACHED else name}")
+        if name == UNCACHED:
+            signature = uncached_signature(facts, options.task, dtype=dtype, max_length=max_length)
+        else:
+            last_logits = options.logits == "last"
+            signature = make_signature(facts, name, dtype=dtype, max_length=max_length, last_logits=last_logits)
+        models.append(
+            trace(
+                facts,
+                signature,
+                dtype=dtype,
+                max_length=max_length,
+                routing=options.routing,
+                last_logits=options.logits == "last",
+                task=options.task,
+            )
+        )
+        file = "model.onnx" if not layouts else f"model.{name}.onnx"
+        layouts[name] = Layout(file, signature, facts.keep_window(max_length), _selection_notes(facts, max_length))
+        advance(1)
+    left = _write_weights(directory, checkpoint, options, models, max_length, progress)
+    notes = tuple(f"{name} is not quantized: {reason}" for name, reason in _by_kind(left).items())
+    for name, model in zip(list(layouts), models, strict=True):
+        layouts[name] = replace(layouts[name], notes=layouts[name].notes + notes)
+        model.producer_name, model.producer_version = "doge-deploy", __version__
+        ir.save(model, directory / layouts[name].file)
+        check_model(directory / layouts[name].file, layouts[name].signature)
+    return layouts
+
+
+def _layouts(options: ExportOptions) -> tuple[str, ...]:
+    if options.task != "causal-lm":
+        return (UNCACHED,)
+    return tuple(layout for layout in LAYOUTS if layout in options.kv_cache)
+
+
+def _selection_notes(facts: DogeFacts, max_length: int) -> tuple[str, ...]:
+    """Why a graph has no selection of keys, where it has none."""
+    if not REVISIONS[facts.revision].drops_keys:
+        return (f"no top-k of the dynamic mask: a Doge of {facts.revision} keeps every key",)
+    if not facts.keep_window(max_length):
+        return (
+            f"top-k of the dynamic mask left out: a row holds at most max_length={max_length} keys, "
+            f"keep_window_size={facts.keep_window_size} of which are kept",
+        )
+    return ()
+
+
+def _write_weights(
+    directory: Path,
+    checkpoint: Checkpoint,
+    options: ExportOptions,
+    models: list[ir.Model],
+    max_length: int,
+    progress: Progress,
+) -> Mapping[str, str]:
+    """Write the weight file; returns the tensors that were left unquantized though that was asked for, and why."""
+    advance = progress.stage("write weights", sum(tensor.nbytes for tensor in checkpoint.tensors.values()))
+    rope = rope_tensors(checkpoint.config, checkpoint.facts, max_length)
+    sources = TensorSources(checkpoint, rope, options.model_dump())
+    for model in models:
+        sources.quantize(model)
+    write_weights(directory / WEIGHTS_FILE, models, sources, advance=advance)
+    return sources.left
+
+
+def _by_kind(left: Mapping[str, str]) -> dict[str, str]:
+    """Reasons per kind of tensor: `model.layers.*.self_attn.dt_proj.weight` stands for that of every layer."""
+    return {re.sub(r"\.\d+\.", ".*.", name): reason for name, reason in left.items()}

@@ -1,0 +1,1 @@
+"""What a long command has to do with processes: the progress that it reports."""

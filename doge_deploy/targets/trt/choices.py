@@ -1,0 +1,53 @@
+"""What the options of a build come to for one product and one bundle."""
+
+from __future__ import annotations
+
+from doge_deploy.bundle.manifest import Bundle
+from doge_deploy.errors import UnsupportedModelError, UsageError
+from doge_deploy.options.build import BuildOptions
+from doge_deploy.targets.trt.vendor import PRODUCTS, device_capability
+
+
+def check_options(options: BuildOptions) -> None:
+    """Raises UsageError where an option has no meaning for the product."""
+    product = PRODUCTS[options.target]
+    if options.timing_cache is not None and not product.needs_gpu:
+        raise UsageError(
+            f"timing_cache={options.timing_cache!r}: {product.name} measures no kernels while it builds; only "
+            "--target trt does"
+        )
+
+
+def check_weights(bundle: Bundle) -> None:
+    """Raises UnsupportedModelError where the bundle stores its weights in a form that no engine is built of."""
+    quantize = bundle.manifest.options.get("quantize")
+    if quantize:
+        raise UnsupportedModelError(
+            f"{bundle.path} stores its weights as {quantize}; engines are built of fp32, fp16 or bf16: export without "
+            "--quantize"
+        )
+
+
+def resolve_capabilities(options: BuildOptions) -> tuple[str, ...]:
+    """The compute capabilities to build for: those asked for; with TensorRT that of the device that is there.
+
+    Raises:
+        UsageError: TensorRT is asked to build for another device.
+        MissingDependencyError: TensorRT is to build, and there is no device.
+    """
+    if not PRODUCTS[options.target].needs_gpu:
+        return options.compute_capabilities
+    here = device_capability()
+    if options.compute_capabilities not in ((), (here,)):
+        asked = ", ".join(options.compute_capabilities)
+        raise UsageError(
+            f"compute_capabilities={asked}: TensorRT builds for the device of this machine, which is {here}"
+        )
+    return (here,)
+
+
+def engine_name(bundle: Bundle, options: BuildOptions, capabilities: tuple[str, ...]) -> str:
+    """`<target>-<dtype>-<capabilities>`, such as `trt-rtx-fp16-sm89`; `portable` where none was asked for."""
+    caps = "+".join("sm" + capability.replace(".", "") for capability in capabilities) or "portable"
+    standard = "-no-plugins" if PRODUCTS[options.target].has_plugins and not options.plugins else ""
+    return f"{options.target}-{bundle.manifest.options['dtype']}-{caps}{standard}"
