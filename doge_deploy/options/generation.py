@@ -167,7 +167,6 @@ class GenerationOptions:
             _as_tuple(values.get("stop_strings", ())),
         )
 
-
     @classmethod
     def with_file(
         cls, config: Mapping[str, Any], asked: Mapping[str, Any], *, eos_ids: Collection[int], source: object
@@ -228,5 +227,3 @@ def _is_whole(value: object) -> bool:
 
 def _as_tuple(value: Any) -> tuple[Any, ...]:
     return tuple(value) if isinstance(value, list | tuple) else (value,)
-
-

@@ -20,6 +20,7 @@ from doge_deploy.runtime.tokenizer import Detokenizer, Tokenizer
 
 FinishReason = Literal["eos", "stop", "max_new_tokens", "max_length"]
 
+
 def check_prompt(prompt_ids: Sequence[int], max_length: int) -> None:
     """Raises UsageError where a prompt is empty or longer than `max_length` tokens."""
     if not prompt_ids:

@@ -112,15 +112,19 @@ class Tokenizer:
             UsageError: `text` holds what is not Unicode text (lone surrogates, from undecodable bytes), or a token
                 that the model has no embedding for.
         """
-        ids = self._encode(text, add_special_tokens=True)
+        ids = self.ids(text, add_special_tokens=True)
         return ids if ids or self.bos_id is None else [self.bos_id]
 
-    def _encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
+    def ids(self, text: str, *, add_special_tokens: bool) -> list[int]:
+        """Ids of a text, with what the post-processor adds or without; raises what `encode` does."""
         try:
             text.encode()
         except UnicodeEncodeError as error:
             raise UsageError(f"the text is not valid UTF-8: {text[error.start]!r} at character {error.start}") from None
-        ids: list[int] = self._backend.encode(text, add_special_tokens=add_special_tokens).ids
+        try:
+            ids: list[int] = self._backend.encode(text, add_special_tokens=add_special_tokens).ids
+        except Exception as error:  # of a tokenizer without a token for what it does not know
+            raise UsageError(f"the tokenizer cannot encode the text: {_one_line(error)}") from error
         if self._vocab_size is not None and ids and max(ids) >= self._vocab_size:
             unknown = next(token for token in ids if token >= self._vocab_size)
             raise UsageError(
@@ -142,7 +146,7 @@ class Tokenizer:
             UsageError: there is no chat template, or it refuses these messages; what `encode` refuses.
             BrokenBundleError: the template is broken, or was stopped by a limit.
         """
-        return self._encode(self.chat_text(messages), add_special_tokens=False)
+        return self.ids(self.chat_text(messages), add_special_tokens=False)
 
     def chat_text(self, messages: Sequence[Mapping[str, str]]) -> str:
         """The conversation that `render_chat` encodes, as text; raises the same errors."""
