@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -148,14 +149,14 @@ def _write_checked(opened: Checkpoint, reference: Any, bundle: Path) -> list[str
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """Without transformers' remarks, about the length of the corpus for example."""
-    from transformers.utils import logging
+    from transformers.utils import logging as transformers_logging
 
-    verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()
+    verbosity = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity(logging.ERROR)
     try:
         yield
     finally:
-        logging.set_verbosity(verbosity)
+        transformers_logging.set_verbosity(verbosity)
 
 
 def _copy(files: Sequence[Path], bundle: Path) -> None:

@@ -41,6 +41,14 @@ class SamplingOptions:
     """Above 1 makes tokens that the prompt or the output already holds less likely; 1 turns it off."""
     seed: int | None = None
     """Of the random numbers; a fresh one each time where None."""
+    min_p: float = 0.0
+    """Draw among the tokens that are at least this likely in proportion to the likeliest one; 0 turns the limit off."""
+    presence_penalty: float = 0.0
+    """Taken off the logit of every token that the output (not the prompt) holds; below 0 makes them likelier."""
+    frequency_penalty: float = 0.0
+    """Taken off the logit of a token once for each time that the output (not the prompt) holds it."""
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
+    """Token id to a number that is added to its logit."""
 
     def __post_init__(self) -> None:
         if not isinstance(self.do_sample, bool):
@@ -65,6 +73,23 @@ class SamplingOptions:
             )
         if self.seed is not None and not _is_count(self.seed):
             raise UsageError(f"seed={self.seed!r}: must be a whole number from 0 up")
+        if not (_is_number(self.min_p) and 0 <= self.min_p <= 1):
+            raise UsageError(f"min_p={self.min_p!r}: must be a number from 0 (no limit) to 1")
+        for name in ("presence_penalty", "frequency_penalty"):
+            value = getattr(self, name)
+            if not (_is_number(value) and -2 <= value <= 2):
+                raise UsageError(f"{name}={value!r}: must be a number from -2 to 2 (0: no penalty)")
+        for token, bias in self.logit_bias.items():
+            if not _is_count(token):
+                raise UsageError(f"logit_bias: {token!r} is not a token id, a whole number from 0 up")
+            if not (_is_number(bias) and -100 <= bias <= 100):
+                raise UsageError(f"logit_bias: {bias!r} for token {token}: must be a number from -100 to 100")
+
+    @property
+    def changes_logits(self) -> bool:
+        """Whether the likeliest token may be another than that of the logits as they come."""
+        penalties = self.repetition_penalty != 1 or self.presence_penalty != 0 or self.frequency_penalty != 0
+        return penalties or bool(self.logit_bias)
 
 
 def _is_number(value: object) -> bool:
@@ -80,7 +105,9 @@ def _is_count(value: int) -> bool:
 
 
 _SAMPLING_NAMES = tuple(spec.name for spec in fields(SamplingOptions))
-_ONLY_WHERE_SAMPLING = ("temperature", "top_k", "top_p")
+_ONLY_WHERE_SAMPLING = ("temperature", "top_k", "top_p", "min_p")
+
+_WHOLE = ("top_k", "seed", "max_new_tokens", "eos_token_id")
 
 _NOT_DONE_HERE: dict[str, tuple[object, ...]] = {
     "num_beams": (1,),
@@ -89,7 +116,6 @@ _NOT_DONE_HERE: dict[str, tuple[object, ...]] = {
     "penalty_alpha": (0,),
     "dola_layers": (),
     "guidance_scale": (1,),
-    "min_p": (0,),
     "top_h": (),
     "typical_p": (1,),
     "epsilon_cutoff": (0,),
@@ -142,17 +168,18 @@ class GenerationOptions:
         """Options from several mappings in the names of generation_config.json; a later one wins.
 
         None means not set. What is set nowhere has transformers' default, except `max_new_tokens`. Without
-        sampling, temperature, top-k and top-p have no meaning and are not looked at. A whole number may be written
-        as 50.0.
+        sampling, temperature, top-k, top-p and min-p have no meaning and are not looked at. A whole number may be
+        written as 50.0.
 
         Args:
-            layers: looked at are `do_sample`, `temperature`, `top_k`, `top_p`, `repetition_penalty`, `seed`,
-                `max_new_tokens`, `eos_token_id` (an id or a list) and `stop_strings` (a text or a list).
+            layers: looked at are the names of `SamplingOptions`, `max_new_tokens`, `eos_token_id` (an id or a list)
+                and `stop_strings` (a text or a list).
 
         Raises:
             UsageError: a value is not legal.
         """
-        values = {key: _whole(value) for layer in layers for key, value in layer.items() if value is not None}
+        values = {key: value for layer in layers for key, value in layer.items() if value is not None}
+        values |= {name: _whole(values[name]) for name in _WHOLE if name in values}
         sampling = {name: values[name] for name in _SAMPLING_NAMES if name in values}
         if not sampling.get("do_sample", False):
             for name in _ONLY_WHERE_SAMPLING:

@@ -115,34 +115,54 @@ class StopStrings:
 
     What could be the beginning of one is held back until it is known. Of several strings the one that is
     complete first counts (of those the longest), so that it does not matter how the text is cut into pieces.
+
+    Special tokens are not part of the text, but their own text may be, or be part of, a string that ends it: strings
+    are looked for in the text with special tokens, as transformers does, and in the text without, of which nothing
+    that was asked to end it may come out.
+
+    Reference: `StopStringCriteria` of transformers/generation/stopping_criteria.py.
     """
 
     def __init__(self, stop: Sequence[str]) -> None:
         self._stop = tuple(stop)
         self._longest = max(map(len, stop), default=0)
         self._held = ""
+        """What may be the beginning of a string, special tokens included."""
+        self._shown: list[bool] = []
+        """Of each of its characters, whether it is part of the text."""
         self.stopped = False
         """Whether one was found; nothing more comes out then."""
 
-    def push(self, piece: str) -> str:
-        """The text that is certain after `piece`."""
+    def push(self, piece: str, special: str = "") -> str:
+        """The text that is certain after `piece`, and after a special token that came with it or alone."""
         if self.stopped:
             return ""
-        text = self._held + piece
-        starts = {stop: text.find(stop) for stop in self._stop}
-        found = [(start + len(stop), start) for stop, start in starts.items() if start >= 0]
-        if found:
-            _, certain = min(found)
-            self.stopped, self._held = True, ""
-            return text[:certain]
-        certain = len(text) - self._beginning(text)
-        self._held = text[certain:]
-        return text[:certain]
+        self._held += piece + special
+        self._shown += [True] * len(piece) + [False] * len(special)
+        places = [place for place, shown in enumerate(self._shown) if shown]
+        visible = "".join(self._held[place] for place in places)
+        places.append(len(self._held))
+        ends = [*_ends(self._held, self._stop)]
+        if len(visible) < len(self._held):
+            ends += [(places[end - 1] + 1, places[start]) for end, start in _ends(visible, self._stop)]
+        if ends:
+            _, certain = min(ends)
+            self.stopped = True
+            return self._take(certain)
+        return self._take(
+            min(len(self._held) - self._beginning(self._held), places[len(visible) - self._beginning(visible)])
+        )
 
     def flush(self) -> str:
         """What was held back, at the end of the text."""
-        held, self._held = self._held, ""
-        return held
+        return self._take(len(self._held))
+
+    def _take(self, count: int) -> str:
+        """The visible text of the first `count` characters; without the others where the text has stopped."""
+        text = "".join(self._held[place] for place in range(count) if self._shown[place])
+        left = len(self._held) if self.stopped else count
+        self._held, self._shown = self._held[left:], self._shown[left:]
+        return text
 
     def _beginning(self, text: str) -> int:
         """Length of the longest end of `text` that one of the strings begins with."""
@@ -150,6 +170,13 @@ class StopStrings:
             if any(stop.startswith(text[-length:]) for stop in self._stop):
                 return length
         return 0
+
+
+def _ends(text: str, stop: Sequence[str]) -> Iterator[tuple[int, int]]:
+    """End and start of the first occurrence of each string that `text` holds."""
+    for string in stop:
+        if (start := text.find(string)) >= 0:
+            yield start + len(string), start
 
 
 @dataclass
@@ -267,8 +294,9 @@ class TextStream(Iterator[str]):
             if token in self._options.eos_ids:
                 reason = "eos"
                 break
-            if piece := self._stop.push(self._detokenizer.push(token)):
-                yield piece
+            piece, special = self._detokenizer.push(token), self._detokenizer.special_text(token)
+            if certain := self._stop.push(piece, special):
+                yield certain
             if self._stop.stopped:
                 break
         if piece := self._stop.push(self._detokenizer.flush()) + self._stop.flush():

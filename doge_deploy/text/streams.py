@@ -119,6 +119,10 @@ class Detokenizer:
             self._shorten(_KEPT, held=len(text) - self._given)
         return piece
 
+    def special_text(self, token_id: int) -> str:
+        """What `push` leaves out: the text of a special token, empty for any other."""
+        return self._vocabulary.special_text(token_id)
+
     def flush(self) -> str:
         """The rest, an unfinished character as U+FFFD. To be called once, after the last id."""
         piece = self._vocabulary.decode(self._window)[self._given :]

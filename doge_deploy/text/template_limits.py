@@ -222,7 +222,12 @@ class LimitedEnvironment(ImmutableSandboxedEnvironment):
     def _parse(self, source: str, name: str | None, filename: str | None) -> nodes.Template:
         """The template with a step in every loop, and with calls where jinja2 has no hook."""
         tree = super()._parse(source, name, filename)
-        for loop in list(tree.find_all((nodes.For, nodes.Macro, nodes.CallBlock))):
+        repeated: list[nodes.For | nodes.Macro | nodes.CallBlock] = [
+            *tree.find_all(nodes.For),
+            *tree.find_all(nodes.Macro),
+            *tree.find_all(nodes.CallBlock),
+        ]
+        for loop in repeated:
             step = nodes.Call(nodes.EnvironmentAttribute("count_step"), [], [], None, None)
             loop.body.insert(0, nodes.ExprStmt(step).set_lineno(loop.lineno))
         _put_calls(tree)
@@ -237,7 +242,7 @@ class LimitedEnvironment(ImmutableSandboxedEnvironment):
         """A list, tuple or dict that the template wrote."""
         return _checked(value)
 
-    def concat(self, pieces: Iterable[str]) -> str:  # type: ignore[override]  # a plain function in the base class
+    def concat(self, pieces: Iterable[str]) -> str:
         """The text of a block or macro."""
         pieces = list(pieces)
         check_size(sum(map(len, pieces)))
@@ -302,10 +307,14 @@ def _as_call(value: Any) -> Any:
         joined = nodes.EnvironmentAttribute("joined", lineno=line)
         return nodes.Call(joined, value.nodes, [], None, None, lineno=line)
     written = isinstance(value, nodes.List | nodes.Dict) or (isinstance(value, nodes.Tuple) and value.ctx == "load")
-    if written and value.find((nodes.Name, nodes.Call)) is not None:
+    if written and not _is_constant(value):
         display = nodes.EnvironmentAttribute("display", lineno=line)
         return nodes.Call(display, [value], [], None, None, lineno=line)
     return value
+
+
+def _is_constant(display: nodes.Node) -> bool:
+    return display.find(nodes.Name) is None and display.find(nodes.Call) is None
 
 
 def _measured(items: Any, between: int) -> list[Any] | str | bytes:
