@@ -105,7 +105,8 @@ def _is_count(value: int) -> bool:
 
 
 _SAMPLING_NAMES = tuple(spec.name for spec in fields(SamplingOptions))
-_ONLY_WHERE_SAMPLING = ("temperature", "top_k", "top_p", "min_p")
+ONLY_WHERE_SAMPLING = ("temperature", "top_k", "top_p", "min_p")
+"""Names of `SamplingOptions` that mean nothing where the likeliest token is taken."""
 
 _WHOLE = ("top_k", "seed", "max_new_tokens", "eos_token_id")
 
@@ -182,7 +183,7 @@ class GenerationOptions:
         values |= {name: _whole(values[name]) for name in _WHOLE if name in values}
         sampling = {name: values[name] for name in _SAMPLING_NAMES if name in values}
         if not sampling.get("do_sample", False):
-            for name in _ONLY_WHERE_SAMPLING:
+            for name in ONLY_WHERE_SAMPLING:
                 sampling.pop(name, None)
         eos = _as_tuple(values.get("eos_token_id", ()))
         if not all(_is_whole(token) for token in eos):
