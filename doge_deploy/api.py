@@ -21,11 +21,11 @@ from doge_deploy.errors import (
 from doge_deploy.options.backends import Backend
 from doge_deploy.options.build import BuildOptions
 from doge_deploy.options.export import ExportOptions
+from doge_deploy.options.generation import GenerationOptions
 from doge_deploy.options.keywords import BuildKeywords, ExportKeywords
 from doge_deploy.options.load import combine_options
 from doge_deploy.process.progress import NO_PROGRESS
 from doge_deploy.runtime.choices import TextChoices
-from doge_deploy.runtime.generate import GenerationOptions
 from doge_deploy.runtime.text_model import Generation, TextModel
 
 if TYPE_CHECKING:  # what takes long to import is imported by the function that needs it

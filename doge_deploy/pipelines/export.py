@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.metadata
-import shutil
 from pathlib import Path
 
 from doge_deploy import __version__
@@ -11,10 +10,12 @@ from doge_deploy.bundle.genai_config import GENAI_CONFIG, follows_convention, ge
 from doge_deploy.bundle.manifest import Manifest, file_entries, write_manifest
 from doge_deploy.bundle.writing import writing_bundle
 from doge_deploy.checkpoint import Checkpoint, check_finite, check_score_range, open_checkpoint
+from doge_deploy.checkpoint.tokenizer import write_tokenizer
 from doge_deploy.devices.packages import require_export_packages
 from doge_deploy.dtypes import NAMES
 from doge_deploy.options.compatibility import check_facts, resolve_max_length, resolve_options
 from doge_deploy.options.export import ExportOptions
+from doge_deploy.options.generation import GENERATION_CONFIG, illegal_settings
 from doge_deploy.process.progress import Progress
 
 _LIBRARIES = ("onnx", "onnx-ir", "onnxscript", "torch", "transformers")
@@ -55,8 +56,12 @@ def export(model: str, output: Path, options: ExportOptions, *, force: bool, pro
             advance = progress.stage("lower for ONNX Runtime")
             layouts["static"] = write_lowered(directory, layouts["static"])
             advance(1)
-        for file in checkpoint.companion_files:
-            shutil.copyfile(file, directory / file.name)
+        advance = progress.stage("check tokenizer")
+        warnings += write_tokenizer(checkpoint, directory)
+        warnings += tuple(
+            f"{GENERATION_CONFIG}: {text}" for text in illegal_settings(checkpoint.generation_config or {})
+        )
+        advance(1)
         # onnxruntime-genai knows neither a cache that slides nor an input for what RoPE remembers
         if "growing" in layouts and follows_convention(layouts["growing"].signature):
             document = genai_config(
