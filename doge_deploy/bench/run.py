@@ -209,6 +209,11 @@ def _baselines(
         raise UsageError(
             f"--against: transformers cannot run {checkpoint.path}, a checkpoint of the {facts.revision} code"
         )
+    if not checkpoint.as_stored:
+        raise UsageError(
+            f"--against: baselines load {checkpoint.path} with transformers, which does not read it as the bundle's "
+            "export did (an adapter, names of a wrapper, or an index without metadata)"
+        )
     last = manifest.options["logits"] == "last"
     baselines = []
     for name in options.against:

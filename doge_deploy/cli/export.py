@@ -56,9 +56,18 @@ from doge_deploy.dtypes import NAMES
 @click.option(
     "--set", "assignments", multiple=True, metavar="KEY=VALUE", help="Change an option of the file; repeatable."
 )
+@click.option("--adapter", metavar="DIRECTORY", help="Merge this PEFT LoRA adapter; a Hub id will do too.")
+@click.option("--strict", is_flag=True, help="Refuse keys of config.json that transformers ignores.")
 @click.option("--force", is_flag=True, help="Replace an existing bundle.")
 def export(
-    model: str, output: Path, config_file: Path | None, assignments: tuple[str, ...], force: bool, **choices: Any
+    model: str,
+    output: Path,
+    config_file: Path | None,
+    assignments: tuple[str, ...],
+    adapter: str | None,
+    strict: bool,
+    force: bool,
+    **choices: Any,
 ) -> None:
     """Trace MODEL to the ONNX bundle OUTPUT.
 
@@ -69,7 +78,9 @@ def export(
 
     options = load_export_options(config_file, choices, assignments)
     with progress() as display:
-        manifest = api.export(model, output, options, force=force, progress=display).manifest
+        manifest = api.export(
+            model, output, options, adapter=adapter, strict=strict, force=force, progress=display
+        ).manifest
     for warning in manifest.warnings:
         click.echo(f"warning: {warning}", err=True)
     size = sum(entry["bytes"] for entry in manifest.files.values())

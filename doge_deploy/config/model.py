@@ -1,4 +1,4 @@
-"""Facts read from a checkpoint's config.json, strictly: what is not understood is refused, never dropped.
+"""Facts read from a checkpoint's config.json: what would change the model and is not understood is refused.
 
 Choices that a user makes are in `options.py`. Every command reads facts, so nothing heavy is imported here.
 """
@@ -145,20 +145,28 @@ class DogeFacts:
         return cls(**{**data, "eos_token_id": tuple(eos) if isinstance(eos, list) else eos})
 
     @classmethod
-    def from_config(cls, config: Mapping[str, Any], source: str = "config.json") -> DogeFacts:
+    def from_config(
+        cls,
+        config: Mapping[str, Any],
+        source: str = "config.json",
+        *,
+        strict: bool = False,
+        refuse_legacy: bool = False,
+    ) -> DogeFacts:
         """The facts of a parsed config.json, with transformers' defaults for absent keys.
 
         Args:
             config: the JSON object.
             source: what to call it in a message.
+            strict, refuse_legacy: see `key_findings`.
 
         Raises:
-            UnsupportedModelError: not a Doge, or keys that are legacy, unknown, ill-typed, contradictory or
-                not supported: all of them in one message.
+            UnsupportedModelError: not a Doge, or keys that are misspelt, ill-typed, contradictory or not supported:
+                all of them in one message.
         """
         check_model_type(config, source)
         reader = ConfigReader(config)
-        reader.findings += key_findings(config)
+        reader.findings += key_findings(config, strict=strict, refuse_legacy=refuse_legacy)
         values = _read_sizes(reader)
         values |= _read_experts(reader)
         values |= _read_token_ids(reader, values["vocab_size"])

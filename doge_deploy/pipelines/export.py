@@ -21,7 +21,16 @@ from doge_deploy.process.progress import Progress
 _LIBRARIES = ("onnx", "onnx-ir", "onnxscript", "torch", "transformers")
 
 
-def export(model: str, output: Path, options: ExportOptions, *, force: bool, progress: Progress) -> Manifest:
+def export(
+    model: str,
+    output: Path,
+    options: ExportOptions,
+    *,
+    force: bool,
+    progress: Progress,
+    adapter: str | None = None,
+    strict: bool = False,
+) -> Manifest:
     """Export `model` to the bundle `output`.
 
     Args:
@@ -30,6 +39,8 @@ def export(model: str, output: Path, options: ExportOptions, *, force: bool, pro
         options: what the user chose.
         force: replace an existing bundle.
         progress: told what is being done.
+        adapter: a directory or Hub id of a PEFT LoRA adapter to merge.
+        strict: refuse keys of config.json that transformers ignores.
 
     Raises:
         UsageError: `output` cannot be written, or the checkpoint has no weights for the task.
@@ -44,11 +55,11 @@ def export(model: str, output: Path, options: ExportOptions, *, force: bool, pro
     dtype = NAMES[options.dtype]
     with writing_bundle(output, force=force) as directory:
         advance = progress.stage("check checkpoint")
-        checkpoint = open_checkpoint(model, num_layers=options.num_layers)
+        checkpoint = open_checkpoint(model, num_layers=options.num_layers, adapter=adapter, strict=strict)
         facts = checkpoint.facts
         check_facts(facts, options, model)
         max_length = resolve_max_length(facts, options.max_length)
-        warnings = tuple(check_score_range(checkpoint, dtype))
+        warnings = (*checkpoint.warnings, *check_score_range(checkpoint, dtype))
         check_finite(checkpoint, dtype=dtype, others=_in_half(checkpoint, options))
         advance(1)
         layouts = write_graphs(directory, checkpoint, options, dtype=dtype, max_length=max_length, progress=progress)
@@ -72,7 +83,7 @@ def export(model: str, output: Path, options: ExportOptions, *, force: bool, pro
         manifest = Manifest(
             tool={"name": "doge-deploy", "version": __version__},
             libraries={name: importlib.metadata.version(name) for name in _LIBRARIES},
-            checkpoint={"sha256": checkpoint.sha256, "source": checkpoint.source},
+            checkpoint={"sha256": checkpoint.sha256, "source": checkpoint.source, **_adapter_entry(checkpoint)},
             facts=facts,
             options={**options.model_dump(mode="json"), "max_length": max_length, **_cache_options(options)},
             layouts=layouts,
@@ -82,6 +93,11 @@ def export(model: str, output: Path, options: ExportOptions, *, force: bool, pro
         write_manifest(directory, manifest)
         advance(1)
     return manifest
+
+
+def _adapter_entry(checkpoint: Checkpoint) -> dict[str, object]:
+    merged = checkpoint.adapter
+    return {} if merged is None else {"adapter": {"sha256": merged.sha256, "source": merged.source}}
 
 
 def _in_half(checkpoint: Checkpoint, options: ExportOptions) -> dict[str, str]:

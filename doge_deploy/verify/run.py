@@ -101,6 +101,7 @@ def verify(
     path: str | Path,
     *,
     reference: str | None = None,
+    adapter: str | None = None,
     layouts: tuple[str, ...] = (),
     greedy_steps: int = 128,
     portable: bool = False,
@@ -115,6 +116,7 @@ def verify(
     Args:
         path: the bundle.
         reference: the checkpoint it came from; where None, what the bundle itself names (a bundled name or a Hub id).
+        adapter: the PEFT adapter that was merged into it; where None, what the bundle itself names.
         layouts: which of its layouts; all where empty.
         greedy_steps: tokens of the greedy case, fewer where the bundle holds fewer.
         portable: judge the standard graphs, not those lowered for ONNX Runtime that `generate` runs.
@@ -132,7 +134,7 @@ def verify(
     """
     bundle = open_bundle(path)
     manifest = bundle.manifest
-    checkpoint = open_reference(bundle, reference)
+    checkpoint = open_reference(bundle, reference, adapter)
     if lowering and backend != "ort":
         raise UsageError(f"--lowering is run in ONNX Runtime, not by --backend {backend}")
     one = _open_one(bundle, checkpoint, backend, layouts=layouts, engine=engine, portable=portable)
