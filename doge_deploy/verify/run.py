@@ -16,8 +16,8 @@ from doge_deploy.checkpoint import Checkpoint
 from doge_deploy.config.revisions import KEEPS_ALL
 from doge_deploy.errors import UsageError
 from doge_deploy.graph.passes.expose_selections import ExposeSelectionsPass
-from doge_deploy.graph.passes.quantize_weights import scheme_of
 from doge_deploy.graph.schemas import CDMOE, DYNAMIC_MASK_ATTENTION, ROUTED_EXPERTS, WINDOW_BIAS
+from doge_deploy.graph.weight_formats import Quality, format_of
 from doge_deploy.options.backends import TORCH_KERNELS, Backend
 from doge_deploy.runtime.backend import check_engine_layout, open_backend
 from doge_deploy.runtime.base import IntArray
@@ -25,7 +25,7 @@ from doge_deploy.runtime.ort import OrtRunner, graph_file, open_runner
 from doge_deploy.verify.cases import Call, Case, Limits, chunk, distinct_ids, repeating_ids
 from doge_deploy.verify.held_out import HELD_OUT
 from doge_deploy.verify.parity import CaseResult, References, Runners, make_replay, verify_layouts
-from doge_deploy.verify.quality import QualityResult, judge_quality, quantized_names, use_dequantized, use_half
+from doge_deploy.verify.quality import QualityResult, judge_quality, use_stored_weights
 from doge_deploy.verify.reference import Reference
 from doge_deploy.verify.replay import Replay
 from doge_deploy.verify.source import open_reference
@@ -137,28 +137,23 @@ def verify(
     facts = manifest.facts
     name = f"the reference of legacy Doges ({facts.revision})" if facts.is_legacy else "transformers"
     report = Report(bundle.path, manifest.dtype, routing, name, weights, skipped=_unreachable(bundle))
-    scheme = scheme_of(manifest.options)
-    rounded = manifest.options.get("quantize") is not None
+    weight_format = format_of(manifest.options)
     if one is None:
         chosen = _layouts(bundle, layouts, lowering)
         report.graphs = {name: graph_file(bundle.layout(name), portable=portable) for name in chosen}
         if lowering:
             report.graphs = {name: describe_lowered(bundle, name) for name in chosen}
-        elif rounded:
-            report.quality = _judge_quality(bundle, report.graphs, references.same, started)
-        standard = portable or scheme is not None
+        elif weight_format is not None:
+            report.quality = _judge_quality(bundle, weight_format.quality, report.graphs, references.same, started)
+        standard = portable or (weight_format is not None and weight_format.rounds_activations)
         runners = {layout: open_runners(bundle, layout, portable=standard, lowering=lowering) for layout in chosen}
     else:
         what, pair = one
         report.graphs = {pair.plain.signature.layout: f"{what}, --backend {backend}"}
         runners = {pair.plain.signature.layout: pair}
-    if scheme is not None:
-        names = quantized_names(bundle, scheme)
+    if weight_format is not None:
         for twin in (references.same, references.wider):
-            use_dequantized(twin, checkpoint, names, scheme)
-    elif rounded:
-        for twin in (references.same, references.wider):
-            use_half(twin, bundle)
+            use_stored_weights(twin, bundle, checkpoint, weight_format)
     if manifest.task == "causal-lm":
         report.reference_itself = compare_reference_with_itself(bundle, references.same)
     text_ids = _text_ids(bundle)
@@ -208,7 +203,7 @@ def _selects(bundle: Bundle) -> bool:
 
 
 def _judge_quality(
-    bundle: Bundle, graphs: Mapping[str, str], reference: Reference, started: Callable[[str], None]
+    bundle: Bundle, limits: Quality, graphs: Mapping[str, str], reference: Reference, started: Callable[[str], None]
 ) -> list[QualityResult]:
     """What quantization costs in each of these graphs, against a reference with the checkpoint's own weights."""
     results = []
@@ -217,7 +212,7 @@ def _judge_quality(
         started(f"quality of {file}")
         runner = open_runner(bundle, layout, spin=False, portable=file == bundle.layout(layout).file)
         replay = make_replay(bundle.manifest, layout, last_logits=runner.last_logits)
-        results.append(judge_quality(layout, bundle.manifest.options["quantize"], runner, reference, replay, text_ids))
+        results.append(judge_quality(layout, limits, runner, reference, replay, text_ids))
     return results
 
 
