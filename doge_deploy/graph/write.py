@@ -110,7 +110,7 @@ def _write_weights(
     """Write the weight file; returns the tensors that were left unquantized though that was asked for, and why."""
     advance = progress.stage("write weights", sum(tensor.nbytes for tensor in checkpoint.tensors.values()))
     rope = rope_tensors(checkpoint.config, checkpoint.facts, max_length)
-    sources = TensorSources(checkpoint, rope, format_of(options.model_dump()))
+    sources = TensorSources(checkpoint, rope, format_of(options))
     for model in models:
         sources.rewrite(model)
     write_weights(directory / WEIGHTS_FILE, models, sources, advance=advance)

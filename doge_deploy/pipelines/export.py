@@ -49,7 +49,7 @@ def export(model: str, output: Path, options: ExportOptions, *, force: bool, pro
         max_length = resolve_max_length(facts, options.max_length)
         warnings = tuple(check_score_range(checkpoint, dtype))
         others = {}
-        if (weight_format := format_of(options.model_dump())) is not None:
+        if (weight_format := format_of(options)) is not None:
             others = weight_format.range_dtypes({name: info.shape for name, info in checkpoint.tensors.items()})
         check_finite(checkpoint, dtype=dtype, others=others)
         advance(1)

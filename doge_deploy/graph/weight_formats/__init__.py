@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Mapping
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, Protocol
 
 from doge_deploy.errors import UsageError
 from doge_deploy.graph.weight_formats._base import Part, PartSource, Quality, WeightFormat
@@ -44,16 +45,28 @@ def find_weight_format(name: str) -> type[WeightFormat]:
     return found
 
 
-def format_of(options: Mapping[str, Any]) -> WeightFormat | None:
-    """The format that these export options ask for, as a manifest has them; None where weights have the model's dtype.
+class WeightOptions(Protocol):
+    """The options of an export, or of a bundle, that say how weights are stored."""
+
+    @property
+    def quantize(self) -> str | None: ...
+    @property
+    def block_size(self) -> int | None: ...
+    @property
+    def symmetric(self) -> bool: ...
+
+
+def format_of(options: WeightOptions | Mapping[str, Any]) -> WeightFormat | None:
+    """The format that these export options ask for; None where weights have the model's dtype.
 
     Raises:
         UsageError: there is no such format, or an option has no meaning in it.
     """
-    name = options.get("quantize")
-    if name is None:
+    if isinstance(options, Mapping):
+        options = SimpleNamespace(**{"quantize": None, "block_size": None, "symmetric": True, **options})
+    if options.quantize is None:
         return None
-    return find_weight_format(name)(block_size=options.get("block_size"), symmetric=options.get("symmetric", True))
+    return find_weight_format(options.quantize)(block_size=options.block_size, symmetric=options.symmetric)
 
 
 def resolve_options(options: ExportOptions) -> ExportOptions:
@@ -76,5 +89,5 @@ def resolve_options(options: ExportOptions) -> ExportOptions:
             f"{given[0]}={getattr(options, given[0])!r} with {stored}: only weights in blocks have that; leave it out "
             f"or give quantize={names}"
         )
-    found = format_of(options.model_dump())
+    found = format_of(options)
     return options if found is None else options.model_copy(update={"block_size": found.block_size})
