@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable, Sequence
 
 MAX_FINDINGS = 20
@@ -32,3 +33,11 @@ def shortened(finding: str) -> str:
         return finding
     end = _LONGEST_FINDING // 3
     return f"{finding[: 2 * end]} [...] {finding[-end:]}"
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether an error means that there was no memory; libraries in C++ say so in words alone."""
+    return isinstance(error, MemoryError) or bool(_OUT_OF_MEMORY.search(str(error)))
+
+
+_OUT_OF_MEMORY = re.compile("bad[_ ]alloc|(can't|failed to|not) allocate memory|out of memory", re.IGNORECASE)

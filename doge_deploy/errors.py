@@ -9,7 +9,8 @@ from __future__ import annotations
 class DogeDeployError(Exception):
     """Base of every error that this package raises on purpose."""
 
-    exit_code: int = 1
+    exit_code: int = 70
+    """1 is `MismatchError`'s alone."""
 
 
 class MismatchError(DogeDeployError):

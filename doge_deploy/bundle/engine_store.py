@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import secrets
 import shutil
 from collections.abc import Iterator
@@ -16,8 +15,10 @@ from dataclasses import replace
 from pathlib import Path
 
 from doge_deploy.bundle.engine_record import ENGINES, EngineRecord
+from doge_deploy.bundle.locks import locked
 from doge_deploy.bundle.manifest import MANIFEST, Bundle, Manifest, file_entry, write_manifest
-from doge_deploy.errors import BrokenBundleError, UsageError
+from doge_deploy.bundle.writing import exchange, saying_where, sync
+from doge_deploy.errors import BrokenBundleError
 
 
 @contextlib.contextmanager
@@ -25,49 +26,34 @@ def staging(bundle: Bundle) -> Iterator[Path]:
     """A folder for the files of a new engine; what is left of it at the end vanishes. One build at a time has it.
 
     Raises:
-        UsageError: another build is at work on the bundle, or it cannot be written.
+        UsageError: another build or export is at work on the bundle, or it cannot be written.
     """
     engines = bundle.path / ENGINES
-    try:
-        with _locked(bundle.path):
-            try:
-                engines.mkdir(exist_ok=True)
-                for left in engines.glob(".*"):  # of a build that was killed
-                    shutil.rmtree(left, ignore_errors=True)
-                aside = engines / f".{secrets.token_hex(4)}.partial"
-                aside.mkdir()
-                yield aside
-            finally:
-                # By pattern: whatever was begun, an interrupt right after its making included, is found here.
-                for left in engines.glob(".*"):
-                    shutil.rmtree(left, ignore_errors=True)
-                with contextlib.suppress(OSError):
-                    engines.rmdir()  # succeeds where no engine came of it
-    except PermissionError as error:
-        raise UsageError(f"{bundle.path} cannot be written: {error.strerror}") from error
-
-
-@contextlib.contextmanager
-def _locked(directory: Path) -> Iterator[None]:
-    """An advisory lock that the system drops when this process ends, however it ends."""
-    try:
-        import fcntl
-    except ImportError:  # Windows: there builds are not kept apart
-        yield
-        return
-    handle = os.open(directory, os.O_RDONLY)
-    try:
+    busy = f"another build or export is writing to {bundle.path}; try again when it is done"
+    with saying_where(bundle.path, bundle.path), locked(bundle.path, busy):
         try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UsageError(f"another build is writing to {directory}; try again when it is done") from None
-        yield
-    finally:
-        os.close(handle)
+            engines.mkdir(exist_ok=True)
+            _remove_hidden(engines)  # of a build that was killed
+            aside = engines / f".{secrets.token_hex(4)}.partial"
+            aside.mkdir()
+            yield aside
+        finally:
+            # By pattern: whatever was begun, an interrupt right after its making included, is found here.
+            _remove_hidden(engines)
+            with contextlib.suppress(OSError):
+                engines.rmdir()  # succeeds where no engine came of it
+
+
+def _remove_hidden(engines: Path) -> None:
+    for left in engines.glob(".*"):
+        shutil.rmtree(left, ignore_errors=True)
 
 
 def commit(bundle: Bundle, staged: Path, record: EngineRecord) -> Manifest:
     """Make the files in `staged` the engine `record`, in place of one of that name; the new manifest.
+
+    All that needs space is written first. Then there are only renames, each of which leaves a bundle whose manifest
+    names what is there; if one of them fails, those before it are taken back.
 
     Raises:
         BrokenBundleError: the bundle was exported anew meanwhile.
@@ -80,20 +66,34 @@ def commit(bundle: Bundle, staged: Path, record: EngineRecord) -> Manifest:
             )
     place = bundle.path / record.directory
     files = {f"{record.directory}/{file.name}": file_entry(file) for file in sorted(staged.iterdir())}
-    if place.exists():
-        without = remove(manifest, place.name)
-        if without != manifest:
-            write_manifest(bundle.path, without)
-        shutil.rmtree(place)
-        manifest = without
-    staged.rename(place)
-    manifest = replace(
-        manifest,
-        files={**manifest.files, **files},
-        engines={**manifest.engines, place.name: record},
+    without = remove(manifest, place.name)
+    new = replace(
+        without,
+        files={**without.files, **files},
+        engines={**without.engines, place.name: record},
     )
-    write_manifest(bundle.path, manifest)
-    return manifest
+    sync(staged)
+    prepared = staged.with_suffix(".manifests")
+    for name, content in (("old", manifest), ("without", without), ("new", new)):
+        (prepared / name).mkdir(parents=True)
+        write_manifest(prepared / name, content)
+
+    def name_files(which: str) -> None:
+        (prepared / which / MANIFEST).replace(bundle.path / MANIFEST)
+
+    with contextlib.ExitStack() as undo:
+        if without != manifest:
+            undo.callback(name_files, "old")
+            name_files("without")
+        if place.exists():
+            exchange(staged, place)
+            undo.callback(exchange, staged, place)
+        else:
+            staged.rename(place)
+            undo.callback(place.rename, staged)
+        name_files("new")
+        undo.pop_all()
+    return new
 
 
 def remove(manifest: Manifest, name: str) -> Manifest:

@@ -7,17 +7,14 @@
     config.json, generation_config.json, tokenizer files: as they were in the checkpoint
     engines/<name>/        an engine that `doge-deploy build` made of the static graph, and what was found about it
 
-It is written aside and renamed, so it is there whole or not at all.
+It is written aside and renamed (writing.py), so it is there whole or not at all.
 """
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import os
-import secrets
-import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -296,44 +293,3 @@ def write_manifest(directory: Path, manifest: Manifest) -> None:
         file.flush()
         os.fsync(file.fileno())
     aside.replace(directory / MANIFEST)
-
-
-@contextlib.contextmanager
-def writing_bundle(output: Path, *, force: bool) -> Iterator[Path]:
-    """A directory to write into, which becomes `output` when the block ends well and vanishes when it does not.
-
-    Raises:
-        UsageError: `output` exists and `force` is false, is not a bundle, or cannot be written.
-    """
-    if output.exists() or output.is_symlink():
-        if not force:
-            raise UsageError(f"{output} exists; choose another --output, or replace it with --force")
-        if not (output / MANIFEST).is_file() and not (output.is_dir() and not any(output.iterdir())):
-            raise UsageError(f"{output} exists and is not a bundle; --force replaces only bundles")
-    # Named before it is made: an interrupt right after its making already finds it in the block that removes it.
-    aside = output.parent / f".{output.name}.{secrets.token_hex(4)}.partial"
-    try:
-        try:
-            output.parent.mkdir(parents=True, exist_ok=True)
-            aside.mkdir()
-        except OSError as error:
-            raise UsageError(f"{output} cannot be written: {error.strerror or error}") from error
-        yield aside
-        _replace(aside, output)
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
-
-
-def _replace(new: Path, output: Path) -> None:
-    """Put `new` in the place of `output`; the old one is removed only after that."""
-    if not output.exists():
-        new.rename(output)
-        return
-    old = new.with_suffix(".replaced")
-    output.rename(old)
-    try:
-        new.rename(output)
-    except OSError:
-        old.rename(output)
-        raise
-    shutil.rmtree(old)

@@ -55,13 +55,12 @@ def build(bundle: Path, config_file: Path | None, assignments: tuple[str, ...], 
     Exit code 3: the target cannot do what the graph needs; 4: the target's library or device is missing, or its library
     broke down.
     """
+    from doge_deploy import api
     from doge_deploy.options.build import load_build_options
-    from doge_deploy.pipelines.build import build as run
 
-    given = {key: value for key, value in choices.items() if value not in (None, ())}
-    options = load_build_options(config_file, given, assignments)
+    options = load_build_options(config_file, choices, assignments)
     with progress() as display:
-        record = run(bundle, options, force=force, progress=display)
+        record = api.build(bundle, options, force=force, progress=display)
     click.echo(
         f"{bundle / record.directory}: {record.product} {record.version}, {record.dtype}, "
         f"{record.engine_bytes / 1e6:.1f} MB, {record.build_seconds:.1f} s, peak memory "

@@ -71,13 +71,12 @@ def export(
 
     MODEL is a directory, a Hub id (owner/name), or one of the bundled doge-tiny and doge-tiny-moe.
     """
+    from doge_deploy import api
     from doge_deploy.options.export import load_export_options
-    from doge_deploy.pipelines.export import export as run
 
-    given = {key: value for key, value in choices.items() if value not in (None, ())}
-    options = load_export_options(config_file, given, assignments)
+    options = load_export_options(config_file, choices, assignments)
     with progress() as display:
-        manifest = run(model, output, options, force=force, progress=display)
+        manifest = api.export(model, output, options, force=force, progress=display).manifest
     for warning in manifest.warnings:
         click.echo(f"warning: {warning}", err=True)
     size = sum(entry["bytes"] for entry in manifest.files.values())

@@ -1,102 +1,96 @@
-"""`doge-deploy`: finds the command, and turns every error into one line and an exit code.
+"""`doge-deploy`: runs a command and ends the process with its exit code.
 
-Exit codes: 0 good; 1 mismatch; 2 usage; 3 unsupported or broken model or bundle; 4 missing dependency or device;
-130 interrupted; 143 terminated.
+Exit codes: 0 good; 1 mismatch; 2 usage; 3 unsupported or broken model or bundle; 4 missing dependency, device or
+memory; 70 an error that nobody expected; 130 interrupted; 141 the reader of the output went away; 143 terminated.
+
+Nothing but the standard library's `signal`, `sys` and `time` is imported before Ctrl-C is looked after.
 """
 
 from __future__ import annotations
 
-import importlib
 import signal
 import sys
-import traceback
-from collections.abc import Sequence
-from typing import Any
+import time
+from typing import TYPE_CHECKING, Any
 
-import click
-
-from doge_deploy import __version__
-from doge_deploy.errors import DogeDeployError
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 EXIT_INTERRUPTED = 128 + signal.SIGINT
 EXIT_TERMINATED = 128 + signal.SIGTERM
 
-_COMMANDS = {
-    "doctor": "Say what this machine, or another device, can do.",
-    "export": "Trace a checkpoint to an ONNX bundle.",
-    "build": "Build a TensorRT engine of a bundle.",
-    "verify": "Prove by numbers that a bundle computes what transformers computes.",
-    "generate": "Generate text from a bundle.",
-    "bench": "Time a bundle, beside transformers and a plain export.",
-    "inspect": "Show what a bundle is, and check its files.",
-    "plugins": "List, check, compile and cost the kernels of Doge's two operators.",
-}
-"""In the order of use; each lives in a file of its own name here. The help texts spare `--help` their imports."""
+_SETTLE_SECONDS = 2.0
+"""A second Ctrl-C within this time changes nothing, so that it cannot disturb the tidying up after the first."""
 
 
-class _Commands(click.Group):
-    def list_commands(self, ctx: click.Context) -> list[str]:
-        return list(_COMMANDS)
-
-    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
-        if cmd_name not in _COMMANDS:
-            return None
-        module = importlib.import_module(f"doge_deploy.cli.{cmd_name}")
-        command: click.Command = getattr(module, cmd_name)
-        return command
-
-    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        with formatter.section("Commands"):
-            formatter.write_dl(list(_COMMANDS.items()))
-
-
-@click.command(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})
-@click.version_option(__version__, prog_name="doge-deploy")
-@click.option("--debug", is_flag=True, help="Show the traceback of an error.")
-@click.pass_context
-def cli(ctx: click.Context, debug: bool) -> None:
-    """Deployment compiler for Doge language models.
-
-    Exit codes: 0 good, 1 mismatch, 2 usage, 3 unsupported or broken model, 4 missing dependency or device.
+class _Signals:
+    """Turns Ctrl-C and SIGTERM into exceptions, so that nothing half-written is left behind; a context manager that
+    gives the handlers of before back.
     """
-    ctx.obj = {"debug": debug}
+
+    def __init__(self) -> None:
+        self.interrupted = False
+        self._last = -_SETTLE_SECONDS
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> _Signals:
+        if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:  # a shell's background job is not to hear of Ctrl-C
+            self._before[signal.SIGINT] = signal.signal(signal.SIGINT, self._interrupt)
+        self._before[signal.SIGTERM] = signal.signal(signal.SIGTERM, self._terminate)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler or signal.SIG_DFL)  # None: it was not set from Python
+
+    def _settling(self) -> bool:
+        now = time.monotonic()
+        settling = now - self._last < _SETTLE_SECONDS
+        if not settling:
+            self._last = now
+        return settling
+
+    def _interrupt(self, _number: int, _frame: object) -> None:
+        self.interrupted = True
+        if not self._settling():
+            raise KeyboardInterrupt
+
+    def _terminate(self, _number: int, _frame: object) -> None:
+        if not self._settling():
+            sys.exit(EXIT_TERMINATED)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point: runs the command and exits."""
-    # A polite request to stop unwinds like an error, so that nothing half-written is left behind.
-    before = signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(EXIT_TERMINATED))
-    args = list(sys.argv[1:] if arguments is None else arguments)
-    # Taken off here so that it works before and after the command's name.
-    debug = "--debug" in args
-    args = [arg for arg in args if arg != "--debug"]
+    code = EXIT_INTERRUPTED
     try:
-        sys.exit(run_command(args, debug))
-    finally:
-        signal.signal(signal.SIGTERM, before or signal.SIG_DFL)  # None: it was not set from Python
+        with _Signals() as signals:
+            args = list(sys.argv[1:] if arguments is None else arguments)
+            # Taken off here so that it works before and after the command's name.
+            debug = "--debug" in args
+            code = run_command([arg for arg in args if arg != "--debug"], debug)
+            if signals.interrupted and code not in (0, EXIT_TERMINATED):
+                code = EXIT_INTERRUPTED  # a library made another exception of it
+    except KeyboardInterrupt:
+        pass
+    if arguments is None and code == EXIT_INTERRUPTED:
+        # What is left to do is Python's own; Ctrl-C there would print a traceback.
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+    sys.exit(code)
 
 
 def run_command(args: list[str], debug: bool = False) -> int:
     """Run `doge-deploy ARGS`, errors to standard error as one line; the exit code."""
     try:
-        result: Any = cli.main(args=args, prog_name="doge-deploy", standalone_mode=False)
-        return result if isinstance(result, int) else 0
-    except click.exceptions.Abort:
-        click.echo("doge-deploy: interrupted", err=True)
-        return EXIT_INTERRUPTED
-    except click.ClickException as error:
-        return _fail(error.format_message(), error.exit_code, debug, hint=_help_hint(error))
-    except DogeDeployError as error:
-        return _fail(str(error), error.exit_code, debug)
+        from doge_deploy.cli.streams import flush, open_closed_streams
 
+        open_closed_streams()
+        from doge_deploy.cli.commands import run
 
-def _fail(message: str, exit_code: int, debug: bool, hint: str = "") -> int:
-    if debug:
-        traceback.print_exc()
-    click.echo(f"doge-deploy: error: {message}{hint}", err=True)
-    return exit_code
+        code = run(args)
+        flush()
+    except BaseException as error:  # the one place where every error ends
+        from doge_deploy.cli.endings import end
 
-
-def _help_hint(error: click.ClickException) -> str:
-    context = getattr(error, "ctx", None)
-    return f" (see '{context.command_path} --help')" if context is not None else ""
+        return end(error, debug=debug)
+    return code

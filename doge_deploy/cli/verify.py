@@ -52,7 +52,6 @@ def verify(
     Exit code 0: every number is within its calibrated tolerance; 1: one is not.
     """
     from doge_deploy.devices.packages import require_export_packages
-    from doge_deploy.errors import MismatchError
 
     require_export_packages("verify")
     from doge_deploy.verify import files
@@ -60,11 +59,11 @@ def verify(
     for file in (json_file, junit_file):
         if file is not None:
             files.check_writable(file)
+    from doge_deploy import api
     from doge_deploy.cli.verify_table import VerifyTable
-    from doge_deploy.verify.run import verify as run
 
     with VerifyTable() as table:
-        report = run(
+        report = api.verify(
             bundle,
             reference=reference,
             layouts=layouts,
@@ -81,6 +80,4 @@ def verify(
         files.write_json(report, json_file)
     if junit_file is not None:
         files.write_junit(report, junit_file)
-    if not report.passed:
-        failed = report.failed_cases
-        raise MismatchError(f"{bundle} does not compute what {report.reference} computes: {', '.join(failed)}")
+    report.require_passed()

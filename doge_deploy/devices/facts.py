@@ -15,7 +15,8 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator
 from doge_deploy.diagnostics import join_findings, suggest
 from doge_deploy.errors import UsageError
 from doge_deploy.options.build import BuildOptions, load_build_options, parse_capability
-from doge_deploy.options.export import ExportOptions, load_export_options, load_options, read_document
+from doge_deploy.options.export import ExportOptions, load_export_options
+from doge_deploy.options.load import load_options, read_document
 
 GIB = 1 << 30
 

@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from doge_deploy.options.export import load_options
+from doge_deploy.options.load import load_options
 
 Target = Literal["trt-rtx", "trt"]
 

@@ -8,7 +8,8 @@ from pathlib import Path
 
 from doge_deploy import __version__
 from doge_deploy.bundle.genai_config import GENAI_CONFIG, follows_convention, genai_config, write_genai_config
-from doge_deploy.bundle.manifest import Manifest, file_entries, write_manifest, writing_bundle
+from doge_deploy.bundle.manifest import Manifest, file_entries, write_manifest
+from doge_deploy.bundle.writing import writing_bundle
 from doge_deploy.checkpoint import check_finite, check_score_range, open_checkpoint
 from doge_deploy.devices.packages import require_export_packages
 from doge_deploy.dtypes import NAMES

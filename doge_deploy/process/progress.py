@@ -11,3 +11,12 @@ class Progress(Protocol):
 
     def stage(self, name: str, total: int = 1) -> Callable[[int], None]:
         """Start a stage of `total` units; returns what is to be called with units done."""
+
+
+class _NoProgress:
+    def stage(self, name: str, total: int = 1) -> Callable[[int], None]:
+        return lambda done: None
+
+
+NO_PROGRESS: Progress = _NoProgress()
+"""Shows nothing."""

@@ -23,7 +23,8 @@ DEFAULT_MAX_NEW_TOKENS = 100
 FinishReason = Literal["eos", "stop", "max_new_tokens", "max_length"]
 
 _SAMPLING_NAMES = tuple(spec.name for spec in fields(SamplingOptions))
-_ONLY_WHERE_SAMPLING = ("temperature", "top_k", "top_p")
+ONLY_WHERE_SAMPLING = ("temperature", "top_k", "top_p", "min_p")
+"""Names of `SamplingOptions` that mean nothing where the likeliest token is taken."""
 
 _NOT_DONE_HERE: dict[str, tuple[object, ...]] = {
     "num_beams": (1,),
@@ -32,7 +33,6 @@ _NOT_DONE_HERE: dict[str, tuple[object, ...]] = {
     "penalty_alpha": (0,),
     "dola_layers": (),
     "guidance_scale": (1,),
-    "min_p": (0,),
     "top_h": (),
     "typical_p": (1,),
     "epsilon_cutoff": (0,),
@@ -85,11 +85,11 @@ class GenerationOptions:
         """Options from several mappings in the names of generation_config.json; a later one wins.
 
         None means not set. What is set nowhere has transformers' default, except `max_new_tokens`. Without
-        sampling, temperature, top-k and top-p have no meaning and are not looked at.
+        sampling, temperature, top-k, top-p and min-p have no meaning and are not looked at.
 
         Args:
-            layers: looked at are `do_sample`, `temperature`, `top_k`, `top_p`, `repetition_penalty`, `seed`,
-                `max_new_tokens`, `eos_token_id` (an id or a list) and `stop_strings` (a text or a list).
+            layers: looked at are the names of `SamplingOptions`, `max_new_tokens`, `eos_token_id` (an id or a list)
+                and `stop_strings` (a text or a list).
 
         Raises:
             UsageError: a value is not legal.
@@ -97,7 +97,7 @@ class GenerationOptions:
         values = {key: value for layer in layers for key, value in layer.items() if value is not None}
         sampling = {name: values[name] for name in _SAMPLING_NAMES if name in values}
         if not sampling.get("do_sample", False):
-            for name in _ONLY_WHERE_SAMPLING:
+            for name in ONLY_WHERE_SAMPLING:
                 sampling.pop(name, None)
         eos = _as_tuple(values.get("eos_token_id", ()))
         if not all(_is_whole(token) for token in eos):
@@ -313,33 +313,53 @@ class TextGenerator:
         self._sampler = Sampler(options.sampling)
         self._context: list[int] = []
         """Prompt and output of the latest text; the runner holds its beginning."""
+        self._texts = 0
 
-    def stream(self, prompt_ids: Sequence[int]) -> TextStream:
-        """Begin a text; an earlier stream of this generator must not be read any further.
+    def stream(self, prompt_ids: Sequence[int], options: GenerationOptions | None = None) -> TextStream:
+        """Begin a text. An earlier stream of this generator that is read any further raises UsageError.
+
+        Args:
+            prompt_ids: the prompt.
+            options: for this text alone, which then also begins a random sequence of its own.
 
         Raises:
             UsageError: the prompt is empty or too long.
         """
+        sampler = self._sampler if options is None else Sampler(options.sampling)
+        options = options or self._options
         cached = self._reusable(prompt_ids)
         tokens = generate(
             self._runner,
             prompt_ids,
-            self._sampler,
-            max_new_tokens=self._options.max_new_tokens,
-            eos_ids=self._options.eos_ids,
+            sampler,
+            max_new_tokens=options.max_new_tokens,
+            eos_ids=options.eos_ids,
             cached=cached,
         )
-        self._context = list(prompt_ids)
+        self._begin(prompt_ids)
         statistics = Statistics(len(prompt_ids), cached)
-        return TextStream(self._kept(tokens), self._tokenizer.detokenizer(), self._options, statistics)
+        return TextStream(self._kept(tokens, self._texts), self._tokenizer.detokenizer(), options, statistics)
+
+    def forget(self) -> None:
+        """End the latest text and take nothing in the KV cache for known: someone else uses the runner."""
+        self._begin(())
+
+    def _begin(self, prompt_ids: Sequence[int]) -> None:
+        self._context = list(prompt_ids)
+        self._texts += 1
 
     def _reusable(self, prompt_ids: Sequence[int]) -> int:
         """Tokens in the cache if the prompt continues them, else 0: a runner takes nothing back."""
         held = self._context[: int(self._runner.row_lengths.sum())]  # one row, or none yet
         return len(held) if len(held) < len(prompt_ids) and list(prompt_ids[: len(held)]) == held else 0
 
-    def _kept(self, tokens: Iterator[int]) -> Iterator[int]:
-        for token in tokens:
+    def _kept(self, tokens: Iterator[int], text: int) -> Iterator[int]:
+        while True:
+            if text != self._texts:
+                raise UsageError("this text cannot go on: its generator was used for something else since")
+            token = next(tokens, None)
+            if token is None:
+                return
             self._context.append(token)
             yield token
 

@@ -1,17 +1,19 @@
 """From one row of logits to a token: the arithmetic of transformers' `generate`, in NumPy.
 
 The steps and their order are those of `GenerationMixin._get_logits_processor`: repetition penalty, then,
-where sampling is on, temperature, top-k, top-p and a draw. The draws themselves differ: another generator
-gives other random numbers for the same seed.
+where sampling is on, temperature, top-k, top-p, min-p and a draw. In front of them stand what OpenAI's interface has
+and transformers has not: biases of single tokens, and the penalties of presence and frequency. The draws themselves
+differ from transformers': another generator gives other random numbers for the same seed.
 
-Reference: transformers/generation/logits_process.py. Axes: V vocabulary.
+Reference: transformers/generation/logits_process.py; https://platform.openai.com/docs/api-reference/chat/create.
+Axes: V vocabulary.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import overload
 
 import numpy as np
@@ -44,6 +46,14 @@ class SamplingOptions:
     """Above 1 makes tokens that the prompt or the output already holds less likely; 1 turns it off."""
     seed: int | None = None
     """Of the random numbers; a fresh one each time where None."""
+    min_p: float = 0.0
+    """Draw among the tokens that are at least this likely in proportion to the likeliest one; 0 turns the limit off."""
+    presence_penalty: float = 0.0
+    """Taken off the logit of every token that the output (not the prompt) holds; below 0 makes them likelier."""
+    frequency_penalty: float = 0.0
+    """Taken off the logit of a token once for each time that the output (not the prompt) holds it."""
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
+    """Token id to a number that is added to its logit."""
 
     def __post_init__(self) -> None:
         if not isinstance(self.do_sample, bool):
@@ -63,6 +73,23 @@ class SamplingOptions:
             )
         if self.seed is not None and not _is_count(self.seed):
             raise UsageError(f"seed={self.seed!r}: must be a whole number from 0 up")
+        if not (_is_number(self.min_p) and 0 <= self.min_p <= 1):
+            raise UsageError(f"min_p={self.min_p!r}: must be a number from 0 (no limit) to 1")
+        for name in ("presence_penalty", "frequency_penalty"):
+            value = getattr(self, name)
+            if not (_is_number(value) and -2 <= value <= 2):
+                raise UsageError(f"{name}={value!r}: must be a number from -2 to 2 (0: no penalty)")
+        for token, bias in self.logit_bias.items():
+            if not _is_count(token):
+                raise UsageError(f"logit_bias: {token!r} is not a token id, a whole number from 0 up")
+            if not (_is_number(bias) and -100 <= bias <= 100):
+                raise UsageError(f"logit_bias: {bias!r} for token {token}: must be a number from -100 to 100")
+
+    @property
+    def changes_logits(self) -> bool:
+        """Whether the likeliest token may be another than that of the logits as they come."""
+        penalties = self.repetition_penalty != 1 or self.presence_penalty != 0 or self.frequency_penalty != 0
+        return penalties or bool(self.logit_bias)
 
 
 def _is_number(value: object) -> bool:
@@ -80,16 +107,26 @@ def _is_count(value: int) -> bool:
 class Context(Sequence[int]):
     """The tokens of prompt and output so far, and which ones they are: to append a token, and to ask which there are,
     takes the same time however many there are.
+
+    Args:
+        tokens: the prompt; what is appended later is output.
     """
 
     def __init__(self, tokens: Iterable[int] = ()) -> None:
+        self.output_counts: dict[int, int] = {}
+        """How often the output holds each of its tokens."""
         self._tokens: list[int] = []
         self._known: set[int] = set()
         self._distinct: IntArray = np.empty(64, np.int64)
         for token in tokens:
-            self.append(token)
+            self._add(token)
 
     def append(self, token: int) -> None:
+        """One more token of the output."""
+        self.output_counts[token] = self.output_counts.get(token, 0) + 1
+        self._add(token)
+
+    def _add(self, token: int) -> None:
         self._tokens.append(token)
         count = len(self._known)
         self._known.add(token)
@@ -140,8 +177,8 @@ class Sampler:
 
         Args:
             logits: `[V]`, any float dtype; computed on in float32 as transformers does.
-            context: the tokens of prompt and output so far, which the repetition penalty looks at. A `Context` knows
-                which ones there are; in another sequence they are looked for in every call.
+            context: the tokens of prompt and output so far, which the penalties look at. A `Context` knows which ones
+                there are and which of them are output; another sequence is searched in every call, and all prompt.
 
         Returns:
             ids `[n]`, each 0..V-1, and their probabilities `[n]`. Without sampling n is 1: the likeliest, of
@@ -153,8 +190,13 @@ class Sampler:
         options = self.options
         scores = np.asarray(logits, np.float32)
         _require_finite(scores, len(context))
+        if options.logit_bias:
+            scores = add_biases(scores, options.logit_bias)
         if options.repetition_penalty != 1:
             scores = penalize_repetition(scores, context, options.repetition_penalty)
+        if isinstance(context, Context) and (options.presence_penalty or options.frequency_penalty):
+            penalties = options.presence_penalty, options.frequency_penalty
+            scores = penalize_output(scores, context.output_counts, *penalties)
         if not options.do_sample:
             return np.array([scores.argmax()]), np.ones(1)
         ids = top_k_ids(scores, options.top_k)  # before the temperature, which does not change the order
@@ -165,6 +207,9 @@ class Sampler:
         if options.top_p < 1:
             likeliest = top_p_ids(kept, options.top_p)
             ids, kept = ids[likeliest], kept[likeliest]
+        if options.min_p > 0:
+            likely = min_p_ids(kept, options.min_p)
+            ids, kept = ids[likely], kept[likely]
         return ids, softmax(kept)
 
 
@@ -202,6 +247,27 @@ def penalize_repetition(scores: Float32Array, context: Sequence[int], penalty: f
     return penalized
 
 
+def add_biases(scores: Float32Array, biases: Mapping[int, float]) -> Float32Array:
+    """Logits `[V]` with `biases` added; those of ids outside of 0..V-1 are passed over. `scores` is left as it is."""
+    ids = np.array([token for token in biases if token < len(scores)], np.int64)
+    biased: Float32Array = scores.copy()
+    biased[ids] += np.array([biases[token] for token in ids.tolist()], np.float32)
+    return biased
+
+
+def penalize_output(scores: Float32Array, counts: Mapping[int, int], presence: float, frequency: float) -> Float32Array:
+    """Logits `[V]` less `presence + frequency * count` of each token in `counts`; `scores` is left as it is.
+
+    Reference: https://platform.openai.com/docs/advanced-usage (frequency and presence penalties).
+    """
+    known = {token: count for token, count in counts.items() if 0 <= token < len(scores)}
+    ids = np.fromiter(known, np.int64, len(known))
+    times = np.fromiter(known.values(), np.float32, len(known))
+    penalized: Float32Array = scores.copy()
+    penalized[ids] -= np.float32(presence) + np.float32(frequency) * times
+    return penalized
+
+
 def top_k_ids(scores: Float32Array, top_k: int) -> IntArray:
     """Ids of `scores` `[V]` that are at least the k-th largest, ascending; where `top_k` is 0 all above -inf.
 
@@ -227,6 +293,14 @@ def top_p_ids(scores: Float64Array, top_p: float) -> IntArray:
     order = candidates[np.argsort(-probabilities[candidates], kind="stable")]
     cumulative = np.cumsum(probabilities[order])
     return order[: np.searchsorted(cumulative, top_p, side="left") + 1]
+
+
+def min_p_ids(scores: Float64Array, min_p: float) -> IntArray:
+    """Ids of `scores` `[V]` whose probability is at least `min_p`, above 0, times that of the likeliest; ascending.
+
+    Reference: `MinPLogitsWarper`.
+    """
+    return np.flatnonzero(scores >= scores.max() + math.log(min_p))
 
 
 def softmax(scores: Float64Array) -> Float64Array:

@@ -14,7 +14,7 @@ import onnx_ir as ir
 from doge_deploy.bundle.manifest import Bundle, open_bundle
 from doge_deploy.checkpoint import Checkpoint
 from doge_deploy.config.revisions import KEEPS_ALL
-from doge_deploy.errors import UsageError
+from doge_deploy.errors import MismatchError, UsageError
 from doge_deploy.graph.passes.expose_selections import ExposeSelectionsPass
 from doge_deploy.graph.schemas import CDMOE, DYNAMIC_MASK_ATTENTION, ROUTED_EXPERTS, WINDOW_BIAS
 from doge_deploy.graph.weight_formats import Quality, format_of
@@ -87,6 +87,12 @@ class Report:
     @property
     def passed(self) -> bool:
         return bool(self.results) and not self.failed_cases
+
+    def require_passed(self) -> None:
+        """Raises MismatchError with the names of the cases that failed, where `passed` is false."""
+        if not self.passed:
+            failed = ", ".join(self.failed_cases)
+            raise MismatchError(f"{self.bundle} does not compute what {self.reference} computes: {failed}")
 
 
 def verify(

@@ -19,7 +19,9 @@ import doge_deploy
 import doge_deploy.runtime.ort
 from doge_deploy.bundle.manifest import Layout, Manifest, file_entries, write_manifest
 from doge_deploy.bundle.signature import make_signature
-from doge_deploy.cli.generate import EXIT_BROKEN_PIPE, EXIT_INTERRUPTED, generate
+from doge_deploy.cli.endings import EXIT_BROKEN_PIPE, EXIT_INTERRUPTED
+from doge_deploy.cli.generate import generate
+from doge_deploy.cli.main import run_command
 from doge_deploy.config.model import DogeFacts
 from doge_deploy.errors import BrokenBundleError, DogeDeployError, UsageError
 from doge_deploy.runtime.tokenizer import Tokenizer
@@ -242,16 +244,17 @@ class TestErrors:
 
 
 class TestEnds:
-    def test_interrupt(self, invoke: Invoke, bundle: Path) -> None:
+    def test_interrupt(self, bundle: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
         def rule(history: list[int]) -> int:
             if len(history) > 8:
                 raise KeyboardInterrupt
             return LETTER_A
 
         runner = ScriptedRunner(rule, vocab_size=1024, max_length=MAX_LENGTH)
-        result = invoke(runner, bundle, "--prompt", "Say")
-        assert (result.exit_code, result.stderr) == (EXIT_INTERRUPTED, "\n")
-        assert set(result.stdout) == {"a"}
+        monkeypatch.setattr(doge_deploy.runtime.ort, "open_runner", lambda *_, **__: runner)
+        assert run_command(["generate", str(bundle), "--prompt", "Say"]) == EXIT_INTERRUPTED
+        said = capfd.readouterr()
+        assert (said.err, set(said.out)) == ("\ndoge-deploy: interrupted\n", {"a"})
 
     def test_reader_that_goes_away(self, bundle: Path) -> None:
         script = f"""
@@ -261,8 +264,8 @@ import doge_deploy.runtime.ort as ort
 from scripted_runner import ScriptedRunner
 runner = ScriptedRunner(lambda history: {LETTER_A}, vocab_size=1024, max_length={MAX_LENGTH})
 ort.open_runner = lambda *_, **__: runner
-from doge_deploy.cli.generate import generate
-generate(["--prompt", "Say", {str(bundle)!r}])
+from doge_deploy.cli.main import main
+main(["generate", "--prompt", "Say", {str(bundle)!r}])
 """
         with subprocess.Popen(
             [sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.PIPE

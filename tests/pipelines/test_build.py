@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import shutil
 import signal
@@ -193,13 +194,13 @@ def test_an_installed_product_that_does_not_load(monkeypatch: pytest.MonkeyPatch
 CRASHES = {
     "abort": ("import os, sys; print('the cause', file=sys.stderr, flush=True); os.abort()", "was ended by signal 6"),
     "segmentation-fault": ("import ctypes; ctypes.string_at(0)", "was ended by signal 11"),
-    "exit": ("import sys; sys.exit('the cause')", "ended with status 1; its last words: the cause"),
-    "silence": ("", "ended with status 0; its last words: nothing"),
+    "exit": ("import sys; sys.exit('the cause')", "ended with status 1; its log ends with: the cause"),
+    "silence": ("", "ended with status 0; its log is empty"),
 }
 
 
 @pytest.mark.parametrize(("code", "words"), CRASHES.values(), ids=CRASHES.keys())
-def test_a_library_that_breaks_down_is_an_error_with_its_last_words(
+def test_a_library_that_breaks_down_is_an_error_with_the_end_of_its_log(
     bundle: Path, code: str, words: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(building, "check_installed", lambda target: None)
@@ -216,7 +217,7 @@ def test_two_builds_of_one_bundle_do_not_mix(bundle: Path) -> None:
     opened = open_bundle(bundle)
     with (
         engine_store.staging(opened),
-        pytest.raises(UsageError, match="another build is writing to"),
+        pytest.raises(UsageError, match="another build or export is writing to"),
         engine_store.staging(opened),
     ):
         pass
@@ -238,39 +239,44 @@ class Killed(BaseException):
     """Ends a block as a kill would, without clean-up by `except Exception`."""
 
 
-@pytest.mark.parametrize("step", ["rename", "rmtree", "first manifest", "second manifest"])
-def test_an_interrupted_replacement_leaves_the_bundle_whole(
-    bundle: Path, step: str, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("replacing", [False, True], ids=["new engine", "replacement"])
+def test_a_commit_that_is_interrupted_at_any_step_is_taken_back(
+    bundle: Path, replacing: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     opened, record = open_bundle(bundle), record_of(bundle)
-    with engine_store.staging(opened) as staged:
-        stage(bundle, staged)
-        engine_store.commit(opened, staged, record)
-    calls = {"first manifest": 1, "second manifest": 2}.get(step, 1)
-    target, name = {
-        "rename": (Path, "rename"),
-        "rmtree": (engine_store.shutil, "rmtree"),
-    }.get(step, (engine_store, "write_manifest"))
-    original, count = getattr(target, name), 0
-
-    def fail(*arguments: Any, **options: Any) -> Any:
-        nonlocal count
-        count += 1
-        if count == calls:
-            raise Killed
-        return original(*arguments, **options)
-
-    opened = open_bundle(bundle)
-    with pytest.raises(Killed), engine_store.staging(opened) as staged:
-        stage(bundle, staged, "another engine")
-        with monkeypatch.context() as patch:
-            patch.setattr(target, name, fail)
+    if replacing:
+        with engine_store.staging(opened) as staged:
+            stage(bundle, staged)
             engine_store.commit(opened, staged, record)
-    assert set(open_bundle(bundle).manifest.engines) <= {"trt-rtx-fp16-sm89"}
-    with engine_store.staging(opened) as staged:
-        stage(bundle, staged, "a third engine")
-        engine_store.commit(opened, staged, record)
-    assert (bundle / record.engine_file).read_text() == "a third engine"
+    before = {path: path.read_bytes() for path in bundle.rglob("*") if path.is_file()}
+    steps = [(Path, "rename"), (Path, "replace"), (engine_store, "exchange"), (engine_store, "write_manifest")]
+    for last in itertools.count(1):
+        count = 0
+
+        def watched(original: Any, last: int = last) -> Any:
+            def call(*arguments: Any, **options: Any) -> Any:
+                nonlocal count
+                count += 1
+                if count == last:
+                    raise Killed
+                return original(*arguments, **options)
+
+            return call
+
+        opened = open_bundle(bundle)
+        with monkeypatch.context() as patch, engine_store.staging(opened) as staged:
+            stage(bundle, staged, "another engine")
+            for owner, name in steps:
+                patch.setattr(owner, name, watched(getattr(owner, name)))
+            try:
+                engine_store.commit(opened, staged, record)
+            except Killed:
+                pass
+            else:
+                break
+        assert {path: path.read_bytes() for path in bundle.rglob("*") if path.is_file()} == before, last
+    assert last > 5
+    assert (bundle / record.engine_file).read_text() == "another engine"
     assert open_bundle(bundle).engine() == record
     assert not list((bundle / "engines").glob(".*"))
 

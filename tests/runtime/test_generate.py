@@ -262,8 +262,8 @@ class TestOptions:
         assert "\n" not in str(error.value)
 
     def test_settings_that_are_not_done_are_named(self) -> None:
-        config = {"num_beams": 4, "min_p": 0.05, "typical_p": 1.0, "min_length": None, "temperature": 0.5}
-        assert settings_not_done(config) == ("num_beams=4", "min_p=0.05")
+        config = {"num_beams": 4, "top_h": 0.05, "typical_p": 1.0, "min_length": None, "temperature": 0.5}
+        assert settings_not_done(config) == ("num_beams=4", "top_h=0.05")
 
     def test_defaults_of_transformers_are_all_done(self) -> None:
         from transformers import GenerationConfig

@@ -11,6 +11,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from transformers.generation.logits_process import (
     LogitsProcessor,
+    MinPLogitsWarper,
     RepetitionPenaltyLogitsProcessor,
     TemperatureLogitsWarper,
     TopKLogitsWarper,
@@ -22,6 +23,9 @@ from doge_deploy.runtime.sampling import (
     Context,
     Sampler,
     SamplingOptions,
+    add_biases,
+    min_p_ids,
+    penalize_output,
     penalize_repetition,
     softmax,
     top_k_ids,
@@ -52,6 +56,13 @@ def finite_ids(scores: np.ndarray[Any, Any]) -> set[int]:
 
 
 class TestAgainstTransformers:
+    @settings(deadline=None)
+    @given(SEEDS, SIZES, st.floats(0.001, 1))
+    def test_min_p_keeps_the_same_ids(self, seed: int, size: int, min_p: float) -> None:
+        scores = draw_logits(seed, size, ties=False).astype(np.float64)
+        assume(np.abs(softmax(scores) / softmax(scores).max() - min_p).min() > 1e-12 or min_p == 1)
+        assert set(min_p_ids(scores, min_p).tolist()) == finite_ids(run_twin(MinPLogitsWarper(min_p), scores))
+
     @settings(deadline=None)
     @given(SEEDS, SIZES, st.floats(0.1, 3), st.data())
     def test_repetition_penalty_is_equal_to_the_last_bit(
@@ -241,3 +252,49 @@ def test_illegal_option(name: str, value: Any) -> None:
     message = str(raised.value)
     assert message.startswith(f"{name}={value!r}: must be") and "\n" not in message
     assert isinstance(raised.value, DogeDeployError) and raised.value.exit_code == 2
+
+
+class TestOpenAIsRules:
+    def test_biases_are_added_and_unknown_tokens_passed_over(self) -> None:
+        logits = draw_logits(0, 8, ties=False)
+        biased = add_biases(logits, {2: 5.0, 7: -100.0, 8: 3.0})
+        expected = logits.copy()
+        expected[2] += 5
+        expected[7] -= 100
+        np.testing.assert_array_equal(biased, expected)
+
+    def test_presence_counts_once_and_frequency_each_time(self) -> None:
+        logits = np.zeros(6, np.float32)
+        np.testing.assert_allclose(penalize_output(logits, {1: 1, 4: 3, 9: 2}, 0.5, 0.25), [0, -0.75, 0, 0, -1.25, 0])
+
+    def test_the_prompt_is_not_penalized(self) -> None:
+        sampler = Sampler(SamplingOptions(presence_penalty=2.0))
+        context = Context([3])
+        logits = np.array([0, 0, 1, 2], np.float32)
+        assert sampler.pick(logits, context) == 3
+        context.append(3)
+        assert sampler.pick(logits, context) == 2
+
+    def test_a_bias_decides(self) -> None:
+        logits = np.array([0, 0, 1, 2], np.float32)
+        assert Sampler(SamplingOptions(logit_bias={0: 50})).pick(logits, Context([1])) == 0
+
+    def test_what_is_unlikely_beside_the_best_is_never_drawn(self) -> None:
+        sampler = Sampler(SamplingOptions(do_sample=True, top_k=0, min_p=0.5, seed=0))
+        logits = np.array([0.0, 0.1, -0.6, -0.8], np.float32)  # beside the best: 0.90, 1, 0.497, 0.41
+        assert {sampler.pick(logits, Context([1])) for _ in range(200)} == {0, 1}
+
+    @pytest.mark.parametrize(
+        ("options", "message"),
+        [
+            ({"min_p": 1.5}, "min_p=1.5: must be a number from 0 (no limit) to 1"),
+            ({"presence_penalty": 3}, "presence_penalty=3: must be a number from -2 to 2"),
+            ({"frequency_penalty": float("nan")}, "frequency_penalty=nan: must be a number from -2 to 2"),
+            ({"logit_bias": {-1: 0}}, "logit_bias: -1 is not a token id"),
+            ({"logit_bias": {1: 101}}, "logit_bias: 101 for token 1: must be a number from -100 to 100"),
+        ],
+    )
+    def test_illegal_values_are_named(self, options: dict[str, Any], message: str) -> None:
+        with pytest.raises(UsageError) as caught:
+            SamplingOptions(**options)
+        assert str(caught.value).startswith(message)

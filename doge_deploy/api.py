@@ -1,0 +1,226 @@
+"""The functions that a program calls; the command line calls them too.
+
+Everything that goes wrong on purpose is raised as a `DogeDeployError` with one line of text (see `errors.py`). No
+function prints or exits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal, Unpack
+
+from doge_deploy.errors import (
+    BrokenBundleError,
+    DogeDeployError,
+    MismatchError,
+    MissingDependencyError,
+    UnsupportedModelError,
+    UsageError,
+)
+from doge_deploy.options.backends import Backend
+from doge_deploy.options.build import BuildOptions
+from doge_deploy.options.export import ExportOptions
+from doge_deploy.options.keywords import BuildKeywords, ExportKeywords
+from doge_deploy.options.load import combine_options
+from doge_deploy.process.progress import NO_PROGRESS
+from doge_deploy.runtime.choices import TextChoices
+from doge_deploy.runtime.generate import GenerationOptions
+from doge_deploy.runtime.text_model import Generation, TextModel
+
+if TYPE_CHECKING:  # what takes long to import is imported by the function that needs it
+    from doge_deploy.bundle.engine_record import EngineRecord
+    from doge_deploy.bundle.manifest import Bundle
+    from doge_deploy.process.progress import Progress
+    from doge_deploy.verify.parity import CaseResult
+    from doge_deploy.verify.run import Report
+
+__all__ = [
+    "export",
+    "build",
+    "verify",
+    "load",
+    "ExportOptions",
+    "BuildOptions",
+    "GenerationOptions",
+    "TextChoices",
+    "TextModel",
+    "Generation",
+    "DogeDeployError",
+    "MismatchError",
+    "UsageError",
+    "UnsupportedModelError",
+    "BrokenBundleError",
+    "MissingDependencyError",
+]
+
+
+def export(
+    model: str | Path,
+    output: str | Path,
+    options: ExportOptions | None = None,
+    *,
+    force: bool = False,
+    progress: Progress | None = None,
+    **choices: Unpack[ExportKeywords],
+) -> Bundle:
+    """Trace a checkpoint to an ONNX bundle.
+
+    Args:
+        model: a directory, a Hub id (owner/name), or one of the bundled doge-tiny and doge-tiny-moe.
+        output: the bundle's directory; it is there whole or not at all.
+        options: what to export; defaults where None.
+        force: replace an existing bundle.
+        progress: told what is being done.
+        choices: fields of `ExportOptions`, which replace those of `options`.
+
+    Returns:
+        The bundle: `path` and `manifest`, whose `warnings` a user should see.
+
+    Raises:
+        UsageError: an option is not legal, or `output` cannot be written.
+        UnsupportedModelError: the checkpoint is broken, or cannot be exported exactly with these options.
+        MissingDependencyError: torch, transformers or onnxscript is not installed (the extra `export`).
+    """
+    from doge_deploy.bundle.manifest import Bundle
+    from doge_deploy.pipelines.export import export as run
+
+    chosen = combine_options(ExportOptions, options, choices)
+    output = Path(output)
+    return Bundle(output, run(str(model), output, chosen, force=force, progress=progress or NO_PROGRESS))
+
+
+def build(
+    bundle: str | Path,
+    options: BuildOptions | None = None,
+    *,
+    force: bool = False,
+    progress: Progress | None = None,
+    **choices: Unpack[BuildKeywords],
+) -> EngineRecord:
+    """Build a TensorRT engine of a bundle's static graph into the bundle.
+
+    Args:
+        bundle: the bundle's directory.
+        options: what to build; defaults where None.
+        force: replace an engine of the same name.
+        progress: told what is being done.
+        choices: fields of `BuildOptions`, which replace those of `options`.
+
+    Returns:
+        What the bundle's manifest now says about the engine; it lies in `directory`, relative to the bundle.
+
+    Raises:
+        UsageError: an option is not legal or does not fit the bundle or the target, or the engine exists.
+        UnsupportedModelError: the target cannot do what the graph needs.
+        BrokenBundleError: a file of the bundle is missing or was altered.
+        MissingDependencyError: the target's library, a device or a plugin is missing, or the library broke down.
+    """
+    from doge_deploy.pipelines.build import build as run
+
+    chosen = combine_options(BuildOptions, options, choices)
+    return run(bundle, chosen, force=force, progress=progress or NO_PROGRESS)
+
+
+def verify(
+    bundle: str | Path,
+    *,
+    reference: str | None = None,
+    layouts: Sequence[str] = (),
+    greedy_steps: int = 128,
+    portable: bool = False,
+    lowering: bool = False,
+    backend: Backend | Literal["torch-kernels"] = "ort",
+    engine: str | None = None,
+    started: Callable[[str], None] = lambda what: None,
+    finished: Callable[[CaseResult], None] = lambda result: None,
+) -> Report:
+    """Compare a bundle with transformers in eager mode, call by call; a legacy Doge with the reference of its revision.
+
+    Args:
+        bundle: the bundle's directory.
+        reference: the checkpoint it came from; where None, what the bundle itself names.
+        layouts: which of its layouts; all where empty.
+        greedy_steps: tokens of the greedy case, fewer where the bundle holds fewer.
+        portable: judge the standard graphs, not those lowered for ONNX Runtime.
+        lowering: judge the static graph as it is lowered for TensorRT, in ONNX Runtime.
+        backend: what runs the bundle; `torch-kernels` is PyTorch with the plugins' kernels.
+        engine: which engine, where the backend has several.
+        started: told what is about to be done.
+        finished: told each case when it is judged.
+
+    Returns:
+        Everything that was found. A difference beyond its tolerance is no error here: see `passed` and `failed_cases`,
+        or call `require_passed`.
+
+    Raises:
+        UsageError: options contradict each other or the bundle, or the bundle does not say where it came from and
+            `reference` is None.
+        BrokenBundleError, UnsupportedModelError: bundle or checkpoint is broken, or they do not belong together.
+        MissingDependencyError: torch, transformers or the backend is missing (the extras `export` and `cpu`).
+    """
+    from doge_deploy.devices.packages import require_export_packages
+
+    require_export_packages("verify")
+    from doge_deploy.verify.run import verify as run
+
+    return run(
+        bundle,
+        reference=reference,
+        layouts=tuple(layouts),
+        greedy_steps=greedy_steps,
+        portable=portable,
+        lowering=lowering,
+        backend=backend,
+        engine=engine,
+        started=started,
+        finished=finished,
+    )
+
+
+def load(
+    bundle: str | Path,
+    backend: Backend = "ort",
+    *,
+    layout: str | None = None,
+    portable: bool = False,
+    threads: int | None = None,
+    engine: str | None = None,
+    flush_denormals: bool = False,
+    defaults: TextChoices | None = None,
+) -> TextModel:
+    """Open a bundle to generate text.
+
+    Args:
+        bundle: the bundle's directory. Hashes of its small files are checked, of large ones the size.
+        backend: `ort`, ONNX Runtime on the CPU; or `trt-rtx` or `trt`, an engine that `build` made.
+        layout: of ONNX Runtime: "static" or "growing"; the bundle's first where None.
+        portable: of ONNX Runtime: run the standard graph, not the one lowered for it.
+        threads: of ONNX Runtime: CPU threads; all cores where None.
+        engine: the name of an engine, where several fit.
+        flush_denormals: of ONNX Runtime: take numbers below 1.2e-38 for zero, which is faster on processors of Intel.
+            If this is the first session of the process, ONNX Runtime sets that mode for the calling thread too, for
+            good; so a program has to ask for it.
+        defaults: choices for every text that makes none of its own; they go before the bundle's generation_config.json.
+
+    Returns:
+        The model, to be used by one thread at a time. It is a context manager, which closes it.
+
+    Raises:
+        UsageError: there is no such bundle, layout or engine, its task is not causal-lm, or a default is not legal.
+        BrokenBundleError: a file is missing or was altered, or the tokenizer cannot be read.
+        UnsupportedModelError: the backend refuses the graph.
+        MissingDependencyError: the backend's library or device is missing (ONNX Runtime: the extra `cpu`).
+    """
+    model = TextModel(
+        bundle,
+        backend=backend,
+        layout=layout,
+        portable=portable,
+        threads=threads,
+        engine=engine,
+        flush_denormals=flush_denormals,
+        defaults=defaults,
+    )
+    model.open()
+    return model
