@@ -5,6 +5,8 @@ The words are the section `export` of a file in export_configs/ and the options 
 
 from __future__ import annotations
 
+import importlib.util
+import pkgutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -19,10 +21,18 @@ Task = Literal["causal-lm", "sequence-classification", "features"]
 
 _LAYOUT_ORDER = ("static", "growing")
 
-BLOCK_SIZES = {"int8": 128, "int4": 32}
-"""Numbers that share a scale where nothing else is asked for. With 8 bits a smaller block costs time and gains nothing
-that can be seen (docs/decisions/0028).
-"""
+_WEIGHT_FORMATS = "doge_deploy.graph.weight_formats"
+
+
+def weight_format_names() -> tuple[str, ...]:
+    """Names of the weight formats: the modules of their package that do not begin with an underscore.
+
+    They are listed, not imported: what they do belongs to the graph, which options do not know.
+    """
+    spec = importlib.util.find_spec(_WEIGHT_FORMATS)
+    assert spec is not None and spec.submodule_search_locations is not None
+    found = (module.name for module in pkgutil.iter_modules(list(spec.submodule_search_locations)))
+    return tuple(sorted(name for name in found if not name.startswith("_")))
 
 
 class ExportOptions(BaseModel):
@@ -41,11 +51,18 @@ class ExportOptions(BaseModel):
     routing: Literal["reference", "per-token"] = Field("reference", description="one of reference, per-token")
     logits: Literal["last", "all"] = Field("last", description="one of last, all")
     num_layers: int | None = Field(None, ge=1, description="a whole number >= 1, or null for all layers")
-    quantize: Literal["int8", "int4", "fp16"] | None = Field(None, description="int8, int4, fp16 or null")
-    block_size: Literal[16, 32, 64, 128, 256] | None = Field(
-        None, description="one of 16, 32, 64, 128, 256, or null for 128 with int8 and 32 with int4"
-    )
+    quantize: str | None = Field(None, description=f"one of {', '.join(weight_format_names())}, or null")
+    """The name of a weight format."""
+    block_size: int | None = Field(None, ge=1, description="a whole number >= 1, or null for the weight format's own")
+    """The format says which sizes it takes."""
     symmetric: bool = Field(True, description="true or false")
+
+    @field_validator("quantize")
+    @classmethod
+    def _check_format(cls, value: str | None) -> str | None:
+        if value is not None and value not in weight_format_names():
+            raise ValueError("there is no such weight format")
+        return value
 
     @field_validator("kv_cache", mode="before")
     @classmethod

@@ -43,7 +43,7 @@ def build(path: str | Path, options: BuildOptions, *, force: bool, progress: Pro
     advance = progress.stage("check bundle")
     bundle = open_bundle(path)
     layout = bundle.layout(LAYOUT)
-    check_weights(bundle)
+    check_weights(bundle, options.target)
     advance(1)
     capabilities = resolve_capabilities(options)
     name = engine_name(bundle, options, capabilities)

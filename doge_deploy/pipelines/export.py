@@ -13,7 +13,8 @@ from doge_deploy.checkpoint import Checkpoint, check_finite, check_score_range, 
 from doge_deploy.checkpoint.tokenizer import write_tokenizer
 from doge_deploy.devices.packages import require_export_packages
 from doge_deploy.dtypes import NAMES
-from doge_deploy.options.compatibility import check_facts, resolve_max_length, resolve_options
+from doge_deploy.graph.weight_formats import format_of, resolve_options
+from doge_deploy.options.compatibility import check_facts, resolve_max_length
 from doge_deploy.options.export import ExportOptions
 from doge_deploy.options.generation import GENERATION_CONFIG, illegal_settings
 from doge_deploy.process.progress import Progress
@@ -60,7 +61,10 @@ def export(
         check_facts(facts, options, model)
         max_length = resolve_max_length(facts, options.max_length)
         warnings = (*checkpoint.warnings, *check_score_range(checkpoint, dtype))
-        check_finite(checkpoint, dtype=dtype, others=_in_half(checkpoint, options))
+        others = {}
+        if (weight_format := format_of(options)) is not None:
+            others = weight_format.range_dtypes({name: info.shape for name, info in checkpoint.tensors.items()})
+        check_finite(checkpoint, dtype=dtype, others=others)
         advance(1)
         layouts = write_graphs(directory, checkpoint, options, dtype=dtype, max_length=max_length, progress=progress)
         if "static" in layouts:
@@ -98,15 +102,6 @@ def export(
 def _adapter_entry(checkpoint: Checkpoint) -> dict[str, object]:
     merged = checkpoint.adapter
     return {} if merged is None else {"adapter": {"sha256": merged.sha256, "source": merged.source}}
-
-
-def _in_half(checkpoint: Checkpoint, options: ExportOptions) -> dict[str, str]:
-    """Tensors that are stored as float16 in a graph of another dtype."""
-    from doge_deploy.graph.passes.half_weights import kept_whole
-
-    if options.quantize != "fp16":
-        return {}
-    return {name: "float16" for name, info in checkpoint.tensors.items() if not kept_whole(name, info.shape)}
 
 
 def _cache_options(options: ExportOptions) -> dict[str, object]:

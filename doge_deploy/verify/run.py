@@ -17,8 +17,8 @@ from doge_deploy.config.model import DogeFacts
 from doge_deploy.config.revisions import KEEPS_ALL
 from doge_deploy.errors import MismatchError, UsageError
 from doge_deploy.graph.passes.expose_selections import ExposeSelectionsPass
-from doge_deploy.graph.passes.quantize_weights import scheme_of
 from doge_deploy.graph.schemas import CDMOE, DYNAMIC_MASK_ATTENTION, ROUTED_EXPERTS, WINDOW_BIAS
+from doge_deploy.graph.weight_formats import Quality, format_of
 from doge_deploy.options.backends import TORCH_KERNELS, Backend
 from doge_deploy.runtime.backend import check_engine_layout, open_backend
 from doge_deploy.runtime.base import IntArray
@@ -147,19 +147,20 @@ def verify(
         compare_weights(bundle, checkpoint),
         skipped=_unreachable(bundle),
     )
-    stored = stored_weights(bundle, checkpoint)
+    weight_format = format_of(manifest.options)
+    stored = {} if weight_format is None else stored_weights(bundle, checkpoint, weight_format)
     with few_threads(checkpoint):
         if one is None:
             chosen = _layouts(bundle, layouts, lowering)
             report.graphs = {name: graph_file(bundle.layout(name), portable=portable) for name in chosen}
             if lowering:
                 report.graphs = {name: describe_lowered(bundle, name) for name in chosen}
-            elif stored:
+            elif weight_format is not None:
                 started("load the reference")
                 exact = Reference(checkpoint, manifest.dtype, manifest.task)
-                report.quality = _judge_quality(bundle, report.graphs, exact, started)
-            # what the rounding of blocks costs is judged on the graph that is served, the cases on the standard one
-            standard = portable or scheme_of(manifest.options) is not None
+                report.quality = _judge_quality(bundle, weight_format.quality, report.graphs, exact, started)
+            # what rounded activations cost is judged on the graph that is served, the cases on the standard one
+            standard = portable or (weight_format is not None and weight_format.rounds_activations)
             runners = {layout: open_runners(bundle, layout, portable=standard, lowering=lowering) for layout in chosen}
         else:
             what, pair = one
@@ -221,7 +222,7 @@ def _selects(bundle: Bundle) -> bool:
 
 
 def _judge_quality(
-    bundle: Bundle, graphs: Mapping[str, str], reference: Reference, started: Callable[[str], None]
+    bundle: Bundle, limits: Quality, graphs: Mapping[str, str], reference: Reference, started: Callable[[str], None]
 ) -> list[QualityResult]:
     """What quantization costs in each of these graphs, against a reference with the checkpoint's own weights."""
     results = []
@@ -230,7 +231,7 @@ def _judge_quality(
         started(f"quality of {file}")
         runner = open_runner(bundle, layout, spin=False, portable=file == bundle.layout(layout).file)
         replay = make_replay(bundle.manifest, layout, last_logits=runner.last_logits)
-        results.append(judge_quality(layout, bundle.manifest.options["quantize"], runner, reference, replay, text_ids))
+        results.append(judge_quality(layout, limits, runner, reference, replay, text_ids))
     return results
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from doge_deploy.bundle.manifest import Bundle
 from doge_deploy.errors import UnsupportedModelError, UsageError
+from doge_deploy.graph.weight_formats import format_of
 from doge_deploy.options.build import BuildOptions
 from doge_deploy.targets.trt.vendor import PRODUCTS, device_capability
 
@@ -18,14 +19,12 @@ def check_options(options: BuildOptions) -> None:
         )
 
 
-def check_weights(bundle: Bundle) -> None:
-    """Raises UnsupportedModelError where the bundle stores its weights in a form that no engine is built of."""
-    quantize = bundle.manifest.options.get("quantize")
-    if quantize:
-        raise UnsupportedModelError(
-            f"{bundle.path} stores its weights as {quantize}; engines are built of fp32, fp16 or bf16: export without "
-            "--quantize"
-        )
+def check_weights(bundle: Bundle, target: str) -> None:
+    """Raises UnsupportedModelError where the bundle stores its weights in a form that the product does not take."""
+    weight_format = format_of(bundle.manifest.options)
+    reason = weight_format.target_refusal(target) if weight_format else ""
+    if reason:
+        raise UnsupportedModelError(f"{bundle.path} {reason}")
 
 
 def resolve_capabilities(options: BuildOptions) -> tuple[str, ...]:
