@@ -1,4 +1,4 @@
-"""The process that one candidate lives in: reads a JSON request a line, answers with one.
+"""The process that one candidate lives in; `process.py` sends it requests.
 
     {"do": "load", "candidate": {...}, "threads": 2}   import libraries, then load the model
     {"do": "first", "workload": {...}}                 the first calls
@@ -8,21 +8,18 @@
     {"do": "probe", "threads": 2, "nbytes": ...}       become a bandwidth probe
     {"do": "sweep"}                                    read the probe's array
 
-Errors of this package are answered as {"error": class, "message": line}; any other ends the process.
+Errors of this package are raised again by the other end; any other ends the process.
 """
 
 from __future__ import annotations
 
-import json
-import os
-import sys
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from time import perf_counter_ns
 from typing import TYPE_CHECKING, Any
 
-from doge_deploy.errors import DogeDeployError
+from doge_deploy.process.worker import serve
 
 if TYPE_CHECKING:
     from doge_deploy.bench.roofline import BandwidthProbe
@@ -106,18 +103,8 @@ class Worker:
 
 def main() -> None:
     """Answer requests until there are no more."""
-    # Libraries print; what they print to standard output must not end up among the answers.
-    answers = os.fdopen(os.dup(sys.stdout.fileno()), "w", encoding="utf-8")
-    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
     worker = Worker()
-    for line in sys.stdin:
-        request = json.loads(line)
-        try:
-            answer = worker.answers[request.pop("do")](**request)
-        except DogeDeployError as error:
-            answer = {"error": type(error).__name__, "message": str(error)}
-        answers.write(json.dumps(answer) + "\n")
-        answers.flush()
+    serve(lambda request: worker.answers[request.pop("do")](**request))
 
 
 if __name__ == "__main__":

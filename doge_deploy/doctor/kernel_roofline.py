@@ -23,8 +23,9 @@ from doge_deploy.graph.cost import graph_cost
 from doge_deploy.graph.functions import cdmoe_function, dynamic_mask_attention_function
 from doge_deploy.graph.functions.text import OPSET
 from doge_deploy.graph.schemas import CDMOE, DOMAIN, DYNAMIC_MASK_ATTENTION, VERSION
-from doge_deploy.kernels.cost import Cost, chain_costs
+from doge_deploy.kernels.cost import chain_costs
 from doge_deploy.kernels.registry import Registry
+from doge_deploy.kernels.spec import Cost
 
 Shapes = dict[str, tuple[int, ...]]
 

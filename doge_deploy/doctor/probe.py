@@ -8,15 +8,14 @@ from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
-import json
 import os
-import signal
 import subprocess
-import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
+
+from doge_deploy.process.child import Child, ChildError, ChildTimeoutError, worker_command
 
 TIMEOUT_S = 20.0
 """A library that is not loaded by then counts as one that hangs."""
@@ -71,14 +70,14 @@ class Found:
 
 def probe_libraries(libraries: Mapping[str, Library] = LIBRARIES, timeout_s: float = TIMEOUT_S) -> dict[str, Found]:
     """Look at all of them."""
+    deadline = time.monotonic() + timeout_s
     children = {
         name: _start(library) for name, library in libraries.items() if library.code and _is_there(library.module)
     }
-    deadline = time.monotonic() + timeout_s
     found = {}
     for name, library in libraries.items():
         if name in children:
-            found[name] = _finish(children[name], library, max(deadline - time.monotonic(), 0.0), timeout_s)
+            found[name] = _finish(children[name], library, deadline, timeout_s)
         else:
             found[name] = Found(_version(library) or "unknown" if _is_there(library.module) else None)
     return found
@@ -100,54 +99,36 @@ def _version(library: Library) -> str | None:
     return None
 
 
-def _start(library: Library) -> subprocess.Popen[str]:
-    script = (
-        "import importlib, json\n"
-        f"module = importlib.import_module({library.module!r})\n"
-        "found = {'version': str(getattr(module, '__version__', ''))}\n"
-        f"{library.code}\n"
-        "print(json.dumps(found))\n"
-    )
+def _start(library: Library) -> Child:
     # The current directory must not be searched: a file called tensorrt.py in it would be found before the library.
-    environment = {**os.environ, "PYTHONSAFEPATH": "1"}
-    return subprocess.Popen(
-        [sys.executable, "-c", script],
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        errors="replace",
-        env=environment,
-    )
+    child = Child(worker_command("doge_deploy.doctor.probe_worker"), environment={**os.environ, "PYTHONSAFEPATH": "1"})
+    child.send({"module": library.module, "code": library.code})
+    return child
 
 
-def _finish(child: subprocess.Popen[str], library: Library, wait_s: float, timeout_s: float) -> Found:
+def _finish(child: Child, library: Library, deadline: float, timeout_s: float) -> Found:
     version = _version(library) or "unknown"
-    try:
-        output, errors = child.communicate(timeout=wait_s)
-    except subprocess.TimeoutExpired:
-        child.kill()
-        child.communicate()
-        return Found(version, f"does not load within {timeout_s:.0f} s")
-    if child.returncode != 0:
-        return Found(version, _last_words(child.returncode, errors))
-    try:
-        details = json.loads(output.strip().splitlines()[-1])
-        return Found(details.pop("version") or version, details=details)
-    except (ValueError, IndexError, KeyError, AttributeError):
-        return Found(version, f"answers {output.strip()[-80:]!r} when it is loaded")
-
-
-def _last_words(returncode: int, errors: str) -> str:
-    """The exception of a child that failed, or the signal of one that was ended."""
-    lines = [line.strip() for line in errors.splitlines() if line.strip()]
-    if returncode < 0:
+    with child:
         try:
-            name = signal.Signals(-returncode).name
-        except ValueError:
-            name = f"signal {-returncode}"
-        return f"ends its process with {name} when it is loaded" + (f": {lines[-1][:200]}" if lines else "")
-    return lines[-1][:300] if lines else f"ends its process with exit code {returncode} when it is loaded"
+            details = child.receive(max(deadline - time.monotonic(), 0.0))
+            if details is None:
+                raise child.failure()
+        except ChildTimeoutError:
+            return Found(version, f"does not load within {timeout_s:.0f} s")
+        except ChildError as error:
+            return Found(version, _problem(error))
+        try:
+            child.finish(max(deadline - time.monotonic(), 1.0))
+        except ChildError as error:
+            return Found(version, _problem(error))
+    return Found(details.pop("version") or version, details=details)
+
+
+def _problem(error: ChildError) -> str:
+    """What became of the child, in the library's own words where it has some."""
+    if error.log and error.status:
+        return error.log[-1]
+    return f"its process {error.reason} when it is loaded" + (f": {error.log[-1]}" if error.log else "")
 
 
 def run_tool(command: Sequence[str], timeout_s: float = 5.0) -> str | None:

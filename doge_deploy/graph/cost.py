@@ -15,7 +15,7 @@ import onnx_ir as ir
 import onnx_ir.passes.common as common
 from onnx.reference import ReferenceEvaluator
 
-from doge_deploy.kernels.cost import Cost
+from doge_deploy.kernels.spec import Cost
 
 _LAYERS = {"Attention", "GatherElements", "MatMul", "ScatterElements", "TopK"}
 """Operators that no runtime fuses with their neighbours here; `Gather` too where its indices are data."""

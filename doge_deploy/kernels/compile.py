@@ -9,11 +9,11 @@ import hashlib
 import importlib.util
 import json
 import os
-import subprocess
-import sys
+import queue
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, fields
 from importlib import metadata
 from pathlib import Path
@@ -22,6 +22,7 @@ from typing import Any
 from doge_deploy.errors import DogeDeployError, MissingDependencyError, UnsupportedModelError
 from doge_deploy.kernels.devices import DEVICES
 from doge_deploy.kernels.spec import Binding, TensorSpec
+from doge_deploy.process.child import Child, ChildError, worker_command
 
 POINTERS: Mapping[str, str] = {
     "float32": "*fp32",
@@ -184,8 +185,8 @@ def _compile(request: dict[str, Any], cache: Path, workers: _Workers) -> Compile
         return cached
     what = f"{request['plugin']} for sm_{request['arch']} in {request['dtype']}"
     answer = workers.compile(request, what)
-    if "error" in answer:
-        raise CompileError(f"{what}: {answer['error']}")
+    if "refusal" in answer:
+        raise CompileError(f"{what}: {answer['refusal']}")
     limit = DEVICES[request["arch"]].shared_memory_bytes
     if answer["shared_memory_bytes"] > limit:
         raise CompileError(
@@ -260,8 +261,8 @@ class _Workers:
     """Compiler processes, as many as threads ask at once; each answers one request at a time."""
 
     def __init__(self, scratch: Path) -> None:
-        self._free: list[subprocess.Popen[str]] = []
-        self._all: list[subprocess.Popen[str]] = []
+        self._free: queue.SimpleQueue[Child] = queue.SimpleQueue()
+        self._started = ExitStack()
         environment = {name: value for name, value in os.environ.items() if not name.startswith("TRITON_")}
         # line tables would put paths of this machine into the PTX
         environment |= {"TRITON_CACHE_DIR": str(scratch), "TRITON_DISABLE_LINE_INFO": "1"}
@@ -269,34 +270,23 @@ class _Workers:
 
     def compile(self, request: dict[str, Any], what: str) -> dict[str, Any]:
         """Raises: CompileError: the process died."""
-        worker = self._free.pop() if self._free else self._start()
-        assert worker.stdin is not None and worker.stdout is not None
         try:
-            worker.stdin.write(json.dumps(request) + "\n")
-            worker.stdin.flush()
-            line = worker.stdout.readline()
-        except BrokenPipeError:
-            line = ""
-        if not line:
-            raise CompileError(f"{what}: the compiler process ended with status {worker.wait()}")
-        self._free.append(worker)
-        answer: dict[str, Any] = json.loads(line)
+            worker = self._free.get_nowait()
+        except queue.Empty:
+            worker = self._start()
+        try:
+            answer = worker.ask(request)
+        except ChildError as error:
+            raise CompileError(f"{what}: the compiler process {error}") from None
+        self._free.put(worker)
         return answer
 
-    def _start(self) -> subprocess.Popen[str]:
-        worker = subprocess.Popen(
-            [sys.executable, "-m", "doge_deploy.kernels.compile_worker"],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            text=True,
-            env=self._environment,
-        )
-        self._all.append(worker)
+    def _start(self) -> Child:
+        worker = Child(worker_command("doge_deploy.kernels.compile_worker"), environment=self._environment)
+        self._started.callback(worker.__exit__, None, None, None)
+        self._started.callback(worker.kill)
         return worker
 
     def close(self) -> None:
         """End all processes, whatever they are at."""
-        for worker in self._all:
-            worker.terminate()
-            worker.communicate()
+        self._started.close()

@@ -1,4 +1,4 @@
-"""The process that compiles: requests come as JSON lines on standard input, results go to standard output likewise.
+"""The process that compiles: a request for each kernel, answered with PTX and figures.
 
 A process of its own, because Triton decides at import whether kernels are compiled or interpreted, and because a
 compiler that crashes must not take the caller along. Only `compile.py` starts it.
@@ -7,13 +7,15 @@ compiler that crashes must not take the caller along. Only `compile.py` starts i
 from __future__ import annotations
 
 import importlib
-import json
 import re
 import subprocess
-import sys
 import tempfile
 from pathlib import Path
 from typing import Any
+
+from doge_deploy.errors import DogeDeployError
+from doge_deploy.kernels.parameters import check_parameters, parameter_of_tensor
+from doge_deploy.process.worker import serve
 
 _PARAMETER = re.compile(r"^\t\.param .*?(\w+_param_(\d+)),?$", re.MULTILINE)
 
@@ -74,8 +76,9 @@ def compile_one(request: dict[str, Any]) -> dict[str, Any]:
 
     module, _, name = request["kernel"].partition(":")
     function = getattr(importlib.import_module(module), name)
-    signature: dict[str, str] = dict(zip(function.arg_names, request["signature"], strict=False))
-    signature |= dict.fromkeys(request["constants"], "constexpr")
+    types = {parameter_of_tensor(name) if type_[0] == "*" else name: type_ for name, type_ in request["arguments"]}
+    check_parameters(request["plugin"], function.arg_names, list(types), request["constants"])
+    signature = types | dict.fromkeys(request["constants"], "constexpr")
     # whoever launches allocates tensors at multiples of 16 bytes at least
     aligned = {
         (index,): [["tt.divisibility", 16]] for index, type_ in enumerate(request["signature"]) if type_[0] == "*"
@@ -116,18 +119,15 @@ def _root(error: BaseException) -> str:
     return " ".join(f"{type(error).__name__}: {error}".split())
 
 
-def main() -> None:
-    """Serve requests until standard input ends."""
-    # whatever a compiler prints must not get between the answers
-    answers = sys.stdout
-    sys.stdout = sys.stderr
-    for line in sys.stdin:
-        try:
-            answer = compile_one(json.loads(line))
-        except Exception as error:
-            answer = {"error": _root(error)}
-        print(json.dumps(answer), file=answers, flush=True)
+def answer(request: dict[str, Any]) -> dict[str, Any]:
+    """The compiled kernel, or the reason why there is none."""
+    try:
+        return compile_one(request)
+    except DogeDeployError:
+        raise
+    except Exception as error:  # whatever the compiler raises
+        return {"refusal": _root(error)}
 
 
 if __name__ == "__main__":
-    main()
+    serve(answer)

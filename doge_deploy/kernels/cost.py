@@ -6,40 +6,11 @@ and stores.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping
+from typing import Any
 
 from doge_deploy.errors import UnsupportedModelError
-
-if TYPE_CHECKING:
-    from doge_deploy.kernels.spec import Binding, OperatorPlugin, Tile
-
-
-@dataclass(frozen=True)
-class Cost:
-    """Of one launch, or of several together."""
-
-    loaded_bytes: int = 0
-    """By all programs; what two of them load counts twice."""
-    stored_bytes: int = 0
-    memory_bytes: int = 0
-    """Each byte that is read or written, once: what has to cross the memory bus however good the caches are."""
-    flops: int = 0
-    """Floating-point operations of products and sums; comparisons and exponentials are not counted."""
-
-    def __add__(self, other: Cost) -> Cost:
-        return Cost(*(getattr(self, field.name) + getattr(other, field.name) for field in fields(self)))
-
-    def __mul__(self, times: int) -> Cost:
-        return Cost(*(getattr(self, field.name) * times for field in fields(self)))
-
-
-CostModel = Callable[["Binding", "Tile", int], Cost]
-"""(node, tile, past) -> cost of its launch, where every row of the batch holds `past` tokens before the call.
-
-What depends on the data (how many keys a block of rows keeps together) is taken at its upper bound.
-"""
+from doge_deploy.kernels.spec import Cost, OperatorPlugin
 
 
 def chain_costs(

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from doge_deploy.errors import MissingDependencyError, UsageError
 from doge_deploy.kernels.interpreter import repair_interpreter
+from doge_deploy.kernels.parameters import check_parameters
 from doge_deploy.kernels.spec import Binding, OperatorPlugin, PluginSpec, Step, TensorSpec
 
 if TYPE_CHECKING:
@@ -88,6 +89,7 @@ def run_kernel(
 
     Raises:
         UsageError: shapes, dtypes or attributes do not fit the spec.
+        UnsupportedModelError: the kernel has other parameters than its spec says.
         MissingDependencyError: see `require_launcher`.
     """
     import torch
@@ -115,7 +117,9 @@ def run_kernel(
     options = {"num_warps": tile.num_warps, "num_stages": tile.num_stages, "maxnreg": tile.max_registers}
     if device.type != "cuda":
         options = {}
-    spec.load_kernel()[binding.grid(tile)](*tensors, *binding.scalars, *outputs, **binding.constants(tile), **options)
+    kernel, constants = spec.load_kernel(), binding.constants(tile)
+    check_parameters(spec.id, kernel.arg_names, spec.parameters, constants)
+    kernel[binding.grid(tile)](*tensors, *binding.scalars, *outputs, **constants, **options)
     return outputs
 
 

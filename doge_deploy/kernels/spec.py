@@ -3,21 +3,21 @@
 One `PluginSpec` is one graph node and one kernel launch, because a plugin that TensorRT embeds as PTX is one kernel. An
 operator of several kernels is an `OperatorPlugin`: its specs, and how to chain them.
 
-A kernel's parameters stand in this order: pointers to the inputs, the scalars (int32), pointers to the outputs, then
-compile-time constants by name. Tensors are contiguous.
+A kernel's parameters stand in this order: pointers to the inputs (`x_ptr` for an input `x`), the scalars (int32),
+pointers to the outputs, then compile-time constants by name. Tensors are contiguous.
 """
 
 from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
 from doge_deploy.dtypes import FLOATS
 from doge_deploy.errors import UsageError
-from doge_deploy.kernels.cost import CostModel
 from doge_deploy.kernels.expressions import Expr, Operand, evaluate
+from doge_deploy.kernels.parameters import parameter_of_tensor
 
 DType = Literal["T", "float32", "float16", "bfloat16", "int64", "int32", "int8", "bool"]
 AttributeType = Literal["int", "float", "str"]
@@ -144,6 +144,12 @@ class PluginSpec:
         """As TensorRT names it: `doge::DynamicMaskSelect`."""
         return f"{self.namespace}::{self.name}"
 
+    @property
+    def parameters(self) -> list[str]:
+        """Names of the kernel's parameters before its compile-time constants, in order."""
+        inputs, outputs = ([parameter_of_tensor(one.name) for one in many] for many in (self.inputs, self.outputs))
+        return [*inputs, *self.scalars, *outputs]
+
     def load_kernel(self) -> Any:
         """The Triton kernel; imports Triton."""
         module, _, name = self.kernel.partition(":")
@@ -227,6 +233,32 @@ class PluginSpec:
 
 def _show(values: Mapping[str, Any]) -> str:
     return ", ".join(f"{name}={value}" for name, value in values.items())
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Of one launch, or of several together."""
+
+    loaded_bytes: int = 0
+    """By all programs; what two of them load counts twice."""
+    stored_bytes: int = 0
+    memory_bytes: int = 0
+    """Each byte that is read or written, once: what has to cross the memory bus however good the caches are."""
+    flops: int = 0
+    """Floating-point operations of products and sums; comparisons and exponentials are not counted."""
+
+    def __add__(self, other: Cost) -> Cost:
+        return Cost(*(getattr(self, field.name) + getattr(other, field.name) for field in fields(self)))
+
+    def __mul__(self, times: int) -> Cost:
+        return Cost(*(getattr(self, field.name) * times for field in fields(self)))
+
+
+CostModel = Callable[[Binding, Tile, int], Cost]
+"""(node, tile, past) -> cost of its launch, where every row of the batch holds `past` tokens before the call.
+
+What depends on the data (how many keys a block of rows keeps together) is taken at its upper bound.
+"""
 
 
 @dataclass(frozen=True)

@@ -72,7 +72,7 @@ def build(path: str | Path, options: BuildOptions, *, force: bool, progress: Pro
             plugins=tuple(plugin.operator for plugin in lowered.plugins),
         )
         start = time.perf_counter()
-        finished = run_job(job, aside, progress)
+        finished = run_job(job, progress)
         seconds = time.perf_counter() - start
         (aside / LOWERED_FILE).unlink()
         record = make_record(

@@ -1,1 +1,1 @@
-"""What a long command has to do with processes: the progress that it reports."""
+"""Work in other processes, and how a long command reports what it is doing."""

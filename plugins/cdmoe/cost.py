@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from doge_deploy.dtypes import item_bytes
-from doge_deploy.kernels.cost import Cost, CostModel
-from doge_deploy.kernels.spec import Binding, Tile
+from doge_deploy.kernels.spec import Binding, Cost, CostModel, Tile
 
 ID, WEIGHT, SCALE = 4, 4, 4
 """Bytes."""

@@ -44,8 +44,8 @@ def _sorted_half(pointer, KEYS: tl.constexpr, BLOCK_KEYS: tl.constexpr):
 
 
 @triton.jit
-def route_kernel(router_logits_ptr, num_tokens, ids_ptr, weights_ptr, TOP: tl.constexpr, KEYS: tl.constexpr,
-                 NORMALISE: tl.constexpr, ROUTING: tl.constexpr, BLOCK_KEYS: tl.constexpr,
+def route_kernel(router_logits_ptr, num_tokens, expert_ids_ptr, expert_weights_ptr, TOP: tl.constexpr,
+                 KEYS: tl.constexpr, NORMALISE: tl.constexpr, ROUTING: tl.constexpr, BLOCK_KEYS: tl.constexpr,
                  BLOCK_CANDIDATES: tl.constexpr):  # fmt: skip
     """CDMoERoute, one program a token.
 
@@ -93,8 +93,8 @@ def route_kernel(router_logits_ptr, num_tokens, ids_ptr, weights_ptr, TOP: tl.co
     weights = weights / tl.sum(weights, 0)
     if NORMALISE:
         weights = weights / tl.sum(weights, 0)
-    tl.store(ids_ptr + token * TOP + candidate, (packed & 0xFFFFF).to(tl.int32), mask=chosen)
-    tl.store(weights_ptr + token * TOP + candidate, weights, mask=chosen)
+    tl.store(expert_ids_ptr + token * TOP + candidate, (packed & 0xFFFFF).to(tl.int32), mask=chosen)
+    tl.store(expert_weights_ptr + token * TOP + candidate, weights, mask=chosen)
 
 
 @triton.jit
@@ -170,23 +170,23 @@ def _activate(x, ACTIVATION: tl.constexpr):
 
 
 @triton.jit
-def _mix_experts(hidden_ptr, ids_ptr, weights_ptr, down_ptr, up_ptr, down_scale_ptr, up_scale_ptr, output_ptr,
-                 TOP: tl.constexpr, HIDDEN: tl.constexpr, ACTIVATION: tl.constexpr, SCALED: tl.constexpr,
-                 BLOCK_EXPERTS: tl.constexpr, BLOCK_HIDDEN: tl.constexpr):  # fmt: skip
+def _mix_experts(hidden_ptr, expert_ids_ptr, expert_weights_ptr, down_embed_ptr, up_embed_ptr, down_scale_ptr,
+                 up_scale_ptr, output_ptr, TOP: tl.constexpr, HIDDEN: tl.constexpr, ACTIVATION: tl.constexpr,
+                 SCALED: tl.constexpr, BLOCK_EXPERTS: tl.constexpr, BLOCK_HIDDEN: tl.constexpr):  # fmt: skip
     """All experts of one token: once along their rows of down_embed, once along those of up_embed."""
     token = tl.program_id(0).to(tl.int64)
     place = tl.arange(0, BLOCK_EXPERTS)
     real = place < TOP
-    ids = tl.load(ids_ptr + token * TOP + place, mask=real, other=0)
+    ids = tl.load(expert_ids_ptr + token * TOP + place, mask=real, other=0)
     rows = ids.to(tl.int64) * HIDDEN
     dots = tl.zeros((BLOCK_EXPERTS,), tl.float32)
     for start in range(0, HIDDEN, BLOCK_HIDDEN):
         columns = start + tl.arange(0, BLOCK_HIDDEN)
         inside = columns < HIDDEN
         hidden = tl.load(hidden_ptr + token * HIDDEN + columns, mask=inside, other=0.0).to(tl.float32)
-        down = tl.load(down_ptr + rows[:, None] + columns[None, :], mask=real[:, None] & inside[None, :], other=0)
+        down = tl.load(down_embed_ptr + rows[:, None] + columns[None, :], mask=real[:, None] & inside[None, :], other=0)
         dots += tl.sum(down.to(tl.float32) * hidden[None, :], 1)
-    gates = tl.load(weights_ptr + token * TOP + place, mask=real, other=0.0)
+    gates = tl.load(expert_weights_ptr + token * TOP + place, mask=real, other=0.0)
     if SCALED:
         dots *= tl.load(down_scale_ptr + ids, mask=real, other=0.0)
         gates *= tl.load(up_scale_ptr + ids, mask=real, other=0.0)
@@ -194,24 +194,25 @@ def _mix_experts(hidden_ptr, ids_ptr, weights_ptr, down_ptr, up_ptr, down_scale_
     for start in range(0, HIDDEN, BLOCK_HIDDEN):
         columns = start + tl.arange(0, BLOCK_HIDDEN)
         inside = columns < HIDDEN
-        up = tl.load(up_ptr + rows[:, None] + columns[None, :], mask=real[:, None] & inside[None, :], other=0)
+        up = tl.load(up_embed_ptr + rows[:, None] + columns[None, :], mask=real[:, None] & inside[None, :], other=0)
         mixed = tl.sum(up.to(tl.float32) * gates[:, None], 0)
         tl.store(output_ptr + token * HIDDEN + columns, mixed.to(output_ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit
-def experts_kernel(hidden_ptr, ids_ptr, weights_ptr, down_ptr, up_ptr, output_ptr, TOP: tl.constexpr,
-                   HIDDEN: tl.constexpr, ACTIVATION: tl.constexpr, BLOCK_EXPERTS: tl.constexpr,
+def experts_kernel(hidden_ptr, expert_ids_ptr, expert_weights_ptr, down_embed_ptr, up_embed_ptr, output_ptr,
+                   TOP: tl.constexpr, HIDDEN: tl.constexpr, ACTIVATION: tl.constexpr, BLOCK_EXPERTS: tl.constexpr,
                    BLOCK_HIDDEN: tl.constexpr):  # fmt: skip
     """CDMoEExperts."""
-    _mix_experts(hidden_ptr, ids_ptr, weights_ptr, down_ptr, up_ptr, weights_ptr, weights_ptr, output_ptr, TOP, HIDDEN,
-                 ACTIVATION, False, BLOCK_EXPERTS, BLOCK_HIDDEN)  # fmt: skip
+    _mix_experts(hidden_ptr, expert_ids_ptr, expert_weights_ptr, down_embed_ptr, up_embed_ptr, expert_weights_ptr,
+                 expert_weights_ptr, output_ptr, TOP, HIDDEN, ACTIVATION, False, BLOCK_EXPERTS,
+                 BLOCK_HIDDEN)  # fmt: skip
 
 
 @triton.jit
-def experts_int8_kernel(hidden_ptr, ids_ptr, weights_ptr, down_ptr, up_ptr, down_scale_ptr, up_scale_ptr, output_ptr,
-                        TOP: tl.constexpr, HIDDEN: tl.constexpr, ACTIVATION: tl.constexpr, BLOCK_EXPERTS: tl.constexpr,
-                        BLOCK_HIDDEN: tl.constexpr):  # fmt: skip
+def experts_int8_kernel(hidden_ptr, expert_ids_ptr, expert_weights_ptr, down_embed_ptr, up_embed_ptr, down_scale_ptr,
+                        up_scale_ptr, output_ptr, TOP: tl.constexpr, HIDDEN: tl.constexpr, ACTIVATION: tl.constexpr,
+                        BLOCK_EXPERTS: tl.constexpr, BLOCK_HIDDEN: tl.constexpr):  # fmt: skip
     """CDMoEExpertsInt8."""
-    _mix_experts(hidden_ptr, ids_ptr, weights_ptr, down_ptr, up_ptr, down_scale_ptr, up_scale_ptr, output_ptr, TOP,
-                 HIDDEN, ACTIVATION, True, BLOCK_EXPERTS, BLOCK_HIDDEN)  # fmt: skip
+    _mix_experts(hidden_ptr, expert_ids_ptr, expert_weights_ptr, down_embed_ptr, up_embed_ptr, down_scale_ptr,
+                 up_scale_ptr, output_ptr, TOP, HIDDEN, ACTIVATION, True, BLOCK_EXPERTS, BLOCK_HIDDEN)  # fmt: skip

@@ -9,8 +9,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from doge_deploy.dtypes import item_bytes
-from doge_deploy.kernels.cost import Cost, CostModel
-from doge_deploy.kernels.spec import Binding, Tile
+from doge_deploy.kernels.spec import Binding, Cost, CostModel, Tile
 
 SELECT_PASSES = 6
 """Over the scores of a block that sees more than w slots: four of the radix select, one for ties, one for the list."""

@@ -19,6 +19,8 @@ MODULES = {
     "exits": "import sys\nsys.exit(7)\n",
     "ends-quietly": "import os\nos._exit(0)\n",
     "hangs": "import time\ntime.sleep(60)\n",
+    "hangs-at-its-end": "import atexit, time\nthing = 3\natexit.register(time.sleep, 60)\n",
+    "crashes-at-its-end": "import atexit, os\nthing = 3\natexit.register(os.abort)\n",
 }
 
 PROBLEMS = {
@@ -27,10 +29,12 @@ PROBLEMS = {
     "no-version": "",
     "lacks-its-native-part": "ImportError: libnvinfer.so.11: cannot open shared object file",
     "older-than-we-think": "AttributeError: module 'pretend_vendor' has no attribute 'thing'",
-    "aborts": "ends its process with SIGABRT when it is loaded",
-    "exits": "ends its process with exit code 7 when it is loaded",
-    "ends-quietly": "answers '' when it is loaded",
+    "aborts": "its process was ended by signal 6 (SIGABRT) when it is loaded",
+    "exits": "its process ended with status 7 when it is loaded",
+    "ends-quietly": "its process ended with status 0 when it is loaded",
     "hangs": "does not load within 2 s",
+    "hangs-at-its-end": "its process did not end within",
+    "crashes-at-its-end": "its process was ended by signal 6 (SIGABRT)",
 }
 
 
@@ -49,7 +53,7 @@ def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], 
 
 @pytest.mark.parametrize("name", MODULES)
 def test_a_library_in_any_state_is_a_finding(name: str, install: Callable[[str], Library]) -> None:
-    timeout_s = 2.0 if name == "hangs" else 20.0
+    timeout_s = 2.0 if name.startswith("hangs") else 20.0
     found = probe_libraries({"x": install(MODULES[name])}, timeout_s)["x"]
     assert found.problem.startswith(PROBLEMS[name])
     assert found.works == (PROBLEMS[name] == "")

@@ -6,15 +6,21 @@ import dataclasses
 import json
 import os
 import re
+import sys
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+import torch
 
 from doge_deploy.cli.main import run_command
 from doge_deploy.errors import UnsupportedModelError, UsageError
+from doge_deploy.kernels import compile as compile_module
 from doge_deploy.kernels.compile import Compiled, CompileError, compile_all, compile_one
 from doge_deploy.kernels.compile_worker import strip_unused_parameters
 from doge_deploy.kernels.devices import DEVICES, parse_arch
+from doge_deploy.kernels.launch import run_kernel
 from doge_deploy.kernels.registry import installed
 from doge_deploy.kernels.samples import bindings, published
 from doge_deploy.kernels.spec import Binding, Tile
@@ -178,3 +184,68 @@ def test_devices_have_limits_within_reason() -> None:
     for arch, device in DEVICES.items():
         assert 64 * 1024 <= device.shared_memory_bytes < 228 * 1024, arch
         assert device.ptx_version >= 80
+
+
+def misread(name: str, *order: int) -> Binding:
+    """A kernel whose spec has its outputs in another order than the kernel itself."""
+    bound = binding(name)
+    outputs = tuple(bound.spec.outputs[place] for place in order)
+    return dataclasses.replace(bound, spec=dataclasses.replace(bound.spec, outputs=outputs))
+
+
+def test_a_kernel_whose_parameters_are_in_another_order_is_refused(cache: Path) -> None:
+    with pytest.raises(UnsupportedModelError) as caught:
+        compile_one(misread("CDMoERoute", 1, 0), 87, cache=cache)
+    assert str(caught.value) == (
+        "doge::CDMoERoute: parameter 3 of its kernel is 'expert_ids_ptr', must be 'expert_weights_ptr': its spec has "
+        "router_logits_ptr, num_tokens, expert_weights_ptr, expert_ids_ptr in this order"
+    )
+    assert caught.value.exit_code == 3
+
+
+@pytest.mark.parametrize("call", [compile_one, None], ids=["compiled", "launched"])
+def test_constants_are_compared_by_name(call: Callable[..., object] | None, cache: Path) -> None:
+    bound = binding("CDMoERoute")
+    constants = {"TOPS" if name == "TOP" else name: value for name, value in bound.spec.constants.items()}
+    spec = dataclasses.replace(bound.spec, constants=constants)
+    with pytest.raises(
+        UnsupportedModelError, match=r"constants of its kernel: 'TOP' is not in its spec; the spec's 'TOPS' is not in"
+    ):
+        if call is not None:
+            call(dataclasses.replace(bound, spec=spec), 87, cache=cache)
+        else:
+            attributes = {"num_experts_per_tok": 2, "norm_topk_prob": 0, "routing": "per-token"}
+            run_kernel(spec, [torch.zeros(1, 1, 64)], attributes)
+
+
+def test_every_kernel_has_the_parameters_of_its_spec() -> None:
+    for spec in installed().specs():
+        assert list(spec.load_kernel().arg_names[: len(spec.parameters)]) == spec.parameters
+
+
+def test_compilers_are_not_shared_by_threads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each of many threads gets a process of its own, or waits for none: no request is lost or answered twice."""
+    code = (
+        "from doge_deploy.process.worker import serve\nimport os, time\n"
+        "def answer(request):\n    time.sleep(0.01)\n    return {'x': request['x'], 'pid': os.getpid()}\nserve(answer)"
+    )
+    monkeypatch.setattr(compile_module, "worker_command", lambda module: [sys.executable, "-c", code])
+    workers = compile_module._Workers(tmp_path)
+    try:
+        with ThreadPoolExecutor(4) as pool:
+            answers = list(pool.map(lambda x: workers.compile({"x": x}, "it"), range(200)))
+    finally:
+        workers.close()
+    assert [answer["x"] for answer in answers] == list(range(200))
+    assert 1 <= len({answer["pid"] for answer in answers}) <= 4
+
+
+def test_the_end_of_a_compilers_log_is_quoted(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    code = "import os, sys; print('LLVM ERROR: out of registers', file=sys.stderr, flush=True); os.abort()"
+    monkeypatch.setattr(compile_module, "worker_command", lambda module: [sys.executable, "-c", code])
+    with pytest.raises(
+        CompileError,
+        match=r"CDMoERoute for sm_89 in float16: the compiler process was ended by signal 6 \(SIGABRT\); its log ends "
+        r"with: LLVM ERROR: out of registers$",
+    ):
+        compile_one(binding("CDMoERoute"), 89, cache=cache)

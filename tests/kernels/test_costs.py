@@ -15,10 +15,10 @@ import torch
 from interpreter_meter import metered
 
 from doge_deploy.errors import UnsupportedModelError
-from doge_deploy.kernels.cost import Cost, chain_costs
+from doge_deploy.kernels.cost import chain_costs
 from doge_deploy.kernels.launch import INTERPRETER_ARCH, run_kernel
 from doge_deploy.kernels.registry import installed
-from doge_deploy.kernels.spec import OperatorPlugin
+from doge_deploy.kernels.spec import Cost, OperatorPlugin
 
 ATTENTION = installed().operators["doge", "DynamicMaskAttention"]
 MOE = installed().operators["doge", "CDMoE"]

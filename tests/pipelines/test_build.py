@@ -194,13 +194,13 @@ def test_an_installed_product_that_does_not_load(monkeypatch: pytest.MonkeyPatch
 CRASHES = {
     "abort": ("import os, sys; print('the cause', file=sys.stderr, flush=True); os.abort()", "was ended by signal 6"),
     "segmentation-fault": ("import ctypes; ctypes.string_at(0)", "was ended by signal 11"),
-    "exit": ("import sys; sys.exit('the cause')", "ended with status 1; its last words: the cause"),
-    "silence": ("", "ended with status 0; its last words: nothing"),
+    "exit": ("import sys; sys.exit('the cause')", "ended with status 1; its log ends with: the cause"),
+    "silence": ("", "ended with status 0; its log is empty"),
 }
 
 
 @pytest.mark.parametrize(("code", "words"), CRASHES.values(), ids=CRASHES.keys())
-def test_a_library_that_breaks_down_is_an_error_with_its_last_words(
+def test_a_library_that_breaks_down_is_an_error_with_the_end_of_its_log(
     bundle: Path, code: str, words: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(building, "check_installed", lambda target: None)

@@ -1,8 +1,7 @@
-"""What passes between the command and the process that builds: a job in, events out, one JSON object a line."""
+"""What passes between the command and the process that builds: a job in, events out (`doge_deploy.process`)."""
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -21,8 +20,6 @@ class Job(_Message):
     """One engine to build."""
 
     target: Target
-    parent_pid: int
-    """The process that waits for the result; without it there is nothing to do."""
     onnx_file: str
     """The lowered graph."""
     weights_beside: str
@@ -54,10 +51,9 @@ def make_job(
     compute_capabilities: tuple[str, ...],
     plugins: tuple[str, ...],
 ) -> Job:
-    """The job of this process that the options ask for; see `Job` for the other arguments."""
+    """The job that the options ask for; see `Job` for the other arguments."""
     return Job(
         target=options.target,
-        parent_pid=os.getpid(),
         onnx_file=str(onnx_file),
         weights_beside=str(weights_beside),
         engine_file=str(engine_file),
@@ -82,14 +78,6 @@ class Advanced(_Message):
     phase: str
 
 
-class Failed(_Message):
-    """A build that ended in an orderly way, without an engine."""
-
-    event: Literal["failed"] = "failed"
-    kind: Literal["usage", "unsupported", "missing"]
-    message: str
-
-
 class Finished(_Message):
     """What the process knows about the engine it wrote."""
 
@@ -107,5 +95,5 @@ class Finished(_Message):
     peak_memory_bytes: int
 
 
-Event = Annotated[Advanced | Failed | Finished, Field(discriminator="event")]
-EVENTS: TypeAdapter[Advanced | Failed | Finished] = TypeAdapter(Event)
+Event = Annotated[Advanced | Finished, Field(discriminator="event")]
+EVENTS: TypeAdapter[Advanced | Finished] = TypeAdapter(Event)

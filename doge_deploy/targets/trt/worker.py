@@ -1,26 +1,23 @@
-"""A build in a process of its own: `python -m doge_deploy.targets.trt.worker JOB.json`.
+"""A build in a process of its own: the vendor's library may end the process; then only this one ends.
 
-The vendor's library may end the process; then only this one ends. Events go to standard output, one JSON object a line
-(job.py); everything else, the vendor's own output too, goes to standard error.
+A job comes in, events go out (`job.py`); everything else, the vendor's own output too, goes to standard error.
 """
 
 from __future__ import annotations
 
 import contextlib
 import json
-import os
-import signal
 import sys
-import threading
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
-from typing import IO, Any, Literal
+from typing import Any
 
 from doge_deploy.bundle.engine_record import Decomposed
 from doge_deploy.devices.host import peak_memory_bytes
-from doge_deploy.errors import DogeDeployError, MissingDependencyError, UnsupportedModelError, UsageError
-from doge_deploy.targets.trt.job import Advanced, Failed, Finished, Job
+from doge_deploy.errors import DogeDeployError, MissingDependencyError, UnsupportedModelError
+from doge_deploy.process.worker import Channel, connect, error_message
+from doge_deploy.targets.trt.job import Advanced, Finished, Job
 from doge_deploy.targets.trt.layers import BuilderLog, count_kernels, describe
 from doge_deploy.targets.trt.network import (
     attention_layers,
@@ -48,61 +45,16 @@ _STEP = 0.005
 """Progress is told in steps of half a percent."""
 
 
-class Channel:
-    """Where events go. Thread-safe: the builder calls from threads of its own."""
-
-    def __init__(self, stream: IO[str]) -> None:
-        self._stream = stream
-        self._lock = threading.Lock()
-
-    def send(self, event: Advanced | Failed | Finished) -> bool:
-        """Write one event; False where nobody listens any more."""
-        with self._lock:
-            try:
-                self._stream.write(event.model_dump_json() + "\n")
-                self._stream.flush()
-            except OSError:
-                return False
-        return True
-
-
-def main(job_file: str) -> int:
-    """Run the job; the result is an event, the exit status 0 in every orderly case."""
-    channel = Channel(_take_stdout())
-    job = Job.model_validate_json(Path(job_file).read_text(encoding="utf-8"))
-    _die_with_parent(job.parent_pid)
+def main() -> int:
+    """Run the job that comes first on standard input; the exit status is 0 in every orderly case."""
+    channel = connect()
+    job = Job.model_validate_json(sys.stdin.readline())
     try:
-        finished = run(job, channel)
+        message = run(job, channel).model_dump(mode="json")
     except DogeDeployError as error:
-        channel.send(Failed(kind=_kind(error), message=str(error)))
-    else:
-        channel.send(finished)
+        message = error_message(error)
+    channel.send(message)
     return 0
-
-
-def _kind(error: DogeDeployError) -> Literal["usage", "unsupported", "missing"]:
-    if isinstance(error, UsageError):
-        return "usage"
-    return "missing" if isinstance(error, MissingDependencyError) else "unsupported"
-
-
-def _die_with_parent(parent: int) -> None:
-    """Linux ends this process when its parent ends, however that was killed. (Elsewhere the broken pipe does.)"""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides, and ends us
-    if sys.platform == "linux":
-        import ctypes
-
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
-        if os.getppid() != parent:  # it ended before that
-            sys.exit(1)
-
-
-def _take_stdout() -> IO[str]:
-    """The real standard output, for events alone; what others write to it goes to standard error from now on."""
-    sys.stdout.flush()
-    mine = os.fdopen(os.dup(1), "w", encoding="utf-8")
-    os.dup2(2, 1)
-    return mine
 
 
 def run(job: Job, channel: Channel) -> Finished:
@@ -229,7 +181,7 @@ def _make_monitor(trt: ModuleType, channel: Channel) -> Any:
             if fraction < self.told + _STEP:
                 return True
             self.told = fraction
-            return channel.send(Advanced(fraction=fraction, phase=phase_name))
+            return channel.send(Advanced(fraction=fraction, phase=phase_name).model_dump(mode="json"))
 
         def phase_finish(self, phase_name: str) -> None:
             self.phases.finish(phase_name)
@@ -238,4 +190,4 @@ def _make_monitor(trt: ModuleType, channel: Channel) -> Any:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1]))
+    sys.exit(main())
