@@ -6,7 +6,7 @@ import importlib.metadata
 import re
 import sys
 import tomllib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from importlib.machinery import ModuleSpec
 from pathlib import Path
 from typing import Any
@@ -14,9 +14,38 @@ from typing import Any
 PROJECT = tomllib.loads((Path(__file__).parent.parent / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 
 
+MISSING = {
+    "export": (["export", "doge-tiny", "-o", "x"], "export needs torch, which is not installed", "export"),
+    "export with a file": (["export", "doge-tiny", "-o", "x", "--config", "x.yaml"], "PyYAML", "graph"),
+    "verify": (["verify", "x"], "verify needs torch, which is not installed", "export"),
+    "build": (["build", "x"], "TensorRT-RTX, which is not installed", "rtx"),
+    "build --target trt": (["build", "x", "--target", "trt"], "TensorRT, which is not installed", "trt"),
+    "bench --plot": (["bench", "x", "--plot", "x.png"], "--plot needs matplotlib", "bench"),
+    "doctor --target": (["doctor", "--target", "h100"], "PyYAML", "graph"),
+    "plugins check": (["plugins", "check", "x"], "plugins check needs onnx", "graph"),
+    "plugins roofline": (
+        ["plugins", "roofline", "--model", "20M", "--device", "h100", "--past", "64"],
+        "plugins roofline needs onnx",
+        "graph",
+    ),
+    "plugins compile": (["plugins", "compile", "--all"], "triton is not installed", "plugins"),
+}
+"""Commands that need more, what each says and the extra that it names."""
+
+
 def canonical(requirement: str) -> str:
     """The name in a requirement, as pip compares names."""
     return re.sub(r"[-_.]+", "-", re.split(r"[ ;<>=!~\[(]", requirement.strip())[0]).lower()
+
+
+def requirements_of(*extras: str) -> list[str]:
+    """The requirements of extras, those of extras that they name included."""
+    found: list[str] = []
+    for extra in extras:
+        for requirement in PROJECT["optional-dependencies"][extra]:
+            inner = re.fullmatch(r"doge-deploy\[(\w+)\]", requirement)
+            found += requirements_of(inner[1]) if inner else [requirement]
+    return found
 
 
 def installed_with(*requirements: str, without: Sequence[str] = ()) -> set[str]:
@@ -41,7 +70,6 @@ class OnlyThese:
 
     def __init__(self, distributions: set[str]) -> None:
         self._distributions = distributions | {"doge-deploy"}
-        self._version = importlib.metadata.version
         self._finders = list(sys.meta_path)
         owners = importlib.metadata.packages_distributions()
         self._modules = {
@@ -55,15 +83,16 @@ class OnlyThese:
             return None
         return next(filter(None, (finder.find_spec(name, path, target) for finder in self._finders)), None)
 
-    def version(self, name: str) -> str:
-        if canonical(name) not in self._distributions:
-            raise importlib.metadata.PackageNotFoundError(name)
-        return self._version(name)
+    def find_distributions(self, context: Any = None) -> Iterator[importlib.metadata.Distribution]:
+        """As `importlib.metadata` looks for what is installed."""
+        for finder in self._finders:
+            for distribution in getattr(finder, "find_distributions", lambda _: ())(context):
+                if canonical(distribution.metadata["Name"]) in self._distributions:
+                    yield distribution
 
     def begin(self) -> None:
         """From now on, for the rest of the process."""
         sys.meta_path[:] = [self]
-        importlib.metadata.version = self.version
 
 
 def main(arguments: list[str]) -> None:
@@ -72,9 +101,7 @@ def main(arguments: list[str]) -> None:
     Nothing that only the Hub's client brings can be imported: it comes with tokenizers, which needs it to download.
     """
     extras, *command = arguments
-    wanted = [*PROJECT["dependencies"]]
-    for extra in filter(None, extras.split(",")):
-        wanted += PROJECT["optional-dependencies"][extra]
+    wanted = [*PROJECT["dependencies"], *requirements_of(*filter(None, extras.split(",")))]
     OnlyThese(installed_with(*wanted, without=["huggingface-hub"])).begin()
     from doge_deploy.cli.main import main as run
 
