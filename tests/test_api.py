@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -393,9 +394,11 @@ doge_deploy.exprot("a")
 doge_deploy.verify("a").passd
 """
     found = {}
+    environment = {**os.environ, "MYPYPATH": str(Path(api.__file__).parent.parent)}
     for name, code in (("right", right), ("wrong", wrong)):
         (tmp_path / f"{name}.py").write_text(code)
-        command = [sys.executable, "-m", "mypy", "--strict", "--cache-dir", str(tmp_path / "cache"), f"{name}.py"]
-        done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+        options = ["--strict", "--follow-imports=silent", "--cache-dir", str(tmp_path / "cache")]
+        command = [sys.executable, "-m", "mypy", *options, f"{name}.py"]
+        done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment)
         found[name] = [line.split(":")[1] for line in done.stdout.splitlines() if ": error: " in line]
     assert found == {"right": [], "wrong": ["3", "4", "5", "6", "7"]}
