@@ -18,7 +18,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
@@ -29,164 +29,236 @@ SELECTION = ("-m", "not sweep and not gpu")
 
 
 @dataclass(frozen=True)
-class Fault:
+class Patch:
     """One textual change of one source file."""
 
-    package: str
     file: str
     old: str
     """Stands in the file exactly once."""
     new: str
+
+
+@dataclass(frozen=True)
+class Fault:
+    """What can be wrong in one package."""
+
+    package: str
+    patch: Patch
     effect: str
     """What a user would meet."""
     likely: tuple[str, ...]
     """Names of test files that should notice, the cheapest first."""
-    formerly: tuple[str, ...] = ()
-    """Where the text stood in older versions."""
+    formerly: tuple[Patch | str, ...] = ()
+    """The same fault in older versions of the sources; a path alone where only the file had another name."""
 
-    def place(self, tree: Path) -> Path:
-        """The file of `tree` that the fault goes into.
+    def find(self, tree: Path) -> Patch:
+        """The patch that applies to `tree`.
 
         Raises:
-            LookupError: no file has the text, or one has it several times.
+            LookupError: none does, or its text stands in the file several times.
         """
-        for name in (self.file, *self.formerly):
-            if (tree / name).is_file() and (count := (tree / name).read_text(encoding="utf-8").count(self.old)):
+        older = (replace(self.patch, file=one) if isinstance(one, str) else one for one in self.formerly)
+        for patch in (self.patch, *older):
+            file = tree / patch.file
+            if file.is_file() and (count := file.read_text(encoding="utf-8").count(patch.old)):
                 if count > 1:
-                    raise LookupError(f"{name} has {self.old!r} {count} times")
-                return tree / name
-        raise LookupError(f"no {self.old!r} in {self.file}")
+                    raise LookupError(f"{patch.file} has {patch.old!r} {count} times")
+                return patch
+        raise LookupError(f"no {self.patch.old!r} in {self.patch.file}")
 
 
 FAULTS: dict[str, Fault] = {
     "score-bound-too-small": Fault(
         "checkpoint",
-        "doge_deploy/checkpoint/score_range.py",
-        "rows.norm(dim=1) * math.sqrt(checkpoint.facts.hidden_size)",
-        "rows.norm(dim=1)",
+        Patch(
+            "doge_deploy/checkpoint/score_range.py",
+            "rows.norm(dim=1) * math.sqrt(checkpoint.facts.hidden_size)",
+            "rows.norm(dim=1)",
+        ),
         "a score that may overflow is exported without a warning",
         ("test_checkpoint.py", "test_legacy_checkpoint.py"),
     ),
     "window-reached-one-token-late": Fault(
         "config",
-        "doge_deploy/config/model.py",
-        "return visible > self.keep_window_size",
-        "return visible > self.keep_window_size + 1",
+        Patch(
+            "doge_deploy/config/model.py",
+            "return visible > self.keep_window_size",
+            "return visible > self.keep_window_size + 1",
+        ),
         "a bundle one token longer than the window drops no key",
         ("test_config.py", "test_export.py"),
+        ("doge_deploy/config.py",),
     ),
     "capabilities-sorted-as-text": Fault(
         "options",
-        "doge_deploy/options/build.py",
-        'key=lambda text: tuple(map(int, text.split(".")))',
-        "key=str",
+        Patch(
+            "doge_deploy/options/build.py",
+            'key=lambda text: tuple(map(int, text.split(".")))',
+            "key=str",
+        ),
         "an engine for 8.9 and 12.0 has another name than one for 12.0 and 8.9",
         ("test_build_options.py",),
+        ("doge_deploy/build_options.py",),
     ),
     "score-heads-of-a-legacy-doge": Fault(
         "bundle",
-        "doge_deploy/bundle/signature.py",
-        'heads = facts.num_score_heads if kind == "score" else facts.num_key_value_heads',
-        "heads = facts.num_key_value_heads",
+        Patch(
+            "doge_deploy/bundle/signature.py",
+            'heads = facts.num_score_heads if kind == "score" else facts.num_key_value_heads',
+            "heads = facts.num_key_value_heads",
+        ),
         "the manifest of a legacy Doge gives its scores too few heads",
         ("test_legacy_export.py",),
+        ("doge_deploy/signature.py",),
     ),
     "long-angles-one-token-early": Fault(
         "model",
-        "doge_deploy/model/decoder.py",
-        "row = (longest > original).to(torch.int64)",
-        "row = (longest >= original).to(torch.int64)",
+        Patch(
+            "doge_deploy/model/decoder.py",
+            "row = (longest > original).to(torch.int64)",
+            "row = (longest >= original).to(torch.int64)",
+        ),
         "a text of exactly the original length is rotated by longrope's long factors",
         ("test_rope.py", "test_decoder.py", "test_parity.py"),
     ),
     "one-program-too-many": Fault(
         "kernels",
-        "doge_deploy/kernels/expressions.py",
-        '"cdiv": lambda a, b: -(-a // b)',
-        '"cdiv": lambda a, b: a // b + 1',
+        Patch(
+            "doge_deploy/kernels/expressions.py",
+            '"cdiv": lambda a, b: -(-a // b)',
+            '"cdiv": lambda a, b: a // b + 1',
+        ),
         "grids and scratch tensors are one too large where a size divides",
         ("test_specs.py", "test_compile.py", "test_torch_ops.py", "test_attention_kernels.py"),
         ("doge_deploy/plugins/expressions.py",),
     ),
     "tie-at-the-edge-of-the-window": Fault(
         "plugins",
-        "plugins/dynamic_mask_attention/select_kernel.py",
-        "kept = exists & ((keys > early_key) | ((keys == early_key) & (slots <= early_slot)))",
-        "kept = exists & ((keys > early_key) | ((keys == early_key) & (slots < early_slot)))",
+        Patch(
+            "plugins/dynamic_mask_attention/select_kernel.py",
+            "kept = exists & ((keys > early_key) | ((keys == early_key) & (slots <= early_slot)))",
+            "kept = exists & ((keys > early_key) | ((keys == early_key) & (slots < early_slot)))",
+        ),
         "a kernel drops the last kept key of a row",
         ("test_attention_kernels.py",),
     ),
     "sliding-window-one-wider": Fault(
         "graph",
-        "doge_deploy/graph/functions/dynamic_mask_attention.py",
-        "near = Greater (columns, last_hidden)",
-        "near = GreaterOrEqual (columns, last_hidden)",
+        Patch(
+            "doge_deploy/graph/functions/dynamic_mask_attention.py",
+            "near = Greater (columns, last_hidden)",
+            "near = GreaterOrEqual (columns, last_hidden)",
+        ),
         "with a sliding window a row sees one key too many",
         ("test_functions.py", "test_parity.py"),
     ),
     "epsilon-of-the-head-norms": Fault(
         "targets/ort",
-        "doge_deploy/targets/ort/attention.py",
-        "epsilon=query.epsilon, axis=-1",
-        "epsilon=2 * query.epsilon, axis=-1",
+        Patch(
+            "doge_deploy/targets/ort/attention.py",
+            "epsilon=query.epsilon, axis=-1",
+            "epsilon=2 * query.epsilon, axis=-1",
+        ),
         "queries and keys of the fused attention are a millionth too small",
         ("test_ort_lowering.py", "test_window.py"),
     ),
     "limit-of-top-k": Fault(
         "targets/trt",
-        "doge_deploy/targets/trt/lowering.py",
-        "if k is not None and k > TOPK_LIMIT:",
-        "if k is not None and k > TOPK_LIMIT + 256:",
+        Patch(
+            "doge_deploy/targets/trt/lowering.py",
+            "if k is not None and k > TOPK_LIMIT:",
+            "if k is not None and k > TOPK_LIMIT + 256:",
+        ),
         "a window that TensorRT cannot select ends in an error of the vendor's",
         ("test_lowering.py",),
     ),
     "score-judged-in-float32": Fault(
         "pipelines",
-        "doge_deploy/pipelines/export.py",
-        "check_score_range(checkpoint, dtype)",
-        'check_score_range(checkpoint, "float32")',
+        Patch(
+            "doge_deploy/pipelines/export.py",
+            "check_score_range(checkpoint, dtype)",
+            'check_score_range(checkpoint, "float32")',
+        ),
         "a score that overflows float16 is exported without a warning",
         ("test_export.py",),
+        (
+            Patch(
+                "doge_deploy/export.py",
+                "check_score_range(checkpoint, DTYPES[options.dtype])",
+                'check_score_range(checkpoint, "float32")',
+            ),
+        ),
     ),
     "row-that-ended-gets-a-token": Fault(
         "runtime",
-        "doge_deploy/runtime/ort/runners.py",
-        "real = np.clip(lengths - start, 0, part.shape[1])",
-        "real = np.clip(lengths - start, 1, part.shape[1])",
+        Patch(
+            "doge_deploy/runtime/ort/runners.py",
+            "real = np.clip(lengths - start, 0, part.shape[1])",
+            "real = np.clip(lengths - start, 1, part.shape[1])",
+        ),
         "a short row of a long batch takes padding for tokens",
         ("test_prefill_chunks.py", "test_pieces.py"),
     ),
     "rms-limit-four-times-too-wide": Fault(
         "verify",
-        "doge_deploy/verify/tolerance.py",
-        "max(row.factor_rms * noise_rms, floor / 4) * chance",
-        "max(row.factor_rms * noise_rms, floor) * chance",
+        Patch(
+            "doge_deploy/verify/tolerance.py",
+            "max(row.factor_rms * noise_rms, floor / 4) * chance",
+            "max(row.factor_rms * noise_rms, floor) * chance",
+        ),
         "verify passes four times the error where the reference makes hardly any",
         ("test_tolerance.py", "test_noise.py"),
     ),
     "score-cache-in-the-model-dtype": Fault(
         "doctor",
-        "doge_deploy/doctor/fit.py",
-        '(2 * facts.head_dim * item_bytes(dtype) + item_bytes("fp32"))',
-        "(2 * facts.head_dim * item_bytes(dtype) + item_bytes(dtype))",
+        Patch(
+            "doge_deploy/doctor/fit.py",
+            '(2 * facts.head_dim * item_bytes(dtype) + item_bytes("fp32"))',
+            "(2 * facts.head_dim * item_bytes(dtype) + item_bytes(dtype))",
+        ),
         "doctor takes the cache of a float16 bundle for smaller than it is",
         ("test_fit.py", "test_deployment_options.py"),
+        (
+            Patch(
+                "doge_deploy/doctor/fit.py",
+                '(2 * facts.head_dim * ITEM_BYTES[dtype] + ITEM_BYTES["fp32"])',
+                "(2 * facts.head_dim * ITEM_BYTES[dtype] + ITEM_BYTES[dtype])",
+            ),
+        ),
     ),
     "past-beyond-the-workload": Fault(
         "bench",
-        "doge_deploy/bench/measure.py",
-        "runner.run(input_ids[:, begin : min(begin + FILL_CHUNK, past)])",
-        "runner.run(input_ids[:, begin : begin + FILL_CHUNK])",
+        Patch(
+            "doge_deploy/bench/measure.py",
+            "runner.run(input_ids[:, begin : min(begin + FILL_CHUNK, past)])",
+            "runner.run(input_ids[:, begin : begin + FILL_CHUNK])",
+        ),
         "a decode step is timed at a longer past than the table says",
         ("test_measure.py",),
     ),
     "numbers-that-differ-exit-with-0": Fault(
-        "cli",
-        "doge_deploy/cli/verify.py",
-        "if not report.passed:",
-        "if not report.weights.passed:",
+        "verify",
+        Patch("doge_deploy/verify/run.py", "if not self.passed:", "if not self.weights.passed:"),
         "verify ends with exit code 0 although the graph computes something else",
         ("test_teeth.py",),
+        (Patch("doge_deploy/cli/verify.py", "if not report.passed:", "if not report.weights.passed:"),),
+    ),
+    "missing-dependency-ends-as-broken-model": Fault(
+        "cli",
+        Patch(
+            "doge_deploy/cli/endings.py",
+            "return error.exit_code, str(error)",
+            "return min(error.exit_code, 3), str(error)",
+        ),
+        "a package that is not installed ends a command with exit code 3",
+        ("test_endings.py", "test_main.py"),
+        (
+            Patch(
+                "doge_deploy/cli/main.py",
+                "return _fail(str(error), error.exit_code, debug)",
+                "return _fail(str(error), min(error.exit_code, 3), debug)",
+            ),
+        ),
     ),
 }
 
@@ -262,9 +334,10 @@ class Copy:
             RuntimeError: what failed fails without the fault too.
         """
         start = time.perf_counter()
-        place = fault.place(self.tree)
+        patch = fault.find(self.tree)
+        place = self.tree / patch.file
         sound = place.read_text(encoding="utf-8")
-        place.write_text(sound.replace(fault.old, fault.new), encoding="utf-8")
+        place.write_text(sound.replace(patch.old, patch.new), encoding="utf-8")
         try:
             likely = self.files(fault.likely)
             failed = self.first_failure(*likely) if likely else None

@@ -9,8 +9,8 @@ from planted_faults import FAULTS, ROOT
 @pytest.mark.parametrize("name", FAULTS)
 def test_a_fault_applies_and_has_tests_that_should_catch_it(name: str) -> None:
     fault = FAULTS[name]
-    assert fault.place(ROOT) == ROOT / fault.file
-    assert fault.new != fault.old
+    assert fault.find(ROOT) is fault.patch
+    assert fault.patch.new != fault.patch.old
     assert all(list((ROOT / "tests").rglob(file)) for file in fault.likely[:1])
 
 
