@@ -20,6 +20,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from doge_deploy.checkpoint.headers import read_json
 from doge_deploy.checkpoint.read import Checkpoint
 from doge_deploy.errors import BrokenBundleError, DogeDeployError, UnsupportedModelError, UsageError
 from doge_deploy.text.files import CONFIG_FILE, SPECIAL_TOKENS_FILE, TEMPLATE_FILE, TOKENIZER_FILE
@@ -36,7 +37,8 @@ VOCABULARY_FILES = (
     "tekken.json",
 )
 """Files of which a tokenizer has at least one."""
-OTHER_FILES = (CONFIG_FILE, SPECIAL_TOKENS_FILE, "added_tokens.json", TEMPLATE_FILE, "merges.txt")
+_ADDED_TOKENS_FILE = "added_tokens.json"
+OTHER_FILES = (CONFIG_FILE, SPECIAL_TOKENS_FILE, _ADDED_TOKENS_FILE, TEMPLATE_FILE, "merges.txt")
 """Files of a tokenizer that are of no use without one of those."""
 
 _NAMED = 5
@@ -171,6 +173,9 @@ def _load(checkpoint: Path) -> Any:
     """transformers' tokenizer of the checkpoint. Nothing of it is run, and nothing is fetched."""
     from transformers import AutoTokenizer
 
+    for name in (TOKENIZER_FILE, CONFIG_FILE, SPECIAL_TOKENS_FILE, _ADDED_TOKENS_FILE):
+        if (checkpoint / name).is_file():
+            read_json(checkpoint / name)
     try:
         with tempfile.TemporaryDirectory() as name:
             folder = Path(name)
