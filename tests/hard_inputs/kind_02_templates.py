@@ -62,7 +62,8 @@ RENDERED: dict[str, str] = {
     "{% endif %}{% endfor %}",
     "set block and filter block": "{% set t %}{{ messages[0].content }}{% endset %}[{{ t | trim }}]"
     "{% filter upper %}shout{% endfilter %}",
-    "selectattr and map": "{{ messages | selectattr('role', 'equalto', 'user') | map(attribute='content') | join('|') }}"
+    "selectattr and map": "{{ messages"
+    " | selectattr('role', 'equalto', 'user') | map(attribute='content') | join('|') }}"
     " {{ messages | rejectattr('role', 'eq', 'user') | list | length }}",
     "slices": "{{ messages[::-1] | map(attribute='role') | list }} {{ messages[-1]['content'][:3] }}",
     "methods of texts": "{{ messages[0].content.strip().split(' ')[-1].rstrip('.').upper() }}"
