@@ -20,9 +20,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from doge_deploy.checkpoint.headers import read_json
 from doge_deploy.checkpoint.read import Checkpoint
 from doge_deploy.errors import BrokenBundleError, DogeDeployError, UnsupportedModelError, UsageError
-from doge_deploy.text.files import CONFIG_FILE, SPECIAL_TOKENS_FILE, TEMPLATE_FILE, TOKENIZER_FILE
+from doge_deploy.text.files import CONFIG_FILE, SPECIAL_TOKENS_FILE, TEMPLATE_FILE, TOKENIZER_FILE, read_template
 from doge_deploy.text.tokenizer import Tokenizer
 
 VOCABULARY_FILES = (
@@ -36,7 +37,8 @@ VOCABULARY_FILES = (
     "tekken.json",
 )
 """Files of which a tokenizer has at least one."""
-OTHER_FILES = (CONFIG_FILE, SPECIAL_TOKENS_FILE, "added_tokens.json", TEMPLATE_FILE, "merges.txt")
+_ADDED_TOKENS_FILE = "added_tokens.json"
+OTHER_FILES = (CONFIG_FILE, SPECIAL_TOKENS_FILE, _ADDED_TOKENS_FILE, TEMPLATE_FILE, "merges.txt")
 """Files of a tokenizer that are of no use without one of those."""
 
 _NAMED = 5
@@ -171,6 +173,10 @@ def _load(checkpoint: Path) -> Any:
     """transformers' tokenizer of the checkpoint. Nothing of it is run, and nothing is fetched."""
     from transformers import AutoTokenizer
 
+    for name in (TOKENIZER_FILE, CONFIG_FILE, SPECIAL_TOKENS_FILE, _ADDED_TOKENS_FILE):
+        if (checkpoint / name).is_file():
+            read_json(checkpoint / name)
+    read_template(checkpoint, {})  # that it is a text
     try:
         with tempfile.TemporaryDirectory() as name:
             folder = Path(name)
@@ -182,9 +188,14 @@ def _load(checkpoint: Path) -> Any:
             reference = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # what is wrong with a file shows in as many ways as there are classes
         reason = f"{type(error).__name__}: {' '.join(str(error).split())}"[:300]
-        missing = "" if (checkpoint / TOKENIZER_FILE).is_file() else f" (there is no {TOKENIZER_FILE})"
+        if "custom code" in reason:
+            raise UnsupportedModelError(
+                f"{checkpoint / CONFIG_FILE}: auto_map names code for the tokenizer, and no code of a checkpoint is run; "
+                f"save the tokenizer as a {TOKENIZER_FILE}, and leave auto_map out"
+            ) from error
+        files = [name for name in (*VOCABULARY_FILES, *OTHER_FILES) if (checkpoint / name).is_file()]
         raise UnsupportedModelError(
-            f"{checkpoint}: transformers cannot load the tokenizer{missing}: {reason}"
+            f"{checkpoint}: transformers cannot load the tokenizer of {', '.join(files)}: {reason}"
         ) from error
     if getattr(reference, "backend_tokenizer", None) is None:
         raise UnsupportedModelError(

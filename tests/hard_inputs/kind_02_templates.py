@@ -47,9 +47,11 @@ RENDERED: dict[str, str] = {
     "tojson, indented": "{{ messages[0] | tojson(indent=2) }}",
     "tojson, positional": "{{ messages[0] | tojson(true, 1) }}",
     "strftime_now": "{{ strftime_now('%d %b %Y') | length }}",
-    "generation": "{% for m in messages %}{% if m.role == 'assistant' %}{% generation %}{{ m.content }}{{ loop.index }}"
+    "generation": "{% for m in messages %}{% if m.role == 'assistant' %}{% generation %}{{ m.content }}"
+    "{{ loop.index }}"
     "{% set x = 1 %}{% endgeneration %}{{ x is defined }}{% else %}{{ m.content }}{% endif %}{% endfor %}",
-    "generation with blanks": "{%- for m in messages -%}{%- generation -%} {{ m.content }} {%- endgeneration -%} .{%- endfor -%}",
+    "generation with blanks": "{%- for m in messages -%}{%- generation -%} {{ m.content }} {%- endgeneration -%}"
+    " .{%- endfor -%}",
     "namespace": "{% set ns = namespace(found=false, n=0) %}{% for m in messages %}{% if m.role == 'user' %}"
     "{% set ns.found = true %}{% set ns.n = ns.n + 1 %}{% endif %}{% endfor %}{{ ns.found }} {{ ns.n }}",
     "namespace called self": "{% set ns = namespace(self=1) %}{{ ns.self }}",
@@ -62,24 +64,28 @@ RENDERED: dict[str, str] = {
     "{% endif %}{% endfor %}",
     "set block and filter block": "{% set t %}{{ messages[0].content }}{% endset %}[{{ t | trim }}]"
     "{% filter upper %}shout{% endfilter %}",
-    "selectattr and map": "{{ messages | selectattr('role', 'equalto', 'user') | map(attribute='content') | join('|') }}"
+    "selectattr and map": "{{ messages"
+    " | selectattr('role', 'equalto', 'user') | map(attribute='content') | join('|') }}"
     " {{ messages | rejectattr('role', 'eq', 'user') | list | length }}",
     "slices": "{{ messages[::-1] | map(attribute='role') | list }} {{ messages[-1]['content'][:3] }}",
     "methods of texts": "{{ messages[0].content.strip().split(' ')[-1].rstrip('.').upper() }}"
     "{{ 'a-b'.replace('-', '+') }}{{ '{:>4}|{}'.format('x', 1) }}{{ '%s-%d' % ('y', 2) }}{{ 'z' * 3 }}",
-    "methods of dicts": "{% for k, v in messages[0].items() %}{{ k }}={{ v }};{% endfor %}{{ messages[0].get('tool', 'no') }}",
+    "methods of dicts": "{% for k, v in messages[0].items() %}{{ k }}={{ v }};{% endfor %}"
+    "{{ messages[0].get('tool', 'no') }}",
     "tests": "{{ messages is sequence }} {{ messages[0].content is string }} {{ messages[0] is mapping }} "
     "{{ x is defined }} {{ 3 is odd }} {{ none is none }} {{ messages[0].tool_calls is defined }}",
     "undefined is empty": "[{{ nothing }}{{ messages[0].nothing }}]",
     "concatenation": "{{ 'a' ~ 1 ~ none ~ true ~ ['x'] ~ messages | length }}",
     "lists in lists": "{% set x = [1, 2] + [messages[0].role] %}{{ x }} {{ (1, x) }} {{ {'k': x} }}",
-    "arithmetic": "{{ 7 // 2 }} {{ 7 % 3 }} {{ 2 ** 10 }} {{ 1 / 4 }} {{ -3 | abs }} {{ [3, 1, 2] | sort | last }} {{ 0.5 | round }}",
+    "arithmetic": "{{ 7 // 2 }} {{ 7 % 3 }} {{ 2 ** 10 }} {{ 1 / 4 }} {{ -3 | abs }} {{ [3, 1, 2] | sort | last }}"
+    " {{ 0.5 | round }}",
     "special tokens": "{{ bos_token }}{{ eos_token }}{{ pad_token }}{{ unk_token is defined }}",
     "blanks around blocks": "  {% if true %}\n  a\n    {% endif %}\n  b\n{# note #}\nc\n",
     "default and or": "{{ messages[0].name | default('none', true) }}{{ system_message or 'x' }}{{ loop is defined }}",
     "groupby and batch": "{% for g in messages | groupby('role') %}{{ g.grouper }}{{ g.list | length }}{% endfor %}"
     "{{ [1, 2, 3] | batch(2, 'x') | list }}",
-    "conditional loop": "{% for m in messages if m.role != 'system' %}{{ loop.index }}{{ loop.last }}{{ loop.previtem is defined }}"
+    "conditional loop": "{% for m in messages if m.role != 'system' %}{{ loop.index }}{{ loop.last }}"
+    "{{ loop.previtem is defined }}"
     "{% else %}none{% endfor %}{% for m in [] %}{% else %}empty{% endfor %}",
     "json within text": "{{ '{\"name\": ' + (messages[0].role | tojson) + '}' }}",
     "unicode names": "{% set größe = 3 %}{{ größe }}{{ '\\u00e9\\n' }}",
@@ -91,10 +97,13 @@ RENDERED: dict[str, str] = {
 STOPPED: dict[str, str] = {
     "a loop in a loop": "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
     "output without end": "{% for i in range(99999) %}{{ messages[0].content * 9999 }}{% endfor %}",
-    "a text that doubles": "{% set ns = namespace(t='ab') %}{% for i in range(99) %}{% set ns.t = ns.t ~ ns.t %}{% endfor %}",
-    "a block that doubles": "{% set ns = namespace(t='ab') %}{% for i in range(99) %}{% set x %}{{ ns.t }}{{ ns.t }}{% endset %}"
+    "a text that doubles": "{% set ns = namespace(t='ab') %}{% for i in range(99) %}{% set ns.t = ns.t ~ ns.t %}"
+    "{% endfor %}",
+    "a block that doubles": "{% set ns = namespace(t='ab') %}{% for i in range(99) %}{% set x %}{{ ns.t }}"
+    "{{ ns.t }}{% endset %}"
     "{% set ns.t = x %}{% endfor %}",
-    "a list that doubles": "{% set ns = namespace(t=[1]) %}{% for i in range(99) %}{% set ns.t = [ns.t, ns.t] %}{% endfor %}{{ ns.t }}",
+    "a list that doubles": "{% set ns = namespace(t=[1]) %}{% for i in range(99) %}{% set ns.t = [ns.t, ns.t] %}"
+    "{% endfor %}{{ ns.t }}",
     "calls that double": "{% macro f(n) %}{% if n %}{{ f(n - 1) }}{{ f(n - 1) }}{% endif %}{% endmacro %}{{ f(40) }}",
     "a wide format": "{{ '%999999999d' % 1 }}",
     "a wide field": "{{ '{:>999999999}'.format('x') }}",
