@@ -1,7 +1,5 @@
 """Chat templates as checkpoints write them: rendered as transformers renders them, or stopped."""
 
-# ruff: noqa: E501 (a template reads best as it is written)
-
 from __future__ import annotations
 
 import functools

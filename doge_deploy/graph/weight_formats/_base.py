@@ -116,7 +116,7 @@ class WeightFormat(ABC):
             return ""
         if target == "torch-kernels":
             return "has quantized weights; kernels are verified with unquantized ones"
-        return f"stores its weights as {self.name}; engines are built of fp32, fp16 or bf16: export without --quantize"
+        return f"stores its weights as {self.name}; engines are built of fp32, fp16 or bf16"
 
     def refusal(self, name: str, shape: Sequence[int]) -> str:
         """Why a tensor of the checkpoint keeps the model's dtype; "" where it is stored in this format."""

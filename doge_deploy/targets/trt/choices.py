@@ -6,6 +6,7 @@ from doge_deploy.bundle.manifest import Bundle
 from doge_deploy.errors import UnsupportedModelError, UsageError
 from doge_deploy.graph.weight_formats import format_of
 from doge_deploy.options.build import BuildOptions
+from doge_deploy.targets.trt.acceptance import refusals
 from doge_deploy.targets.trt.vendor import PRODUCTS, device_capability
 
 
@@ -19,12 +20,22 @@ def check_options(options: BuildOptions) -> None:
         )
 
 
-def check_weights(bundle: Bundle, target: str) -> None:
-    """Raises UnsupportedModelError where the bundle stores its weights in a form that the product does not take."""
-    weight_format = format_of(bundle.manifest.options)
-    reason = weight_format.target_refusal(target) if weight_format else ""
-    if reason:
-        raise UnsupportedModelError(f"{bundle.path} {reason}")
+def check_model(bundle: Bundle, options: BuildOptions) -> None:
+    """Raises UnsupportedModelError where the product cannot build an engine of the bundle's model."""
+    from doge_deploy.kernels.registry import installed
+
+    manifest = bundle.manifest
+    found = refusals(
+        manifest.facts,
+        target=options.target,
+        dtype=manifest.dtype,
+        max_length=manifest.max_length,
+        routing=manifest.options["routing"],
+        weight_format=format_of(manifest.options),
+        plugins=installed() if PRODUCTS[options.target].has_plugins and options.plugins else None,
+    )
+    for refusal in found:
+        raise UnsupportedModelError(f"{bundle.path}: {refusal.reason}; {refusal.remedy}")
 
 
 def resolve_capabilities(options: BuildOptions) -> tuple[str, ...]:
