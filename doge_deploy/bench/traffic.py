@@ -18,7 +18,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from doge_deploy.bundle.manifest import Bundle, Layout
+from doge_deploy.bundle.manifest import Layout
+from doge_deploy.bundle.opening import Bundle
 from doge_deploy.checkpoint.names import EMBEDDING
 from doge_deploy.config.model import DogeFacts
 from doge_deploy.dtypes import item_bytes
@@ -47,7 +48,7 @@ class Traffic:
 def decode_traffic(bundle: Bundle, layout: Layout, *, batch_size: int, keys: int) -> Traffic:
     """What a decode step of `batch_size` rows must read, each attending to `keys` keys, its own included."""
     facts = bundle.manifest.facts
-    widened = 2 if bundle.manifest.options.get("quantize") == "fp16" else 1
+    widened = 2 if bundle.manifest.options.quantize == "fp16" else 1
     weights = 0
     for name, rows, nbytes, dtype in stored_tensors(bundle.path / WEIGHTS_FILE):
         read = read_bytes(name, rows, nbytes, facts, batch_size)

@@ -12,7 +12,6 @@ import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import onnx_ir as ir
 import torch
@@ -22,6 +21,7 @@ from doge_deploy.dtypes import BY_ONNX
 from doge_deploy.graph.passes.half_weights import HalfWeightsPass
 from doge_deploy.graph.passes.quantize_weights import QuantizedParts, QuantizeWeightsPass, part_of, scheme_of
 from doge_deploy.graph.passes.transpose_weights import TRANSPOSED_SUFFIX
+from doge_deploy.options.export import ExportOptions
 
 WEIGHTS_FILE = "weights.safetensors"
 
@@ -49,11 +49,11 @@ class TensorSources:
         options: export options, for whether and how weights are quantized.
     """
 
-    def __init__(self, checkpoint: Checkpoint, rope: Mapping[str, torch.Tensor], options: Mapping[str, Any]) -> None:
+    def __init__(self, checkpoint: Checkpoint, rope: Mapping[str, torch.Tensor], options: ExportOptions) -> None:
         self.checkpoint = checkpoint
         self.rope = rope
         self.scheme = scheme_of(options)
-        self._half = options.get("quantize") == "fp16"
+        self._half = options.quantize == "fp16"
         self._parts = None if self.scheme is None else QuantizedParts(checkpoint, self.scheme)
         self.left: dict[str, str] = {}
         """Tensors that were not quantized though that was asked for -> why."""

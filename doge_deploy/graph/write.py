@@ -108,7 +108,7 @@ def _write_weights(
     """Write the weight file; returns the tensors that were left unquantized though that was asked for, and why."""
     advance = progress.stage("write weights", sum(tensor.nbytes for tensor in checkpoint.tensors.values()))
     rope = rope_tensors(checkpoint.config, checkpoint.facts, max_length)
-    sources = TensorSources(checkpoint, rope, options.model_dump())
+    sources = TensorSources(checkpoint, rope, options)
     for model in models:
         sources.quantize(model)
     write_weights(directory / WEIGHTS_FILE, models, sources, advance=advance)

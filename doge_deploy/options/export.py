@@ -7,15 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from doge_deploy.dtypes import ShortName
 from doge_deploy.options.load import load_options
-
-CacheLayout = Literal["static", "growing"]
-Task = Literal["causal-lm", "sequence-classification", "features"]
+from doge_deploy.options.resolved import BlockSize, CacheLayout, Logits, Quantize, Routing, Task
 
 _LAYOUT_ORDER = ("static", "growing")
 
@@ -38,11 +36,11 @@ class ExportOptions(BaseModel):
     max_length: int | None = Field(
         None, ge=1, description="a whole number >= 1, or null for the checkpoint's own length"
     )
-    routing: Literal["reference", "per-token"] = Field("reference", description="one of reference, per-token")
-    logits: Literal["last", "all"] = Field("last", description="one of last, all")
+    routing: Routing = Field("reference", description="one of reference, per-token")
+    logits: Logits = Field("last", description="one of last, all")
     num_layers: int | None = Field(None, ge=1, description="a whole number >= 1, or null for all layers")
-    quantize: Literal["int8", "int4", "fp16"] | None = Field(None, description="int8, int4, fp16 or null")
-    block_size: Literal[16, 32, 64, 128, 256] | None = Field(
+    quantize: Quantize | None = Field(None, description="int8, int4, fp16 or null")
+    block_size: BlockSize | None = Field(
         None, description="one of 16, 32, 64, 128, 256, or null for 128 with int8 and 32 with int4"
     )
     symmetric: bool = Field(True, description="true or false")

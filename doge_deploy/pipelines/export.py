@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import importlib.metadata
 import shutil
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 from doge_deploy import __version__
+from doge_deploy.bundle.files import file_entries
 from doge_deploy.bundle.genai_config import GENAI_CONFIG, follows_convention, genai_config, write_genai_config
-from doge_deploy.bundle.manifest import Manifest, file_entries, write_manifest
-from doge_deploy.bundle.writing import writing_bundle
+from doge_deploy.bundle.manifest import Layout, Manifest
+from doge_deploy.bundle.writing import write_manifest, writing_bundle
 from doge_deploy.checkpoint import Checkpoint, check_finite, check_score_range, open_checkpoint
 from doge_deploy.devices.packages import require_export_packages
 from doge_deploy.dtypes import NAMES
 from doge_deploy.options.compatibility import check_facts, resolve_max_length, resolve_options
 from doge_deploy.options.export import ExportOptions
+from doge_deploy.options.resolved import ResolvedOptions
 from doge_deploy.process.progress import Progress
+from doge_deploy.targets.backend import backends
 
 _LIBRARIES = ("onnx", "onnx-ir", "onnxscript", "torch", "transformers")
 
@@ -37,7 +42,6 @@ def export(model: str, output: Path, options: ExportOptions, *, force: bool, pro
     """
     require_export_packages("export")
     from doge_deploy.graph.write import write_graphs
-    from doge_deploy.targets.ort.write import write_lowered
 
     options = resolve_options(options)
     dtype = NAMES[options.dtype]
@@ -51,10 +55,7 @@ def export(model: str, output: Path, options: ExportOptions, *, force: bool, pro
         check_finite(checkpoint, dtype=dtype, others=_in_half(checkpoint, options))
         advance(1)
         layouts = write_graphs(directory, checkpoint, options, dtype=dtype, max_length=max_length, progress=progress)
-        if "static" in layouts:
-            advance = progress.stage("lower for ONNX Runtime")
-            layouts["static"] = write_lowered(directory, layouts["static"])
-            advance(1)
+        layouts = _lowered(directory, layouts, progress)
         for file in checkpoint.companion_files:
             shutil.copyfile(file, directory / file.name)
         # onnxruntime-genai knows neither a cache that slides nor an input for what RoPE remembers
@@ -69,7 +70,7 @@ def export(model: str, output: Path, options: ExportOptions, *, force: bool, pro
             libraries={name: importlib.metadata.version(name) for name in _LIBRARIES},
             checkpoint={"sha256": checkpoint.sha256, "source": checkpoint.source},
             facts=facts,
-            options={**options.model_dump(mode="json"), "max_length": max_length, **_cache_options(options)},
+            options=ResolvedOptions.of(options, max_length=max_length),
             layouts=layouts,
             warnings=warnings,
             files=file_entries(directory),
@@ -79,6 +80,19 @@ def export(model: str, output: Path, options: ExportOptions, *, force: bool, pro
     return manifest
 
 
+def _lowered(directory: Path, layouts: Mapping[str, Layout], progress: Progress) -> dict[str, Layout]:
+    """The layouts with what every installed backend made of them."""
+    found = dict(layouts)
+    for backend in backends():
+        for name in (one for one in backend.lowers if one in layouts):
+            advance = progress.stage(f"lower for {backend.title}")
+            lowered = backend.lower(directory, layouts[name])
+            if lowered is not None:
+                found[name] = replace(found[name], lowered={**found[name].lowered, backend.name: lowered})
+            advance(1)
+    return found
+
+
 def _in_half(checkpoint: Checkpoint, options: ExportOptions) -> dict[str, str]:
     """Tensors that are stored as float16 in a graph of another dtype."""
     from doge_deploy.graph.passes.half_weights import kept_whole
@@ -86,7 +100,3 @@ def _in_half(checkpoint: Checkpoint, options: ExportOptions) -> dict[str, str]:
     if options.quantize != "fp16":
         return {}
     return {name: "float16" for name, info in checkpoint.tensors.items() if not kept_whole(name, info.shape)}
-
-
-def _cache_options(options: ExportOptions) -> dict[str, object]:
-    return {} if options.task == "causal-lm" else {"kv_cache": [], "logits": None}

@@ -15,14 +15,13 @@ import numpy as np
 import torch
 from safetensors import safe_open
 
-from doge_deploy.bundle.manifest import Bundle
+from doge_deploy.bundle.opening import Bundle
 from doge_deploy.checkpoint import Checkpoint
 from doge_deploy.graph.passes.quantize_weights import values_suffix
 from doge_deploy.graph.passes.transpose_weights import TRANSPOSED_SUFFIX
 from doge_deploy.graph.quantize import QuantizationScheme, quantize
 from doge_deploy.graph.weights import WEIGHTS_FILE
-from doge_deploy.runtime.base import IntArray
-from doge_deploy.runtime.ort import OrtRunner
+from doge_deploy.runtime.base import BundleRunner, IntArray
 from doge_deploy.verify.cases import Case, chunk
 from doge_deploy.verify.compare import Array, log_softmax
 from doge_deploy.verify.reference import Reference
@@ -90,7 +89,7 @@ class QualityResult:
 
 
 def judge_quality(
-    layout: str, quantize_name: str, runner: OrtRunner, reference: Reference, replay: Replay, text_ids: IntArray
+    layout: str, quantize_name: str, runner: BundleRunner, reference: Reference, replay: Replay, text_ids: IntArray
 ) -> QualityResult:
     """Feed text to both sides, in rows: half a row as a prefill, then token by token.
 

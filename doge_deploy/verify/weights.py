@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from safetensors import safe_open
 
-from doge_deploy.bundle.manifest import Bundle
+from doge_deploy.bundle.opening import Bundle
 from doge_deploy.checkpoint import Checkpoint, task_tensors
 from doge_deploy.graph.passes.quantize_weights import QuantizedParts, part_of, scheme_of
 from doge_deploy.graph.passes.transpose_weights import TRANSPOSED_SUFFIX

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
 import onnx_ir as ir
 import torch
 
@@ -13,6 +10,8 @@ from doge_deploy.graph.passes.pending import pending
 from doge_deploy.graph.passes.transpose_weights import TRANSPOSED_SUFFIX
 from doge_deploy.graph.quantize import SMALLEST_BLOCK, QuantizationScheme, Quantized, packed, quantize
 from doge_deploy.graph.schemas import CDMOE
+from doge_deploy.options.export import ExportOptions
+from doge_deploy.options.resolved import ResolvedOptions
 
 SCALE_SUFFIX, ZERO_SUFFIX = ".scale", ".zero_point"
 SHARED_ZERO = "zero_point"
@@ -111,12 +110,16 @@ class QuantizeWeightsPass(ir.passes.InPlacePass):
         return value
 
 
-def scheme_of(options: Mapping[str, Any]) -> QuantizationScheme | None:
-    """How weights are put into blocks of few bits under these export options (as a manifest has them); None where they
-    are not.
+def scheme_of(options: ExportOptions | ResolvedOptions) -> QuantizationScheme | None:
+    """How weights are put into blocks of few bits under these options; None where they are not.
+
+    `block_size` must be resolved: a number where weights are stored in blocks.
     """
-    bits = {None: None, "fp16": None, "int8": 8, "int4": 4}[options.get("quantize")]
-    return None if bits is None else QuantizationScheme(bits, options["block_size"], options["symmetric"])
+    bits = {None: None, "fp16": None, "int8": 8, "int4": 4}[options.quantize]
+    if bits is None:
+        return None
+    assert options.block_size is not None
+    return QuantizationScheme(bits, options.block_size, options.symmetric)
 
 
 def part_of(name: str, scheme: QuantizationScheme) -> tuple[str, str] | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from doge_deploy.bundle.manifest import Bundle
+from doge_deploy.bundle.opening import Bundle
 from doge_deploy.errors import UnsupportedModelError, UsageError
 from doge_deploy.options.build import BuildOptions
 from doge_deploy.targets.trt.vendor import PRODUCTS, device_capability
@@ -20,7 +20,7 @@ def check_options(options: BuildOptions) -> None:
 
 def check_weights(bundle: Bundle) -> None:
     """Raises UnsupportedModelError where the bundle stores its weights in a form that no engine is built of."""
-    quantize = bundle.manifest.options.get("quantize")
+    quantize = bundle.manifest.options.quantize
     if quantize:
         raise UnsupportedModelError(
             f"{bundle.path} stores its weights as {quantize}; engines are built of fp32, fp16 or bf16: export without "
@@ -50,4 +50,4 @@ def engine_name(bundle: Bundle, options: BuildOptions, capabilities: tuple[str, 
     """`<target>-<dtype>-<capabilities>`, such as `trt-rtx-fp16-sm89`; `portable` where none was asked for."""
     caps = "+".join("sm" + capability.replace(".", "") for capability in capabilities) or "portable"
     standard = "-no-plugins" if PRODUCTS[options.target].has_plugins and not options.plugins else ""
-    return f"{options.target}-{bundle.manifest.options['dtype']}-{caps}{standard}"
+    return f"{options.target}-{bundle.manifest.options.dtype}-{caps}{standard}"
