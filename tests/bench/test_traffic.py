@@ -14,7 +14,7 @@ from transformers import DynamicCache
 
 from doge_deploy.bench.baselines.eager import load_model
 from doge_deploy.bench.traffic import WEIGHTS_FILE, decode_traffic, stored_tensors
-from doge_deploy.bundle.manifest import Bundle, open_bundle
+from doge_deploy.bundle.opening import Bundle, open_bundle
 from doge_deploy.checkpoint import open_checkpoint
 
 

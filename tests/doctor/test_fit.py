@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from doge_deploy.bundle.manifest import open_bundle
+from doge_deploy.bundle.opening import open_bundle
 from doge_deploy.checkpoint import open_checkpoint
 from doge_deploy.config.model import DogeFacts
 from doge_deploy.doctor.fit import activation_bytes, decode_bytes, needs, row_cache_bytes, weight_bytes

@@ -12,7 +12,7 @@ import pytest
 import torch
 from bundles import broken_copy, edit_tensor
 
-from doge_deploy.bundle.manifest import open_bundle
+from doge_deploy.bundle.opening import open_bundle
 from doge_deploy.cli.main import run_command
 from doge_deploy.config.model import DogeFacts
 from doge_deploy.graph.functions import dynamic_mask_attention
