@@ -64,7 +64,7 @@ class Toy(Backend[ToyRunner]):
 
     name = "toy"
     title = "the reference evaluator"
-    libraries = (Library("onnx", "export"),)
+    libraries = (Library("onnx", "graph"),)
     layouts = ("growing",)
     runs_graphs = True
     shows_selections = True

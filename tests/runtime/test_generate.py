@@ -415,13 +415,3 @@ def test_a_bundle_is_served_by_the_base_installation(tiny_bundle: Path) -> None:
     command = [sys.executable, "-c", GENERATE_WITHOUT, str(tiny_bundle)]
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
-
-
-def test_a_bfloat16_bundle_says_what_it_takes_more(tmp_path: Path) -> None:
-    from bundles import make_bundle
-
-    bundle = make_bundle("doge-tiny", tmp_path / "bundle", dtype="bf16", num_layers=1)
-    command = [sys.executable, "-c", GENERATE_WITHOUT, str(bundle)]
-    result = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert result.returncode == 4 and result.stderr.count("\n") == 1
-    assert "a bfloat16 bundle is rewritten in float32" in result.stderr and "doge-deploy[export]" in result.stderr

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from doge_deploy.bundle.opening import Bundle
 from doge_deploy.bundle.signature import SLOT_INDICES, UNCACHED
-from doge_deploy.errors import MissingDependencyError
+from doge_deploy.devices.packages import require_graph_packages
 from doge_deploy.runtime.ort.runners import GrowingOrtRunner, OrtRunner, StaticOrtRunner, UncachedOrtRunner
 from doge_deploy.runtime.ort.session import graph_file, open_session
 from doge_deploy.runtime.ort.window import WindowOrtRunner
@@ -36,7 +36,10 @@ def open_runner(
     chosen = bundle.layout(layout)
     source: Path | bytes = bundle.path / graph_file(chosen, portable=portable) if model is None else model
     if bundle.manifest.dtype == "bfloat16":
-        source = _widened(source)
+        require_graph_packages("a bfloat16 bundle on the CPU")
+        from doge_deploy.targets.ort import widen_bfloat16
+
+        source = widen_bfloat16(source)
     manifest = bundle.manifest
     facts = manifest.facts
     flush = flush_denormals and not facts.keep_window(manifest.max_length)
@@ -58,19 +61,3 @@ def open_runner(
             window=facts.keep_window_size,
         )
     return StaticOrtRunner(session, chosen, max_length=manifest.max_length, last=last, whole_calls=whole)
-
-
-def _widened(graph: Path | bytes) -> bytes:
-    """A bfloat16 graph in float32, which the CPU provider can run; rewriting it takes packages that serving does not.
-
-    Raises:
-        MissingDependencyError: they are not installed.
-    """
-    try:
-        from doge_deploy.targets.ort import widen_bfloat16
-    except ImportError as error:
-        raise MissingDependencyError(
-            f"a bfloat16 bundle is rewritten in float32 for ONNX Runtime's CPU provider, which needs {error.name}: "
-            "pip install 'doge-deploy[export]', or export with --dtype fp32"
-        ) from None
-    return widen_bfloat16(graph)

@@ -44,9 +44,7 @@ def open_session(
     try:
         import onnxruntime
     except ImportError:
-        raise MissingDependencyError(
-            "ONNX Runtime is not installed: pip install 'doge-deploy[cpu]' (or 'doge-deploy[gpu]')"
-        ) from None
+        raise MissingDependencyError("ONNX Runtime is not installed: pip install 'doge-deploy[cpu]'") from None
     onnxruntime.set_default_logger_severity(3)
     options = onnxruntime.SessionOptions()
     if threads is not None:
