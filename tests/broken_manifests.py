@@ -169,6 +169,8 @@ BROKEN: dict[str, Broken] = {
     # where it came from
     "checkpoint-hash-short": put("checkpoint/sha256", "abc", "checkpoint.sha256='abc': must be 64 lowercase hex"),
     "checkpoint-source-list": put("checkpoint/source", [], "checkpoint.source=[]: must be a text or null"),
+    "checkpoint-adapter-text": put("checkpoint/adapter", "a", "checkpoint.adapter='a': must be an object"),
+    "checkpoint-adapter-hash": put("checkpoint/adapter", {"sha256": "1", "source": None}, "adapter.sha256='1': must"),
     # facts
     "fact-text": put("facts/hidden_size", "128", "facts.hidden_size='128': must be a whole number"),
     "fact-float": put("facts/num_hidden_layers", 1.0, "facts.num_hidden_layers=1.0: must be a whole number"),
@@ -200,8 +202,8 @@ BROKEN: dict[str, Broken] = {
     "option-routing": put("options/routing", "static", "options.routing='static': must be one of reference, per-token"),
     "option-logits-null": put("options/logits", None, "options.logits=None: must be one of last, all"),
     "option-logits-other": put("options/logits", "last", "by facts and options"),
-    "option-quantize": put("options/quantize", "int3", "options.quantize='int3': must be one of int8, int4, fp16 or"),
-    "option-block": put("options/block_size", 17, "options.block_size=17: must be one of 16, 32, 64, 128, 256 or null"),
+    "option-quantize": put("options/quantize", "int3", "options.quantize='int3': must be one of fp16, int4, "),
+    "option-block": put("options/block_size", 0, "options.block_size=0: must be a whole number >= 1, or null"),
     "option-symmetric": put("options/symmetric", "yes", "options.symmetric='yes': must be true or false"),
     "option-layers": put("options/num_layers", 7, "options.num_layers=7: must be null or 1, as facts.num_hidden"),
     "option-unknown": put("options/speed", "fast", "options.speed: unknown key; known: task, dtype"),

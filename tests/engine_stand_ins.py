@@ -22,7 +22,7 @@ from doge_deploy.bundle.writing import write_manifest
 from doge_deploy.dtypes import item_bytes
 from doge_deploy.options.build import BuildOptions, Range
 from doge_deploy.runtime.ort import open_session
-from doge_deploy.runtime.trt.device import Device, Graph, HostMemory, Memory
+from doge_deploy.runtime.trt.device import Bytes, Device, Graph, HostMemory, Memory
 from doge_deploy.runtime.trt.plan import make_plan
 from doge_deploy.runtime.trt.runner import Context, Engine, TrtRunner
 
@@ -57,9 +57,13 @@ class HeldDevice(Device):
         self.launches = 0
         self.recordings = 0
 
-    def memory(self, address: int) -> HeldMemory:
-        assert address in self._alive, "this memory is no longer there"
-        return self._alive[address]
+    def part(self, address: int, nbytes: int) -> Bytes:
+        """The bytes at an address, all in one piece of memory that is still there."""
+        for memory in self._alive.values():
+            begin = address - memory.address
+            if begin >= 0 and begin + nbytes <= memory.nbytes:
+                return memory.array[begin : begin + nbytes]
+        raise AssertionError("this memory is no longer there, or ends before")
 
     def allocate(self, nbytes: int) -> HeldMemory:
         memory = HeldMemory(nbytes, 0)
@@ -85,6 +89,15 @@ class HeldDevice(Device):
             right.array[:] = left.array
 
         self.do(copy)
+
+    def copy(self, source: Memory, source_begin: int, target: Memory, target_begin: int, nbytes: int) -> None:
+        left = self.part(source.address + source_begin, nbytes)
+        right = self.part(target.address + target_begin, nbytes)
+        assert not np.shares_memory(left, right)
+        self.do(lambda: np.copyto(right, left))
+
+    def clear(self, memory: Memory, begin: int, nbytes: int) -> None:
+        self.do(lambda: self.part(memory.address + begin, nbytes).fill(0))
 
     def do(self, work: Callable[[], None]) -> None:
         if self._recording is None:
@@ -145,10 +158,9 @@ class HeldContext(Context):
         return tuple(self.sizes[axis] if isinstance(axis, str) else axis for axis in tensor.shape)
 
     def _view(self, tensor: EngineTensor) -> np.ndarray[Any, Any]:
-        memory = self.engine.device.memory(self.addresses[tensor.name])
         shape = self._shape(tensor)
-        assert memory.nbytes == np.prod(shape) * item_bytes(tensor.dtype)
-        return memory.array.view(tensor.dtype).reshape(shape)
+        part = self.engine.device.part(self.addresses[tensor.name], int(np.prod(shape)) * item_bytes(tensor.dtype))
+        return part.view(tensor.dtype).reshape(shape)
 
     def enqueue(self) -> None:
         self.engine.device.do(self._run)

@@ -16,13 +16,13 @@ from doge_deploy.bench.process import WorkerProcess
 from doge_deploy.bench.report import Load, Measurements, Report, Settings, WorkloadResult
 from doge_deploy.bench.roofline import buffer_bytes
 from doge_deploy.bench.schedule import rotated
-from doge_deploy.bench.traffic import decode_traffic
 from doge_deploy.bench.workload import Workload
 from doge_deploy.bundle.opening import Bundle, open_bundle
 from doge_deploy.checkpoint import Checkpoint
 from doge_deploy.devices.host import available_cpus
 from doge_deploy.devices.packages import require_export_packages
 from doge_deploy.errors import UsageError
+from doge_deploy.graph.decode_traffic import bundle_traffic
 from doge_deploy.options.backends import DEFAULT_BACKEND
 from doge_deploy.targets.backend import SessionOptions, find
 from doge_deploy.verify.source import open_reference
@@ -111,7 +111,7 @@ def bench(
     for workload in options.workloads():
         result = WorkloadResult(workload, [_empty(candidate, workload) for candidate in candidates])
         for candidate, bundle in bundles.items():
-            result.of(candidate.name).traffic = decode_traffic(
+            result.of(candidate.name).traffic = bundle_traffic(
                 bundle,
                 bundle.layout(candidate.layout),
                 batch_size=workload.batch_size,
@@ -207,6 +207,11 @@ def _baselines(
     if facts.is_legacy:
         raise UsageError(
             f"--against: transformers cannot run {checkpoint.path}, a checkpoint of the {facts.revision} code"
+        )
+    if not checkpoint.as_stored:
+        raise UsageError(
+            f"--against: baselines load {checkpoint.path} with transformers, which does not read it as the bundle's "
+            "export did (an adapter, names of a wrapper, or an index without metadata)"
         )
     last = manifest.last_logits
     baselines = []

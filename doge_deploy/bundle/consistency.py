@@ -16,6 +16,7 @@ from doge_deploy.config.keys import ACTIVATIONS
 from doge_deploy.config.model import TASKS, DogeFacts
 from doge_deploy.config.revisions import REVISIONS
 from doge_deploy.config.rope import ROPE_TYPES
+from doge_deploy.options.resolved import weight_format_names
 
 WEIGHTS_FILE = "weights.safetensors"
 """What every graph refers to, whatever is in it."""
@@ -102,6 +103,11 @@ def _facts(facts: DogeFacts) -> Iterator[str]:
 def _layouts(manifest: Manifest) -> Iterator[str]:
     """Whether layouts, options, facts and files fit each other."""
     options, facts = manifest.options, manifest.facts
+    if options.quantize is not None and options.quantize not in weight_format_names():
+        yield must_be("options.quantize", options.quantize, f"one of {', '.join(weight_format_names())}, or null")
+        return
+    if options.block_size is not None and options.block_size < 1:
+        yield must_be("options.block_size", options.block_size, "a whole number >= 1, or null")
     if options.max_length < 1:
         yield must_be("options.max_length", options.max_length, "a whole number >= 1")
         return

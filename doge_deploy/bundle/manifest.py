@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Annotated, Any, Literal, TypedDict
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NotRequired, TypedDict
 
 from doge_deploy.bundle.files import FileEntry, FileName, Sha256
 from doge_deploy.bundle.signature import Signature
@@ -85,6 +85,14 @@ class Tool(TypedDict):
     version: str
 
 
+class Adapter(TypedDict):
+    """A LoRA adapter that was merged."""
+
+    sha256: Sha256
+    source: str | None
+    """A Hub id; None for a directory."""
+
+
 class Source(TypedDict):
     """Where a bundle came from."""
 
@@ -92,6 +100,7 @@ class Source(TypedDict):
     """Of the weights, however they are sharded."""
     source: str | None
     """A bundled name or a Hub id; None for a directory."""
+    adapter: NotRequired[Adapter]
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import types
 from collections.abc import Callable, Mapping
 from dataclasses import MISSING, dataclass, fields, is_dataclass
-from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints, is_typeddict
+from typing import Annotated, Any, Literal, NotRequired, Union, get_args, get_origin, get_type_hints, is_typeddict
 
 from doge_deploy.diagnostics import suggest
 
@@ -134,7 +134,8 @@ def _record(kind: Any, value: Any, where: str, findings: list[str]) -> Any:
         findings.append(must_be(where or "the document", value, "an object"))
         return ILLEGAL
     hints = get_type_hints(kind, include_extras=True)
-    optional = set()
+    optional = {key for key, hint in hints.items() if get_origin(hint) is NotRequired}
+    hints = {key: get_args(hint)[0] if key in optional else hint for key, hint in hints.items()}
     if is_dataclass(kind):
         optional = {f.name for f in fields(kind) if not (f.default is MISSING and f.default_factory is MISSING)}
     path = f"{where}." if where else ""

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import click
 
 from doge_deploy.config.revisions import REVISIONS
+from doge_deploy.graph.weight_formats import format_of
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -63,6 +64,7 @@ def _show(bundle: Bundle) -> None:
         "task": manifest.task,
         "window": _window(bundle),
         "dtype": f"{options.dtype}, scores fp32",
+        **({"weights": str(stored_as)} if (stored_as := format_of(options)) else {}),
         **_logits(manifest),
         **({"routing": options.routing} if facts.is_moe else {}),
         "made by": ", ".join(f"{name} {version}" for name, version in _tools(bundle).items()),

@@ -13,6 +13,7 @@ from doge_deploy.options.backends import DEFAULT_BACKEND, TORCH_KERNELS
 @click.command("verify")
 @click.argument("bundle", type=click.Path(path_type=Path))
 @click.option("--reference", metavar="MODEL", help="The checkpoint; default: what the bundle says it came from.")
+@click.option("--adapter", metavar="DIRECTORY", help="The merged adapter; default: what the bundle says.")
 @click.option("--layout", "layouts", multiple=True, metavar="static|growing", help="Only this layout; repeatable.")
 @click.option("--greedy-steps", type=click.IntRange(min=1), default=128, show_default=True, metavar="N")
 @click.option("--portable", is_flag=True, help="Judge the standard graph, not the one lowered for ONNX Runtime.")
@@ -36,6 +37,7 @@ from doge_deploy.options.backends import DEFAULT_BACKEND, TORCH_KERNELS
 def verify(
     bundle: Path,
     reference: str | None,
+    adapter: str | None,
     layouts: tuple[str, ...],
     greedy_steps: int,
     portable: bool,
@@ -66,6 +68,7 @@ def verify(
         report = api.verify(
             bundle,
             reference=reference,
+            adapter=adapter,
             layouts=layouts,
             greedy_steps=greedy_steps,
             portable=portable,

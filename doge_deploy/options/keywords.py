@@ -7,7 +7,7 @@ from typing import Literal, TypedDict
 
 from doge_deploy.dtypes import ShortName
 from doge_deploy.options.build import Range, Target
-from doge_deploy.options.resolved import BlockSize, CacheLayout, Logits, Quantize, Routing, Task
+from doge_deploy.options.resolved import CacheLayout, Logits, Routing, Task
 
 
 class ExportKeywords(TypedDict, total=False):
@@ -20,8 +20,8 @@ class ExportKeywords(TypedDict, total=False):
     routing: Routing
     logits: Logits
     num_layers: int | None
-    quantize: Quantize | None
-    block_size: BlockSize | None
+    quantize: str | None
+    block_size: int | None
     symmetric: bool
 
 

@@ -6,6 +6,8 @@ give; a bundle is read without pydantic, which would take longer to import than 
 
 from __future__ import annotations
 
+import importlib.util
+import pkgutil
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -18,8 +20,19 @@ Task = Literal["causal-lm", "sequence-classification", "features"]
 CacheLayout = Literal["static", "growing"]
 Routing = Literal["reference", "per-token"]
 Logits = Literal["last", "all"]
-Quantize = Literal["int8", "int4", "fp16"]
-BlockSize = Literal[16, 32, 64, 128, 256]
+
+_WEIGHT_FORMATS = "doge_deploy.graph.weight_formats"
+
+
+def weight_format_names() -> tuple[str, ...]:
+    """Names of the weight formats: the modules of their package that do not begin with an underscore.
+
+    They are listed, not imported: what they do belongs to the graph, which options do not know.
+    """
+    spec = importlib.util.find_spec(_WEIGHT_FORMATS)
+    assert spec is not None and spec.submodule_search_locations is not None
+    found = (module.name for module in pkgutil.iter_modules(list(spec.submodule_search_locations)))
+    return tuple(sorted(name for name in found if not name.startswith("_")))
 
 
 @dataclass(frozen=True)
@@ -37,8 +50,9 @@ class ResolvedOptions:
     """None for a task whose outputs are no logits of tokens."""
     num_layers: int | None
     """None for all of the checkpoint's."""
-    quantize: Quantize | None
-    block_size: BlockSize | None
+    quantize: str | None
+    """The name of a weight format."""
+    block_size: int | None
     """Numbers that share a scale; None where weights are not stored in blocks."""
     symmetric: bool
 

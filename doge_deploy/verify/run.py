@@ -16,8 +16,8 @@ from doge_deploy.config.model import DogeFacts
 from doge_deploy.config.revisions import KEEPS_ALL
 from doge_deploy.errors import MismatchError, UsageError
 from doge_deploy.graph.passes.expose_selections import ExposeSelectionsPass
-from doge_deploy.graph.passes.quantize_weights import scheme_of
 from doge_deploy.graph.schemas import CDMOE, DYNAMIC_MASK_ATTENTION, ROUTED_EXPERTS, WINDOW_BIAS
+from doge_deploy.graph.weight_formats import Quality, format_of
 from doge_deploy.options.backends import DEFAULT_BACKEND, TORCH_KERNELS
 from doge_deploy.runtime.base import IntArray
 from doge_deploy.runtime.tokenizer import TOKENIZER_FILE, Tokenizer
@@ -100,6 +100,7 @@ def verify(
     path: str | Path,
     *,
     reference: str | None = None,
+    adapter: str | None = None,
     layouts: tuple[str, ...] = (),
     greedy_steps: int = 128,
     portable: bool = False,
@@ -114,6 +115,7 @@ def verify(
     Args:
         path: the bundle.
         reference: the checkpoint it came from; where None, what the bundle itself names (a bundled name or a Hub id).
+        adapter: the PEFT adapter that was merged into it; where None, what the bundle itself names.
         layouts: which of its layouts; all where empty.
         greedy_steps: tokens of the greedy case, fewer where the bundle holds fewer.
         portable: judge the standard graphs, not those lowered for ONNX Runtime that `generate` runs.
@@ -131,7 +133,7 @@ def verify(
     """
     bundle = open_bundle(path)
     manifest = bundle.manifest
-    checkpoint = open_reference(bundle, reference)
+    checkpoint = open_reference(bundle, reference, adapter)
     runs = TorchKernels(checkpoint) if backend == TORCH_KERNELS else find(backend)
     served = SessionOptions(portable=portable, engine=engine, spin=False)
     runs.check_options(served)
@@ -139,9 +141,10 @@ def verify(
         raise UsageError(f"--lowering judges a graph, and {backend} runs none that it is given; use {DEFAULT_BACKEND}")
     chosen = _layouts(bundle, runs, layouts, lowering)
     runs.require(bundle)
-    # what the rounding of blocks costs is judged on the graph that is served, the cases on the standard one
-    plainly = "portable" in runs.session_options and scheme_of(manifest.options) is not None
-    judged = replace(served, portable=True) if plainly else served
+    weight_format = format_of(manifest.options)
+    # what rounded activations cost is judged on the graph that is served, the cases on the standard one
+    rounds = weight_format is not None and weight_format.rounds_activations
+    judged = replace(served, portable=True) if rounds and "portable" in runs.session_options else served
     runners = {layout: open_runners(bundle, layout, runs, judged, lowering=lowering) for layout in chosen}
     started("compare weights")
     report = Report(
@@ -152,15 +155,15 @@ def verify(
         compare_weights(bundle, checkpoint),
         skipped=_unreachable(bundle),
     )
-    stored = stored_weights(bundle, checkpoint)
+    stored = {} if weight_format is None else stored_weights(bundle, checkpoint, weight_format)
     with few_threads(checkpoint):
         for layout in chosen:
             what = describe_lowered(bundle, layout) if lowering else runs.runs(bundle.layout(layout), served)
             report.graphs[layout] = what if backend == DEFAULT_BACKEND else f"{what}, --backend {backend}"
-        if stored and not lowering:
+        if weight_format is not None and not lowering:
             started("load the reference")
             exact = Reference(checkpoint, manifest.dtype, manifest.task)
-            report.quality = _judge_quality(bundle, runs, chosen, served, exact, started)
+            report.quality = _judge_quality(bundle, weight_format.quality, runs, chosen, served, exact, started)
         started("load the reference")
         dtypes = (manifest.dtype, WIDER[manifest.dtype])
         same, wider = (Reference(checkpoint, dtype, manifest.task, stored) for dtype in dtypes)
@@ -186,6 +189,7 @@ def _reference_name(facts: DogeFacts) -> str:
 
 def _judge_quality(
     bundle: Bundle,
+    limits: Quality,
     backend: Backend[Any],
     layouts: Sequence[str],
     options: SessionOptions,
@@ -200,9 +204,7 @@ def _judge_quality(
         started(f"quality of {backend.runs(layout, options)}")
         runner = backend.open(bundle, layout, options)
         replay = make_replay(bundle.manifest, name, last_logits=runner.last_logits)
-        quantize = bundle.manifest.options.quantize
-        assert quantize is not None
-        results.append(judge_quality(name, quantize, runner, reference, replay, text_ids))
+        results.append(judge_quality(name, limits, runner, reference, replay, text_ids))
     return results
 
 

@@ -15,6 +15,7 @@ from doge_deploy.bundle.opening import Bundle
 from doge_deploy.checkpoint import Checkpoint
 from doge_deploy.errors import UnsupportedModelError, UsageError
 from doge_deploy.graph.trace import reachable_windows
+from doge_deploy.graph.weight_formats import format_of
 from doge_deploy.kernels.launch import require_launcher
 from doge_deploy.kernels.torch_ops import kernels_in_torch
 from doge_deploy.model.decoder import StaticCausalLM
@@ -69,10 +70,9 @@ class TorchKernelsRunner(BundleRunner):
             raise UnsupportedModelError(
                 f"{bundle.path}: kernels are verified without a sliding window and without a RoPE that remembers"
             )
-        if manifest.options.quantize is not None:
-            raise UnsupportedModelError(
-                f"{bundle.path} has quantized weights; kernels are verified with unquantized ones"
-            )
+        weight_format = format_of(manifest.options)
+        if weight_format and (reason := weight_format.target_refusal(TORCH_KERNELS)):
+            raise UnsupportedModelError(f"{bundle.path} {reason}")
         super().__init__(max_length=manifest.max_length, last_logits=manifest.last_logits)
         self.device = _device()
         require_launcher(self.device.type)

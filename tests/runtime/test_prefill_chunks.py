@@ -48,9 +48,9 @@ def counted(runner: StaticOrtRunner, monkeypatch: pytest.MonkeyPatch) -> list[in
     widths: list[int] = []
     run = runner._run_part
 
-    def noted(input_ids: Any, lengths: Any) -> Any:
+    def noted(first: int, input_ids: Any, lengths: Any) -> Any:
         widths.append(input_ids.shape[1])
-        return run(input_ids, lengths)
+        return run(first, input_ids, lengths)
 
     monkeypatch.setattr(runner, "_run_part", noted)
     return widths

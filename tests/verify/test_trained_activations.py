@@ -13,7 +13,7 @@ from broken_checkpoints import legacy
 from bundles import broken_copy, make_bundle
 from random_doge import SMALL, SMALL_MOE, save_random_doge
 from safetensors import safe_open
-from sweeps import cases
+from sweeps import fixture_cases
 
 from doge_deploy.bundle.opening import open_bundle
 from doge_deploy.checkpoint import open_checkpoint
@@ -31,7 +31,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-@pytest.fixture(scope="module", params=cases(CASES, always=["prelu-dense", "xielu-moe"]))
+@pytest.fixture(scope="module", params=fixture_cases(CASES, always=["prelu-dense", "xielu-moe"]))
 def made(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """A checkpoint and its bundle."""
     name, config = request.param

@@ -35,8 +35,8 @@ def device_of(runner: TrtRunner) -> HeldDevice:
 
 
 def engine_of(runner: TrtRunner) -> HeldEngine:
-    engine: HeldEngine = runner._decode.engine  # type: ignore[attr-defined]
-    return engine
+    assert isinstance(runner._engine, HeldEngine)
+    return runner._engine
 
 
 CALLS: dict[str, list[tuple[list[list[int]], list[int]]]] = {
