@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from bundles import make_bundle
 
-from doge_deploy.bundle.manifest import open_bundle
+from doge_deploy.bundle.opening import open_bundle
 from doge_deploy.checkpoint import open_checkpoint
 from doge_deploy.config.revisions import REVISIONS
 from doge_deploy.devices.facts import DeviceFacts, device_configs

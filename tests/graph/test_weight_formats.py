@@ -19,7 +19,7 @@ from bundles import broken_copy, make_bundle
 from onnx.reference import ReferenceEvaluator
 
 import doge_deploy.graph.weight_formats as package
-from doge_deploy.bundle.manifest import open_bundle
+from doge_deploy.bundle.opening import open_bundle
 from doge_deploy.checkpoint import open_checkpoint
 from doge_deploy.checkpoint.headers import read_header
 from doge_deploy.cli.main import run_command
@@ -28,7 +28,8 @@ from doge_deploy.graph.weight_file import TRANSPOSED_SUFFIX, read_weight_file
 from doge_deploy.graph.weight_formats import WeightFormat, format_of, weight_formats
 from doge_deploy.graph.weight_formats._blocks import BlockFormat
 from doge_deploy.graph.weights import packed
-from doge_deploy.options.export import ExportOptions, load_export_options, weight_format_names
+from doge_deploy.options.export import ExportOptions, load_export_options
+from doge_deploy.options.resolved import weight_format_names
 from doge_deploy.verify.run import verify
 
 

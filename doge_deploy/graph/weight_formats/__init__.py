@@ -14,7 +14,8 @@ from typing import Any, Protocol
 from doge_deploy.errors import UsageError
 from doge_deploy.graph.weight_formats._base import Part, PartSource, Quality, WeightFormat
 from doge_deploy.options.compatibility import check_quantize
-from doge_deploy.options.export import ExportOptions, weight_format_names
+from doge_deploy.options.export import ExportOptions
+from doge_deploy.options.resolved import weight_format_names
 
 __all__ = [
     "Part",
