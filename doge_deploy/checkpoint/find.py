@@ -15,7 +15,7 @@ _DEMO = Path(__file__).parent.parent / "demo"
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
-_HUB_FILES = ["*.safetensors", "*.json", "merges.txt", "chat_template.jinja"]
+_HUB_FILES = ["*.safetensors", "*.json", "merges.txt", "vocab.txt", "*.model", "chat_template.jinja"]
 """What is downloaded, from the top folder only: never pickled weights, never code."""
 
 
@@ -42,6 +42,21 @@ def find_checkpoint(model: str) -> Path:
     if _HUB_ID.fullmatch(model):
         return _download(model)
     raise UsageError(f"{model}: no such directory; {legal_models()}")
+
+
+def find_adapter(adapter: str) -> Path:
+    """The directory of a PEFT adapter: a directory, or a Hub id that is downloaded unless it is in the local cache.
+
+    Raises:
+        UsageError: there is no such directory, or it holds no adapter.
+        UnsupportedModelError, MissingDependencyError: see `find_checkpoint`.
+    """
+    if not (adapter and _is_directory(adapter)) and not _HUB_ID.fullmatch(adapter):
+        raise UsageError(f"--adapter {adapter}: no such directory; it must be a directory or a Hub id owner/name")
+    path = Path(os.path.expanduser(adapter)) if _is_directory(adapter) else _download(adapter)
+    if not (path / "adapter_config.json").is_file():
+        raise UsageError(f"--adapter {adapter}: has no adapter_config.json: not a PEFT adapter")
+    return path
 
 
 def model_source(model: str) -> str | None:
