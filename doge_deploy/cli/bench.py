@@ -9,6 +9,7 @@ from typing import Any
 
 import click
 
+from doge_deploy.cli.threads import threads_note
 from doge_deploy.options.backends import BACKENDS
 
 
@@ -129,6 +130,8 @@ def bench(bundles: tuple[Path, ...], json_file: Path | None, plot_file: Path | N
     from doge_deploy.bench.run import bench as run
     from doge_deploy.cli.bench_table import BenchTables
 
+    if note := threads_note(choices["threads"]):
+        click.echo(note, err=True)
     with BenchTables() as tables:
         options = BenchOptions(**choices)
         report = run(bundles, options, argv=sys.argv[1:], started=tables.started, finished=tables.finished)
