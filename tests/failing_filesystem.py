@@ -63,11 +63,10 @@ class Commands:
         self._process, self._state, self._output = process, state, output
 
     def close(self) -> None:
-        """End the process, and let go of the state, whose memory is about to be unmapped."""
+        """End the process."""
         assert self._process.stdin is not None
         self._process.stdin.close()
         self._process.wait()
-        del self._state
 
     def run(self, *arguments: object, at: int = 0, error: int = errno.ENOSPC, for_good: bool = False) -> Ended:
         """Run `doge-deploy ARGUMENTS`; its `at`-th call fails, and, `for_good`, later ones that need space too."""
@@ -77,7 +76,7 @@ class Commands:
         self._process.stdin.write(json.dumps([str(argument) for argument in arguments]) + "\n")
         self._process.stdin.flush()
         code = int(self._process.stdout.readline())
-        said = self._output.read_text(encoding="utf-8", errors="replace")
+        said = self._output.read_text(encoding="utf-8", errors="replace") if self._output.exists() else ""
         return Ended(code, said, state.count, state.failed, state.name.decode())
 
 
@@ -95,7 +94,6 @@ def commands(folder: Path, work: Path) -> Iterator[Commands]:
     }
     with (
         file.open("r+b") as handle,
-        mmap.mmap(handle.fileno(), 0) as shared,
         subprocess.Popen(
             [sys.executable, __file__, str(output)],
             stdin=subprocess.PIPE,
@@ -104,7 +102,7 @@ def commands(folder: Path, work: Path) -> Iterator[Commands]:
             env=environment,
         ) as process,
     ):
-        run = Commands(process, State.from_buffer(shared), output)
+        run = Commands(process, State.from_buffer(mmap.mmap(handle.fileno(), 0)), output)
         try:
             yield run
         finally:
