@@ -13,7 +13,9 @@ import shared_files
 import torch
 from safetensors import safe_open
 
-from doge_deploy.bundle.manifest import file_entries, open_bundle, write_manifest
+from doge_deploy.bundle.files import file_entries
+from doge_deploy.bundle.opening import open_bundle
+from doge_deploy.bundle.writing import write_manifest
 from doge_deploy.options.export import ExportOptions
 from doge_deploy.pipelines.export import export
 from doge_deploy.runtime.ort import graph_file
@@ -37,8 +39,7 @@ def shared_bundle(model: str | Path, **options: Any) -> Path:
 
     Not for tests of the export itself: what they replace in it must neither come from here nor stay here.
     """
-    # the bundle's manifest names the path too
-    key = [str(model), shared_files.content(model) if isinstance(model, Path) else "", options]
+    key = [shared_files.content(model) if isinstance(model, Path) else model, options]
     name = model.name if isinstance(model, Path) else model
     return shared_files.made_once(name, ["bundle", *key], lambda path: make_bundle(model, path, **options))
 

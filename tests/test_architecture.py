@@ -16,7 +16,7 @@ ORDER = [
     {"__init__", "errors", "diagnostics", "dtypes", "demo", "export_configs"},
     {"process"},
     {"config", "options"},
-    {"devices", "bundle"},
+    {"devices", "bundle", "text"},
     {"checkpoint"},
     {"model"},
     {"kernels"},

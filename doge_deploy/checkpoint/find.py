@@ -15,7 +15,7 @@ _DEMO = Path(__file__).parent.parent / "demo"
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
-_HUB_FILES = ["*.safetensors", "*.json", "merges.txt", "chat_template.jinja"]
+_HUB_FILES = ["*.safetensors", "*.json", "merges.txt", "vocab.txt", "*.model", "chat_template.jinja"]
 """What is downloaded, from the top folder only: never pickled weights, never code."""
 
 

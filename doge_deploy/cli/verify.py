@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
 
 import click
 
-from doge_deploy.options.backends import BACKENDS, TORCH_KERNELS, Backend
+from doge_deploy.cli.backend_name import BackendName
+from doge_deploy.options.backends import DEFAULT_BACKEND, TORCH_KERNELS
 
 
 @click.command("verify")
@@ -19,13 +19,13 @@ from doge_deploy.options.backends import BACKENDS, TORCH_KERNELS, Backend
 @click.option("--portable", is_flag=True, help="Judge the standard graph, not the one lowered for ONNX Runtime.")
 @click.option(
     "--lowering",
-    type=click.Choice(["trt-rtx", "trt"]),
-    help="Judge the static graph as it is lowered for TensorRT (without plugins), in ONNX Runtime.",
+    is_flag=True,
+    help="Judge the static graph as it is lowered for TensorRT and TensorRT-RTX (without plugins), in ONNX Runtime.",
 )
 @click.option(
     "--backend",
-    type=click.Choice((*BACKENDS, TORCH_KERNELS)),
-    default="ort",
+    type=BackendName(TORCH_KERNELS),
+    default=DEFAULT_BACKEND,
     show_default=True,
     help="What runs the bundle; torch-kernels: PyTorch, with the plugins' kernels on a CUDA device.",
 )
@@ -41,15 +41,15 @@ def verify(
     layouts: tuple[str, ...],
     greedy_steps: int,
     portable: bool,
-    lowering: str | None,
-    backend: Backend | Literal["torch-kernels"],
+    lowering: bool,
+    backend: str,
     engine: str | None,
     json_file: Path | None,
     junit_file: Path | None,
 ) -> None:
-    """Hold BUNDLE against transformers in eager mode, call by call.
+    """Compare BUNDLE with transformers in eager mode, call by call.
 
-    A legacy Doge, which transformers cannot load, is held against a reference of its own revision.
+    A legacy Doge, which transformers cannot load, is compared with a reference of its own revision.
 
     Exit code 0: every number is within its calibrated tolerance; 1: one is not.
     """
@@ -72,7 +72,7 @@ def verify(
             layouts=layouts,
             greedy_steps=greedy_steps,
             portable=portable,
-            lowering=lowering is not None,
+            lowering=lowering,
             backend=backend,
             engine=engine,
             started=table.started,

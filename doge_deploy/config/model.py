@@ -122,6 +122,18 @@ class DogeFacts:
         visible = max_length if self.sliding_window is None else min(max_length, self.sliding_window)
         return visible > self.keep_window_size
 
+    def reachable_windows(self, max_length: int, *, padded: bool = False) -> tuple[int, int]:
+        """`keep_window_size` and `sliding_window`; 0 where it can hide no key of a row of `max_length` tokens.
+
+        Args:
+            max_length: tokens of a row.
+            padded: padding takes up slots, as in a growing cache, so that shorter texts leave a sliding window too.
+        """
+        sliding = self.sliding_window or 0
+        if not padded and sliding >= max_length:
+            sliding = 0
+        return self.keep_window_size if self.keep_window(max_length) else 0, sliding
+
     @property
     def eos_token_ids(self) -> tuple[int, ...]:
         """All ids that end a text, none if the checkpoint names none."""

@@ -7,7 +7,7 @@ from typing import Any, TypedDict
 
 from doge_deploy.diagnostics import suggest
 from doge_deploy.errors import UsageError
-from doge_deploy.runtime.generate import ONLY_WHERE_SAMPLING
+from doge_deploy.options.generation import ONLY_WHERE_SAMPLING
 
 
 class TextChoices(TypedDict, total=False):

@@ -5,126 +5,20 @@ One row at a time (batch 1). Axes: Q tokens of a call, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass
 from time import perf_counter
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 
 from doge_deploy.errors import UsageError
+from doge_deploy.options.generation import GenerationOptions
 from doge_deploy.runtime.base import FloatArray, Runner
-from doge_deploy.runtime.sampling import Context, Sampler, SamplingOptions
+from doge_deploy.runtime.sampling import Context, Sampler
 from doge_deploy.runtime.tokenizer import Detokenizer, Tokenizer
 
-DEFAULT_MAX_NEW_TOKENS = 100
-"""Where the bundle names none: what the model cards of Doge recommend."""
-
 FinishReason = Literal["eos", "stop", "max_new_tokens", "max_length"]
-
-_SAMPLING_NAMES = tuple(spec.name for spec in fields(SamplingOptions))
-ONLY_WHERE_SAMPLING = ("temperature", "top_k", "top_p", "min_p")
-"""Names of `SamplingOptions` that mean nothing where the likeliest token is taken."""
-
-_NOT_DONE_HERE: dict[str, tuple[object, ...]] = {
-    "num_beams": (1,),
-    "num_beam_groups": (1,),
-    "num_return_sequences": (1,),
-    "penalty_alpha": (0,),
-    "dola_layers": (),
-    "guidance_scale": (1,),
-    "top_h": (),
-    "typical_p": (1,),
-    "epsilon_cutoff": (0,),
-    "eta_cutoff": (0,),
-    "encoder_repetition_penalty": (1,),
-    "no_repeat_ngram_size": (0,),
-    "encoder_no_repeat_ngram_size": (0,),
-    "bad_words_ids": ([],),
-    "sequence_bias": ({}, []),
-    "suppress_tokens": ([],),
-    "begin_suppress_tokens": ([],),
-    "forced_bos_token_id": (),
-    "forced_eos_token_id": (),
-    "exponential_decay_length_penalty": (),
-    "watermarking_config": (),
-    "token_healing": (False,),
-    "min_length": (0,),
-    "min_new_tokens": (0,),
-    "max_time": (),
-}
-"""Settings of transformers' GenerationConfig that change a text and are not done here.
-
-With each the values, beside null, under which it has no effect."""
-
-
-@dataclass(frozen=True)
-class GenerationOptions:
-    """How a text is generated.
-
-    Raises:
-        UsageError: a value outside of what is legal.
-    """
-
-    sampling: SamplingOptions = field(default_factory=SamplingOptions)
-    max_new_tokens: int = DEFAULT_MAX_NEW_TOKENS
-    """At most so many tokens, the one that ends the text included."""
-    eos_ids: frozenset[int] = frozenset()
-    """Tokens that end a text."""
-    stop: tuple[str, ...] = ()
-    """Texts that end a text; the output holds none of them."""
-
-    def __post_init__(self) -> None:
-        if not _is_whole(self.max_new_tokens) or self.max_new_tokens < 1:
-            raise UsageError(f"max_new_tokens={self.max_new_tokens!r}: must be a whole number from 1 up")
-        if not all(isinstance(text, str) and text for text in self.stop):
-            raise UsageError(f"stop={list(self.stop)!r}: must be texts of at least one character")
-
-    @classmethod
-    def merged(cls, *layers: Mapping[str, Any]) -> GenerationOptions:
-        """Options from several mappings in the names of generation_config.json; a later one wins.
-
-        None means not set. What is set nowhere has transformers' default, except `max_new_tokens`. Without
-        sampling, temperature, top-k, top-p and min-p have no meaning and are not looked at.
-
-        Args:
-            layers: looked at are the names of `SamplingOptions`, `max_new_tokens`, `eos_token_id` (an id or a list)
-                and `stop_strings` (a text or a list).
-
-        Raises:
-            UsageError: a value is not legal.
-        """
-        values = {key: value for layer in layers for key, value in layer.items() if value is not None}
-        sampling = {name: values[name] for name in _SAMPLING_NAMES if name in values}
-        if not sampling.get("do_sample", False):
-            for name in ONLY_WHERE_SAMPLING:
-                sampling.pop(name, None)
-        eos = _as_tuple(values.get("eos_token_id", ()))
-        if not all(_is_whole(token) for token in eos):
-            raise UsageError(f"eos_token_id={list(eos)!r}: must be a token id or a list of them")
-        return cls(
-            SamplingOptions(**sampling),
-            values.get("max_new_tokens", DEFAULT_MAX_NEW_TOKENS),
-            frozenset(eos),
-            _as_tuple(values.get("stop_strings", ())),
-        )
-
-
-def settings_not_done(config: Mapping[str, Any]) -> tuple[str, ...]:
-    """What a generation_config.json asks for that `generate` does not do, each as `name=value`."""
-    return tuple(
-        f"{name}={config[name]!r}"
-        for name, without_effect in _NOT_DONE_HERE.items()
-        if config.get(name) is not None and config[name] not in without_effect
-    )
-
-
-def _is_whole(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _as_tuple(value: Any) -> tuple[Any, ...]:
-    return tuple(value) if isinstance(value, list | tuple) else (value,)
 
 
 def check_prompt(prompt_ids: Sequence[int], max_length: int) -> None:
@@ -221,34 +115,54 @@ class StopStrings:
 
     What could be the beginning of one is held back until it is known. Of several strings the one that is
     complete first counts (of those the longest), so that it does not matter how the text is cut into pieces.
+
+    Special tokens are not part of the text, but their own text may be, or be part of, a string that ends it: strings
+    are looked for in the text with special tokens, as transformers does, and in the text without, of which nothing
+    that was asked to end it may come out.
+
+    Reference: `StopStringCriteria` of transformers/generation/stopping_criteria.py.
     """
 
     def __init__(self, stop: Sequence[str]) -> None:
         self._stop = tuple(stop)
         self._longest = max(map(len, stop), default=0)
         self._held = ""
+        """What may be the beginning of a string, special tokens included."""
+        self._shown: list[bool] = []
+        """Of each of its characters, whether it is part of the text."""
         self.stopped = False
         """Whether one was found; nothing more comes out then."""
 
-    def push(self, piece: str) -> str:
-        """The text that is certain after `piece`."""
+    def push(self, piece: str, special: str = "") -> str:
+        """The text that is certain after `piece`, and after a special token that came with it or alone."""
         if self.stopped:
             return ""
-        text = self._held + piece
-        starts = {stop: text.find(stop) for stop in self._stop}
-        found = [(start + len(stop), start) for stop, start in starts.items() if start >= 0]
-        if found:
-            _, certain = min(found)
-            self.stopped, self._held = True, ""
-            return text[:certain]
-        certain = len(text) - self._beginning(text)
-        self._held = text[certain:]
-        return text[:certain]
+        self._held += piece + special
+        self._shown += [True] * len(piece) + [False] * len(special)
+        places = [place for place, shown in enumerate(self._shown) if shown]
+        visible = "".join(self._held[place] for place in places)
+        places.append(len(self._held))
+        ends = [*_ends(self._held, self._stop)]
+        if len(visible) < len(self._held):
+            ends += [(places[end - 1] + 1, places[start]) for end, start in _ends(visible, self._stop)]
+        if ends:
+            _, certain = min(ends)
+            self.stopped = True
+            return self._take(certain)
+        return self._take(
+            min(len(self._held) - self._beginning(self._held), places[len(visible) - self._beginning(visible)])
+        )
 
     def flush(self) -> str:
         """What was held back, at the end of the text."""
-        held, self._held = self._held, ""
-        return held
+        return self._take(len(self._held))
+
+    def _take(self, count: int) -> str:
+        """The visible text of the first `count` characters; without the others where the text has stopped."""
+        text = "".join(self._held[place] for place in range(count) if self._shown[place])
+        left = len(self._held) if self.stopped else count
+        self._held, self._shown = self._held[left:], self._shown[left:]
+        return text
 
     def _beginning(self, text: str) -> int:
         """Length of the longest end of `text` that one of the strings begins with."""
@@ -256,6 +170,13 @@ class StopStrings:
             if any(stop.startswith(text[-length:]) for stop in self._stop):
                 return length
         return 0
+
+
+def _ends(text: str, stop: Sequence[str]) -> Iterator[tuple[int, int]]:
+    """End and start of the first occurrence of each string that `text` holds."""
+    for string in stop:
+        if (start := text.find(string)) >= 0:
+            yield start + len(string), start
 
 
 @dataclass
@@ -393,8 +314,9 @@ class TextStream(Iterator[str]):
             if token in self._options.eos_ids:
                 reason = "eos"
                 break
-            if piece := self._stop.push(self._detokenizer.push(token)):
-                yield piece
+            piece, special = self._detokenizer.push(token), self._detokenizer.special_text(token)
+            if certain := self._stop.push(piece, special):
+                yield certain
             if self._stop.stopped:
                 break
         if piece := self._stop.push(self._detokenizer.flush()) + self._stop.flush():

@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 from pathlib import Path
 
-from doge_deploy.bundle.manifest import Bundle, Layout
+from doge_deploy.bundle.manifest import Layout
+from doge_deploy.bundle.opening import Bundle
 from doge_deploy.devices.host import ROOT, available_memory
 from doge_deploy.dtypes import DTYPES
 from doge_deploy.errors import MissingDependencyError

@@ -13,95 +13,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import overload
 
 import numpy as np
 import numpy.typing as npt
 
-from doge_deploy.errors import UnsupportedModelError, UsageError
+from doge_deploy.errors import UnsupportedModelError
+from doge_deploy.options.generation import SamplingOptions
 from doge_deploy.runtime.base import FloatArray, IntArray
 
 Float32Array = npt.NDArray[np.float32]
 Float64Array = npt.NDArray[np.float64]
 
-
-@dataclass(frozen=True)
-class SamplingOptions:
-    """How a token is chosen. The defaults are those of transformers' `generate`.
-
-    Raises:
-        UsageError: a value outside of what is legal.
-    """
-
-    do_sample: bool = False
-    """Draw from the distribution; where False the likeliest token is taken: only the penalty matters then."""
-    temperature: float = 1.0
-    """Logits are divided by it; finite, above 0."""
-    top_k: int = 50
-    """Draw among this many of the likeliest tokens; 0 turns the limit off."""
-    top_p: float = 1.0
-    """Draw from the smallest set of likeliest tokens that reaches this probability; 1 turns the limit off."""
-    repetition_penalty: float = 1.0
-    """Above 1 makes tokens that the prompt or the output already holds less likely; 1 turns it off."""
-    seed: int | None = None
-    """Of the random numbers; a fresh one each time where None."""
-    min_p: float = 0.0
-    """Draw among the tokens that are at least this likely in proportion to the likeliest one; 0 turns the limit off."""
-    presence_penalty: float = 0.0
-    """Taken off the logit of every token that the output (not the prompt) holds; below 0 makes them likelier."""
-    frequency_penalty: float = 0.0
-    """Taken off the logit of a token once for each time that the output (not the prompt) holds it."""
-    logit_bias: Mapping[int, float] = field(default_factory=dict)
-    """Token id to a number that is added to its logit."""
-
-    def __post_init__(self) -> None:
-        if not isinstance(self.do_sample, bool):
-            raise UsageError(f"do_sample={self.do_sample!r}: must be true or false")
-        if not _is_positive(self.temperature):
-            raise UsageError(
-                f"temperature={self.temperature!r}: must be a finite number above 0"
-                " (for the likeliest token use --greedy)"
-            )
-        if not _is_count(self.top_k):
-            raise UsageError(f"top_k={self.top_k!r}: must be a whole number from 0 (no limit) up")
-        if not (_is_number(self.top_p) and 0 <= self.top_p <= 1):
-            raise UsageError(f"top_p={self.top_p!r}: must be a number from 0 to 1 (no limit)")
-        if not _is_positive(self.repetition_penalty):
-            raise UsageError(
-                f"repetition_penalty={self.repetition_penalty!r}: must be a number above 0 (1: no penalty)"
-            )
-        if self.seed is not None and not _is_count(self.seed):
-            raise UsageError(f"seed={self.seed!r}: must be a whole number from 0 up")
-        if not (_is_number(self.min_p) and 0 <= self.min_p <= 1):
-            raise UsageError(f"min_p={self.min_p!r}: must be a number from 0 (no limit) to 1")
-        for name in ("presence_penalty", "frequency_penalty"):
-            value = getattr(self, name)
-            if not (_is_number(value) and -2 <= value <= 2):
-                raise UsageError(f"{name}={value!r}: must be a number from -2 to 2 (0: no penalty)")
-        for token, bias in self.logit_bias.items():
-            if not _is_count(token):
-                raise UsageError(f"logit_bias: {token!r} is not a token id, a whole number from 0 up")
-            if not (_is_number(bias) and -100 <= bias <= 100):
-                raise UsageError(f"logit_bias: {bias!r} for token {token}: must be a number from -100 to 100")
-
-    @property
-    def changes_logits(self) -> bool:
-        """Whether the likeliest token may be another than that of the logits as they come."""
-        penalties = self.repetition_penalty != 1 or self.presence_penalty != 0 or self.frequency_penalty != 0
-        return penalties or bool(self.logit_bias)
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
-
-
-def _is_positive(value: float) -> bool:
-    return _is_number(value) and 0 < value < math.inf
-
-
-def _is_count(value: int) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+_HIGHEST = np.finfo(np.float32).max
+_LOWEST = np.finfo(np.float32).min
 
 
 class Context(Sequence[int]):
@@ -234,7 +159,7 @@ def penalize_repetition(scores: Float32Array, context: Sequence[int], penalty: f
     Args:
         scores: `[V]`, left as it is.
         context: ids; those outside of 0..V-1 have no logit and are passed over.
-        penalty: above 0.
+        penalty: above 0, within float32.
 
     Reference: `RepetitionPenaltyLogitsProcessor`.
     """
@@ -242,8 +167,13 @@ def penalize_repetition(scores: Float32Array, context: Sequence[int], penalty: f
     ids = ids[(ids >= 0) & (ids < len(scores))]
     factor = np.float32(penalty)
     seen = scores[ids]
+    with np.errstate(over="ignore"):
+        changed = np.where(seen < 0, seen * factor, seen / factor)
+    # What leaves the range of float32 stays at its end: likeliest and least likely, but no infinity, of which no
+    # distribution could be made. -inf is a token that is ruled out, and stays it.
+    changed = np.clip(changed, np.where(seen == -np.inf, -np.inf, _LOWEST), _HIGHEST)
     penalized: Float32Array = scores.copy()
-    penalized[ids] = np.where(seen < 0, seen * factor, seen / factor)
+    penalized[ids] = changed
     return penalized
 
 

@@ -15,19 +15,19 @@ from typing import Any, Self, TypeAlias, TypeGuard, Unpack
 import numpy as np
 import numpy.typing as npt
 
-from doge_deploy.bundle.manifest import Bundle, Manifest, open_bundle
+from doge_deploy.bundle.manifest import Manifest
+from doge_deploy.bundle.opening import Bundle, open_bundle
 from doge_deploy.errors import UsageError
-from doge_deploy.options.backends import Backend
+from doge_deploy.options.backends import DEFAULT_BACKEND
+from doge_deploy.options.generation import GENERATION_CONFIG, GenerationOptions, settings_not_done
 from doge_deploy.runtime.base import BundleRunner
 from doge_deploy.runtime.choices import TextChoices, resolve_choices
 from doge_deploy.runtime.generate import (
     FinishReason,
-    GenerationOptions,
     Statistics,
     TextGenerator,
     TextStream,
     check_prompt,
-    settings_not_done,
 )
 from doge_deploy.runtime.tokenizer import TOKENIZER_FILE, Tokenizer
 
@@ -62,7 +62,7 @@ class TextModel:
         self,
         path: str | Path,
         *,
-        backend: Backend = "ort",
+        backend: str = DEFAULT_BACKEND,
         layout: str | None = None,
         portable: bool = False,
         threads: int | None = None,
@@ -86,7 +86,7 @@ class TextModel:
         }
         if TOKENIZER_FILE in self.manifest.files:
             _ = self.tokenizer
-        self._config = self._bundle.read_json("generation_config.json")
+        self._config = self._bundle.read_json(GENERATION_CONFIG)
         self._defaults = resolve_choices(defaults or {})
         self.options = self.merged({})
         """What a text without choices of its own is generated with."""
@@ -111,22 +111,27 @@ class TextModel:
         Raises:
             BrokenBundleError: the bundle has none, or it cannot be read.
         """
-        return Tokenizer.from_directory(self._bundle.path)
+        return Tokenizer.from_directory(self._bundle.path, vocab_size=self.manifest.facts.vocab_size)
 
     @property
     def notes(self) -> tuple[str, ...]:
         """What the bundle asks for and does not get, a sentence each."""
         ignored = settings_not_done(self._config)
-        return (f"generation_config.json asks for {', '.join(ignored)}, which is not done here",) if ignored else ()
+        return (f"{GENERATION_CONFIG} asks for {', '.join(ignored)}, which is not done here",) if ignored else ()
 
     def merged(self, choices: Mapping[str, Any]) -> GenerationOptions:
         """Options of one text: what the bundle says, replaced by the defaults of `load`, replaced by `choices`.
 
         Raises:
             UsageError: a name is unknown, a value illegal, or choices contradict each other.
+            BrokenBundleError: a value of the bundle's file is illegal, and none was chosen in its place.
         """
-        ends = {"eos_token_id": list(self.manifest.facts.eos_token_ids)}
-        return GenerationOptions.merged(ends, self._config, {**self._defaults, **resolve_choices(choices)})
+        return GenerationOptions.with_file(
+            self._config,
+            {**self._defaults, **resolve_choices(choices)},
+            eos_ids=self.manifest.facts.eos_token_ids,
+            source=self._bundle.path / GENERATION_CONFIG,
+        )
 
     def encode(self, prompt: Prompt) -> list[int]:
         """Ids of a prompt: begin-of-text and a text, or a conversation in the bundle's chat template.
@@ -243,7 +248,7 @@ class TextModel:
     def _depends_on_calls(self) -> str:
         """Why a token's logits depend on which tokens are fed together, empty where they do not."""
         facts = self.manifest.facts
-        if facts.is_moe and self.manifest.options["routing"] == "reference":
+        if facts.is_moe and self.manifest.options.routing == "reference":
             return "routing=reference mixes the tokens of a call"
         if facts.rope_changes(self.manifest.max_length):
             return "its angles depend on the longest text of a call"

@@ -10,24 +10,20 @@ Axes: T positions, V vocabulary.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import partial
 
 import numpy as np
 import torch
-from safetensors import safe_open
 
-from doge_deploy.bundle.manifest import Bundle
+from doge_deploy.bundle.opening import Bundle
 from doge_deploy.checkpoint import Checkpoint
-from doge_deploy.graph.passes.quantize_weights import values_suffix
-from doge_deploy.graph.passes.transpose_weights import TRANSPOSED_SUFFIX
-from doge_deploy.graph.quantize import QuantizationScheme, quantize
-from doge_deploy.graph.weights import WEIGHTS_FILE
-from doge_deploy.runtime.base import IntArray
-from doge_deploy.runtime.ort import OrtRunner
+from doge_deploy.graph.weight_file import read_weight_file
+from doge_deploy.graph.weight_formats import Quality, WeightFormat
+from doge_deploy.runtime.base import BundleRunner, IntArray
 from doge_deploy.verify.cases import Case, chunk
 from doge_deploy.verify.compare import Array, log_softmax
-from doge_deploy.verify.reference import Reference
+from doge_deploy.verify.reference import Reference, Weights
 from doge_deploy.verify.replay import Replay
-from doge_deploy.verify.tolerance import QUALITY
 
 SURE = 0.5
 """Probability from which on the reference is sure of a token."""
@@ -39,29 +35,16 @@ ROW_TOKENS = 128
 """Tokens of the text in one row."""
 
 
-def quantized_names(bundle: Bundle, scheme: QuantizationScheme) -> list[str]:
-    """Checkpoint tensors that the weight file holds in few bits."""
-    suffix = values_suffix(scheme.bits)
-    with safe_open(bundle.path / WEIGHTS_FILE, framework="pt") as file:
-        return [name.removesuffix(suffix) for name in file.keys() if name.endswith(suffix)]  # noqa: SIM118
+def stored_weights(bundle: Bundle, checkpoint: Checkpoint, weight_format: WeightFormat) -> Weights:
+    """What a bundle stores of its checkpoint's weights: per tensor in the format, the numbers that its graph makes."""
 
+    def dequantized(name: str, _weight: torch.Tensor) -> torch.Tensor:
+        return weight_format.dequantized(checkpoint.read(name))
 
-def use_half(reference: Reference, bundle: Bundle) -> None:
-    """Give a reference the weights of a bundle that stores some of them in half precision."""
-    parameters = dict(reference.model.named_parameters())
-    with safe_open(bundle.path / WEIGHTS_FILE, framework="pt") as file, torch.no_grad():
-        for name in file.keys():  # noqa: SIM118
-            if file.get_slice(name).get_dtype() == "F16":
-                weight = parameters[name.removesuffix(TRANSPOSED_SUFFIX)]
-                weight.copy_(weight.half())
-
-
-def use_dequantized(reference: Reference, checkpoint: Checkpoint, names: list[str], scheme: QuantizationScheme) -> None:
-    """Give a reference the weights that a quantized bundle has."""
-    parameters = dict(reference.model.named_parameters())
-    with torch.no_grad():
-        for name in names:
-            parameters[name].copy_(quantize(checkpoint.read(name), scheme).dequantized())
+    found = (weight_format.part_of(name, info.dtype) for name, info in read_weight_file(bundle.path).items())
+    names = sorted({part.tensor for part in found if part is not None and part.tensor})
+    # another tensor is a finding of `compare_weights`
+    return {name: partial(dequantized, name) for name in names if name in checkpoint.tensors}
 
 
 @dataclass(frozen=True)
@@ -90,13 +73,13 @@ class QualityResult:
 
 
 def judge_quality(
-    layout: str, quantize_name: str, runner: OrtRunner, reference: Reference, replay: Replay, text_ids: IntArray
+    layout: str, limits: Quality, runner: BundleRunner, reference: Reference, replay: Replay, text_ids: IntArray
 ) -> QualityResult:
     """Feed text to both sides, in rows: half a row as a prefill, then token by token.
 
     Args:
         layout: of the runner.
-        quantize_name: a row of `QUALITY`: "int8", "int4" or "fp16".
+        limits: what rounding may cost in the format of the weights.
         runner: the graph that is served.
         reference: with the checkpoint's own weights, in float32.
         replay: how the layout's calls are made in the reference.
@@ -113,14 +96,14 @@ def judge_quality(
         given = len(row) - len(found[-1]) + 1  # tokens before the first that is predicted
         targets.append(row[given:])
         found[-1], expected[-1] = found[-1][: len(targets[-1])], expected[-1][: len(targets[-1])]
-    return _compare(layout, quantize_name, *(np.concatenate(parts) for parts in (found, expected, targets)))
+    return _compare(layout, limits, *(np.concatenate(parts) for parts in (found, expected, targets)))
 
 
 def _logits(parts: list[Array]) -> Array:
     return np.concatenate(parts)
 
 
-def _compare(layout: str, quantize_name: str, found: Array, expected: Array, targets: Array) -> QualityResult:
+def _compare(layout: str, limits: Quality, found: Array, expected: Array, targets: Array) -> QualityResult:
     p, q = log_softmax(expected), log_softmax(found)
     kl = (np.exp(p) * (p - q)).sum(axis=-1)
     best = p.argmax(axis=-1)
@@ -138,14 +121,13 @@ def _compare(layout: str, quantize_name: str, found: Array, expected: Array, tar
         float(np.exp(-q[rows, targets].mean())),
         float(np.exp(-p[rows, targets].mean())),
     )
-    result.failures.extend(_failures(result, quantize_name, bool(np.isfinite(found).all())))
+    result.failures.extend(_failures(result, limits, bool(np.isfinite(found).all())))
     return result
 
 
-def _failures(result: QualityResult, quantize_name: str, finite: bool) -> list[str]:
+def _failures(result: QualityResult, limits: Quality, finite: bool) -> list[str]:
     if not finite:
         return ["the logits hold NaN or infinite numbers"]
-    limits = QUALITY[quantize_name]
     ratio = result.perplexity / result.reference_perplexity
     failures = []
     if not result.mean_kl <= limits.mean_kl:

@@ -16,7 +16,7 @@ from pathlib import Path
 import click
 
 from doge_deploy.bundle.engine_record import EngineRecord
-from doge_deploy.bundle.manifest import Bundle, open_bundle
+from doge_deploy.bundle.opening import Bundle, open_bundle
 
 SIZES = ("20M", "20M-w512", "20M-MoE", "60M", "160M", "320M")
 HEADER = (
@@ -61,7 +61,7 @@ def cpu_seconds() -> float:
 
 
 def row(size: str, bundle: Bundle, elapsed: float, seconds: float) -> str:
-    record = bundle.engine(f"trt-rtx-{bundle.manifest.options['dtype']}-portable")
+    record = bundle.engine(f"trt-rtx-{bundle.manifest.options.dtype}-portable")
     layers, kernels = record.layers, record.kernels
     fused = "unknown" if kernels is None else str(kernels.fused_attention)
     weights = weights_counted_twice(bundle, record)
@@ -87,7 +87,7 @@ def row(size: str, bundle: Bundle, elapsed: float, seconds: float) -> str:
 @click.argument("sizes", nargs=-1, type=click.Choice(SIZES))
 @click.option("--dtype", "dtypes", multiple=True, type=click.Choice(["fp32", "fp16", "bf16"]), default=("fp16", "bf16"))
 @click.option("--profiles", type=click.Choice(["shared", "separate"]), default="shared", show_default=True)
-@click.option("--verify", is_flag=True, help="Hold the lowered graph against transformers, too.")
+@click.option("--verify", is_flag=True, help="Compare the lowered graph with transformers, too.")
 def main(folder: Path, sizes: tuple[str, ...], dtypes: tuple[str, ...], profiles: str, verify: bool) -> None:
     """Build the engines of SIZES (all where none is named) in FOLDER."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -100,7 +100,7 @@ def main(folder: Path, sizes: tuple[str, ...], dtypes: tuple[str, ...], profiles
             elapsed, seconds = time.perf_counter() - start, cpu_seconds() - busy
             if verify:
                 reference = str(checkpoint(folder, size))
-                doge_deploy("verify", str(path), "--lowering", "trt-rtx", "--reference", reference)
+                doge_deploy("verify", str(path), "--lowering", "--reference", reference)
             rows.append(row(size, open_bundle(path), elapsed, seconds))
     print("\n".join(rows))
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from doge_deploy.bundle.manifest import open_bundle
+from doge_deploy.bundle.opening import open_bundle
 from doge_deploy.devices import host
 from doge_deploy.devices.host import available_cpus, available_memory, cpu_quota, usable_threads
 from doge_deploy.errors import MissingDependencyError

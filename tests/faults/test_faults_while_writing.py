@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from failing_filesystem import Commands, Ended, commands, snapshot
 
-from doge_deploy.bundle.manifest import open_bundle
+from doge_deploy.bundle.opening import open_bundle
 
 pytestmark = pytest.mark.skipif(
     sys.platform != "linux" or shutil.which("gcc") is None, reason="needs Linux and gcc, which builds the filesystem"

@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from hard_inputs.frame import DEMO, Case, Outcome, command, demo_copy, equal, right, wrong
 from safetensors.torch import load_file, save_file
 
 from doge_deploy.checkpoint import open_checkpoint
+from hard_inputs.frame import DEMO, Case, Outcome, command, demo_copy, equal, right, wrong
 
 KIND = "5 checkpoints, keys, LoRA"
 

@@ -17,9 +17,10 @@ from typing import Any
 
 import numpy as np
 
-from doge_deploy.bundle.manifest import open_bundle
+from doge_deploy.bundle.opening import open_bundle
 from doge_deploy.cli.main import run_command
-from doge_deploy.runtime.generate import GenerationOptions, generate
+from doge_deploy.options.generation import GenerationOptions
+from doge_deploy.runtime.generate import generate
 from doge_deploy.runtime.ort import open_runner
 from doge_deploy.runtime.sampling import Sampler
 from doge_deploy.runtime.tokenizer import Tokenizer

@@ -16,17 +16,14 @@ from scripted_runner import ScriptedRunner, scripted
 
 import doge_deploy
 from doge_deploy.errors import UsageError
-from doge_deploy.runtime.generate import (
+from doge_deploy.options.generation import (
     DEFAULT_MAX_NEW_TOKENS,
     GenerationOptions,
-    Statistics,
-    StopStrings,
-    TextGenerator,
-    check_prompt,
-    generate,
+    SamplingOptions,
     settings_not_done,
 )
-from doge_deploy.runtime.sampling import Sampler, SamplingOptions
+from doge_deploy.runtime.generate import Statistics, StopStrings, TextGenerator, check_prompt, generate
+from doge_deploy.runtime.sampling import Sampler
 from doge_deploy.runtime.tokenizer import Tokenizer
 
 DOGE_TINY = Path(doge_deploy.__file__).parent / "demo" / "doge-tiny"
@@ -387,7 +384,8 @@ for name in ("torch", "transformers", "onnxscript", "doge_deploy.graph", "doge_d
 import doge_deploy.cli.generate
 assert "numpy" not in sys.modules and "tokenizers" not in sys.modules and "onnxruntime" not in sys.modules
 import doge_deploy.runtime.ort
-from doge_deploy.runtime.generate import GenerationOptions, TextGenerator
+from doge_deploy.options.generation import GenerationOptions
+from doge_deploy.runtime.generate import TextGenerator
 from doge_deploy.runtime.tokenizer import Tokenizer
 from scripted_runner import scripted
 tokenizer = Tokenizer.from_directory({str(DOGE_TINY)!r})
@@ -398,3 +396,20 @@ sys.stdout.buffer.write("".join(TextGenerator(runner, tokenizer, options).stream
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, check=False)
     assert (done.returncode, done.stdout.decode()) == (0, "good 漢字"), done.stderr.decode()
+
+
+GENERATE_WITHOUT = """
+import sys
+
+for name in ("onnx", "onnx_ir", "torch", "transformers", "pydantic", "huggingface_hub"):
+    sys.modules[name] = None  # importing it is an error
+from doge_deploy.cli.main import run_command
+
+sys.exit(run_command(["generate", sys.argv[1], "--prompt", "The", "--max-new-tokens", "2"]))
+"""
+
+
+def test_a_bundle_is_served_by_the_base_installation(tiny_bundle: Path) -> None:
+    command = [sys.executable, "-c", GENERATE_WITHOUT, str(tiny_bundle)]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr

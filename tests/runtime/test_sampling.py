@@ -19,10 +19,10 @@ from transformers.generation.logits_process import (
 )
 
 from doge_deploy.errors import DogeDeployError, UnsupportedModelError, UsageError
+from doge_deploy.options.generation import SamplingOptions
 from doge_deploy.runtime.sampling import (
     Context,
     Sampler,
-    SamplingOptions,
     add_biases,
     min_p_ids,
     penalize_output,

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from doge_deploy.bundle.manifest import Bundle
+from doge_deploy.bundle.opening import Bundle
 from doge_deploy.bundle.signature import SLOT_INDICES, UNCACHED
+from doge_deploy.devices.packages import require_graph_packages
 from doge_deploy.runtime.memory import check_memory
 from doge_deploy.runtime.ort.runners import GrowingOrtRunner, OrtRunner, StaticOrtRunner, UncachedOrtRunner
 from doge_deploy.runtime.ort.session import graph_file, open_session
@@ -42,6 +43,7 @@ def open_runner(
     check_memory(bundle, chosen)
     source: Path | bytes = bundle.path / graph_file(chosen, portable=portable) if model is None else model
     if bundle.manifest.dtype == "bfloat16":
+        require_graph_packages("a bfloat16 bundle on the CPU")
         from doge_deploy.targets.ort import widen_bfloat16
 
         source = widen_bfloat16(source)
@@ -51,10 +53,10 @@ def open_runner(
     session = open_session(source, bundle.path, threads=threads, spin=spin, flush_denormals=flush, profile=profile)
     if chosen.signature.layout == UNCACHED:
         return UncachedOrtRunner(session, chosen, manifest.max_length, facts.pad_token_id)
-    last = manifest.options["logits"] == "last"
+    last = manifest.last_logits
     if chosen.signature.layout == "growing":
         return GrowingOrtRunner(session, chosen, max_length=manifest.max_length, last=last)
-    mixes = facts.is_moe and manifest.options["routing"] == "reference"
+    mixes = facts.is_moe and manifest.options.routing == "reference"
     whole = mixes or facts.rope_changes(manifest.max_length)
     if any(value.name == SLOT_INDICES for value in session.get_inputs()):
         return WindowOrtRunner(

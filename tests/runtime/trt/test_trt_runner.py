@@ -10,7 +10,7 @@ import pytest
 from engine_stand_ins import DECODE, PREFILL, SHARED, HeldDevice, HeldEngine, axes, held_runner
 
 from doge_deploy.bundle.engine_record import EngineProfile, EngineTensor
-from doge_deploy.bundle.manifest import Bundle, open_bundle
+from doge_deploy.bundle.opening import Bundle, open_bundle
 from doge_deploy.errors import UsageError
 from doge_deploy.runtime.ort import open_runner
 from doge_deploy.runtime.trt.runner import TrtRunner, _numbers
@@ -22,12 +22,11 @@ def bundle(tiny_bundle: Path) -> Bundle:
 
 
 @pytest.fixture(scope="module")
-def narrow_bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+def narrow_bundle() -> Bundle:
     """doge-tiny in fp16, logits of the last token: what is usually built."""
-    from bundles import make_bundle
+    from bundles import shared_bundle
 
-    path = tmp_path_factory.mktemp("narrow") / "doge-tiny"
-    return open_bundle(make_bundle("doge-tiny", path, dtype="fp16", logits="last"))
+    return open_bundle(shared_bundle("doge-tiny", dtype="fp16"))
 
 
 def device_of(runner: TrtRunner) -> HeldDevice:
@@ -36,8 +35,8 @@ def device_of(runner: TrtRunner) -> HeldDevice:
 
 
 def engine_of(runner: TrtRunner) -> HeldEngine:
-    engine: HeldEngine = runner._decode.engine  # type: ignore[attr-defined]
-    return engine
+    assert isinstance(runner._engine, HeldEngine)
+    return runner._engine
 
 
 CALLS: dict[str, list[tuple[list[list[int]], list[int]]]] = {

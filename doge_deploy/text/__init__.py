@@ -1,0 +1,7 @@
+"""Text to ids and back, with what a bundle holds: neither torch nor transformers is imported.
+
+files.py      which of a tokenizer's files says what
+tokenizer.py  `Tokenizer`: text and conversations to ids
+templates.py  chat templates, in a sandbox with limits
+streams.py    `Detokenizer`: ids to text as they come
+"""
