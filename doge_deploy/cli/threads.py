@@ -10,6 +10,4 @@ def threads_note(threads: int | None) -> str:
     cpus = available_cpus()
     if threads is None or threads <= cpus:
         return ""
-    return (
-        f"note: --threads {threads}: this process may use {cpus} CPU{'' if cpus == 1 else 's'}, and as many threads run"
-    )
+    return f"note: --threads {threads}: CPUs that this process may use: {cpus}; as many threads run"

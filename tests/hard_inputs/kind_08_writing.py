@@ -9,12 +9,11 @@ import subprocess
 import sys
 from pathlib import Path
 
-from hard_inputs.frame import Case, Outcome, equal, refused, wrong
-
+from doge_deploy.bundle.files import MANIFEST
 from doge_deploy.bundle.locks import locked
-from doge_deploy.bundle.manifest import MANIFEST
 from doge_deploy.bundle.writing import writing_bundle
 from doge_deploy.errors import UsageError
+from hard_inputs.frame import Case, Outcome, equal, refused, wrong
 
 KIND = "8 writing"
 
