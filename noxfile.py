@@ -36,6 +36,13 @@ def full(session: nox.Session) -> None:
     session.run("pytest", *PARALLEL, *session.posargs)
 
 
+@nox.session(name="planted-faults")
+def planted_faults(session: nox.Session) -> None:
+    """Faults in the sources, one in each package: `make test`'s selection catches each."""
+    install(session, "export,cpu,rtx,plugins,bench,dev")
+    session.run("python", "tests/planted_faults.py", *session.posargs)
+
+
 @nox.session
 def kernels(session: nox.Session) -> None:
     """The kernels in Triton's interpreter on many drawn shapes and on large ones."""

@@ -37,8 +37,7 @@ def shared_bundle(model: str | Path, **options: Any) -> Path:
 
     Not for tests of the export itself: what they replace in it must neither come from here nor stay here.
     """
-    # the bundle's manifest names the path too
-    key = [str(model), shared_files.content(model) if isinstance(model, Path) else "", options]
+    key = [shared_files.content(model) if isinstance(model, Path) else model, options]
     name = model.name if isinstance(model, Path) else model
     return shared_files.made_once(name, ["bundle", *key], lambda path: make_bundle(model, path, **options))
 

@@ -233,7 +233,7 @@ def held_runner(bundle: Bundle, *, records_itself: bool = False, **changes: Any)
     )
 
 
-def axes(batch: int, low: int, high: int) -> dict[str, Range]:
+def profile_axes(batch: int, low: int, high: int) -> dict[str, Range]:
     one = Range(min=1, opt=1, max=batch)
     return {"batch_size": one, "sequence_length": Range(min=low, opt=high, max=high)}
 
@@ -242,8 +242,8 @@ def made_up_record(**changes: Any) -> EngineRecord:
     """A record of no real engine, for tests of its readers."""
     fields: dict[str, Any] = {
         "profiles": (
-            EngineProfile(name="prefill", axes=axes(1, 1, 64)),
-            EngineProfile(name="decode", axes=axes(4, 1, 1)),
+            EngineProfile(name="prefill", axes=profile_axes(1, 1, 64)),
+            EngineProfile(name="decode", axes=profile_axes(4, 1, 1)),
         ),
         "inputs": (EngineTensor(name="input_ids", dtype="int64", shape=("batch_size", "sequence_length")),),
         "outputs": (EngineTensor(name="logits", dtype="float16", shape=("batch_size", 1, 256)),),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -371,3 +372,33 @@ def test_keywords_are_the_fields_of_the_options(keywords: Any, options: Any) -> 
 def test_choices_are_all_that_a_text_can_be_generated_with() -> None:
     sampling = {spec.name for spec in dataclasses.fields(SamplingOptions)}
     assert set(doge_deploy.TextChoices.__annotations__) == {*sampling, "max_new_tokens", "eos_token_id", "stop_strings"}
+
+
+@pytest.mark.sweep
+def test_type_checkers_know_the_functions(tmp_path: Path) -> None:
+    right = """import doge_deploy
+
+bundle = doge_deploy.export("doge-tiny", "a", kv_cache=["static"], quantize="int8")
+path = bundle.path.name
+with doge_deploy.load(bundle.path, defaults={"seed": 1}) as model:
+    text: str = model.generate([{"role": "user", "content": "a"}], top_k=5).text
+    rows, vocabulary = model.logits([1]).shape
+passed: bool = doge_deploy.verify(bundle.path).passed
+"""
+    wrong = """import doge_deploy
+
+doge_deploy.export("doge-tiny", "a", dtype="fp8")
+doge_deploy.load("a").generate("a", top_k="5")
+doge_deploy.load("a").generate("a", temprature=1.0)
+doge_deploy.exprot("a")
+doge_deploy.verify("a").passd
+"""
+    found = {}
+    environment = {**os.environ, "MYPYPATH": str(Path(api.__file__).parent.parent)}
+    for name, code in (("right", right), ("wrong", wrong)):
+        (tmp_path / f"{name}.py").write_text(code)
+        options = ["--strict", "--follow-imports=silent", "--cache-dir", str(tmp_path / "cache")]
+        command = [sys.executable, "-m", "mypy", *options, f"{name}.py"]
+        done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment)
+        found[name] = [line.split(":")[1] for line in done.stdout.splitlines() if ": error: " in line]
+    assert found == {"right": [], "wrong": ["3", "4", "5", "6", "7"]}

@@ -24,19 +24,21 @@ def test_every_example_has_a_page() -> None:
     assert all((folder / "README.md").is_file() for folder in folders)
 
 
+@pytest.mark.sweep
 def test_demo_checkpoints_can_be_trained_anew(tmp_path: Path) -> None:
     run("01_train_demo_checkpoints/train.py", "--steps", "2", "--output", str(tmp_path))
     for name in ("doge-tiny", "doge-tiny-moe"):
         assert open_checkpoint(str(tmp_path / name)).facts == open_checkpoint(name).facts
 
 
-@pytest.mark.parametrize("size", ["20M", "20M-MoE"])
+@pytest.mark.parametrize("size", [pytest.param("20M", marks=pytest.mark.sweep), "20M-MoE"])
 def test_published_sizes_are_valid_checkpoints(size: str, tmp_path: Path) -> None:
     run("02_published_sizes/make_random.py", size, str(tmp_path / size), "--dtype", "bfloat16")
     facts = open_checkpoint(str(tmp_path / size)).facts
     assert (facts.hidden_size, facts.num_hidden_layers, facts.is_moe) == (256, 8, size.endswith("MoE"))
 
 
+@pytest.mark.sweep
 def test_text_beyond_the_original_length_is_that_of_transformers(tmp_path: Path) -> None:
     from bundles import make_bundle
     from random_doge import save_random_doge

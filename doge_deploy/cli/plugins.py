@@ -85,6 +85,9 @@ def check(model: Path) -> None:
 
     Exit code 0: TensorRT will find every plugin and every node fits it; 3: one does not.
     """
+    from doge_deploy.devices.packages import require_graph_packages
+
+    require_graph_packages("plugins check")
     from rich.console import Console
 
     from doge_deploy.errors import UnsupportedModelError

@@ -38,6 +38,9 @@ def roofline(device: str, model: str, past: int, new: int, batch_size: int, dtyp
 
     A model on paper: bytes and operations, counted, at the device's published bandwidth and peak. Nothing is measured.
     """
+    from doge_deploy.devices.packages import require_graph_packages
+
+    require_graph_packages("plugins roofline")
     from doge_deploy.doctor.kernel_roofline import Call
     from doge_deploy.doctor.kernel_roofline import roofline as make
     from doge_deploy.kernels.registry import installed

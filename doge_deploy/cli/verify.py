@@ -18,8 +18,8 @@ from doge_deploy.options.backends import BACKENDS, TORCH_KERNELS, Backend
 @click.option("--portable", is_flag=True, help="Judge the standard graph, not the one lowered for ONNX Runtime.")
 @click.option(
     "--lowering",
-    type=click.Choice(["trt-rtx", "trt"]),
-    help="Judge the static graph as it is lowered for TensorRT (without plugins), in ONNX Runtime.",
+    is_flag=True,
+    help="Judge the static graph as it is lowered for TensorRT and TensorRT-RTX (without plugins), in ONNX Runtime.",
 )
 @click.option(
     "--backend",
@@ -39,15 +39,15 @@ def verify(
     layouts: tuple[str, ...],
     greedy_steps: int,
     portable: bool,
-    lowering: str | None,
+    lowering: bool,
     backend: Backend | Literal["torch-kernels"],
     engine: str | None,
     json_file: Path | None,
     junit_file: Path | None,
 ) -> None:
-    """Hold BUNDLE against transformers in eager mode, call by call.
+    """Compare BUNDLE with transformers in eager mode, call by call.
 
-    A legacy Doge, which transformers cannot load, is held against a reference of its own revision.
+    A legacy Doge, which transformers cannot load, is compared with a reference of its own revision.
 
     Exit code 0: every number is within its calibrated tolerance; 1: one is not.
     """
@@ -69,7 +69,7 @@ def verify(
             layouts=layouts,
             greedy_steps=greedy_steps,
             portable=portable,
-            lowering=lowering is not None,
+            lowering=lowering,
             backend=backend,
             engine=engine,
             started=table.started,

@@ -30,4 +30,10 @@ def require_packages(names: Iterable[str], *, user: str, extra: str) -> None:
 
 def require_export_packages(user: str) -> None:
     """Raises MissingDependencyError where a package that tracing and transformers' models need is absent."""
-    require_packages(("torch", "transformers", "onnxscript"), user=user, extra="export")
+    names = ("torch", "transformers", "onnxscript", "onnx", "onnx-ir", "safetensors")
+    require_packages(names, user=user, extra="export")
+
+
+def require_graph_packages(user: str) -> None:
+    """Raises MissingDependencyError where a package that reads and changes ONNX graphs is absent."""
+    require_packages(("onnx", "onnx-ir"), user=user, extra="graph")

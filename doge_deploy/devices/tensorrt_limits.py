@@ -5,7 +5,7 @@ The numbers are the vendor's, with their place; a test holds them against the li
 
 from __future__ import annotations
 
-import re
+from doge_deploy.devices.versions import at_least
 
 RTX_CAPABILITIES = ("7.5", "8.0", "8.6", "8.9", "12.0", "12.1")
 """Compute capabilities that TensorRT-RTX 1.7 compiles for: its enumeration `ComputeCapability`.
@@ -53,18 +53,6 @@ TENSORRT_DTYPES = {
 
 BF16_FIRST_CAPABILITY = "8.0"
 """bfloat16 arithmetic came with Ampere; same support matrices."""
-
-
-def version_key(version: str) -> tuple[int, ...]:
-    """`10.15.1` -> (10, 15, 1), to be compared; what follows the numbers is left out."""
-    return tuple(int(part) for part in re.findall(r"\d+", version.split("+")[0]))
-
-
-def at_least(version: str, first: str) -> bool:
-    """Whether a version (or compute capability) is `first` or a later one; `10.15` counts as `10.15.0`."""
-    left, right = version_key(version), version_key(first)
-    width = max(len(left), len(right))
-    return left + (0,) * (width - len(left)) >= right + (0,) * (width - len(right))
 
 
 def supports_dtype(capability: str, dtype: str) -> bool:

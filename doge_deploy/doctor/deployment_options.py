@@ -16,9 +16,9 @@ from doge_deploy.devices.tensorrt_limits import (
     TRT_FIRST_AOT_PLUGINS,
     TRT_FIRST_CAPABILITY,
     TRT_FIRST_NATIVE_LAYERS,
-    at_least,
     supports_dtype,
 )
+from doge_deploy.devices.versions import at_least
 from doge_deploy.doctor.fit import Needs, decode_bytes, needs, weight_bytes
 from doge_deploy.doctor.model import Subject
 

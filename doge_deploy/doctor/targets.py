@@ -8,8 +8,8 @@ from doge_deploy.devices.tensorrt_limits import (
     RTX_CAPABILITIES,
     TRT_FIRST_CAPABILITY,
     TRT_FIRST_NATIVE_LAYERS,
-    at_least,
 )
+from doge_deploy.devices.versions import at_least
 from doge_deploy.doctor.machine import Machine
 
 ORT_FIRST = "1.25"

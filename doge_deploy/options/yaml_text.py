@@ -4,7 +4,14 @@ from __future__ import annotations
 
 from typing import Any, TextIO
 
-import yaml
+from doge_deploy.errors import MissingDependencyError
+
+try:
+    import yaml
+except ImportError:
+    raise MissingDependencyError(
+        "files of options and devices are read with PyYAML, which is not installed: pip install 'doge-deploy[graph]'"
+    ) from None
 
 
 class _UniqueKeyLoader(yaml.SafeLoader):

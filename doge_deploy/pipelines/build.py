@@ -8,6 +8,7 @@ from pathlib import Path
 from doge_deploy.bundle.engine_record import EngineRecord
 from doge_deploy.bundle.engine_store import commit, staging
 from doge_deploy.bundle.manifest import open_bundle
+from doge_deploy.devices.packages import require_graph_packages
 from doge_deploy.errors import UsageError
 from doge_deploy.options.build import BuildOptions
 from doge_deploy.process.progress import Progress
@@ -39,6 +40,7 @@ def build(path: str | Path, options: BuildOptions, *, force: bool, progress: Pro
     product = PRODUCTS[options.target]
     check_options(options)
     check_installed(options.target)
+    require_graph_packages("build")
     require_gpu(options.target)
     advance = progress.stage("check bundle")
     bundle = open_bundle(path)

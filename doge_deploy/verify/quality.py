@@ -10,6 +10,7 @@ Axes: T positions, V vocabulary.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import partial
 
 import numpy as np
 import torch
@@ -17,7 +18,7 @@ from safetensors import safe_open
 
 from doge_deploy.bundle.manifest import Bundle
 from doge_deploy.checkpoint import Checkpoint
-from doge_deploy.graph.passes.quantize_weights import values_suffix
+from doge_deploy.graph.passes.quantize_weights import scheme_of, values_suffix
 from doge_deploy.graph.passes.transpose_weights import TRANSPOSED_SUFFIX
 from doge_deploy.graph.quantize import QuantizationScheme, quantize
 from doge_deploy.graph.weights import WEIGHTS_FILE
@@ -25,7 +26,7 @@ from doge_deploy.runtime.base import IntArray
 from doge_deploy.runtime.ort import OrtRunner
 from doge_deploy.verify.cases import Case, chunk
 from doge_deploy.verify.compare import Array, log_softmax
-from doge_deploy.verify.reference import Reference
+from doge_deploy.verify.reference import Reference, Weights
 from doge_deploy.verify.replay import Replay
 from doge_deploy.verify.tolerance import QUALITY
 
@@ -39,29 +40,31 @@ ROW_TOKENS = 128
 """Tokens of the text in one row."""
 
 
-def quantized_names(bundle: Bundle, scheme: QuantizationScheme) -> list[str]:
-    """Checkpoint tensors that the weight file holds in few bits."""
+def stored_weights(bundle: Bundle, checkpoint: Checkpoint) -> Weights:
+    """How a bundle's weights differ from its checkpoint's: what rounding made of them, by name; empty without any."""
+    scheme = scheme_of(bundle.manifest.options)
+    if scheme is not None:
+        return _dequantized(bundle, checkpoint, scheme)
+    return _in_half(bundle) if bundle.manifest.options.get("quantize") is not None else {}
+
+
+def _dequantized(bundle: Bundle, checkpoint: Checkpoint, scheme: QuantizationScheme) -> Weights:
+    """Of tensors that the weight file holds in few bits: the numbers that the graph makes of them."""
     suffix = values_suffix(scheme.bits)
+
+    def dequantized(name: str, _weight: torch.Tensor) -> torch.Tensor:
+        return quantize(checkpoint.read(name), scheme).dequantized()
+
     with safe_open(bundle.path / WEIGHTS_FILE, framework="pt") as file:
-        return [name.removesuffix(suffix) for name in file.keys() if name.endswith(suffix)]  # noqa: SIM118
+        names = [name.removesuffix(suffix) for name in file.keys() if name.endswith(suffix)]  # noqa: SIM118
+    return {name: partial(dequantized, name) for name in names}
 
 
-def use_half(reference: Reference, bundle: Bundle) -> None:
-    """Give a reference the weights of a bundle that stores some of them in half precision."""
-    parameters = dict(reference.model.named_parameters())
-    with safe_open(bundle.path / WEIGHTS_FILE, framework="pt") as file, torch.no_grad():
-        for name in file.keys():  # noqa: SIM118
-            if file.get_slice(name).get_dtype() == "F16":
-                weight = parameters[name.removesuffix(TRANSPOSED_SUFFIX)]
-                weight.copy_(weight.half())
-
-
-def use_dequantized(reference: Reference, checkpoint: Checkpoint, names: list[str], scheme: QuantizationScheme) -> None:
-    """Give a reference the weights that a quantized bundle has."""
-    parameters = dict(reference.model.named_parameters())
-    with torch.no_grad():
-        for name in names:
-            parameters[name].copy_(quantize(checkpoint.read(name), scheme).dequantized())
+def _in_half(bundle: Bundle) -> Weights:
+    """Of tensors that the weight file holds in half precision."""
+    with safe_open(bundle.path / WEIGHTS_FILE, framework="pt") as file:
+        names = [name for name in file.keys() if file.get_slice(name).get_dtype() == "F16"]  # noqa: SIM118
+    return {name.removesuffix(TRANSPOSED_SUFFIX): torch.Tensor.half for name in names}
 
 
 @dataclass(frozen=True)

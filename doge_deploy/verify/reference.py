@@ -11,7 +11,8 @@ n router keys, k experts.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any, cast
@@ -57,37 +58,52 @@ class Watch:
     """Rows whose given selection is another set than the reference's own."""
 
 
-class Reference:
-    """transformers' model with its attention mask and router hooks in place."""
+@dataclass(frozen=True)
+class Call:
+    """What one call of the reference is told beside its tensors, and where it notes what it sees."""
 
-    def __init__(self, checkpoint: Checkpoint, dtype: str, task: str = "causal-lm") -> None:
+    given: Selections
+    """Selections that are compared with the reference's own."""
+    use_given: bool
+    """Whether they replace the reference's own."""
+    real_rows: torch.Tensor | None
+    """`[B, Q]`: the rows in which selections are judged; all where None."""
+    longest: int | None
+    """RoPE takes the call for a part of one that reaches that many tokens."""
+    watch: Watch = field(default_factory=Watch)
+
+
+Weights = Mapping[str, Callable[[torch.Tensor], torch.Tensor]]
+"""By name of a parameter: from the checkpoint's weight the one that is to take its place, of the same shape."""
+
+
+class Reference:
+    """transformers' model, whose mask and router are watched during a call.
+
+    It does not change: another dtype or other weights are another reference. Only the RoPE of the types that adapt to
+    the length of a text remembers it from call to call, as transformers' does, until `forget`.
+
+    Args:
+        checkpoint: the weights.
+        dtype: NumPy's name of the dtype that is computed in.
+        task: what the model is for; with `features` a call returns last hidden states.
+        weights: parameters that are to have other values than the checkpoint's.
+    """
+
+    def __init__(
+        self, checkpoint: Checkpoint, dtype: str, task: str = "causal-lm", weights: Weights | None = None
+    ) -> None:
         from transformers.utils import logging
 
         logging.disable_progress_bar()  # type: ignore[no-untyped-call]
         # Configs were read strictly by us; transformers' remarks on them are noise here.
         logging.set_verbosity_error()  # type: ignore[no-untyped-call]
-        loaded = _load_model(checkpoint, getattr(torch, dtype))
         self.task = task
-        if checkpoint_size(checkpoint) < SMALL_PARAMETERS:
-            torch.set_num_threads(1)
-        self.model = loaded.eval()
         self.facts = checkpoint.facts
-        self.watch = Watch()
-        self.given: Selections = {}
-        self.use_given = True
-        self.real_rows: torch.Tensor | None = None
-        self.longest: int | None = None
+        self.model = _load_model(checkpoint, getattr(torch, dtype)).eval()
         self.body = getattr(self.model, "model", self.model)
         """The decoder, with or without a head around it."""
-        self.rotary = self.body.rotary_emb
-        self.rotary.forward = partial(self._rotate, self.rotary.forward)
-        for index, layer in enumerate(self.body.layers):
-            attention = layer.self_attn
-            attention.prepare_dynamic_mask = partial(self._mask, index, attention.prepare_dynamic_mask)
-            if self.facts.is_moe:
-                layer.mlp.forward = partial(self._experts, index, layer.mlp, layer.mlp.forward)
-        if task == "sequence-classification":
-            self.model.score.register_forward_hook(self._note_classes)
+        _replace_weights(self.model, weights or {})
         if dtype == "float64":
             _widen_norms(self.model)
 
@@ -105,131 +121,156 @@ class Reference:
         longest: int | None = None,
     ) -> tuple[torch.Tensor, Watch]:
         """One call: `input_ids` and `position_ids` `[B, Q]`, `attention_mask` `[B, T]`, or `[B, 1, Q, K]`, true
-        where visible; `cache` is updated.
-
-        `given` selections are held against the reference's own, and, with `use_given`, replace them, both in rows that
-        are real (`real_rows` `[B, Q]`, all where None). `longest`: RoPE takes the call for a part of one
-        that reaches that many tokens.
+        where visible; `cache` is updated. The others are fields of `Call`.
         """
-        self.longest = longest
-        self.watch, self.given, self.use_given = Watch(), given or {}, use_given
-        self.real_rows = None if real_rows is None else torch.from_numpy(real_rows)
+        rows = None if real_rows is None else torch.from_numpy(real_rows)
+        call = Call(given or {}, use_given, rows, longest)
         called = self.body if self.task == "features" else self.model
-        output = called(
-            input_ids=torch.from_numpy(np.ascontiguousarray(input_ids)),
-            attention_mask=_as_mask(attention_mask),
-            position_ids=torch.from_numpy(np.ascontiguousarray(position_ids)),
-            past_key_values=cache,
-            use_cache=True,
-        )
-        return output.last_hidden_state if self.task == "features" else output.logits, self.watch
+        with self._watched(call):
+            output = called(
+                input_ids=torch.from_numpy(np.ascontiguousarray(input_ids)),
+                attention_mask=_as_mask(attention_mask),
+                position_ids=torch.from_numpy(np.ascontiguousarray(position_ids)),
+                past_key_values=cache,
+                use_cache=True,
+            )
+        return output.last_hidden_state if self.task == "features" else output.logits, call.watch
 
     def forget(self) -> None:
         """Make RoPE forget the texts so far, as if the model had just been loaded."""
-        self.rotary.max_seq_len_cached = self.rotary.original_max_seq_len
-        self.rotary.inv_freq = self.rotary.original_inv_freq.clone()
+        rotary = self.body.rotary_emb
+        rotary.max_seq_len_cached = rotary.original_max_seq_len
+        rotary.inv_freq = rotary.original_inv_freq.clone()
 
-    def _note_classes(self, _module: torch.nn.Module, _inputs: Any, output: torch.Tensor) -> None:
-        self.watch.classes = list(output)
+    @contextmanager
+    def _watched(self, call: Call) -> Iterator[None]:
+        """While this lasts, the model's functions report to `call` and do what it says."""
+        with ExitStack() as stack:
 
-    def _rotate(
-        self, original: Callable[..., tuple[torch.Tensor, torch.Tensor]], x: torch.Tensor, position_ids: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Around `DogeRotaryEmbedding.forward`: shows it the last position of the whole call too, where it is told."""
-        if self.longest is None:
-            return original(x, position_ids)
-        last = torch.full_like(position_ids[:, :1], self.longest - 1)
-        cos, sin = original(x, torch.cat((position_ids, last), dim=1))
-        return cos[:, :-1], sin[:, :-1]
+            def around(owner: Any, name: str, hook: Callable[..., Any], *arguments: Any) -> None:
+                """Let `owner.name` be `hook(call, *arguments, original, ...)`."""
+                setattr(owner, name, partial(hook, call, *arguments, getattr(owner, name)))
+                stack.callback(delattr, owner, name)
 
-    def _mask(
-        self,
-        index: int,
-        original: Callable[..., torch.Tensor],
-        hidden_states: torch.Tensor,
-        dt_states: torch.Tensor,
-        keep_window_size: int = 2048,
-        attention_mask: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        """Around `prepare_dynamic_mask`: records what it kept; a given selection replaces its result."""
-        self.watch.scores[index] = dt_states
-        if attention_mask is None:
-            raise AssertionError("transformers passed no attention mask; its causal mask would be lost")
-        mask = original(hidden_states, dt_states, keep_window_size, attention_mask)
-        lowest = torch.finfo(hidden_states.dtype).min
-        if mask.shape[-1] <= keep_window_size:
-            return _for_float32_softmax(mask)
-        allowed = attention_mask if attention_mask.dtype == torch.bool else attention_mask == 0
-        bias = dt_states[:, :, None, :].masked_fill(~allowed[..., : mask.shape[-1]], lowest)
-        visible = bias > lowest
-        last = torch.topk(bias, keep_window_size, dim=-1).values.amin(-1, keepdim=True)
-        own = mask > lowest
-        self._note_gap(bias, own, last, visible)
-        used = self._choose(f"kept.{index}", own, bias, visible, last)
-        return _for_float32_softmax(mask if used is own else bias.masked_fill(~used, lowest))
+            around(self.body.rotary_emb, "forward", _rotate)
+            for index, layer in enumerate(self.body.layers):
+                around(layer.self_attn, "prepare_dynamic_mask", _mask, index)
+                if self.facts.is_moe:
+                    around(layer.mlp, "forward", _experts, index, layer.mlp)
+            if self.task == "sequence-classification":
+                noted = self.model.score.register_forward_hook(partial(_note_classes, call))
+                stack.callback(noted.remove)
+            yield
 
-    def _choose(
-        self, name: str, own: torch.Tensor, bias: torch.Tensor, visible: torch.Tensor, last: torch.Tensor
-    ) -> torch.Tensor:
-        """The given selection where there is one, after measuring how far it is from the best; else `own`."""
-        if name not in self.given:
-            return own
-        # A sliding cache has lost the first columns.
-        given = torch.from_numpy(self.given[name][..., self.given[name].shape[-1] - own.shape[-1] :])
-        real = (
-            torch.ones(own.shape[:1] + own.shape[2:3], dtype=torch.bool) if self.real_rows is None else self.real_rows
-        )
-        rows = real[:, None, :, None]
-        too_low = torch.where(given & rows, last - bias, -torch.inf).amax().item()
-        too_high = torch.where(~given & visible & rows, bias - last, -torch.inf).amax().item()
-        counts = (given & visible).sum(-1) == own.sum(-1)
-        legal = not (given & ~visible & rows).any() and bool((counts | ~real[:, None]).all())
-        self.watch.violation[name] = max(too_low, too_high, 0.0) if legal else float("inf")
-        self.watch.differing += int((((given != own) & rows).any(-1)).sum())
-        return torch.where(rows, given, own) if self.use_given else own
 
-    def _note_gap(self, bias: torch.Tensor, own: torch.Tensor, last: torch.Tensor, visible: torch.Tensor) -> None:
-        dropped = torch.where(visible & ~own, bias, -torch.inf).amax(-1, keepdim=True)
-        self.watch.gap = min(self.watch.gap, float((last - dropped).amin()))
+def _note_classes(call: Call, _module: torch.nn.Module, _inputs: Any, output: torch.Tensor) -> None:
+    call.watch.classes = list(output)
 
-    def _experts(
-        self, index: int, mlp: Any, original: Callable[..., Any], hidden_states: torch.Tensor, **kwargs: Any
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Around `DogeCDMoE.forward`: records the experts; given ones take their place in the same formula."""
-        batch, width, hidden = hidden_states.shape
-        tokens = batch * width
-        halves = mlp.router_gate(hidden_states).view(2, tokens, -1)
-        self.watch.router[index] = halves
-        sums = (halves[0][:, :, None] + halves[1][:, None, :]).flatten(1)  # [N, n*n], in the order of expert ids
-        best = torch.topk(sums, min(mlp.top_k + 1, sums.shape[1]), dim=-1)
-        own, last = best.indices[:, : mlp.top_k], best.values[:, mlp.top_k - 1 : mlp.top_k]
-        if best.values.shape[1] > mlp.top_k:
-            self.watch.gap = min(self.watch.gap, float((last - best.values[:, mlp.top_k :]).amin()))
-        used = self._choose_experts(f"experts.{index}", own, sums, last)
-        if used is own:
-            result: tuple[torch.Tensor, torch.Tensor] = original(hidden_states, **kwargs)
-            return result
-        weights = F.softmax(sums.gather(1, used), dim=-1)
-        if mlp.norm_topk_prob:
-            weights = weights / weights.sum(dim=-1, keepdim=True)
-        dots = torch.matmul(mlp.down_embed(used), hidden_states.view(tokens, hidden, 1)).view(tokens, -1)
-        gates = mlp.act_fn(dots) * weights
-        routed = torch.matmul(gates[:, None], mlp.up_embed(used)).view(batch, width, -1)
-        shared = mlp.down_proj(mlp.act_fn(mlp.gate_proj(hidden_states)) * mlp.up_proj(hidden_states))
-        return shared + routed, halves
 
-    def _choose_experts(self, name: str, own: torch.Tensor, sums: torch.Tensor, last: torch.Tensor) -> torch.Tensor:
-        if name not in self.given:
-            return own
-        given = torch.from_numpy(np.ascontiguousarray(self.given[name]))
-        picked = torch.zeros_like(sums, dtype=torch.bool).scatter(1, given, True)
-        too_low = (last - sums.gather(1, given)).amax().item()
-        too_high = torch.where(~picked, sums - last, -torch.inf).amax().item()
-        legal = bool((picked.sum(1) == own.shape[1]).all())
-        self.watch.violation[name] = max(too_low, too_high, 0.0) if legal else float("inf")
-        own_picked = torch.zeros_like(picked).scatter(1, own, True)
-        self.watch.differing += int((picked != own_picked).any(1).sum())
-        return given if self.use_given else own
+def _rotate(
+    call: Call,
+    original: Callable[..., tuple[torch.Tensor, torch.Tensor]],
+    x: torch.Tensor,
+    position_ids: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Around `DogeRotaryEmbedding.forward`: shows it the last position of the whole call too, where it is told."""
+    if call.longest is None:
+        return original(x, position_ids)
+    last = torch.full_like(position_ids[:, :1], call.longest - 1)
+    cos, sin = original(x, torch.cat((position_ids, last), dim=1))
+    return cos[:, :-1], sin[:, :-1]
+
+
+def _mask(
+    call: Call,
+    index: int,
+    original: Callable[..., torch.Tensor],
+    hidden_states: torch.Tensor,
+    dt_states: torch.Tensor,
+    keep_window_size: int = 2048,
+    attention_mask: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Around `prepare_dynamic_mask`: records what it kept; a given selection replaces its result."""
+    call.watch.scores[index] = dt_states
+    if attention_mask is None:
+        raise AssertionError("transformers passed no attention mask; its causal mask would be lost")
+    mask = original(hidden_states, dt_states, keep_window_size, attention_mask)
+    lowest = torch.finfo(hidden_states.dtype).min
+    if mask.shape[-1] <= keep_window_size:
+        return _for_float32_softmax(mask)
+    allowed = attention_mask if attention_mask.dtype == torch.bool else attention_mask == 0
+    bias = dt_states[:, :, None, :].masked_fill(~allowed[..., : mask.shape[-1]], lowest)
+    visible = bias > lowest
+    last = torch.topk(bias, keep_window_size, dim=-1).values.amin(-1, keepdim=True)
+    own = mask > lowest
+    _note_gap(call, bias, own, last, visible)
+    used = _choose(call, f"kept.{index}", own, bias, visible, last)
+    return _for_float32_softmax(mask if used is own else bias.masked_fill(~used, lowest))
+
+
+def _choose(
+    call: Call, name: str, own: torch.Tensor, bias: torch.Tensor, visible: torch.Tensor, last: torch.Tensor
+) -> torch.Tensor:
+    """The given selection where there is one, after measuring how far it is from the best; else `own`."""
+    if name not in call.given:
+        return own
+    # A sliding cache has lost the first columns.
+    given = torch.from_numpy(call.given[name][..., call.given[name].shape[-1] - own.shape[-1] :])
+    real = torch.ones(own.shape[:1] + own.shape[2:3], dtype=torch.bool) if call.real_rows is None else call.real_rows
+    rows = real[:, None, :, None]
+    too_low = torch.where(given & rows, last - bias, -torch.inf).amax().item()
+    too_high = torch.where(~given & visible & rows, bias - last, -torch.inf).amax().item()
+    counts = (given & visible).sum(-1) == own.sum(-1)
+    legal = not (given & ~visible & rows).any() and bool((counts | ~real[:, None]).all())
+    call.watch.violation[name] = max(too_low, too_high, 0.0) if legal else float("inf")
+    call.watch.differing += int((((given != own) & rows).any(-1)).sum())
+    return torch.where(rows, given, own) if call.use_given else own
+
+
+def _note_gap(call: Call, bias: torch.Tensor, own: torch.Tensor, last: torch.Tensor, visible: torch.Tensor) -> None:
+    dropped = torch.where(visible & ~own, bias, -torch.inf).amax(-1, keepdim=True)
+    call.watch.gap = min(call.watch.gap, float((last - dropped).amin()))
+
+
+def _experts(
+    call: Call, index: int, mlp: Any, original: Callable[..., Any], hidden_states: torch.Tensor, **kwargs: Any
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Around `DogeCDMoE.forward`: records the experts; given ones take their place in the same formula."""
+    batch, width, hidden = hidden_states.shape
+    tokens = batch * width
+    halves = mlp.router_gate(hidden_states).view(2, tokens, -1)
+    call.watch.router[index] = halves
+    sums = (halves[0][:, :, None] + halves[1][:, None, :]).flatten(1)  # [N, n*n], in the order of expert ids
+    best = torch.topk(sums, min(mlp.top_k + 1, sums.shape[1]), dim=-1)
+    own, last = best.indices[:, : mlp.top_k], best.values[:, mlp.top_k - 1 : mlp.top_k]
+    if best.values.shape[1] > mlp.top_k:
+        call.watch.gap = min(call.watch.gap, float((last - best.values[:, mlp.top_k :]).amin()))
+    used = _choose_experts(call, f"experts.{index}", own, sums, last)
+    if used is own:
+        result: tuple[torch.Tensor, torch.Tensor] = original(hidden_states, **kwargs)
+        return result
+    weights = F.softmax(sums.gather(1, used), dim=-1)
+    if mlp.norm_topk_prob:
+        weights = weights / weights.sum(dim=-1, keepdim=True)
+    dots = torch.matmul(mlp.down_embed(used), hidden_states.view(tokens, hidden, 1)).view(tokens, -1)
+    gates = mlp.act_fn(dots) * weights
+    routed = torch.matmul(gates[:, None], mlp.up_embed(used)).view(batch, width, -1)
+    shared = mlp.down_proj(mlp.act_fn(mlp.gate_proj(hidden_states)) * mlp.up_proj(hidden_states))
+    return shared + routed, halves
+
+
+def _choose_experts(call: Call, name: str, own: torch.Tensor, sums: torch.Tensor, last: torch.Tensor) -> torch.Tensor:
+    if name not in call.given:
+        return own
+    given = torch.from_numpy(np.ascontiguousarray(call.given[name]))
+    picked = torch.zeros_like(sums, dtype=torch.bool).scatter(1, given, True)
+    too_low = (last - sums.gather(1, given)).amax().item()
+    too_high = torch.where(~picked, sums - last, -torch.inf).amax().item()
+    legal = bool((picked.sum(1) == own.shape[1]).all())
+    call.watch.violation[name] = max(too_low, too_high, 0.0) if legal else float("inf")
+    own_picked = torch.zeros_like(picked).scatter(1, own, True)
+    call.watch.differing += int((picked != own_picked).any(1).sum())
+    return given if call.use_given else own
 
 
 def _load_model(checkpoint: Checkpoint, dtype: torch.dtype) -> Any:
@@ -255,6 +296,25 @@ def _as_mask(mask: Array) -> torch.Tensor:
 def checkpoint_size(checkpoint: Checkpoint) -> int:
     """Number of parameters."""
     return sum(math.prod(tensor.shape) for tensor in checkpoint.tensors.values())
+
+
+@contextmanager
+def few_threads(checkpoint: Checkpoint) -> Iterator[None]:
+    """While this lasts, PyTorch computes with one thread if the checkpoint is a small one."""
+    before = torch.get_num_threads()
+    if checkpoint_size(checkpoint) < SMALL_PARAMETERS:
+        torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _replace_weights(model: torch.nn.Module, weights: Weights) -> None:
+    parameters = dict(model.named_parameters())
+    with torch.no_grad():
+        for name, change in weights.items():
+            parameters[name].copy_(change(parameters[name]))
 
 
 def _widen_norms(model: torch.nn.Module) -> None:

@@ -13,6 +13,7 @@ import onnx_ir as ir
 
 from doge_deploy.bundle.manifest import Bundle, open_bundle
 from doge_deploy.checkpoint import Checkpoint
+from doge_deploy.config.model import DogeFacts
 from doge_deploy.config.revisions import KEEPS_ALL
 from doge_deploy.errors import MismatchError, UsageError
 from doge_deploy.graph.passes.expose_selections import ExposeSelectionsPass
@@ -22,11 +23,12 @@ from doge_deploy.options.backends import TORCH_KERNELS, Backend
 from doge_deploy.runtime.backend import check_engine_layout, open_backend
 from doge_deploy.runtime.base import IntArray
 from doge_deploy.runtime.ort import OrtRunner, graph_file, open_runner
+from doge_deploy.runtime.tokenizer import TOKENIZER_FILE, Tokenizer
 from doge_deploy.verify.cases import Call, Case, Limits, chunk, distinct_ids, repeating_ids
 from doge_deploy.verify.held_out import HELD_OUT
 from doge_deploy.verify.parity import CaseResult, References, Runners, make_replay, verify_layouts
-from doge_deploy.verify.quality import QualityResult, judge_quality, quantized_names, use_dequantized, use_half
-from doge_deploy.verify.reference import Reference
+from doge_deploy.verify.quality import QualityResult, judge_quality, stored_weights
+from doge_deploy.verify.reference import Reference, few_threads
 from doge_deploy.verify.replay import Replay
 from doge_deploy.verify.source import open_reference
 from doge_deploy.verify.tolerance import WIDER
@@ -63,7 +65,7 @@ class Report:
     routing: str | None
     """None for a dense model."""
     reference: str
-    """What the bundle was held against, for people."""
+    """What the bundle was compared with, for people."""
     weights: WeightsResult
     results: list[CaseResult] = field(default_factory=list)
     skipped: dict[str, str] = field(default_factory=dict)
@@ -108,7 +110,7 @@ def verify(
     started: Callable[[str], None] = lambda what: None,
     finished: Callable[[CaseResult], None] = lambda result: None,
 ) -> Report:
-    """Hold a bundle against transformers, or a legacy Doge against the reference of its revision.
+    """Compare a bundle with transformers, or a legacy Doge with the reference of its revision.
 
     Args:
         path: the bundle.
@@ -116,7 +118,7 @@ def verify(
         layouts: which of its layouts; all where empty.
         greedy_steps: tokens of the greedy case, fewer where the bundle holds fewer.
         portable: judge the standard graphs, not those lowered for ONNX Runtime that `generate` runs.
-        lowering: judge the static graph as it is lowered for TensorRT, in ONNX Runtime.
+        lowering: judge the static graph as both TensorRT products get it (one lowering serves both), in ONNX Runtime.
         backend: what runs the bundle. An engine shows no selections: what is judged by them is then left out, and said.
             With `torch-kernels` the model that was traced runs in PyTorch, its two operators as kernels.
         engine: which engine, where the backend has several.
@@ -135,50 +137,53 @@ def verify(
         raise UsageError(f"--lowering is run in ONNX Runtime, not by --backend {backend}")
     one = _open_one(bundle, checkpoint, backend, layouts=layouts, engine=engine, portable=portable)
     started("compare weights")
-    weights = compare_weights(bundle, checkpoint)
-    started("load the reference")
-    same, wider = (Reference(checkpoint, dtype, manifest.task) for dtype in (manifest.dtype, WIDER[manifest.dtype]))
-    references = References(same, wider)
-    routing = manifest.options["routing"] if manifest.facts.is_moe else None
-    facts = manifest.facts
-    name = f"the reference of legacy Doges ({facts.revision})" if facts.is_legacy else "transformers"
-    report = Report(bundle.path, manifest.dtype, routing, name, weights, skipped=_unreachable(bundle))
-    scheme = scheme_of(manifest.options)
-    rounded = manifest.options.get("quantize") is not None
-    if one is None:
-        chosen = _layouts(bundle, layouts, lowering)
-        report.graphs = {name: graph_file(bundle.layout(name), portable=portable) for name in chosen}
-        if lowering:
-            report.graphs = {name: describe_lowered(bundle, name) for name in chosen}
-        elif rounded:
-            report.quality = _judge_quality(bundle, report.graphs, references.same, started)
-        standard = portable or scheme is not None
-        runners = {layout: open_runners(bundle, layout, portable=standard, lowering=lowering) for layout in chosen}
-    else:
-        what, pair = one
-        report.graphs = {pair.plain.signature.layout: f"{what}, --backend {backend}"}
-        runners = {pair.plain.signature.layout: pair}
-    if scheme is not None:
-        names = quantized_names(bundle, scheme)
-        for twin in (references.same, references.wider):
-            use_dequantized(twin, checkpoint, names, scheme)
-    elif rounded:
-        for twin in (references.same, references.wider):
-            use_half(twin, bundle)
-    if manifest.task == "causal-lm":
-        report.reference_itself = compare_reference_with_itself(bundle, references.same)
-    text_ids = _text_ids(bundle)
-    report.results = verify_layouts(
-        bundle,
-        runners,
-        references,
-        text_ids=text_ids,
-        greedy_steps=greedy_steps,
-        started=started,
-        finished=finished,
-        skipped=report.skipped,
+    report = Report(
+        bundle.path,
+        manifest.dtype,
+        manifest.options["routing"] if manifest.facts.is_moe else None,
+        _reference_name(manifest.facts),
+        compare_weights(bundle, checkpoint),
+        skipped=_unreachable(bundle),
     )
+    stored = stored_weights(bundle, checkpoint)
+    with few_threads(checkpoint):
+        if one is None:
+            chosen = _layouts(bundle, layouts, lowering)
+            report.graphs = {name: graph_file(bundle.layout(name), portable=portable) for name in chosen}
+            if lowering:
+                report.graphs = {name: describe_lowered(bundle, name) for name in chosen}
+            elif stored:
+                started("load the reference")
+                exact = Reference(checkpoint, manifest.dtype, manifest.task)
+                report.quality = _judge_quality(bundle, report.graphs, exact, started)
+            # what the rounding of blocks costs is judged on the graph that is served, the cases on the standard one
+            standard = portable or scheme_of(manifest.options) is not None
+            runners = {layout: open_runners(bundle, layout, portable=standard, lowering=lowering) for layout in chosen}
+        else:
+            what, pair = one
+            report.graphs = {pair.plain.signature.layout: f"{what}, --backend {backend}"}
+            runners = {pair.plain.signature.layout: pair}
+        started("load the reference")
+        dtypes = (manifest.dtype, WIDER[manifest.dtype])
+        same, wider = (Reference(checkpoint, dtype, manifest.task, stored) for dtype in dtypes)
+        references = References(same, wider)
+        if manifest.task == "causal-lm":
+            report.reference_itself = compare_reference_with_itself(bundle, references.same)
+        report.results = verify_layouts(
+            bundle,
+            runners,
+            references,
+            text_ids=_text_ids(bundle),
+            greedy_steps=greedy_steps,
+            started=started,
+            finished=finished,
+            skipped=report.skipped,
+        )
     return report
+
+
+def _reference_name(facts: DogeFacts) -> str:
+    return f"the reference of legacy Doges ({facts.revision})" if facts.is_legacy else "transformers"
 
 
 def _open_one(
@@ -286,13 +291,15 @@ def _unreachable(bundle: Bundle) -> dict[str, str]:
 
 
 def _text_ids(bundle: Bundle, text: str = TEXT) -> IntArray:
-    """Natural text: through the bundle's tokenizer, or random ids with as many repetitions."""
-    facts = bundle.manifest.facts
-    if "tokenizer.json" in bundle.manifest.files:
-        from tokenizers import Tokenizer
+    """Natural text: through the bundle's tokenizer, or random ids with as many repetitions.
 
-        ids = Tokenizer.from_file(str(bundle.path / "tokenizer.json")).encode(text).ids
-        if max(ids) < facts.vocab_size:
+    Raises:
+        BrokenBundleError: a file of the tokenizer is broken.
+    """
+    facts = bundle.manifest.facts
+    if TOKENIZER_FILE in bundle.manifest.files:
+        ids = Tokenizer.from_directory(bundle.path).encode(text)
+        if ids and max(ids) < facts.vocab_size:
             return np.asarray(ids, np.int64)
     return repeating_ids(Limits.of(facts, bundle.manifest.max_length), 256)
 

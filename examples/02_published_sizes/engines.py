@@ -87,7 +87,7 @@ def row(size: str, bundle: Bundle, elapsed: float, seconds: float) -> str:
 @click.argument("sizes", nargs=-1, type=click.Choice(SIZES))
 @click.option("--dtype", "dtypes", multiple=True, type=click.Choice(["fp32", "fp16", "bf16"]), default=("fp16", "bf16"))
 @click.option("--profiles", type=click.Choice(["shared", "separate"]), default="shared", show_default=True)
-@click.option("--verify", is_flag=True, help="Hold the lowered graph against transformers, too.")
+@click.option("--verify", is_flag=True, help="Compare the lowered graph with transformers, too.")
 def main(folder: Path, sizes: tuple[str, ...], dtypes: tuple[str, ...], profiles: str, verify: bool) -> None:
     """Build the engines of SIZES (all where none is named) in FOLDER."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -100,7 +100,7 @@ def main(folder: Path, sizes: tuple[str, ...], dtypes: tuple[str, ...], profiles
             elapsed, seconds = time.perf_counter() - start, cpu_seconds() - busy
             if verify:
                 reference = str(checkpoint(folder, size))
-                doge_deploy("verify", str(path), "--lowering", "trt-rtx", "--reference", reference)
+                doge_deploy("verify", str(path), "--lowering", "--reference", reference)
             rows.append(row(size, open_bundle(path), elapsed, seconds))
     print("\n".join(rows))
 

@@ -8,20 +8,28 @@ from pathlib import Path
 from typing import Any
 
 import golden_legacy
+import numpy as np
 import pytest
-from bundles import make_bundle
+from bundles import make_bundle, shared_bundle
 from engine_stand_ins import record_of
+from sweeps import cases
 
 from doge_deploy.bench import run as bench_run
+from doge_deploy.bench.baselines.eager import EagerRunner, load_model
+from doge_deploy.bench.baselines.naive import export_naive, open_naive
 from doge_deploy.bench.candidates import Candidate, import_libraries, open_candidate
 from doge_deploy.bench.files import write_json
-from doge_deploy.bench.measure import PREFILLS
+from doge_deploy.bench.measure import PREFILLS, time_first_calls
 from doge_deploy.bench.report import figures, ratios, to_json
 from doge_deploy.bench.roofline import SWEEPS
 from doge_deploy.bench.run import BenchOptions, bench
+from doge_deploy.bench.workload import Workload
 from doge_deploy.bundle.manifest import Bundle, open_bundle
+from doge_deploy.checkpoint import open_checkpoint
 from doge_deploy.errors import UsageError
 from doge_deploy.runtime import backend
+from doge_deploy.runtime.base import Runner
+from doge_deploy.runtime.ort import open_runner
 
 Asked = tuple[int, str, str]
 """Number of the process, whom it holds, what it was asked."""
@@ -195,22 +203,42 @@ def test_a_legacy_checkpoint_has_no_baselines(tmp_path: Path, scripted: type[Scr
     assert not scripted.log
 
 
-def test_for_real(tmp_path: Path) -> None:
-    bundle = make_bundle("doge-tiny", tmp_path / "bundle", num_layers=1)
+def test_baselines_take_the_same_tokens(tmp_path: Path) -> None:
+    """What `test_for_real` sees of each in a process of its own, here without processes."""
+    opened = open_bundle(shared_bundle("doge-tiny", num_layers=1))
+    checkpoint, facts = open_checkpoint("doge-tiny", num_layers=1).path, opened.manifest.facts
+    export_naive(checkpoint, tmp_path / "naive", facts=facts, dtype="float32", num_layers=1, last_logits=True)
+    limits: dict[str, Any] = {"max_length": 64, "last_logits": True}
+    runners: list[Runner] = [
+        open_runner(opened),
+        EagerRunner(load_model(checkpoint, dtype="float32", num_layers=1), **limits),
+        open_naive(tmp_path / "naive", threads=1, **limits),
+    ]
+    workload = Workload(1, 0, 16, 3)
+    calls = [time_first_calls(runner, workload, workload.input_ids(facts.vocab_size)) for runner in runners]
+    assert calls[0].tokens == calls[1].tokens == calls[2].tokens
+    for runner in runners[1:]:
+        for name, rows in runner.cache().items():
+            np.testing.assert_allclose(np.squeeze(rows), np.squeeze(runners[0].cache()[name]), rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("against", cases({"alone": ((),), "baselines": (("transformers", "naive"),)}, ["alone"]))
+def test_for_real(against: tuple[str, ...], tmp_path: Path) -> None:
+    bundle = shared_bundle("doge-tiny", num_layers=1)
     options = BenchOptions(
         (16,),
         decode_steps=3,
         rounds=2,
         loads=1,
         threads=1,
-        against=("transformers", "naive"),
+        against=against,
         roofline=True,
         cache=tmp_path,
     )
     report = bench([bundle], options)
     (result,) = report.results
     own, *baselines = result.measurements
-    assert len(baselines) == 2
+    assert len(baselines) == len(against)
     for found in (own, *baselines):
         assert found.tokens == own.tokens, f"{found.candidate} computes something else"
         assert [len(times.decode_ns) for times in found.rounds] == [3, 3]
@@ -219,7 +247,7 @@ def test_for_real(tmp_path: Path) -> None:
     assert [len(sweeps) for sweeps in result.sweeps_ns] == [SWEEPS] * 2
     assert figures(result, own)["bandwidth_share"]["lowest"] > 0
     data = to_json(report)
-    assert [row["against"] for row in data["results"][0]["ratios"]] == ["transformers", "naive"]
+    assert [row["against"] for row in data["results"][0]["ratios"]] == list(against)
     write_json(report, tmp_path / "bench.json")
     assert (tmp_path / "bench.json").stat().st_size > 1000
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from bundles import make_bundle
+from bundles import make_bundle, shared_bundle
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import DynamicCache
 
@@ -85,11 +85,9 @@ def test_only_the_routed_experts_are_read(tiny_moe_bundle: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["doge-tiny", "doge-tiny-moe"])
-def test_half_weights_are_read_in_float32_but_for_experts(
-    name: str, tmp_path: Path, request: pytest.FixtureRequest
-) -> None:
+def test_half_weights_are_read_in_float32_but_for_experts(name: str, request: pytest.FixtureRequest) -> None:
     plain = open_bundle(request.getfixturevalue("tiny_moe_bundle" if "moe" in name else "tiny_bundle"))
-    half = open_bundle(make_bundle(name, tmp_path / "b", quantize="fp16"))
+    half = open_bundle(shared_bundle(name, quantize="fp16", max_length=64))
     facts = plain.manifest.facts
     one, two = (decode_traffic(b, b.layout("static"), batch_size=1, keys=10).weight_bytes for b in (plain, half))
     rows = 2 * facts.num_hidden_layers * facts.num_experts_per_tok if facts.is_moe else 0

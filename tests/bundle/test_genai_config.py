@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from bundles import make_bundle
+from bundles import shared_bundle
 from random_doge import SMALL
 
 from doge_deploy.bundle.genai_config import follows_convention, genai_config
@@ -93,5 +93,5 @@ def test_graphs_beyond_the_convention_are_told_apart() -> None:
     assert not follows_convention(replace(signature, outputs=tuple(short)))
 
 
-def test_it_is_in_no_other(dense_doge: Path, tmp_path: Path) -> None:
-    assert not (make_bundle(dense_doge, tmp_path / "bundle") / "genai_config.json").exists()
+def test_it_is_in_no_other(dense_doge: Path) -> None:
+    assert not (shared_bundle(dense_doge) / "genai_config.json").exists()

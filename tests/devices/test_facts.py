@@ -12,10 +12,9 @@ from doge_deploy.devices.facts import GIB, DeviceConfig, config_folder, device_c
 from doge_deploy.devices.tensorrt_limits import (
     RTX_CAPABILITIES,
     TRT_FIRST_CAPABILITY,
-    at_least,
     supports_dtype,
-    version_key,
 )
+from doge_deploy.devices.versions import at_least
 from doge_deploy.errors import UsageError
 
 DEVICES = device_configs()
@@ -114,9 +113,3 @@ def test_bad_facts(changes: dict[str, Any], words: str, tmp_path: Path) -> None:
     with pytest.raises(UsageError) as caught:
         load_device_config(path)
     assert words in str(caught.value)
-
-
-def test_versions_are_compared_by_number() -> None:
-    assert at_least("10.15.1", "10.15.1") and at_least("10.16", "10.15.1") and at_least("11.0", "8.7")
-    assert not at_least("10.3", "10.15.1") and not at_least("10.15", "10.15.1")
-    assert version_key("1.7.1.116+cu13") == (1, 7, 1, 116)

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 
-from doge_deploy.bundle.manifest import open_bundle
+from doge_deploy.bundle.signature import make_signature
 from doge_deploy.checkpoint import open_checkpoint
 from doge_deploy.config.model import DogeFacts
 from doge_deploy.doctor.fit import activation_bytes, decode_bytes, needs, row_cache_bytes, weight_bytes
@@ -26,14 +25,16 @@ def test_weights_are_those_of_the_checkpoint(facts: DogeFacts, dtype: str, item:
     assert weight_bytes(replace(facts, tie_word_embeddings=False), dtype) == weight_bytes(facts, dtype)
 
 
-def test_caches_are_those_of_the_static_layout(tiny_bundle: Path) -> None:
-    bundle = open_bundle(tiny_bundle)
-    sizes = {"float32": 4, "float16": 2}
+@pytest.mark.parametrize("facts", [DENSE, MOE], ids=["dense", "moe"])
+@pytest.mark.parametrize(("dtype", "name"), [("fp32", "float32"), ("fp16", "float16"), ("bf16", "bfloat16")])
+def test_caches_are_those_of_the_static_layout(facts: DogeFacts, dtype: str, name: str) -> None:
+    sizes = {"float32": 4, "float16": 2, "bfloat16": 2}
+    signature = make_signature(facts, "static", dtype=name, max_length=96, last_logits=True)
     buffers = sum(
         sizes[past.dtype] * math.prod(1 if isinstance(axis, str) else axis for axis in past.shape)
-        for past, _ in bundle.layout("static").signature.past()
+        for past, _ in signature.past()
     )
-    assert row_cache_bytes(bundle.manifest.facts, "fp32", bundle.manifest.max_length) == buffers
+    assert row_cache_bytes(facts, dtype, 96) == buffers
 
 
 def test_needs_grow_with_rows_but_weights_do_not() -> None:

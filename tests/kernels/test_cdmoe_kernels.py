@@ -103,9 +103,10 @@ def test_cdmoe(case: MoECase) -> None:
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
-def test_activations(activation: str) -> None:
+@pytest.mark.parametrize("tokens", [3, pytest.param(9, marks=pytest.mark.sweep)])
+def test_activations(activation: str, tokens: int) -> None:
     for spread in (1, 12):  # some have corners at 6 and 10
-        check(MoECase(1, 9, 16, 4, activation=activation, spread=spread))
+        check(MoECase(1, tokens, 16, 4, activation=activation, spread=spread))
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])

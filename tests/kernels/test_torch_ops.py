@@ -9,6 +9,8 @@ from kernel_cases import AttentionCase, check_close, noise_of
 pytest.importorskip("triton", reason="kernels need Triton, which exists for Linux only")
 
 from doge_deploy.errors import MissingDependencyError
+from doge_deploy.kernels import torch_ops
+from doge_deploy.kernels.registry import Registry
 from doge_deploy.kernels.torch_ops import kernels_in_torch
 from doge_deploy.model.attention import dynamic_mask_attention
 from doge_deploy.model.moe import cdmoe
@@ -85,3 +87,16 @@ def test_kernels_on_a_device(rows: int, slots: int, window: int, size: int, dtyp
     case = AttentionCase(Q=rows, K=slots, w=window, B=2, H=4, Hkv=2, D=size, dtype=dtype)
     output, _ = call(case, "cuda")
     check_close(output, case.twin(case.inputs(), dtype), noise_of(case))
+
+
+@pytest.mark.parametrize(("missing", "known"), [("CDMoE", "DynamicMaskAttention"), ("DynamicMaskAttention", "CDMoE")])
+def test_a_plugin_that_is_not_installed_is_named(missing: str, known: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = torch_ops.installed()
+    registry = Registry({key: value for key, value in whole.operators.items() if key[1] != missing}, whole.origins)
+    monkeypatch.setattr(torch_ops, "_registry", lambda: registry)
+    with pytest.raises(MissingDependencyError) as caught, kernels_in_torch("cpu"):
+        pass
+    assert str(caught.value).startswith(
+        f"no plugin for doge::{missing} is installed (entry points 'doge_deploy.plugins': {known}): install doge-deploy"
+    )
+    assert caught.value.exit_code == 4

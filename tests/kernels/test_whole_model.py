@@ -1,6 +1,6 @@
 """A whole Doge whose plugin nodes are run by Triton's interpreter, judged by `verify` against transformers.
 
-`make test` runs a few cases; `nox -s kernels` all of them.
+`make test` runs a few cases, `make test-full` one more, `nox -s kernels` all of them.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 from interpreter_runner import InterpreterRunner
+from sweeps import cases
 
 from doge_deploy.bundle.manifest import Bundle, open_bundle
 from doge_deploy.checkpoint import open_checkpoint
@@ -26,13 +27,16 @@ SMALL = [
     ("doge-tiny", "prefill"),
     ("doge-tiny", "window K=w+1"),
     ("doge-tiny", "window decode"),
-    ("doge-tiny-moe", "decode"),
+    ("doge-tiny-moe", "prefill"),
 ]
+LONGER = [("doge-tiny-moe", "decode")]
 ALL_CASES = (
     "prefill", "decode", "chunked prefill", "batch of 2", "window K=w-1", "window K=w", "window K=w+1", "window K=2w",
     "window decode", "window chunk", "natural text",
 )  # fmt: skip
-SELECTED = [(model, case) for model in ("doge-tiny", "doge-tiny-moe") for case in ALL_CASES] if SWEEP else SMALL
+SELECTED = (
+    [(model, case) for model in ("doge-tiny", "doge-tiny-moe") for case in ALL_CASES] if SWEEP else [*SMALL, *LONGER]
+)
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +65,9 @@ def find(judge: Judge, name: str, bounds: Limits) -> Case:
     return judge.widest(lambda seed: next(case for case in exact_cases(bounds, seed) if case.name == name))
 
 
-@pytest.mark.parametrize(("model", "name"), SELECTED, ids=[" ".join(which) for which in SELECTED])
+@pytest.mark.parametrize(
+    ("model", "name"), cases({" ".join(which): which for which in SELECTED}, [" ".join(which) for which in SMALL])
+)
 def test_the_plugin_lowering_computes_what_transformers_computes(
     judge: Callable[[str], Judge], tiny_bundle: Path, model: str, name: str
 ) -> None:

@@ -217,6 +217,19 @@ def test_weights_too_large_for_half_precision(tmp_path: Path) -> None:
         make_bundle(tmp_path / "checkpoint", tmp_path / "b", quantize="fp16")
 
 
+def test_scores_are_judged_in_the_dtype_of_the_export(tmp_path: Path) -> None:
+    """An exponent of 20.8 in every row: float32 holds its power, float16 nothing beyond exp(11.09)."""
+    model = random_doge()
+    with torch.no_grad():
+        attention = model.model.layers[0].self_attn
+        attention.A.fill_(30.0)
+        attention.dt_proj.weight.zero_()
+    model.save_pretrained(tmp_path / "checkpoint")
+    with pytest.raises(UnsupportedModelError, match="the dynamic mask's score overflows float16"):
+        make_bundle(tmp_path / "checkpoint", tmp_path / "half", dtype="fp16")
+    assert not open_bundle(make_bundle(tmp_path / "checkpoint", tmp_path / "whole")).manifest.warnings
+
+
 def test_what_stays_in_float32_may_exceed_half_precision(tmp_path: Path) -> None:
     model = random_doge()
     with torch.no_grad():

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from bundles import make_bundle
 from random_doge import SMALL, SMALL_MOE, save_random_doge
+from sweeps import cases
 
 from doge_deploy.bundle.manifest import Bundle, open_bundle
 from doge_deploy.runtime.base import FloatArray
@@ -33,10 +34,10 @@ def small_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(window, "SPARE", 3)
 
 
-@pytest.fixture(scope="module", params=CONFIGS)
+@pytest.fixture(scope="module", params=cases(CONFIGS, always=["grouped-heads", "window-1", "moe-per-token"]))
 def bundle(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
-    config, options = CONFIGS[request.param]
-    path = tmp_path_factory.mktemp(request.param)
+    config, options = request.param
+    path = tmp_path_factory.mktemp("window")
     checkpoint = save_random_doge(path / "checkpoint", **{**SMALL, "head_dim": 16, **config, "vocab_size": 256})
     return open_bundle(make_bundle(checkpoint, path / "bundle", **options))
 

@@ -173,11 +173,21 @@ def test_other_dtypes_stay_as_they_are(dense_doge: Path, tmp_path: Path) -> None
     assert graph_file(bundle.layout()) == "model.onnx"
 
 
+@pytest.mark.parametrize(
+    ("version", "file"),
+    [
+        ("1.31.2", "model.onnx"),
+        ("1.31rc1", "model.onnx"),
+        ("1.32.0", "model.ort.onnx"),
+        ("1.33rc1", "model.ort.onnx"),
+        ("1.100.0+cuda13", "model.ort.onnx"),
+    ],
+)
 def test_an_older_runtime_gets_the_standard_graph(
-    bundles: Callable[[str], Bundle], monkeypatch: pytest.MonkeyPatch
+    version: str, file: str, bundles: Callable[[str], Bundle], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("importlib.metadata.version", lambda name: "1.31.2")
-    assert graph_file(bundles("dense").layout()) == "model.onnx"
+    monkeypatch.setattr("importlib.metadata.version", lambda name: version)
+    assert graph_file(bundles("dense").layout()) == file
 
 
 def test_verify_finds_a_lowered_graph_that_forgets_the_score(

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import onnx_ir as ir
 import pytest
-from bundles import make_bundle
+from bundles import own_bundle, shared_bundle
 
 from doge_deploy.cli.main import run_command
 from doge_deploy.errors import UsageError
@@ -15,15 +15,15 @@ from doge_deploy.verify.run import verify
 
 
 @pytest.mark.parametrize(("model", "dtype"), [("doge-tiny", "fp16"), ("doge-tiny-moe", "bf16")])
-def test_the_lowered_graph_computes_what_transformers_computes(model: str, dtype: str, tmp_path: Path) -> None:
-    report = verify(make_bundle(model, tmp_path / model, dtype=dtype), greedy_steps=8, lowering=True)
+def test_the_lowered_graph_computes_what_transformers_computes(model: str, dtype: str) -> None:
+    report = verify(shared_bundle(model, dtype=dtype), greedy_steps=8, lowering=True)
     assert report.failed_cases == []
     assert set(report.graphs) == {"static"}
     assert report.graphs["static"].startswith("model.onnx lowered for TensorRT (sha256 ")
     assert any(result.case == "window K=w+1" for result in report.results)
 
 
-def test_a_lowering_that_changes_a_number_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_lowering_that_changes_a_number_is_found(tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The scale of one attention is off by one percent."""
     original = lowering.NativeAttentionPass.call
 
@@ -33,9 +33,8 @@ def test_a_lowering_that_changes_a_number_is_found(tmp_path: Path, monkeypatch: 
         first.attributes["scale"] = ir.AttrFloat32("scale", first.attributes["scale"].as_float() * 1.01)
         return result
 
-    path = make_bundle("doge-tiny", tmp_path / "tiny")
     monkeypatch.setattr(lowering.NativeAttentionPass, "call", broken)
-    assert "static/prefill" in verify(path, greedy_steps=8, lowering=True).failed_cases
+    assert "static/prefill" in verify(tiny_bundle, greedy_steps=8, lowering=True).failed_cases
 
 
 def test_only_the_static_layout_is_lowered(tiny_bundle: Path) -> None:
@@ -45,7 +44,7 @@ def test_only_the_static_layout_is_lowered(tiny_bundle: Path) -> None:
 
 @pytest.mark.tensorrt
 def test_the_report_names_the_engine_of_the_same_graph(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    path = make_bundle("doge-tiny", tmp_path / "tiny", dtype="fp16")
+    path = own_bundle(tmp_path / "tiny", "doge-tiny", dtype="fp16")
     assert run_command(["build", str(path)]) == 0
-    assert run_command(["verify", str(path), "--lowering", "trt-rtx", "--greedy-steps", "4"]) == 0
+    assert run_command(["verify", str(path), "--lowering", "--greedy-steps", "4"]) == 0
     assert "that of trt-rtx-fp16-portable)" in " ".join(capfd.readouterr().out.split())

@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from bundles import make_bundle
+from bundles import make_bundle, shared_bundle
 from random_doge import DYNAMIC, LONGROPE, SMALL, SMALL_MOE, save_random_doge
+from sweeps import cases
 
 from doge_deploy.cli.main import run_command
 from doge_deploy.verify.run import Report, verify
@@ -56,7 +57,15 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 }
 
 
-@pytest.mark.parametrize(("config", "options"), CASES.values(), ids=CASES.keys())
+ALWAYS = (
+    "dense-fp16 moe-per-token-bf16 prelu-moe-fp16 xielu window-1 moe-window-unreachable untied-biases "
+    "one-kv-head-per-head sliding-of-two-fp16 sliding-beyond-capacity sliding-moe longrope-beyond-bf16 "
+    "dynamic-beyond-moe short-capacity"
+).split()
+"""Each thing that a graph can have, at least once."""
+
+
+@pytest.mark.parametrize(("config", "options"), cases(CASES, ALWAYS))
 def test_a_good_bundle_passes(config: dict[str, Any], options: dict[str, Any], tmp_path: Path) -> None:
     checkpoint = save_random_doge(tmp_path / "checkpoint", **{**SMALL, "vocab_size": 256, **config})
     bundle = make_bundle(checkpoint, tmp_path / "bundle", kv_cache=BOTH, **options)
@@ -112,10 +121,8 @@ def test_another_checkpoint_is_not_a_reference(
     assert "is not the checkpoint of" in capfd.readouterr().err
 
 
-def test_a_bundle_from_a_directory_asks_for_its_reference(
-    dense_doge: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
-    bundle = make_bundle(dense_doge, tmp_path / "bundle")
+def test_a_bundle_from_a_directory_asks_for_its_reference(dense_doge: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    bundle = shared_bundle(dense_doge)
     assert run_command(["verify", str(bundle)]) == 2
     assert "--reference MODEL" in capfd.readouterr().err
 

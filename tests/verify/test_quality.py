@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 import pytest
-from bundles import broken_copy, make_bundle
+from bundles import broken_copy, make_bundle, shared_bundle
 from random_doge import SMALL, save_random_doge
 from safetensors import safe_open
 
@@ -21,18 +21,10 @@ from doge_deploy.runtime.ort import open_runner
 from doge_deploy.verify.run import Report, verify
 
 
-@pytest.fixture(scope="module")
-def quantized(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+@pytest.fixture
+def quantized() -> Callable[[str], Path]:
     """doge-tiny with a window that its length cannot exceed, in the given kind of weights; do not write into it."""
-    made: dict[str, Path] = {}
-
-    def get(kind: str) -> Path:
-        if kind not in made:
-            path = tmp_path_factory.mktemp(kind) / "bundle"
-            made[kind] = make_bundle("doge-tiny", path, max_length=64, quantize=kind)
-        return made[kind]
-
-    return get
+    return lambda kind: shared_bundle("doge-tiny", max_length=64, quantize=kind)
 
 
 def check(bundle: Path) -> Report:
@@ -54,8 +46,8 @@ def test_a_good_bundle_passes_and_is_small(kind: str, quantized: Callable[[str],
 
 
 @pytest.mark.parametrize("name", ["doge-tiny", "doge-tiny-moe"])
-def test_weights_in_half_precision(name: str, tmp_path: Path) -> None:
-    bundle = make_bundle(name, tmp_path / "b", quantize="fp16", max_length=64)
+def test_weights_in_half_precision(name: str) -> None:
+    bundle = shared_bundle(name, quantize="fp16", max_length=64)
     report = check(bundle)
     assert report.passed, (report.failed_cases, report.quality)
     assert report.graphs == {"static": "model.ort.onnx"}
@@ -71,14 +63,14 @@ def test_weights_in_half_precision(name: str, tmp_path: Path) -> None:
 
 
 def test_half_weights_one_projection_off_by_ten_percent(tmp_path: Path) -> None:
-    bundle = make_bundle("doge-tiny", tmp_path / "b", quantize="fp16", max_length=64)
+    bundle = shared_bundle("doge-tiny", quantize="fp16", max_length=64)
     report = check(broken_copy(bundle, tmp_path / "broken", graph=partial(scale_one_projection, operator="MatMul")))
     assert {"static/quality", "static/prefill"} <= set(report.failed_cases)
     assert report.quality[0].mean_kl > 0.002
 
 
 def test_a_half_weight_off_by_an_ulp_is_found(tmp_path: Path) -> None:
-    bundle = make_bundle("doge-tiny", tmp_path / "b", quantize="fp16", max_length=64)
+    bundle = shared_bundle("doge-tiny", quantize="fp16", max_length=64)
     tensor = "model.layers.0.mlp.down_proj.weight.T"
 
     def up(data: np.ndarray) -> np.ndarray:
@@ -160,9 +152,14 @@ def test_quality_is_in_the_reports(
     ("options", "block", "sizes"),
     [
         ({"quantize": "int8"}, 128, {"q_proj": 128, "o_proj": 64, "down_proj": 16}),
-        ({"quantize": "int4"}, 32, {"q_proj": 32, "o_proj": 32, "down_proj": 16}),
+        pytest.param({"quantize": "int4"}, 32, {"q_proj": 32, "o_proj": 32, "down_proj": 16}, marks=pytest.mark.sweep),
         ({"quantize": "int4", "symmetric": False}, 32, {"q_proj": 32, "o_proj": 32, "down_proj": 16}),
-        ({"quantize": "int8", "block_size": 256}, 256, {"q_proj": 128, "o_proj": 64, "down_proj": 16}),
+        pytest.param(
+            {"quantize": "int8", "block_size": 256},
+            256,
+            {"q_proj": 128, "o_proj": 64, "down_proj": 16},
+            marks=pytest.mark.sweep,
+        ),
     ],
     ids=str,
 )

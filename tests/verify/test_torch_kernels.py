@@ -8,8 +8,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from bundles import make_bundle
+from bundles import shared_bundle
 from kernel_cases import large
+from random_doge import shared_doge
 
 pytest.importorskip("triton", reason="kernels need Triton, which exists for Linux only")
 
@@ -29,9 +30,9 @@ CHUNKS = [7, 1, 1, 1, 12, 2]
 
 
 @pytest.mark.parametrize("model", ["dense", "moe"])
-def test_a_whole_model_by_kernels(model: str, dense_doge: Path, moe_doge: Path, tmp_path: Path) -> None:
+def test_a_whole_model_by_kernels(model: str, dense_doge: Path, moe_doge: Path) -> None:
     source = dense_doge if model == "dense" else moe_doge
-    bundle = open_bundle(make_bundle(source, tmp_path / "bundle", logits="all"))
+    bundle = open_bundle(shared_bundle(source, logits="all"))
     expected, found = open_runner(bundle), TorchKernelsRunner(bundle, open_checkpoint(str(source)))
     expected.reset(1)
     found.reset(1)
@@ -49,16 +50,24 @@ def test_a_whole_model_by_kernels(model: str, dense_doge: Path, moe_doge: Path, 
     assert found.extra["kept.1"].sum(-1).max() == bundle.manifest.facts.keep_window_size
 
 
-def test_without_a_static_layout_it_is_said(dense_doge: Path, tmp_path: Path) -> None:
-    bundle = open_bundle(make_bundle(dense_doge, tmp_path / "bundle", kv_cache=("growing",)))
+def test_without_a_static_layout_it_is_said(dense_doge: Path) -> None:
+    bundle = open_bundle(shared_bundle(dense_doge, kv_cache=("growing",)))
     with pytest.raises(UsageError, match="has no static layout"):
         TorchKernelsRunner(bundle, open_checkpoint(str(dense_doge)))
 
 
-@pytest.mark.parametrize("model", ["dense", pytest.param("moe", marks=large)])
-def test_a_bundle_is_verified_by_kernels(model: str, dense_doge: Path, moe_doge: Path, tmp_path: Path) -> None:
-    source = dense_doge if model == "dense" else moe_doge
-    bundle = make_bundle(source, tmp_path / "bundle", max_length=20)
+@pytest.fixture
+def one_layer() -> Path:
+    """A checkpoint that the interpreter is through with soon."""
+    return shared_doge(num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1)
+
+
+@pytest.mark.parametrize(
+    "model", ["one_layer", pytest.param("dense_doge", marks=pytest.mark.sweep), pytest.param("moe_doge", marks=large)]
+)
+def test_a_bundle_is_verified_by_kernels(model: str, request: pytest.FixtureRequest) -> None:
+    source = request.getfixturevalue(model)
+    bundle = shared_bundle(source, max_length=20)
     report = verify(bundle, reference=str(source), backend="torch-kernels", greedy_steps=4)
     assert report.failed_cases == []
     assert report.graphs == {"static": f"kernels on {DEVICE}, --backend torch-kernels"}
@@ -66,7 +75,7 @@ def test_a_bundle_is_verified_by_kernels(model: str, dense_doge: Path, moe_doge:
     assert selected["window K=w+1"] and selected["window decode"] and selected["greedy"]
 
 
-def test_a_wrong_kernel_is_found_out(dense_doge: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_wrong_kernel_is_found_out(one_layer: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A chain that keeps one key fewer than the model."""
 
     def narrower(operator: Any, inputs: Any, attributes: dict[str, Any], **options: Any) -> Any:
@@ -75,15 +84,15 @@ def test_a_wrong_kernel_is_found_out(dense_doge: Path, tmp_path: Path, monkeypat
 
     run_operator = torch_ops.run_operator
     monkeypatch.setattr(torch_ops, "run_operator", narrower)
-    bundle = make_bundle(dense_doge, tmp_path / "bundle", max_length=20)
-    report = verify(bundle, reference=str(dense_doge), backend="torch-kernels", greedy_steps=4)
+    bundle = shared_bundle(one_layer, max_length=20)
+    report = verify(bundle, reference=str(one_layer), backend="torch-kernels", greedy_steps=4)
     assert {"static/window K=w", "static/window decode"} <= set(report.failed_cases)
     assert "static/window K=w-1" not in report.failed_cases
 
 
-@pytest.fixture(scope="module")
-def small_bundle(dense_doge: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_bundle(dense_doge, tmp_path_factory.mktemp("small") / "bundle", quantize="int8")
+@pytest.fixture
+def small_bundle(dense_doge: Path) -> Path:
+    return shared_bundle(dense_doge, quantize="int8")
 
 
 @pytest.mark.parametrize(
@@ -96,7 +105,7 @@ def small_bundle(dense_doge: Path, tmp_path_factory: pytest.TempPathFactory) -> 
         ),
         (["--layout", "growing"], 2, "runs the static layout in PyTorch"),
         (["--engine", "any"], 2, "runs the static layout in PyTorch"),
-        (["--lowering", "trt"], 2, "--lowering is run in ONNX Runtime, not by --backend torch-kernels"),
+        (["--lowering"], 2, "--lowering is run in ONNX Runtime, not by --backend torch-kernels"),
         ([], 3, "has quantized weights"),
     ],
     ids=["portable", "layout", "engine", "lowering", "quantized"],
@@ -117,9 +126,9 @@ def test_what_does_not_fit_is_one_line(
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="this machine has a CUDA device")
 def test_without_a_device_it_is_said(
-    dense_doge: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    dense_doge: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("TRITON_INTERPRET", "0")
-    bundle = make_bundle(dense_doge, tmp_path / "bundle")
+    bundle = shared_bundle(dense_doge)
     assert run_command(["verify", str(bundle), "--reference", str(dense_doge), "--backend", "torch-kernels"]) == 4
     assert "kernels run on a CUDA device, not on 'cpu'; TRITON_INTERPRET=1" in capsys.readouterr().err

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from doge_deploy.bundle.manifest import Bundle
 from doge_deploy.bundle.signature import SLOT_INDICES, UNCACHED
+from doge_deploy.devices.packages import require_graph_packages
 from doge_deploy.runtime.ort.runners import GrowingOrtRunner, OrtRunner, StaticOrtRunner, UncachedOrtRunner
 from doge_deploy.runtime.ort.session import graph_file, open_session
 from doge_deploy.runtime.ort.window import WindowOrtRunner
@@ -35,6 +36,7 @@ def open_runner(
     chosen = bundle.layout(layout)
     source: Path | bytes = bundle.path / graph_file(chosen, portable=portable) if model is None else model
     if bundle.manifest.dtype == "bfloat16":
+        require_graph_packages("a bfloat16 bundle on the CPU")
         from doge_deploy.targets.ort import widen_bfloat16
 
         source = widen_bfloat16(source)

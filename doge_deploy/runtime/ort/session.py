@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from doge_deploy.bundle.manifest import Layout
+from doge_deploy.devices.versions import at_least
 from doge_deploy.errors import MissingDependencyError, UnsupportedModelError
 
 if TYPE_CHECKING:
@@ -44,9 +45,7 @@ def open_session(
     try:
         import onnxruntime
     except ImportError:
-        raise MissingDependencyError(
-            "ONNX Runtime is not installed: pip install 'doge-deploy[cpu]' (or 'doge-deploy[gpu]')"
-        ) from None
+        raise MissingDependencyError("ONNX Runtime is not installed: pip install 'doge-deploy[cpu]'") from None
     onnxruntime.set_default_logger_severity(3)
     options = onnxruntime.SessionOptions()
     if threads is not None:
@@ -76,19 +75,17 @@ def graph_file(layout: Layout, *, portable: bool = False) -> str:
     if portable or lowered is None or lowered.file is None:
         return layout.file
     if lowered.requires:
-        installed = next(filter(None, (_version(name) for name in ("onnxruntime", "onnxruntime-gpu"))), ())
-        if installed < _release(lowered.requires):
+        installed = _installed()
+        if installed is None or not at_least(installed, lowered.requires):
             return layout.file
     return lowered.file
 
 
-def _version(package: str) -> tuple[int, ...]:
-    try:
-        return _release(importlib.metadata.version(package))
-    except importlib.metadata.PackageNotFoundError:
-        return ()
-
-
-def _release(version: str) -> tuple[int, ...]:
-    """`1.32.0.dev1` -> (1, 32)."""
-    return tuple(int(part) for part in version.split(".")[:2])
+def _installed() -> str | None:
+    """Version of ONNX Runtime, which comes in two packages."""
+    for package in ("onnxruntime", "onnxruntime-gpu"):
+        try:
+            return importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return None

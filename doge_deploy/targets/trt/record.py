@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import hashlib
+from typing import TYPE_CHECKING
 
 from doge_deploy.bundle.engine_record import ENGINES, EngineRecord, LayerCounts, SourceFile
 from doge_deploy.bundle.manifest import Bundle
 from doge_deploy.devices.host import platform_name
 from doge_deploy.options.build import BuildOptions
 from doge_deploy.targets.trt.job import Finished, Job
-from doge_deploy.targets.trt.layout import LoweredLayout
 from doge_deploy.targets.trt.vendor import PRODUCTS
+
+if TYPE_CHECKING:  # brings onnx_ir, whose absence `build` reports
+    from doge_deploy.targets.trt.layout import LoweredLayout
 
 ENGINE_FILE, REPORT_FILE = "model.engine", "layers.json"
 """Names of an engine's files in its folder."""

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from bundles import make_bundle
+from bundles import own_bundle
 from engine_stand_ins import DECODE, PREFILL, SHARED, axes, record_of
 
 from doge_deploy.bundle.engine_record import EngineProfile, EngineTensor
@@ -117,7 +117,7 @@ def test_a_record_that_does_not_belong_to_the_graph_is_refused(bundle: Bundle) -
 def test_an_engine_that_was_built_can_be_bound(tmp_path: Path) -> None:
     """The record of the real builder, not one that a test made up."""
     pytest.importorskip("tensorrt_rtx")
-    path = make_bundle("doge-tiny", tmp_path / "doge-tiny", dtype="fp16")
+    path = own_bundle(tmp_path / "doge-tiny", "doge-tiny", dtype="fp16")
     assert run_command(["build", str(path), "--target", "trt-rtx", "--batch-size", "1,1,2"]) == 0
     built = open_bundle(path)
     plan = make_plan(built.engine(), built.layout("static").signature)

@@ -71,11 +71,11 @@ def test_what_does_not_fit_is_one_line(device: CudaDevice) -> None:
 @pytest.fixture(scope="module", params=["trt-rtx", "trt"])
 def built(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Target]:
     """doge-tiny in fp16 with an engine for this GPU."""
-    from bundles import make_bundle
+    from bundles import own_bundle
 
     target: Target = request.param
     pytest.importorskip(PRODUCTS[target].module)
-    path = make_bundle("doge-tiny", tmp_path_factory.mktemp("built") / "doge-tiny", dtype="fp16")
+    path = own_bundle(tmp_path_factory.mktemp("built") / "doge-tiny", "doge-tiny", dtype="fp16")
     options = ["--batch-size", "1,1,2", *(["--no-plugins"] if target == "trt" else [])]
     assert run_command(["build", str(path), "--target", target, *options]) == 0
     return path, target

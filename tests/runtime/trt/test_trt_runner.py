@@ -22,12 +22,11 @@ def bundle(tiny_bundle: Path) -> Bundle:
 
 
 @pytest.fixture(scope="module")
-def narrow_bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+def narrow_bundle() -> Bundle:
     """doge-tiny in fp16, logits of the last token: what is usually built."""
-    from bundles import make_bundle
+    from bundles import shared_bundle
 
-    path = tmp_path_factory.mktemp("narrow") / "doge-tiny"
-    return open_bundle(make_bundle("doge-tiny", path, dtype="fp16", logits="last"))
+    return open_bundle(shared_bundle("doge-tiny", dtype="fp16"))
 
 
 def device_of(runner: TrtRunner) -> HeldDevice:

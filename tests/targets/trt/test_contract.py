@@ -8,7 +8,7 @@ from typing import Any
 import onnx_ir as ir
 import pytest
 import tensorrt_standin
-from bundles import NoProgress, make_bundle
+from bundles import NoProgress, own_bundle
 
 from doge_deploy.bundle.engine_record import EngineRecord
 from doge_deploy.bundle.manifest import Bundle, Layout, open_bundle
@@ -31,7 +31,7 @@ def bundle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(building, "check_installed", lambda target: None)
     monkeypatch.setattr(building, "require_gpu", lambda target: None)
     monkeypatch.setattr(choices, "device_capability", lambda: "8.7")
-    return make_bundle("doge-tiny", tmp_path / "bundle", dtype="fp16")
+    return own_bundle(tmp_path / "bundle", "doge-tiny", dtype="fp16")
 
 
 def run(path: Path, **options: Any) -> EngineRecord:

@@ -1,0 +1,388 @@
+"""Faults planted in the sources one at a time, each of which the selection of `make test` must catch.
+
+    .venv/bin/python tests/planted_faults.py [NAME ...]        # all, or those named; --list shows them
+
+Works in a copy of the tree. For every fault the test files that are likely to catch it run first, then, if they pass,
+the whole selection, up to the first failure. That failure counts if the same test passes without the fault. `--tree`
+and `--python` plant the same faults in another checkout with an environment of its own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+LEFT_OUT = shutil.ignore_patterns(
+    ".git", ".venv", ".nox", "build", "*.egg-info", "__pycache__", ".*_cache", ".hypothesis", "bundles", "out"
+)
+SELECTION = ("-m", "not sweep and not gpu")
+
+
+@dataclass(frozen=True)
+class Patch:
+    """One textual change of one source file."""
+
+    file: str
+    old: str
+    """Stands in the file exactly once."""
+    new: str
+
+
+@dataclass(frozen=True)
+class Fault:
+    """What can be wrong in one package."""
+
+    package: str
+    patch: Patch
+    effect: str
+    """What a user would meet."""
+    likely: tuple[str, ...]
+    """Names of test files that should notice, the cheapest first."""
+    formerly: tuple[Patch | str, ...] = ()
+    """The same fault in older versions of the sources; a path alone where only the file had another name."""
+
+    def find(self, tree: Path) -> Patch:
+        """The patch that applies to `tree`.
+
+        Raises:
+            LookupError: none does, or its text stands in the file several times.
+        """
+        older = (replace(self.patch, file=one) if isinstance(one, str) else one for one in self.formerly)
+        for patch in (self.patch, *older):
+            file = tree / patch.file
+            if file.is_file() and (count := file.read_text(encoding="utf-8").count(patch.old)):
+                if count > 1:
+                    raise LookupError(f"{patch.file} has {patch.old!r} {count} times")
+                return patch
+        raise LookupError(f"no {self.patch.old!r} in {self.patch.file}")
+
+
+FAULTS: dict[str, Fault] = {
+    "score-bound-too-small": Fault(
+        "checkpoint",
+        Patch(
+            "doge_deploy/checkpoint/score_range.py",
+            "rows.norm(dim=1) * math.sqrt(checkpoint.facts.hidden_size)",
+            "rows.norm(dim=1)",
+        ),
+        "a score that may overflow is exported without a warning",
+        ("test_checkpoint.py", "test_legacy_checkpoint.py"),
+    ),
+    "window-reached-one-token-late": Fault(
+        "config",
+        Patch(
+            "doge_deploy/config/model.py",
+            "return visible > self.keep_window_size",
+            "return visible > self.keep_window_size + 1",
+        ),
+        "a bundle one token longer than the window drops no key",
+        ("test_config.py", "test_export.py"),
+        ("doge_deploy/config.py",),
+    ),
+    "capabilities-sorted-as-text": Fault(
+        "options",
+        Patch(
+            "doge_deploy/options/build.py",
+            'key=lambda text: tuple(map(int, text.split(".")))',
+            "key=str",
+        ),
+        "an engine for 8.9 and 12.0 has another name than one for 12.0 and 8.9",
+        ("test_build_options.py",),
+        ("doge_deploy/build_options.py",),
+    ),
+    "score-heads-of-a-legacy-doge": Fault(
+        "bundle",
+        Patch(
+            "doge_deploy/bundle/signature.py",
+            'heads = facts.num_score_heads if kind == "score" else facts.num_key_value_heads',
+            "heads = facts.num_key_value_heads",
+        ),
+        "the manifest of a legacy Doge gives its scores too few heads",
+        ("test_legacy_export.py",),
+        ("doge_deploy/signature.py",),
+    ),
+    "long-angles-one-token-early": Fault(
+        "model",
+        Patch(
+            "doge_deploy/model/decoder.py",
+            "row = (longest > original).to(torch.int64)",
+            "row = (longest >= original).to(torch.int64)",
+        ),
+        "a text of exactly the original length is rotated by longrope's long factors",
+        ("test_rope.py", "test_decoder.py", "test_parity.py"),
+    ),
+    "one-program-too-many": Fault(
+        "kernels",
+        Patch(
+            "doge_deploy/kernels/expressions.py",
+            '"cdiv": lambda a, b: -(-a // b)',
+            '"cdiv": lambda a, b: a // b + 1',
+        ),
+        "grids and scratch tensors are one too large where a size divides",
+        ("test_specs.py", "test_compile.py", "test_torch_ops.py", "test_attention_kernels.py"),
+        ("doge_deploy/plugins/expressions.py",),
+    ),
+    "tie-at-the-edge-of-the-window": Fault(
+        "plugins",
+        Patch(
+            "plugins/dynamic_mask_attention/select_kernel.py",
+            "kept = exists & ((keys > early_key) | ((keys == early_key) & (slots <= early_slot)))",
+            "kept = exists & ((keys > early_key) | ((keys == early_key) & (slots < early_slot)))",
+        ),
+        "a kernel drops the last kept key of a row",
+        ("test_attention_kernels.py",),
+    ),
+    "sliding-window-one-wider": Fault(
+        "graph",
+        Patch(
+            "doge_deploy/graph/functions/dynamic_mask_attention.py",
+            "near = Greater (columns, last_hidden)",
+            "near = GreaterOrEqual (columns, last_hidden)",
+        ),
+        "with a sliding window a row sees one key too many",
+        ("test_functions.py", "test_parity.py"),
+    ),
+    "epsilon-of-the-head-norms": Fault(
+        "targets/ort",
+        Patch(
+            "doge_deploy/targets/ort/attention.py",
+            "epsilon=query.epsilon, axis=-1",
+            "epsilon=2 * query.epsilon, axis=-1",
+        ),
+        "queries and keys of the fused attention are a millionth too small",
+        ("test_ort_lowering.py", "test_window.py"),
+    ),
+    "limit-of-top-k": Fault(
+        "targets/trt",
+        Patch(
+            "doge_deploy/targets/trt/lowering.py",
+            "if k is not None and k > TOPK_LIMIT:",
+            "if k is not None and k > TOPK_LIMIT + 256:",
+        ),
+        "a window that TensorRT cannot select ends in an error of the vendor's",
+        ("test_lowering.py",),
+    ),
+    "score-judged-in-float32": Fault(
+        "pipelines",
+        Patch(
+            "doge_deploy/pipelines/export.py",
+            "check_score_range(checkpoint, dtype)",
+            'check_score_range(checkpoint, "float32")',
+        ),
+        "a score that overflows float16 is exported without a warning",
+        ("test_export.py",),
+        (
+            Patch(
+                "doge_deploy/export.py",
+                "check_score_range(checkpoint, DTYPES[options.dtype])",
+                'check_score_range(checkpoint, "float32")',
+            ),
+        ),
+    ),
+    "row-that-ended-gets-a-token": Fault(
+        "runtime",
+        Patch(
+            "doge_deploy/runtime/ort/runners.py",
+            "real = np.clip(lengths - start, 0, part.shape[1])",
+            "real = np.clip(lengths - start, 1, part.shape[1])",
+        ),
+        "a short row of a long batch takes padding for tokens",
+        ("test_prefill_chunks.py", "test_pieces.py"),
+    ),
+    "rms-limit-four-times-too-wide": Fault(
+        "verify",
+        Patch(
+            "doge_deploy/verify/tolerance.py",
+            "max(row.factor_rms * noise_rms, floor / 4) * chance",
+            "max(row.factor_rms * noise_rms, floor) * chance",
+        ),
+        "verify passes four times the error where the reference makes hardly any",
+        ("test_tolerance.py", "test_noise.py"),
+    ),
+    "score-cache-in-the-model-dtype": Fault(
+        "doctor",
+        Patch(
+            "doge_deploy/doctor/fit.py",
+            '(2 * facts.head_dim * item_bytes(dtype) + item_bytes("fp32"))',
+            "(2 * facts.head_dim * item_bytes(dtype) + item_bytes(dtype))",
+        ),
+        "doctor takes the cache of a float16 bundle for smaller than it is",
+        ("test_fit.py", "test_deployment_options.py"),
+        (
+            Patch(
+                "doge_deploy/doctor/fit.py",
+                '(2 * facts.head_dim * ITEM_BYTES[dtype] + ITEM_BYTES["fp32"])',
+                "(2 * facts.head_dim * ITEM_BYTES[dtype] + ITEM_BYTES[dtype])",
+            ),
+        ),
+    ),
+    "past-beyond-the-workload": Fault(
+        "bench",
+        Patch(
+            "doge_deploy/bench/measure.py",
+            "runner.run(input_ids[:, begin : min(begin + FILL_CHUNK, past)])",
+            "runner.run(input_ids[:, begin : begin + FILL_CHUNK])",
+        ),
+        "a decode step is timed at a longer past than the table says",
+        ("test_measure.py",),
+    ),
+    "numbers-that-differ-exit-with-0": Fault(
+        "verify",
+        Patch("doge_deploy/verify/run.py", "if not self.passed:", "if not self.weights.passed:"),
+        "verify ends with exit code 0 although the graph computes something else",
+        ("test_teeth.py",),
+        (Patch("doge_deploy/cli/verify.py", "if not report.passed:", "if not report.weights.passed:"),),
+    ),
+    "missing-dependency-ends-as-broken-model": Fault(
+        "cli",
+        Patch(
+            "doge_deploy/cli/endings.py",
+            "return error.exit_code, str(error)",
+            "return min(error.exit_code, 3), str(error)",
+        ),
+        "a package that is not installed ends a command with exit code 3",
+        ("test_endings.py", "test_main.py"),
+        (
+            Patch(
+                "doge_deploy/cli/main.py",
+                "return _fail(str(error), error.exit_code, debug)",
+                "return _fail(str(error), min(error.exit_code, 3), debug)",
+            ),
+        ),
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How the selection fared with one fault."""
+
+    caught_by: str | None
+    """The first test that failed."""
+    seconds: float
+
+
+class Copy:
+    """A copy of a checkout whose tests import its own sources, whatever is installed."""
+
+    def __init__(self, tree: Path, python: Path, folder: Path) -> None:
+        self.tree, self.python = folder / "tree", python
+        shutil.copytree(tree, self.tree, ignore=LEFT_OUT, symlinks=True)
+        if (tree.parent / "shared").exists():
+            (folder / "shared").symlink_to((tree.parent / "shared").resolve())
+        names = folder / "names"
+        names.mkdir()
+        (names / "doge_plugins").symlink_to(self.tree / "plugins")
+        self.environment = {
+            **os.environ,
+            "PYTHONPATH": os.pathsep.join((str(self.tree), str(names))),
+            # a fault may have the size and, to a second, the time of the text that it replaces
+            "PYTHONDONTWRITEBYTECODE": "1",
+            "OMP_NUM_THREADS": "1",
+        }
+        self._require_own_sources()
+
+    def _require_own_sources(self) -> None:
+        script = "import doge_deploy, doge_plugins; print(doge_deploy.__path__[0]); print(doge_plugins.__path__[0])"
+        found = self._run("-c", script).stdout.split()
+        foreign = [path for path in found if not Path(path).is_relative_to(self.tree.parent)]
+        if foreign or len(found) != 2:
+            raise RuntimeError(f"the copy would test other sources: {foreign or 'none found'}")
+
+    def _run(self, *arguments: str) -> subprocess.CompletedProcess[str]:
+        command = [str(self.python), *arguments]
+        return subprocess.run(command, cwd=self.tree, env=self.environment, capture_output=True, text=True)
+
+    def files(self, names: Sequence[str]) -> list[str]:
+        """Paths of the test files of these names."""
+        found = [path for name in names for path in sorted((self.tree / "tests").rglob(name))]
+        return [str(path.relative_to(self.tree)) for path in found]
+
+    def first_failure(self, *arguments: str) -> str | None:
+        """Run pytest; the test that failed first, if one did.
+
+        Raises:
+            RuntimeError: pytest itself failed.
+        """
+        done = self._run("-m", "pytest", "-q", "-x", "-rfE", "-p", "no:cacheprovider", *SELECTION, *arguments)
+        if done.returncode in (0, 5):
+            return None
+        failed = re.search(r"^(?:FAILED|ERROR) (\S.*?)(?: - .*)?$", done.stdout, re.MULTILINE)
+        if failed is None:
+            raise RuntimeError(f"pytest ended with {done.returncode}: {done.stdout[-2000:]}{done.stderr[-2000:]}")
+        return failed[1]
+
+    def plant(self, fault: Fault, rest: Sequence[str] | None) -> Outcome:
+        """Run the selection with the fault in place.
+
+        Args:
+            fault: what to plant.
+            rest: options of pytest for the whole selection; None leaves it at the files that are likely to notice.
+
+        Raises:
+            LookupError: the fault does not apply.
+            RuntimeError: what failed fails without the fault too.
+        """
+        start = time.perf_counter()
+        patch = fault.find(self.tree)
+        place = self.tree / patch.file
+        sound = place.read_text(encoding="utf-8")
+        place.write_text(sound.replace(patch.old, patch.new), encoding="utf-8")
+        try:
+            likely = self.files(fault.likely)
+            failed = self.first_failure(*likely) if likely else None
+            if failed is None and rest is not None:
+                failed = self.first_failure(*rest)
+        finally:
+            place.write_text(sound, encoding="utf-8")
+        if failed is not None and "::" in failed and self.first_failure(failed):
+            raise RuntimeError(f"{failed} fails without the fault too")
+        return Outcome(failed, time.perf_counter() - start)
+
+
+def main() -> int:
+    """Plant the faults; 0 if each was caught."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("names", nargs="*", metavar="NAME", help="faults to plant; all where none is named")
+    parser.add_argument("--list", action="store_true", help="show the faults")
+    parser.add_argument("--tree", type=Path, default=ROOT, help="the checkout to plant them in")
+    parser.add_argument("--python", type=Path, default=Path(sys.executable), help="the Python of that checkout")
+    parser.add_argument("--quick", action="store_true", help="run only the files that are likely to notice")
+    parser.add_argument("--workers", default="auto", help="of pytest-xdist; 0 where that is not installed")
+    options = parser.parse_args()
+    if unknown := set(options.names) - set(FAULTS):
+        parser.error(f"no fault {', '.join(sorted(unknown))}; known: {', '.join(FAULTS)}")
+    chosen = {name: FAULTS[name] for name in options.names or FAULTS}
+    if options.list:
+        for name, fault in chosen.items():
+            print(f"{fault.package:12} {name}: {fault.effect}")
+        return 0
+    rest = () if options.workers == "0" else ("-n", options.workers, "--dist", "worksteal")
+    print("| package | fault | caught by | seconds |\n| --- | --- | --- | --- |", flush=True)
+    missed = 0
+    with tempfile.TemporaryDirectory() as folder:
+        copy = Copy(options.tree.resolve(), options.python.absolute(), Path(folder).resolve())
+        for name, fault in chosen.items():
+            try:
+                outcome = copy.plant(fault, None if options.quick else rest)
+                caught, seconds = outcome.caught_by, f"{outcome.seconds:.0f}"
+            except (LookupError, RuntimeError) as error:
+                caught, seconds = None, f"not judged: {error}"
+            missed += caught is None
+            print(f"| {fault.package} | {name} | {caught or 'nothing'} | {seconds} |", flush=True)
+    print(f"\n{len(chosen) - missed} of {len(chosen)} caught")
+    return 1 if missed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
