@@ -190,7 +190,7 @@ def _load(checkpoint: Path) -> Any:
         reason = f"{type(error).__name__}: {' '.join(str(error).split())}"[:300]
         if "custom code" in reason:
             raise UnsupportedModelError(
-                f"{checkpoint / CONFIG_FILE}: auto_map names code for the tokenizer, and a checkpoint's code is not run; "
+                f"{checkpoint / CONFIG_FILE}: auto_map names code for the tokenizer, and such code is not run; "
                 f"save the tokenizer as a {TOKENIZER_FILE}, and leave auto_map out"
             ) from error
         files = [name for name in (*VOCABULARY_FILES, *OTHER_FILES) if (checkpoint / name).is_file()]
