@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import os
 import random
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,8 +17,8 @@ from hard_inputs.tokenizers_made import FAMILIES, saved
 
 KIND = "3 streams"
 
-STREAMS = int(os.environ.get("HARD_INPUT_STREAMS", "300"))
-"""Of each family; 3,000 in the full run."""
+STREAMS = 3000
+"""Of each family; the suite tries some of them, and all in the full run."""
 
 TEXT = " The fox, it's 漢字 😀👩‍👩‍👧 don't\n  déjà vu. ## <x> 1,234 한국어"
 
@@ -53,10 +52,10 @@ def streams(made: Backend, count: int, seed: str) -> Iterator[list[int]]:
         yield ids
 
 
-def joined(family: str, folder: Path) -> Outcome:
+def joined(family: str, count: int, folder: Path) -> Outcome:
     made = backend(family)
     vocabulary = Vocabulary(made)
-    for ids in streams(made, STREAMS, family):
+    for ids in streams(made, count, family):
         detokenizer = Detokenizer(vocabulary)
         pieces = [*(detokenizer.push(index) for index in ids), detokenizer.flush()]
         if "".join(pieces) != (whole := made.decode(ids, skip_special_tokens=True)):
@@ -127,7 +126,11 @@ def stops(family: str, text: str, stop: list[str], folder: Path) -> Outcome:
 def cases() -> list[Case]:
     by_bytes = ("byte-level BPE", "Llama 3", "Llama 2", "Gemma", "Unigram with bytes")
     return [
-        *(Case(f"{family}, joined", functools.partial(joined, family)) for family in FAMILIES),
+        *(Case(f"{family}, 200 joined", functools.partial(joined, family, 200)) for family in FAMILIES),
+        *(
+            Case(f"{family}, {STREAMS} joined", functools.partial(joined, family, STREAMS), sweep=True)
+            for family in FAMILIES
+        ),
         *(Case(f"{family}, whole characters", functools.partial(whole_characters, family)) for family in by_bytes),
         *(Case(f"{family}, wrong bytes", functools.partial(wrong_bytes, family)) for family in by_bytes),
         *(
