@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, Unpack
+from typing import TYPE_CHECKING, Unpack
 
 from doge_deploy.errors import (
     BrokenBundleError,
@@ -18,7 +18,7 @@ from doge_deploy.errors import (
     UnsupportedModelError,
     UsageError,
 )
-from doge_deploy.options.backends import Backend
+from doge_deploy.options.backends import DEFAULT_BACKEND
 from doge_deploy.options.build import BuildOptions
 from doge_deploy.options.export import ExportOptions
 from doge_deploy.options.generation import GenerationOptions
@@ -30,7 +30,7 @@ from doge_deploy.runtime.text_model import Generation, TextModel
 
 if TYPE_CHECKING:  # what takes long to import is imported by the function that needs it
     from doge_deploy.bundle.engine_record import EngineRecord
-    from doge_deploy.bundle.manifest import Bundle
+    from doge_deploy.bundle.opening import Bundle
     from doge_deploy.process.progress import Progress
     from doge_deploy.verify.parity import CaseResult
     from doge_deploy.verify.run import Report
@@ -60,6 +60,8 @@ def export(
     output: str | Path,
     options: ExportOptions | None = None,
     *,
+    adapter: str | Path | None = None,
+    strict: bool = False,
     force: bool = False,
     progress: Progress | None = None,
     **choices: Unpack[ExportKeywords],
@@ -70,6 +72,8 @@ def export(
         model: a directory, a Hub id (owner/name), or one of the bundled doge-tiny and doge-tiny-moe.
         output: the bundle's directory; it is there whole or not at all.
         options: what to export; defaults where None.
+        adapter: a directory or Hub id of a PEFT LoRA adapter to merge.
+        strict: refuse keys of config.json that transformers ignores.
         force: replace an existing bundle.
         progress: told what is being done.
         choices: fields of `ExportOptions`, which replace those of `options`.
@@ -82,12 +86,14 @@ def export(
         UnsupportedModelError: the checkpoint is broken, or cannot be exported exactly with these options.
         MissingDependencyError: torch, transformers or onnxscript is not installed (the extra `export`).
     """
-    from doge_deploy.bundle.manifest import Bundle
+    from doge_deploy.bundle.opening import Bundle
     from doge_deploy.pipelines.export import export as run
 
     chosen = combine_options(ExportOptions, options, choices)
     output = Path(output)
-    return Bundle(output, run(str(model), output, chosen, force=force, progress=progress or NO_PROGRESS))
+    merged = None if adapter is None else str(adapter)
+    told = progress or NO_PROGRESS
+    return Bundle(output, run(str(model), output, chosen, force=force, progress=told, adapter=merged, strict=strict))
 
 
 def build(
@@ -126,11 +132,12 @@ def verify(
     bundle: str | Path,
     *,
     reference: str | None = None,
+    adapter: str | None = None,
     layouts: Sequence[str] = (),
     greedy_steps: int = 128,
     portable: bool = False,
     lowering: bool = False,
-    backend: Backend | Literal["torch-kernels"] = "ort",
+    backend: str = DEFAULT_BACKEND,
     engine: str | None = None,
     started: Callable[[str], None] = lambda what: None,
     finished: Callable[[CaseResult], None] = lambda result: None,
@@ -140,6 +147,7 @@ def verify(
     Args:
         bundle: the bundle's directory.
         reference: the checkpoint it came from; where None, what the bundle itself names.
+        adapter: the PEFT adapter that was merged into it; where None, what the bundle itself names.
         layouts: which of its layouts; all where empty.
         greedy_steps: tokens of the greedy case, fewer where the bundle holds fewer.
         portable: judge the standard graphs, not those lowered for ONNX Runtime.
@@ -167,6 +175,7 @@ def verify(
     return run(
         bundle,
         reference=reference,
+        adapter=adapter,
         layouts=tuple(layouts),
         greedy_steps=greedy_steps,
         portable=portable,
@@ -180,7 +189,7 @@ def verify(
 
 def load(
     bundle: str | Path,
-    backend: Backend = "ort",
+    backend: str = DEFAULT_BACKEND,
     *,
     layout: str | None = None,
     portable: bool = False,

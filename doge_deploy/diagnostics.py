@@ -20,6 +20,25 @@ def suggest(name: str, known: Iterable[str]) -> str:
     return f" (did you mean {near[0]!r}?)" if near else ""
 
 
+def misspelt(name: str, known: Iterable[str]) -> bool:
+    """Whether `name` is one or two letters from a known name: changed, left out, put in, or swapped with the next."""
+    return any(abs(len(name) - len(other)) <= 2 and 0 < _distance(name, other) <= 2 for other in known)
+
+
+def _distance(a: str, b: str) -> int:
+    """Edits that make `b` of `a`, none of them inside another: the optimal string alignment distance."""
+    before, last = [0] * (len(b) + 1), list(range(len(b) + 1))
+    for i, x in enumerate(a, 1):
+        row = [i]
+        for j, y in enumerate(b, 1):
+            cost = min(last[j] + 1, row[j - 1] + 1, last[j - 1] + (x != y))
+            if i > 1 and j > 1 and x == b[j - 2] and y == a[i - 2]:
+                cost = min(cost, before[j - 2] + 1)
+            row.append(cost)
+        before, last = last, row
+    return last[-1]
+
+
 def join_findings(findings: Sequence[str], limit: int = MAX_FINDINGS) -> str:
     """All findings in one line, those after the first `limit` as a number."""
     shown = "; ".join(shortened(finding) for finding in findings[:limit])

@@ -301,7 +301,9 @@ BROKEN: dict[str, Broken] = {
     "odd-head": Broken(config(head_dim=7), ("head_dim=7: a head must have an even size",)),
     "nan-eps": Broken(config(rms_norm_eps=math.nan), ("rms_norm_eps=nan",)),
     "unknown-activation": Broken(config(hidden_act="silly"), ("hidden_act='silly'", "did you mean 'silu'?")),
-    "misspelt-key": Broken(config(keep_window=8), ("unknown key 'keep_window' (did you mean 'keep_window_size'?)",)),
+    "misspelt-key": Broken(
+        config(keep_window_sise=8), ("unknown key 'keep_window_sise' (did you mean 'keep_window_size'?)",)
+    ),
     "code-in-checkpoint": Broken(code_and_unknown_key, ("unknown key 'keep_windows_size'",)),
     "sliding-window": Broken(config(sliding_window=1), ("sliding_window=1: must be null or a whole number >= 2",)),
     "contradictory-rope": Broken(
@@ -313,10 +315,6 @@ BROKEN: dict[str, Broken] = {
     ),
     "rope-factor-missing": Broken(config(rope_parameters={"rope_type": "dynamic"}), ("needs 'factor': missing",)),
     "too-many-experts": Broken(config(num_experts_per_tok=17), ("at most 16, the reachable experts",), base="moe"),
-    "legacy-keys-in-new-config": Broken(
-        config(dynamic_mask_ratio=0.0, num_cdmoe_experts=16),
-        ("legacy config: dynamic_mask_ratio=0.0, num_cdmoe_exp",),
-    ),
     # config and tensors disagree
     "layers-too-few": Broken(config(num_hidden_layers=1), ("15 unexpected", "model.layers.1.input_residual")),
     "layers-too-many": Broken(config(num_hidden_layers=3), ("15 missing", "model.layers.2.self_attn.A")),

@@ -26,6 +26,7 @@ PLACES = {
     "tasks": (test_tasks.CASES, "tests/verify/test_tasks.py"),
     "model": (test_decoder.CONFIGS, "tests/model/test_decoder.py"),
     "refused": (test_config.REFUSED, "tests/config/test_config.py"),
+    "ignored": (test_config.IGNORED, "tests/config/test_config.py"),
     "accepted": (test_config.ACCEPTED, "tests/config/test_config.py"),
     "rope": (test_config.ROPES, "tests/config/test_config.py"),
 }
@@ -99,8 +100,9 @@ def page() -> str:
         "Written by `python tests/config_keys_page.py`; a test fails when this page is stale or names a case that is gone.",
         "",
         "`exact`: part of the graph, and equal to transformers. `refused`: exit code 3, and the key is named. `ignored`: checked,",
-        "and without effect on any number. A key that is not in this table is refused as unknown. `nox -s properties` draws from",
-        "all values that are exact.",
+        "and without effect on any number. A key that is not in this table is refused if it is one or two letters from one that is;",
+        "any other is ignored, as transformers ignores it, with a warning that names it and that the manifest keeps.",
+        "`export --strict` refuses them all. `nox -s properties` draws from all values that are exact.",
         "",
         "| Key | | What | Shown by |",
         "| --- | --- | --- | --- |",
@@ -114,7 +116,7 @@ def page() -> str:
         lines.append(f"| `{key}` | refused if set | not a Doge setting | {_case('refused:encoder-decoder')} |")
     for key in sorted(config_keys.LEGACY_KEYS):
         lines.append(
-            f"| `{key}` | refused | of the original SmallDoge code; read in a [legacy](legacy.md) checkpoint alone | {_case('refused:legacy-mask-ratio')} |"
+            f"| `{key}` | ignored with a warning | of the original SmallDoge code; read in a [legacy](legacy.md) checkpoint alone | {_case('ignored:legacy-mask-ratio')} |"
         )
     for key in sorted(config_keys.INERT_DOGE_KEYS):
         lines.append(

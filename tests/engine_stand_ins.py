@@ -8,17 +8,21 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from doge_deploy.bundle.engine_record import EngineProfile, EngineRecord, EngineTensor, LayerCounts, SourceFile
-from doge_deploy.bundle.manifest import Bundle
+from doge_deploy.bundle.files import file_entry
+from doge_deploy.bundle.opening import Bundle, open_bundle
 from doge_deploy.bundle.signature import BATCH, SEQUENCE
+from doge_deploy.bundle.writing import write_manifest
 from doge_deploy.dtypes import item_bytes
 from doge_deploy.options.build import BuildOptions, Range
 from doge_deploy.runtime.ort import open_session
-from doge_deploy.runtime.trt.device import Device, Graph, HostMemory, Memory
+from doge_deploy.runtime.trt.device import Bytes, Device, Graph, HostMemory, Memory
 from doge_deploy.runtime.trt.plan import make_plan
 from doge_deploy.runtime.trt.runner import Context, Engine, TrtRunner
 
@@ -53,9 +57,13 @@ class HeldDevice(Device):
         self.launches = 0
         self.recordings = 0
 
-    def memory(self, address: int) -> HeldMemory:
-        assert address in self._alive, "this memory is no longer there"
-        return self._alive[address]
+    def part(self, address: int, nbytes: int) -> Bytes:
+        """The bytes at an address, all in one piece of memory that is still there."""
+        for memory in self._alive.values():
+            begin = address - memory.address
+            if begin >= 0 and begin + nbytes <= memory.nbytes:
+                return memory.array[begin : begin + nbytes]
+        raise AssertionError("this memory is no longer there, or ends before")
 
     def allocate(self, nbytes: int) -> HeldMemory:
         memory = HeldMemory(nbytes, 0)
@@ -81,6 +89,15 @@ class HeldDevice(Device):
             right.array[:] = left.array
 
         self.do(copy)
+
+    def copy(self, source: Memory, source_begin: int, target: Memory, target_begin: int, nbytes: int) -> None:
+        left = self.part(source.address + source_begin, nbytes)
+        right = self.part(target.address + target_begin, nbytes)
+        assert not np.shares_memory(left, right)
+        self.do(lambda: np.copyto(right, left))
+
+    def clear(self, memory: Memory, begin: int, nbytes: int) -> None:
+        self.do(lambda: self.part(memory.address + begin, nbytes).fill(0))
 
     def do(self, work: Callable[[], None]) -> None:
         if self._recording is None:
@@ -141,10 +158,9 @@ class HeldContext(Context):
         return tuple(self.sizes[axis] if isinstance(axis, str) else axis for axis in tensor.shape)
 
     def _view(self, tensor: EngineTensor) -> np.ndarray[Any, Any]:
-        memory = self.engine.device.memory(self.addresses[tensor.name])
         shape = self._shape(tensor)
-        assert memory.nbytes == np.prod(shape) * item_bytes(tensor.dtype)
-        return memory.array.view(tensor.dtype).reshape(shape)
+        part = self.engine.device.part(self.addresses[tensor.name], int(np.prod(shape)) * item_bytes(tensor.dtype))
+        return part.view(tensor.dtype).reshape(shape)
 
     def enqueue(self) -> None:
         self.engine.device.do(self._run)
@@ -210,13 +226,35 @@ def record_of(bundle: Bundle, **changes: Any) -> EngineRecord:
         return tuple(EngineTensor(name=spec.name, dtype=spec.dtype, shape=spec.shape) for spec in specs)
 
     fields: dict[str, Any] = {
-        "dtype": bundle.manifest.options["dtype"],
+        "dtype": bundle.manifest.options.dtype,
         "profiles": (PREFILL, DECODE),
         "inputs": tensors(signature.inputs),
         "outputs": tensors(signature.outputs),
         "aliases": {present.name: past.name for past, present in signature.past()},
     }
     return pretended_record("trt-rtx-fp32", **{**fields, **changes})
+
+
+def write_engine(path: Path, **changes: Any) -> EngineRecord:
+    """Put an engine of no content into a bundle on disk; its record, which fits the bundle."""
+    bundle = open_bundle(path)
+    manifest = bundle.manifest
+    target = changes.get("target", "trt-rtx")
+    directory = f"engines/{target}-{manifest.options.dtype}-made-up"
+    engine, report = f"{directory}/model.engine", f"{directory}/layers.json"
+    (path / directory).mkdir(parents=True)
+    (path / engine).write_bytes(b"engine")
+    (path / report).write_text("{}")
+    sources = {
+        name: SourceFile(file=file, sha256=manifest.files[file]["sha256"])
+        for name, file in (("onnx", bundle.layout("static").file), ("weights", "weights.safetensors"))
+    }
+    places = {"directory": directory, "engine_file": engine, "report_file": report, "engine_bytes": 6}
+    record = record_of(bundle, **{**places, **sources, **changes})
+    files = {**manifest.files, **{file: file_entry(path / file) for file in (engine, report)}}
+    engines = {**manifest.engines, Path(directory).name: record}
+    write_manifest(path, replace(manifest, files=files, engines=engines))
+    return record
 
 
 def held_runner(bundle: Bundle, *, records_itself: bool = False, **changes: Any) -> TrtRunner:
@@ -229,7 +267,7 @@ def held_runner(bundle: Bundle, *, records_itself: bool = False, **changes: Any)
         make_plan(record, signature),
         signature,
         max_length=bundle.manifest.max_length,
-        last=bundle.manifest.options["logits"] == "last",
+        last=bundle.manifest.last_logits,
     )
 
 

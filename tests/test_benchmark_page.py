@@ -17,10 +17,10 @@ from doge_deploy.bench.candidates import Candidate
 from doge_deploy.bench.machine import Machine
 from doge_deploy.bench.measure import RoundTimes
 from doge_deploy.bench.report import Load, Measurements, Report, Settings, WorkloadResult, to_json
-from doge_deploy.bench.traffic import Traffic
 from doge_deploy.bench.workload import Workload
 from doge_deploy.cli.bench import bench
 from doge_deploy.cli.export import export
+from doge_deploy.graph.decode_traffic import Traffic
 
 ROOT = Path(__file__).parent.parent
 FOLDER = ROOT / "examples" / "03_benchmarks"

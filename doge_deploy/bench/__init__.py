@@ -7,7 +7,6 @@ baselines/    transformers in eager mode; a plain export of it
 worker.py     the process that one candidate lives in
 process.py    the other end of that process
 schedule.py   the order of candidates, rotated from round to round
-traffic.py    bytes that a decode step must read
 roofline.py   memory bandwidth
 machine.py    what the numbers were measured on
 run.py        the order of a benchmark, and nothing else

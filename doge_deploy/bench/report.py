@@ -16,8 +16,8 @@ import numpy as np
 from doge_deploy.bench.candidates import Candidate
 from doge_deploy.bench.machine import Machine
 from doge_deploy.bench.measure import RoundTimes
-from doge_deploy.bench.traffic import Traffic
 from doge_deploy.bench.workload import Workload
+from doge_deploy.graph.decode_traffic import Traffic
 
 NOTABLE_NEIGHBOURS = 0.05
 """Share of the machine that others may use before the report says so."""

@@ -6,7 +6,7 @@ L `max_length` (a number, fixed at export).
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -69,13 +69,6 @@ class Signature:
             "inputs": [asdict(spec) for spec in self.inputs],
             "outputs": [asdict(spec) for spec in self.outputs],
         }
-
-    @classmethod
-    def from_json(cls, data: Mapping[str, Any]) -> Signature:
-        def specs(rows: Any) -> tuple[TensorSpec, ...]:
-            return tuple(TensorSpec(row["name"], row["dtype"], tuple(row["shape"])) for row in rows)
-
-        return cls(data["layout"], specs(data["inputs"]), specs(data["outputs"]))
 
 
 def past_name(layer: int | str, kind: str) -> str:

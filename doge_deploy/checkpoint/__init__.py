@@ -4,6 +4,9 @@ find.py       which directory a MODEL is
 headers.py    tensor names, dtypes, shapes and places, read from safetensors headers
 names.py      the tensors that a Doge must have
 legacy.py     checkpoints of the original SmallDoge code
+wrappers.py   names that a wrapper around the model put before those of its tensors
+adapter.py    a PEFT LoRA adapter, merged as peft merges it
+tensors.py    bytes and numbers of one stored tensor
 read.py       `Checkpoint` and `open_checkpoint`
 finite.py     NaN, infinities, and values beyond a dtype
 score_range.py  whether the dynamic mask's score can overflow

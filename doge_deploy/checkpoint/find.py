@@ -44,6 +44,21 @@ def find_checkpoint(model: str) -> Path:
     raise UsageError(f"{model}: no such directory; {legal_models()}")
 
 
+def find_adapter(adapter: str) -> Path:
+    """The directory of a PEFT adapter: a directory, or a Hub id that is downloaded unless it is in the local cache.
+
+    Raises:
+        UsageError: there is no such directory, or it holds no adapter.
+        UnsupportedModelError, MissingDependencyError: see `find_checkpoint`.
+    """
+    if not (adapter and _is_directory(adapter)) and not _HUB_ID.fullmatch(adapter):
+        raise UsageError(f"--adapter {adapter}: no such directory; it must be a directory or a Hub id owner/name")
+    path = Path(os.path.expanduser(adapter)) if _is_directory(adapter) else _download(adapter)
+    if not (path / "adapter_config.json").is_file():
+        raise UsageError(f"--adapter {adapter}: has no adapter_config.json: not a PEFT adapter")
+    return path
+
+
 def model_source(model: str) -> str | None:
     """How anyone else may name this model: the bundled name or Hub id, None for a directory."""
     return None if model not in BUNDLED_MODELS and _is_directory(model) else model

@@ -27,6 +27,9 @@ _PICKLES = ("pytorch_model*.bin", "*.pt", "*.pth", "*.bin")
 _SHARD_NAME = re.compile(r"[\w.-]+\.safetensors")
 """No separators: a path would let a checkpoint read files outside its directory."""
 
+_HERE = re.compile(r"^(\./+)+")
+"""Some writers of an index put `./` before a file's name."""
+
 _LFS_POINTER = b"version https://git-lfs"
 
 _MAX_HEADER_BYTES = 100_000_000  # the format's own limit
@@ -45,6 +48,18 @@ class TensorInfo:
     shape: tuple[int, ...]
     offset: int
     nbytes: int
+
+
+def has_weights(directory: Path) -> bool:
+    """Whether a directory has weights of its own, in safetensors or as a pickle."""
+    return any((directory / name).exists() for name in (WEIGHTS, INDEX, "pytorch_model.bin"))
+
+
+def lacks_metadata(directory: Path) -> bool:
+    """Whether the weights are in shards whose index has no `metadata`, without which transformers cannot read them."""
+    if (directory / WEIGHTS).exists() or not (directory / INDEX).exists():
+        return False
+    return "metadata" not in read_json(directory / INDEX)
 
 
 def read_headers(directory: Path) -> dict[str, TensorInfo]:
@@ -169,6 +184,8 @@ def _read_weight_map(index: Path) -> dict[str, str]:
     if not isinstance(weight_map, dict) or not weight_map:
         raise UnsupportedModelError(f"{index}: must have 'weight_map', an object of tensor names and file names")
     for name, file in weight_map.items():
+        if isinstance(file, str):
+            weight_map[name] = file = _HERE.sub("", file)
         if not (isinstance(file, str) and _SHARD_NAME.fullmatch(file)):
             raise UnsupportedModelError(f"{index}: {name!r} is in {file!r}: must be the name of a .safetensors file")
     return weight_map

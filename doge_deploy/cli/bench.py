@@ -9,7 +9,8 @@ from typing import Any
 
 import click
 
-from doge_deploy.options.backends import BACKENDS
+from doge_deploy.cli.backend_name import BackendName
+from doge_deploy.options.backends import DEFAULT_BACKEND
 
 
 def _numbers(minimum: int) -> Callable[[click.Context, click.Parameter, tuple[str, ...]], tuple[int, ...]]:
@@ -92,9 +93,9 @@ def _parts(values: tuple[str, ...]) -> list[str]:
     "--backend",
     "backends",
     multiple=True,
-    type=click.Choice(BACKENDS),
-    default=("ort",),
-    help="What runs each bundle; repeatable, each is a candidate.  [default: ort]",
+    type=BackendName(),
+    default=(DEFAULT_BACKEND,),
+    help=f"What runs each bundle; repeatable, each is a candidate.  [default: {DEFAULT_BACKEND}]",
 )
 @click.option(
     "--against",

@@ -13,9 +13,9 @@ from doge_deploy.dtypes import NAMES
 
 if TYPE_CHECKING:
     from doge_deploy.devices.facts import DeviceFacts
-    from doge_deploy.doctor.deployment_options import Way, Wish
+    from doge_deploy.doctor.deployment_options import Constraints, DeploymentOption
     from doge_deploy.doctor.machine import Machine
-    from doge_deploy.doctor.model import Subject
+    from doge_deploy.doctor.model import DeployableModel
     from doge_deploy.doctor.targets import Target
 
 
@@ -48,24 +48,24 @@ def doctor(
 
     Without MODEL and --target: what is installed here, and which targets can be used.
 
-    Exit code 4: no way to run on one of the devices that were named.
+    Exit code 4: one of the devices that were named cannot run the model.
     """
-    from doge_deploy.doctor.model import open_subject
+    from doge_deploy.doctor.model import open_model
 
-    subject = open_subject(model, max_length=max_length) if model is not None else None
+    described = open_model(model, max_length=max_length) if model is not None else None
     asked = {"dtype": dtype, "batch_size": batch_size}
     machine, rows = _here() if not names else (None, [])
-    answers = list(_answers(names, machine, subject, asked))
+    answers = list(_answers(names, machine, described, asked))
     if as_json:
-        _print_json(machine, rows, subject, answers)
+        _print_json(machine, rows, described, answers)
     else:
         from doge_deploy.cli.doctor_table import show
 
-        show(machine, rows, subject, answers)
-    _complain([name for name, _, _, found in answers if not any(way.usable for way in found)])
+        show(machine, rows, described, answers)
+    _complain([name for name, _, _, found in answers if not any(option.usable for option in found)])
 
 
-Answer = tuple[str, "DeviceFacts", "Wish", "list[Way]"]
+Answer = tuple[str, "DeviceFacts", "Constraints", "list[DeploymentOption]"]
 
 
 def _here() -> tuple[Machine, list[Target]]:
@@ -77,17 +77,17 @@ def _here() -> tuple[Machine, list[Target]]:
 
 
 def _answers(
-    names: tuple[str, ...], machine: Machine | None, subject: Subject | None, asked: dict[str, Any]
+    names: tuple[str, ...], machine: Machine | None, described: DeployableModel | None, asked: dict[str, Any]
 ) -> Iterator[Answer]:
-    """Name, facts, wishes and ways of every device that is asked about."""
+    """Name, facts, constraints and deployment options of every device that is asked about."""
     from doge_deploy.devices.facts import device_configs, find_devices, load_device_config
-    from doge_deploy.doctor.deployment_options import Wish, ways
+    from doge_deploy.doctor.deployment_options import Constraints, deployment_options
 
     given = {key: value for key, value in asked.items() if value is not None}
     if machine is not None:
-        if subject is not None:
-            facts, wish = machine.device(), Wish(**given)
-            yield "this machine", facts, wish, ways(facts, subject, wish)
+        if described is not None:
+            facts, constraints = machine.device(), Constraints(**given)
+            yield "this machine", facts, constraints, deployment_options(facts, described, constraints)
         return
     known = device_configs()
     chosen = {}
@@ -106,25 +106,29 @@ def _answers(
                 "plugins": build.plugins,
                 "batch_size": build.batch_size.max,
             }
-        wish = Wish(**{**choices, **given})
-        yield name, config.facts, wish, ways(config.facts, subject, wish)
+        constraints = Constraints(**{**choices, **given})
+        yield name, config.facts, constraints, deployment_options(config.facts, described, constraints)
 
 
-def _print_json(machine: Machine | None, rows: list[Target], subject: Subject | None, answers: list[Answer]) -> None:
+def _print_json(
+    machine: Machine | None, rows: list[Target], described: DeployableModel | None, answers: list[Answer]
+) -> None:
     import json
 
     document = {
         "machine": asdict(machine) if machine else None,
         "targets": [asdict(row) for row in rows],
-        "model": {"name": subject.name, "dtype": subject.dtype, "max_length": subject.max_length} if subject else None,
+        "model": {"name": described.name, "dtype": described.dtype, "max_length": described.max_length}
+        if described
+        else None,
         "devices": [
             {
                 "name": name,
                 "facts": facts.model_dump(),
-                "batch_size": wish.batch_size,
-                "ways": [{**asdict(way), "usable": way.usable} for way in found],
+                "batch_size": constraints.batch_size,
+                "deployment_options": [{**asdict(option), "usable": option.usable} for option in found],
             }
-            for name, facts, wish, found in answers
+            for name, facts, constraints, found in answers
         ],
     }
     click.echo(json.dumps(document, indent=2, ensure_ascii=False))
@@ -134,4 +138,4 @@ def _complain(hopeless: list[str]) -> None:
     from doge_deploy.errors import MissingDependencyError
 
     if hopeless:
-        raise MissingDependencyError(f"no way to run on {', '.join(hopeless)}; the table has the reasons")
+        raise MissingDependencyError(f"no deployment option for {', '.join(hopeless)}; the table has the reasons")

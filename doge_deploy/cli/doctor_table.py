@@ -9,19 +9,19 @@ from rich.markup import escape
 from rich.table import Table
 
 from doge_deploy.devices.facts import DeviceFacts
-from doge_deploy.doctor.deployment_options import Way, Wish, size
+from doge_deploy.doctor.deployment_options import Constraints, DeploymentOption, size
 
 if TYPE_CHECKING:
     from doge_deploy.doctor.machine import Machine
-    from doge_deploy.doctor.model import Subject
+    from doge_deploy.doctor.model import DeployableModel
     from doge_deploy.doctor.targets import Target
 
 
 def show(
     machine: Machine | None,
     rows: list[Target],
-    subject: Subject | None,
-    answers: list[tuple[str, DeviceFacts, Wish, list[Way]]],
+    model: DeployableModel | None,
+    answers: list[tuple[str, DeviceFacts, Constraints, list[DeploymentOption]]],
 ) -> None:
     """Print everything to standard output."""
     console = Console()
@@ -29,13 +29,13 @@ def show(
         console.print(_machine(machine), highlight=False)
         console.print()
         console.print(_targets(rows), highlight=False)
-    for index, (name, facts, wish, ways) in enumerate(answers):
+    for index, (name, facts, constraints, deployment_options) in enumerate(answers):
         if machine is not None or index:
             console.print()
         console.print(f"[bold]{escape(name)}[/bold]: {escape(_facts(facts))}", highlight=False)
-        if subject is not None:
-            console.print(escape(_question(subject, wish)), highlight=False)
-        console.print(_ways(ways), highlight=False)
+        if model is not None:
+            console.print(escape(_question(model, constraints)), highlight=False)
+        console.print(_deployment_options(deployment_options), highlight=False)
 
 
 def _machine(machine: Machine) -> Table:
@@ -77,24 +77,24 @@ def _targets(rows: list[Target]) -> Table:
     return grid
 
 
-def _question(subject: Subject, wish: Wish) -> str:
-    rows = f"{wish.batch_size} row{'s' if wish.batch_size > 1 else ''} of {subject.max_length} tokens"
-    return f"{subject.name}{f' ({subject.dtype})' if subject.dtype else ''}, {rows}"
+def _question(model: DeployableModel, constraints: Constraints) -> str:
+    rows = f"{constraints.batch_size} row{'s' if constraints.batch_size > 1 else ''} of {model.max_length} tokens"
+    return f"{model.name}{f' ({model.dtype})' if model.dtype else ''}, {rows}"
 
 
-def _ways(ways: list[Way]) -> Table:
+def _deployment_options(deployment_options: list[DeploymentOption]) -> Table:
     grid = Table.grid(padding=(0, 2))
-    for way in ways:
-        answer = [_with_remedy(way.reason, way.remedy)] if way.reason else []
-        if way.needs is not None and way.usable:
-            parts = (way.needs.weight_bytes, way.needs.cache_bytes, way.needs.activation_bytes)
+    for option in deployment_options:
+        answer = [_with_remedy(option.reason, option.remedy)] if option.reason else []
+        if option.needs is not None and option.usable:
+            parts = (option.needs.weight_bytes, option.needs.cache_bytes, option.needs.activation_bytes)
             weights, cache, activations = map(size, parts)
             answer.append(
-                f"{size(way.needs.total_bytes)}: weights {weights}, cache {cache}, activations at most {activations}"
+                f"{size(option.needs.total_bytes)}: weights {weights}, cache {cache}, activations at most {activations}"
             )
-        if way.tokens_per_second is not None and way.usable:
-            answer.append(f"memory allows at most {way.tokens_per_second:,.0f} tokens/s".replace(",", " "))
-        grid.add_row(_mark(way.usable), way.backend, way.lowering, way.dtype, "\n".join(answer))
+        if option.tokens_per_second is not None and option.usable:
+            answer.append(f"memory allows at most {option.tokens_per_second:,.0f} tokens/s".replace(",", " "))
+        grid.add_row(_mark(option.usable), option.backend, option.lowering, option.dtype, "\n".join(answer))
     return grid
 
 

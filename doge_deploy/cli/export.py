@@ -9,6 +9,13 @@ import click
 
 from doge_deploy.cli.progress import progress
 from doge_deploy.dtypes import NAMES
+from doge_deploy.graph.weight_formats import weight_formats
+
+_FORMATS = weight_formats()
+
+_DEFAULT_BLOCKS = ", ".join(
+    f"{known.default_block_size} with {name}" for name, known in _FORMATS.items() if known.default_block_size
+)
 
 
 @click.command("export")
@@ -35,14 +42,14 @@ from doge_deploy.dtypes import NAMES
 @click.option("--logits", type=click.Choice(["last", "all"]), help="Of which tokens of a call.  [default: last]")
 @click.option(
     "--quantize",
-    type=click.Choice(["int8", "int4", "fp16"]),
-    help="Store weights in 8 or 4 bits, block by block, or in half precision.",
+    type=click.Choice(tuple(_FORMATS)),
+    help=f"Store weights in fewer bits: {'; '.join(f'{name}, {known.title}' for name, known in _FORMATS.items())}.",
 )
 @click.option(
     "--block-size",
-    type=click.Choice(["16", "32", "64", "128", "256"]),
-    callback=lambda _context, _parameter, value: None if value is None else int(value),
-    help="Numbers that share a scale, at most.  [default: 128 with int8, 32 with int4]",
+    type=click.IntRange(min=1),
+    metavar="N",
+    help=f"Numbers that share a scale, at most.  [default: {_DEFAULT_BLOCKS}]",
 )
 @click.option(
     "--symmetric/--asymmetric",
@@ -56,9 +63,18 @@ from doge_deploy.dtypes import NAMES
 @click.option(
     "--set", "assignments", multiple=True, metavar="KEY=VALUE", help="Change an option of the file; repeatable."
 )
+@click.option("--adapter", metavar="DIRECTORY", help="Merge this PEFT LoRA adapter; a Hub id will do too.")
+@click.option("--strict", is_flag=True, help="Refuse keys of config.json that transformers ignores.")
 @click.option("--force", is_flag=True, help="Replace an existing bundle.")
 def export(
-    model: str, output: Path, config_file: Path | None, assignments: tuple[str, ...], force: bool, **choices: Any
+    model: str,
+    output: Path,
+    config_file: Path | None,
+    assignments: tuple[str, ...],
+    adapter: str | None,
+    strict: bool,
+    force: bool,
+    **choices: Any,
 ) -> None:
     """Trace MODEL to the ONNX bundle OUTPUT.
 
@@ -69,7 +85,9 @@ def export(
 
     options = load_export_options(config_file, choices, assignments)
     with progress() as display:
-        manifest = api.export(model, output, options, force=force, progress=display).manifest
+        manifest = api.export(
+            model, output, options, adapter=adapter, strict=strict, force=force, progress=display
+        ).manifest
     for warning in manifest.warnings:
         click.echo(f"warning: {warning}", err=True)
     size = sum(entry["bytes"] for entry in manifest.files.values())

@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Any, cast
 
 import click
 
+from doge_deploy.cli.backend_name import BackendName
 from doge_deploy.errors import UsageError
-from doge_deploy.options.backends import BACKENDS, Backend
+from doge_deploy.options.backends import DEFAULT_BACKEND
 
 if TYPE_CHECKING:
     from doge_deploy.runtime.choices import TextChoices
@@ -41,7 +42,7 @@ if TYPE_CHECKING:
 @click.option("--layout", metavar="static|growing", help="Graph to run; default: the bundle's first.")
 @click.option("--portable", is_flag=True, help="Run the standard graph, not the one lowered for ONNX Runtime.")
 @click.option("--threads", type=click.IntRange(min=1), metavar="N", help="CPU threads; default: all cores.")
-@click.option("--backend", type=click.Choice(BACKENDS), default="ort", show_default=True, help="What runs the bundle.")
+@click.option("--backend", type=BackendName(), default=DEFAULT_BACKEND, show_default=True, help="What runs the bundle.")
 @click.option("--engine", metavar="NAME", help="Which engine, where the backend has several.")
 @click.option("--quiet", is_flag=True, help="No statistics and no notes on standard error.")
 def generate(
@@ -52,7 +53,7 @@ def generate(
     layout: str | None,
     portable: bool,
     threads: int | None,
-    backend: Backend,
+    backend: str,
     engine: str | None,
     quiet: bool,
     **choices: Any,

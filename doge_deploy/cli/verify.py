@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
 
 import click
 
-from doge_deploy.options.backends import BACKENDS, TORCH_KERNELS, Backend
+from doge_deploy.cli.backend_name import BackendName
+from doge_deploy.options.backends import DEFAULT_BACKEND, TORCH_KERNELS
 
 
 @click.command("verify")
 @click.argument("bundle", type=click.Path(path_type=Path))
 @click.option("--reference", metavar="MODEL", help="The checkpoint; default: what the bundle says it came from.")
+@click.option("--adapter", metavar="DIRECTORY", help="The merged adapter; default: what the bundle says.")
 @click.option("--layout", "layouts", multiple=True, metavar="static|growing", help="Only this layout; repeatable.")
 @click.option("--greedy-steps", type=click.IntRange(min=1), default=128, show_default=True, metavar="N")
 @click.option("--portable", is_flag=True, help="Judge the standard graph, not the one lowered for ONNX Runtime.")
@@ -23,8 +24,8 @@ from doge_deploy.options.backends import BACKENDS, TORCH_KERNELS, Backend
 )
 @click.option(
     "--backend",
-    type=click.Choice((*BACKENDS, TORCH_KERNELS)),
-    default="ort",
+    type=BackendName(TORCH_KERNELS),
+    default=DEFAULT_BACKEND,
     show_default=True,
     help="What runs the bundle; torch-kernels: PyTorch, with the plugins' kernels on a CUDA device.",
 )
@@ -36,11 +37,12 @@ from doge_deploy.options.backends import BACKENDS, TORCH_KERNELS, Backend
 def verify(
     bundle: Path,
     reference: str | None,
+    adapter: str | None,
     layouts: tuple[str, ...],
     greedy_steps: int,
     portable: bool,
     lowering: bool,
-    backend: Backend | Literal["torch-kernels"],
+    backend: str,
     engine: str | None,
     json_file: Path | None,
     junit_file: Path | None,
@@ -66,6 +68,7 @@ def verify(
         report = api.verify(
             bundle,
             reference=reference,
+            adapter=adapter,
             layouts=layouts,
             greedy_steps=greedy_steps,
             portable=portable,

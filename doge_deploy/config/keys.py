@@ -1,7 +1,7 @@
 """Which keys a config.json may have, and typed access to them that collects what is wrong and goes on.
 
-transformers keeps unknown keys silently, so that a misspelt or renamed key leaves a default in force unseen.
-Here every key is either used, known to change nothing, or a finding.
+transformers keeps unknown keys silently, so that a misspelt key leaves a default in force unseen. Here every key is
+used, known to change nothing, ignored with a warning, or a finding: one that is nearly a known one was misspelt.
 Reference: `DogeConfig` and `PreTrainedConfig` of transformers 4.54 to 5.23.
 """
 
@@ -11,7 +11,7 @@ import sys
 from collections.abc import Mapping
 from typing import Any
 
-from doge_deploy.diagnostics import suggest
+from doge_deploy.diagnostics import misspelt, shortened, suggest
 
 USED_KEYS = frozenset(
     """
@@ -101,11 +101,17 @@ def legacy_keys(config: Mapping[str, Any]) -> list[str]:
     return sorted(key for key in config if key in LEGACY_KEYS or key.startswith(prefixes))
 
 
-def key_findings(config: Mapping[str, Any]) -> list[str]:
-    """One finding per key that is legacy, refused, switched on where it must be off, or unknown."""
+def key_findings(config: Mapping[str, Any], *, strict: bool = False, refuse_legacy: bool = False) -> list[str]:
+    """One finding per key that is refused, switched on where it must be off, or within two letters of a known one.
+
+    Args:
+        config: the JSON object.
+        strict: refuse every key that transformers ignores.
+        refuse_legacy: refuse keys of the original code: they mean something in a checkpoint of its layout.
+    """
     legacy = legacy_keys(config)
     findings = []
-    if legacy:
+    if legacy and (strict or refuse_legacy):
         keys = ", ".join(f"{key}={config[key]!r}" for key in legacy)
         findings.append(f"legacy config: {keys} (of the original SmallDoge code, ignored by transformers)")
     for key, value in config.items():
@@ -117,9 +123,22 @@ def key_findings(config: Mapping[str, Any]) -> list[str]:
         elif key in MUST_BE_OFF:
             if value:
                 findings.append(f"{key}={value!r}: not a Doge setting; must be absent, false or empty")
-        elif key not in KNOWN_KEYS:
+        elif key not in KNOWN_KEYS and (strict or misspelt(key, _MEANT)):
             findings.append(f"unknown key {key!r}{suggest(key, USED_KEYS | INERT_DOGE_KEYS)}")
     return findings
+
+
+_MEANT = USED_KEYS | INERT_DOGE_KEYS | REFUSED_KEYS.keys() | MUST_BE_OFF
+"""Keys that a misspelt one may have been meant for."""
+
+
+def ignored_keys(config: Mapping[str, Any]) -> list[str]:
+    """`key=value` of the keys that `key_findings` passes over although nothing is known of them."""
+    return [
+        shortened(f"{key}={value!r}")
+        for key, value in config.items()
+        if (key in LEGACY_KEYS or key not in KNOWN_KEYS) and key not in REFUSED_KEYS
+    ]
 
 
 def is_number(value: Any) -> bool:

@@ -1,4 +1,4 @@
-"""Facts read from a checkpoint's config.json, strictly: what is not understood is refused, never dropped.
+"""Facts read from a checkpoint's config.json: what would change the model and is not understood is refused.
 
 Choices that a user makes are in `options.py`. Every command reads facts, so nothing heavy is imported here.
 """
@@ -122,6 +122,18 @@ class DogeFacts:
         visible = max_length if self.sliding_window is None else min(max_length, self.sliding_window)
         return visible > self.keep_window_size
 
+    def reachable_windows(self, max_length: int, *, padded: bool = False) -> tuple[int, int]:
+        """`keep_window_size` and `sliding_window`; 0 where it can hide no key of a row of `max_length` tokens.
+
+        Args:
+            max_length: tokens of a row.
+            padded: padding takes up slots, as in a growing cache, so that shorter texts leave a sliding window too.
+        """
+        sliding = self.sliding_window or 0
+        if not padded and sliding >= max_length:
+            sliding = 0
+        return self.keep_window_size if self.keep_window(max_length) else 0, sliding
+
     @property
     def eos_token_ids(self) -> tuple[int, ...]:
         """All ids that end a text, none if the checkpoint names none."""
@@ -145,20 +157,28 @@ class DogeFacts:
         return cls(**{**data, "eos_token_id": tuple(eos) if isinstance(eos, list) else eos})
 
     @classmethod
-    def from_config(cls, config: Mapping[str, Any], source: str = "config.json") -> DogeFacts:
+    def from_config(
+        cls,
+        config: Mapping[str, Any],
+        source: str = "config.json",
+        *,
+        strict: bool = False,
+        refuse_legacy: bool = False,
+    ) -> DogeFacts:
         """The facts of a parsed config.json, with transformers' defaults for absent keys.
 
         Args:
             config: the JSON object.
             source: what to call it in a message.
+            strict, refuse_legacy: see `key_findings`.
 
         Raises:
-            UnsupportedModelError: not a Doge, or keys that are legacy, unknown, ill-typed, contradictory or
-                not supported: all of them in one message.
+            UnsupportedModelError: not a Doge, or keys that are misspelt, ill-typed, contradictory or not supported:
+                all of them in one message.
         """
         check_model_type(config, source)
         reader = ConfigReader(config)
-        reader.findings += key_findings(config)
+        reader.findings += key_findings(config, strict=strict, refuse_legacy=refuse_legacy)
         values = _read_sizes(reader)
         values |= _read_experts(reader)
         values |= _read_token_ids(reader, values["vocab_size"])

@@ -1,4 +1,4 @@
-"""Ways to run a Doge on a device: which backend, lowering and dtype, whether it fits, and why not where it does not.
+"""What a Doge can be run with on a device: backend, lowering and dtype, whether it fits, and the reason where not.
 
 Everything follows from facts, so the device need not be here.
 """
@@ -12,15 +12,18 @@ from doge_deploy.bundle.signature import UNCACHED
 from doge_deploy.devices.facts import GIB, DeviceFacts
 from doge_deploy.devices.tensorrt_limits import (
     RTX_CAPABILITIES,
-    TOPK_LIMIT,
     TRT_FIRST_AOT_PLUGINS,
     TRT_FIRST_CAPABILITY,
     TRT_FIRST_NATIVE_LAYERS,
     supports_dtype,
 )
 from doge_deploy.devices.versions import at_least
-from doge_deploy.doctor.fit import Needs, decode_bytes, needs, weight_bytes
-from doge_deploy.doctor.model import Subject
+from doge_deploy.doctor.fit import Needs, needs, weight_bytes
+from doge_deploy.doctor.model import DeployableModel
+from doge_deploy.dtypes import NAMES
+from doge_deploy.graph.decode_traffic import decode_traffic
+from doge_deploy.kernels.registry import installed
+from doge_deploy.targets.trt.acceptance import refusals
 
 BACKENDS = ("trt", "trt-rtx", "ort")
 
@@ -30,7 +33,7 @@ BUILD_BYTES_PER_FP16_WEIGHT_BYTE = 6
 
 
 @dataclass(frozen=True)
-class Way:
+class DeploymentOption:
     """One backend on one device."""
 
     backend: str
@@ -46,7 +49,8 @@ class Way:
     build_bytes: int | None = None
     """Memory of a build that must be made on the device itself."""
     tokens_per_second: float | None = None
-    """What the memory's bandwidth allows at most: all rows together, their caches full."""
+    """What the memory's bandwidth allows at most: all rows together, their caches full. None where it is not known, or
+    the model generates no tokens."""
 
     @property
     def usable(self) -> bool:
@@ -54,7 +58,7 @@ class Way:
 
 
 @dataclass(frozen=True)
-class Wish:
+class Constraints:
     """What a file of export_configs/ or the command line asks for."""
 
     dtype: str | None = None
@@ -65,58 +69,75 @@ class Wish:
     batch_size: int = 1
 
 
-def ways(device: DeviceFacts, subject: Subject | None = None, wish: Wish | None = None) -> list[Way]:
+def deployment_options(
+    device: DeviceFacts, model: DeployableModel | None = None, constraints: Constraints | None = None
+) -> list[DeploymentOption]:
     """Every backend's answer for `device`, the ones that can be used first."""
-    wish = wish or Wish()
-    found = [_way(backend, device, subject, wish) for backend in BACKENDS if backend == "ort" or device.kind != "cpu"]
-    return sorted(found, key=lambda way: not way.usable)
+    constraints = constraints or Constraints()
+    found = [
+        _deployment_option(backend, device, model, constraints)
+        for backend in BACKENDS
+        if backend == "ort" or device.kind != "cpu"
+    ]
+    return sorted(found, key=lambda option: not option.usable)
 
 
-def _way(backend: str, device: DeviceFacts, subject: Subject | None, wish: Wish) -> Way:
-    dtype, lowering = _dtype(backend, subject, wish), _lowering(backend, device, wish)
-    obstacle = next(_obstacles(backend, lowering, dtype, device, subject), None)
-    if subject is None:
-        return Way(backend, lowering, dtype, *(obstacle or ()))
+def _deployment_option(
+    backend: str, device: DeviceFacts, model: DeployableModel | None, constraints: Constraints
+) -> DeploymentOption:
+    dtype, lowering = _dtype(backend, model, constraints), _lowering(backend, device, constraints)
+    obstacle = next(_obstacles(backend, lowering, dtype, device, model), None)
+    if model is None:
+        return DeploymentOption(backend, lowering, dtype, *(obstacle or ()))
     need = needs(
-        subject.facts,
+        model.facts,
         dtype,
-        batch_size=wish.batch_size,
-        max_length=subject.max_length,
-        last_logits=subject.last_logits,
+        batch_size=constraints.batch_size,
+        max_length=model.max_length,
+        last_logits=model.last_logits,
+        weight_format=model.weight_format,
     )
     build = None
     if backend == "trt":
-        build = BUILD_BASE_BYTES + BUILD_BYTES_PER_FP16_WEIGHT_BYTE * weight_bytes(subject.facts, "fp16")
+        build = BUILD_BASE_BYTES + BUILD_BYTES_PER_FP16_WEIGHT_BYTE * weight_bytes(model.facts, "fp16")
     speed = None
     # What is known of a graphics card's memory says nothing about the processor's.
     if backend != "ort" or device.memory_shared or device.kind == "cpu":
         obstacle = obstacle or _does_not_fit(device, need, build)
-        if device.bandwidth_gb_per_s:
-            rows = wish.batch_size
-            read = decode_bytes(subject.facts, dtype, batch_size=rows, keys=subject.max_length)
-            speed = rows * device.bandwidth_gb_per_s * 1e9 / read
-    return Way(
+        if device.bandwidth_gb_per_s and UNCACHED not in model.layouts:
+            rows = constraints.batch_size
+            read = decode_traffic(
+                model.facts,
+                dtype=dtype,
+                weight_format=model.weight_format,
+                layout=model.layouts[0],
+                max_length=model.max_length,
+                batch_size=rows,
+                keys=model.max_length,
+            )
+            speed = rows * device.bandwidth_gb_per_s * 1e9 / read.total_bytes
+    return DeploymentOption(
         backend, lowering, dtype, *(obstacle or ("", "")), needs=need, build_bytes=build, tokens_per_second=speed
     )
 
 
-def _dtype(backend: str, subject: Subject | None, wish: Wish) -> str:
+def _dtype(backend: str, model: DeployableModel | None, constraints: Constraints) -> str:
     """The bundle's, or the one asked for; else what suits the backend: a CPU computes in fp32."""
-    settled = subject.dtype if subject else None
-    return settled or wish.dtype or ("fp32" if backend == "ort" else wish.engine_dtype)
+    settled = model.dtype if model else None
+    return settled or constraints.dtype or ("fp32" if backend == "ort" else constraints.engine_dtype)
 
 
-def _lowering(backend: str, device: DeviceFacts, wish: Wish) -> str:
+def _lowering(backend: str, device: DeviceFacts, constraints: Constraints) -> str:
     if backend == "ort":
         return "cpu"
     aot = device.tensorrt is not None and at_least(device.tensorrt, TRT_FIRST_AOT_PLUGINS)
-    return "plugins" if backend == "trt" and wish.plugins and aot else "standard"
+    return "plugins" if backend == "trt" and constraints.plugins and aot else "standard"
 
 
 def _obstacles(
-    backend: str, lowering: str, dtype: str, device: DeviceFacts, subject: Subject | None
+    backend: str, lowering: str, dtype: str, device: DeviceFacts, model: DeployableModel | None
 ) -> Iterator[tuple[str, str]]:
-    """Reason and remedy of everything that stands in the way, the most fundamental first."""
+    """Reason and remedy of every obstacle, the most fundamental first."""
     if backend == "ort":
         return
     capability = device.compute_capability or "0"
@@ -130,17 +151,23 @@ def _obstacles(
         yield from _tensorrt_obstacles(capability, device)
     if not supports_dtype(capability, dtype):
         yield f"compute capability {capability} has no {dtype}", "export with --dtype fp16"
-    if subject is None:
+    if model is None:
         return
-    if UNCACHED in subject.layouts:
-        yield f"{subject.name} has no cache, and engines are built for generating text", "use ort"
-    elif "static" not in subject.layouts:
-        yield f"{subject.name} has no static layout", "export it with --kv-cache static"
-    if lowering == "standard" and subject.window is not None and subject.window > TOPK_LIMIT:
-        yield (
-            f"keep_window_size {subject.window} is more than TensorRT's TopK takes ({TOPK_LIMIT})",
-            f"export with --max-length {subject.window}, which needs no selection, or use ort",
-        )
+    if UNCACHED in model.layouts:
+        yield f"{model.name} has no cache, and engines are built for generating text", "use ort"
+    elif "static" not in model.layouts:
+        yield f"{model.name} has no static layout", "export it with --kv-cache static"
+    # what `build` would say
+    for refusal in refusals(
+        model.facts,
+        target=backend,
+        dtype=NAMES[dtype],
+        max_length=model.max_length,
+        routing=model.routing,
+        weight_format=model.weight_format,
+        plugins=installed() if lowering == "plugins" else None,
+    ):
+        yield refusal.reason, refusal.remedy
 
 
 def _tensorrt_obstacles(capability: str, device: DeviceFacts) -> Iterator[tuple[str, str]]:

@@ -1,4 +1,4 @@
-"""How much memory a Doge takes while it runs, and how fast memory lets it decode.
+"""How much memory a Doge takes while it runs.
 
 Weights and caches are exact. Activations are an upper estimate: of a prefill of all slots in one call, whose attention
 runs as several kernels.
@@ -8,14 +8,13 @@ Axes: B batch, Q tokens of a prefill call, L slots of the cache, H heads, Hkv ke
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 from doge_deploy.checkpoint.names import EMBEDDING, expected_tensors
 from doge_deploy.config.model import DogeFacts
 from doge_deploy.dtypes import item_bytes
-
-_EXPERT_TABLES = ("mlp.down_embed.weight", "mlp.up_embed.weight")
+from doge_deploy.graph.decode_traffic import is_gathered, tensor_bytes
+from doge_deploy.graph.weight_formats import WeightFormat
 
 
 @dataclass(frozen=True)
@@ -31,7 +30,15 @@ class Needs:
         return self.weight_bytes + self.cache_bytes + self.activation_bytes
 
 
-def needs(facts: DogeFacts, dtype: str, *, batch_size: int, max_length: int, last_logits: bool = True) -> Needs:
+def needs(
+    facts: DogeFacts,
+    dtype: str,
+    *,
+    batch_size: int,
+    max_length: int,
+    last_logits: bool = True,
+    weight_format: WeightFormat | None = None,
+) -> Needs:
     """What a static-cache Doge takes: B rows of L slots, and a prefill of L tokens.
 
     Args:
@@ -40,26 +47,30 @@ def needs(facts: DogeFacts, dtype: str, *, batch_size: int, max_length: int, las
         batch_size: B.
         max_length: L.
         last_logits: logits of one token per row.
+        weight_format: how matrices are stored; None for `dtype`.
     """
     return Needs(
-        weight_bytes(facts, dtype),
+        weight_bytes(facts, dtype, weight_format),
         batch_size * row_cache_bytes(facts, dtype, max_length),
         activation_bytes(facts, dtype, batch_size=batch_size, tokens=max_length, keys=max_length, last=last_logits),
     )
 
 
-def weight_bytes(facts: DogeFacts, dtype: str) -> int:
+def weight_bytes(facts: DogeFacts, dtype: str, weight_format: WeightFormat | None = None) -> int:
     """Every tensor once; a tied embedding twice, since a runtime lays the head out in its own way."""
     shapes = expected_tensors(facts)
-    count = sum(math.prod(shape) for shape in shapes.values())
-    if facts.tie_word_embeddings:
-        count += math.prod(shapes[EMBEDDING])
-    return count * item_bytes(dtype)
+
+    def nbytes(name: str, *, gathered: bool) -> int:
+        return tensor_bytes(name, shapes[name], dtype=dtype, weight_format=weight_format, gathered=gathered)
+
+    total = sum(nbytes(name, gathered=is_gathered(name, facts)) for name in shapes)
+    return total + (nbytes(EMBEDDING, gathered=True) if facts.tie_word_embeddings else 0)
 
 
 def row_cache_bytes(facts: DogeFacts, dtype: str, length: int) -> int:
     """Key, value and score of one row of `length` slots, all layers."""
-    per_slot = facts.num_key_value_heads * (2 * facts.head_dim * item_bytes(dtype) + item_bytes("fp32"))
+    per_slot = facts.num_key_value_heads * 2 * facts.head_dim * item_bytes(dtype)
+    per_slot += facts.num_score_heads * item_bytes("fp32")
     return facts.num_hidden_layers * length * per_slot
 
 
@@ -80,19 +91,3 @@ def activation_bytes(facts: DogeFacts, dtype: str, *, batch_size: int, tokens: i
         mlp += n * facts.num_experts_per_tok * 2 * facts.hidden_size * item
     logits = (batch_size if last else n) * facts.vocab_size * 4
     return stream + max(attention, mlp) + logits
-
-
-def decode_bytes(facts: DogeFacts, dtype: str, *, batch_size: int, keys: int) -> int:
-    """What one decode step must read: weights once, the experts and the `keys` cached keys of every row.
-
-    Of an embedding that is not the head too only one row per token is read.
-    """
-    count = 0
-    for name, shape in expected_tensors(facts).items():
-        if name == EMBEDDING and not facts.tie_word_embeddings:
-            count += min(batch_size, shape[0]) * shape[1]
-        elif name.endswith(_EXPERT_TABLES):
-            count += min(batch_size * facts.num_experts_per_tok, shape[0]) * shape[1]
-        else:
-            count += math.prod(shape)
-    return count * item_bytes(dtype) + batch_size * row_cache_bytes(facts, dtype, keys)

@@ -5,17 +5,19 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from doge_deploy.bundle.manifest import MANIFEST, open_bundle
+from doge_deploy.bundle.files import MANIFEST
+from doge_deploy.bundle.opening import open_bundle
 from doge_deploy.bundle.signature import LAYOUTS
 from doge_deploy.checkpoint import open_checkpoint
 from doge_deploy.config.model import DogeFacts
 from doge_deploy.errors import UsageError
+from doge_deploy.graph.weight_formats import WeightFormat, format_of
 from doge_deploy.options.compatibility import resolve_max_length
 
 
 @dataclass(frozen=True)
-class Subject:
-    """What is to run somewhere."""
+class DeployableModel:
+    """A checkpoint or a bundle that is to run somewhere."""
 
     name: str
     facts: DogeFacts
@@ -25,14 +27,13 @@ class Subject:
     layouts: tuple[str, ...]
     """Of a bundle; a checkpoint may be exported in any."""
     last_logits: bool
+    routing: str = "reference"
+    """Of a mixture."""
+    weight_format: WeightFormat | None = None
+    """How matrices are stored; None for the dtype."""
 
-    @property
-    def window(self) -> int | None:
-        """`keep_window_size` where a row can hold more keys than that: keys are then selected."""
-        return self.facts.keep_window_size if self.facts.keep_window(self.max_length) else None
 
-
-def open_subject(path: str, *, max_length: int | None = None) -> Subject:
+def open_model(path: str, *, max_length: int | None = None) -> DeployableModel:
     """A bundle's directory, or anything that `export` takes as MODEL; no weights are read.
 
     Args:
@@ -48,13 +49,15 @@ def open_subject(path: str, *, max_length: int | None = None) -> Subject:
             raise UsageError(
                 f"--max-length {max_length}: {path} was exported for {manifest.max_length}; export it again for another"
             )
-        return Subject(
+        return DeployableModel(
             path,
             manifest.facts,
-            manifest.options["dtype"],
+            manifest.options.dtype,
             manifest.max_length,
             tuple(manifest.layouts),
-            manifest.options["logits"] == "last",
+            manifest.last_logits,
+            manifest.options.routing,
+            format_of(manifest.options),
         )
     facts = open_checkpoint(path).facts
-    return Subject(path, facts, None, resolve_max_length(facts, max_length), LAYOUTS, True)
+    return DeployableModel(path, facts, None, resolve_max_length(facts, max_length), LAYOUTS, True)

@@ -105,10 +105,7 @@ def reachable_windows(facts: DogeFacts, layout: str, max_length: int) -> Windows
 
     Padding takes up slots of a growing cache, so there a sliding window can be left by shorter texts too.
     """
-    sliding = facts.sliding_window or 0
-    if layout != "growing" and sliding >= max_length:
-        sliding = 0
-    return Windows(facts.keep_window_size if facts.keep_window(max_length) else 0, sliding)
+    return Windows(*facts.reachable_windows(max_length, padded=layout == "growing"))
 
 
 def _convert(exported: torch.export.ExportedProgram, *, decompose: bool) -> ir.Model:

@@ -12,18 +12,15 @@ import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import onnx_ir as ir
 import torch
 
 from doge_deploy.checkpoint import Checkpoint
-from doge_deploy.dtypes import BY_ONNX
-from doge_deploy.graph.passes.half_weights import HalfWeightsPass
-from doge_deploy.graph.passes.quantize_weights import QuantizedParts, QuantizeWeightsPass, part_of, scheme_of
-from doge_deploy.graph.passes.transpose_weights import TRANSPOSED_SUFFIX
-
-WEIGHTS_FILE = "weights.safetensors"
+from doge_deploy.dtypes import BY_ONNX, DTYPES
+from doge_deploy.graph.passes.store_weights import StoreWeightsPass
+from doge_deploy.graph.weight_file import TRANSPOSED_SUFFIX
+from doge_deploy.graph.weight_formats import PartSource, WeightFormat
 
 _ALIGNMENT = 4096
 """Data starts on a page, so that runtimes can map the file."""
@@ -41,56 +38,83 @@ class StoredTensor:
 
 
 class TensorSources:
-    """Where the numbers of a graph's initializers come from: the checkpoint, the RoPE tables, and quantization.
+    """Where the numbers of a graph's initializers come from: the checkpoint, the RoPE tables, and a weight format.
+
+    The parts of one weight are made together, so ask for them one after another.
 
     Args:
         checkpoint: where weights are read from; they are cast to the initializer's dtype.
         rope: see `doge_deploy.model.rope.rope_tensors`.
-        options: export options, for whether and how weights are quantized.
+        weight_format: how matrices are stored; None for the dtype of the graph.
     """
 
-    def __init__(self, checkpoint: Checkpoint, rope: Mapping[str, torch.Tensor], options: Mapping[str, Any]) -> None:
+    def __init__(
+        self, checkpoint: Checkpoint, rope: Mapping[str, torch.Tensor], weight_format: WeightFormat | None
+    ) -> None:
         self.checkpoint = checkpoint
         self.rope = rope
-        self.scheme = scheme_of(options)
-        self._half = options.get("quantize") == "fp16"
-        self._parts = None if self.scheme is None else QuantizedParts(checkpoint, self.scheme)
+        self.weight_format = weight_format
+        self._latest: tuple[str, dict[str, torch.Tensor]] | None = None
         self.left: dict[str, str] = {}
-        """Tensors that were not quantized though that was asked for -> why."""
+        """Tensors that keep the dtype of the graph though another format was asked for -> why."""
 
-    def quantize(self, model: ir.Model) -> None:
-        """Quantize the weights of a traced graph, in place, where that was asked for."""
-        step: QuantizeWeightsPass | HalfWeightsPass
-        if self.scheme is not None:
-            step = QuantizeWeightsPass(self.scheme)
-        elif self._half:
-            step = HalfWeightsPass()
-        else:
-            return
-        step(model)
-        self.left |= step.left
+    def rewrite(self, model: ir.Model) -> None:
+        """Store the weights of a traced graph in the format, in place, where one was asked for."""
+        if self.weight_format is not None:
+            step = StoreWeightsPass(self.weight_format)
+            step(model)
+            self.left |= step.left
 
     def initializers(self, model: ir.Model) -> dict[str, ir.Value]:
         """The initializers of `model` that this is the source of."""
         known = {*self.checkpoint.tensors, *self.rope}
-        return {
-            name: value
-            for name, value in model.graph.initializers.items()
-            if name.removesuffix(TRANSPOSED_SUFFIX) in known or self._is_part(name)
-        }
+        found = {}
+        for name, value in model.graph.initializers.items():
+            assert value.dtype is not None
+            part = self.part_of(name, BY_ONNX[value.dtype].name)
+            if part is not None or name.removesuffix(TRANSPOSED_SUFFIX) in known:
+                found[name] = value
+        return found
 
-    def _is_part(self, name: str) -> bool:
-        return self.scheme is not None and part_of(name, self.scheme) is not None
+    def part_of(self, name: str, dtype: str) -> PartSource | None:
+        """What an initializer is a part of, where weights have a format and it is one."""
+        return None if self.weight_format is None else self.weight_format.part_of(name, dtype)
 
-    def read(self, name: str, dtype: ir.DataType) -> torch.Tensor:
-        """The numbers of an initializer; those of less than a byte packed into bytes."""
-        if self._parts is not None and self._is_part(name):
-            return self._parts.data(name)
+    def read(self, name: str, dtype: str) -> torch.Tensor:
+        """The numbers of an initializer as the weight file has them: those of less than a byte packed into bytes.
+
+        Args:
+            name: of the initializer.
+            dtype: `DType.name`.
+        """
+        part = self.part_of(name, dtype)
+        if part is not None:
+            return packed(self._read_part(part), DTYPES[part.dtype].bits)
         source = name.removesuffix(TRANSPOSED_SUFFIX)
         tensor = self.rope[source] if source in self.rope else self.checkpoint.read(source)
         if source != name:
             tensor = tensor.T
-        return tensor.to(getattr(torch, BY_ONNX[dtype].name))
+        return tensor.to(getattr(torch, dtype))
+
+    def _read_part(self, part: PartSource) -> torch.Tensor:
+        assert self.weight_format is not None
+        if not part.tensor:
+            return self.weight_format.constant(part.key)
+        if self._latest is None or self._latest[0] != part.tensor:
+            self._latest = part.tensor, self.weight_format.store(self.checkpoint.read(part.tensor))
+        return self._latest[1][part.key]
+
+
+def packed(values: torch.Tensor, bits: int) -> torch.Tensor:
+    """Numbers of 4 bits, below 16, as bytes; of two the first is in the low half. Others as they are."""
+    if bits >= 8:
+        return values
+    if bits != 4:
+        raise ValueError(f"numbers of {bits} bits cannot be packed; of 4 they can")
+    flat = values.reshape(-1)
+    if len(flat) % 2:
+        flat = torch.cat((flat, flat.new_zeros(1)))
+    return flat[0::2] | (flat[1::2] << 4)
 
 
 def write_weights(
@@ -105,7 +129,7 @@ def write_weights(
     Args:
         path: the file; its name becomes the `location` of the external data.
         models: traced graphs whose initializers carry checkpoint names, some with the transpose suffix, or names of
-            `QuantizeWeightsPass`.
+            a weight format's parts.
         sources: where the numbers come from.
         advance: told the bytes of each tensor once it is written.
     """
@@ -115,7 +139,7 @@ def write_weights(
         header = _header(plan)
         file.write(header)
         for stored in plan.values():
-            data = sources.read(stored.name, stored.dtype).contiguous()
+            data = sources.read(stored.name, BY_ONNX[stored.dtype].name).contiguous()
             file.write(data.reshape(-1).view(torch.uint8).numpy().data)
             advance(stored.nbytes)
     for initializers in values:
@@ -143,7 +167,7 @@ def _plan(values: Iterable[Mapping[str, ir.Value]]) -> dict[str, StoredTensor]:
     plan, begin = {}, 0
     for name in sorted(wanted):
         dtype, shape = wanted[name]
-        nbytes = math.ceil(math.prod(shape) * dtype.itemsize)
+        nbytes = BY_ONNX[dtype].nbytes(math.prod(shape))
         plan[name] = StoredTensor(name, dtype, shape, begin, nbytes)
         begin += nbytes
     return plan
@@ -151,7 +175,7 @@ def _plan(values: Iterable[Mapping[str, ir.Value]]) -> dict[str, StoredTensor]:
 
 def _stored_shape(stored: StoredTensor) -> list[int]:
     """safetensors has no numbers of 4 bits: their rows are bytes there, or all of them where a row is no whole byte."""
-    if stored.dtype != ir.DataType.UINT4:
+    if BY_ONNX[stored.dtype].bits >= 8:
         return list(stored.shape)
     *rows, columns = stored.shape
     return [*rows, columns // 2] if columns % 2 == 0 else [stored.nbytes]

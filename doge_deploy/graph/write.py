@@ -17,7 +17,9 @@ from doge_deploy.config.model import DogeFacts
 from doge_deploy.config.revisions import REVISIONS
 from doge_deploy.graph.check import check_model
 from doge_deploy.graph.trace import trace
-from doge_deploy.graph.weights import WEIGHTS_FILE, TensorSources, write_weights
+from doge_deploy.graph.weight_file import WEIGHTS_FILE
+from doge_deploy.graph.weight_formats import format_of
+from doge_deploy.graph.weights import TensorSources, write_weights
 from doge_deploy.model.rope import rope_tensors
 from doge_deploy.options.export import ExportOptions
 from doge_deploy.process.progress import Progress
@@ -108,9 +110,9 @@ def _write_weights(
     """Write the weight file; returns the tensors that were left unquantized though that was asked for, and why."""
     advance = progress.stage("write weights", sum(tensor.nbytes for tensor in checkpoint.tensors.values()))
     rope = rope_tensors(checkpoint.config, checkpoint.facts, max_length)
-    sources = TensorSources(checkpoint, rope, options.model_dump())
+    sources = TensorSources(checkpoint, rope, format_of(options))
     for model in models:
-        sources.quantize(model)
+        sources.rewrite(model)
     write_weights(directory / WEIGHTS_FILE, models, sources, advance=advance)
     return sources.left
 

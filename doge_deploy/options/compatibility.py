@@ -1,26 +1,13 @@
-"""Which options of an export go together, and with which checkpoints; what an option left open stands for."""
+"""Which options of an export go together, and with which checkpoints."""
 
 from __future__ import annotations
 
 from doge_deploy.config.model import TASKS, DogeFacts
 from doge_deploy.errors import UnsupportedModelError, UsageError
-from doge_deploy.options.export import BLOCK_SIZES, ExportOptions
+from doge_deploy.options.export import ExportOptions
 
 MAX_POSITIONS = 2**24
 """float32 holds every whole number up to here; angles are computed from positions in float32."""
-
-
-def resolve_options(options: ExportOptions) -> ExportOptions:
-    """The options with the block size that they stand for.
-
-    Raises:
-        UsageError: two of them do not go together.
-    """
-    check_quantize(options)
-    check_blocks(options)
-    if options.block_size is not None:
-        return options
-    return options.model_copy(update={"block_size": BLOCK_SIZES.get(options.quantize or "")})
 
 
 def resolve_max_length(facts: DogeFacts, asked: int | None) -> int:
@@ -44,18 +31,6 @@ def check_quantize(options: ExportOptions) -> None:
         raise UsageError(
             f"quantize={options.quantize} with task={options.task}: what rounding costs is judged by the "
             "predictions of a language model; quantize with task=causal-lm only"
-        )
-
-
-def check_blocks(options: ExportOptions) -> None:
-    """Raises UsageError where an option of blocks is given and weights are not stored in blocks."""
-    fields = sorted({"block_size", "symmetric"} & options.model_fields_set)
-    given = [name for name in fields if getattr(options, name) is not None]
-    if given and options.quantize not in ("int8", "int4"):
-        stored = "no quantize" if options.quantize is None else f"quantize={options.quantize}"
-        raise UsageError(
-            f"{given[0]}={getattr(options, given[0])!r} with {stored}: only weights of 8 or 4 bits have blocks; leave "
-            "it out or give quantize=int8 or int4"
         )
 
 

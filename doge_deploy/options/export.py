@@ -7,22 +7,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from doge_deploy.dtypes import ShortName
 from doge_deploy.options.load import load_options
-
-CacheLayout = Literal["static", "growing"]
-Task = Literal["causal-lm", "sequence-classification", "features"]
+from doge_deploy.options.resolved import CacheLayout, Logits, Routing, Task, weight_format_names
 
 _LAYOUT_ORDER = ("static", "growing")
-
-BLOCK_SIZES = {"int8": 128, "int4": 32}
-"""Numbers that share a scale where nothing else is asked for. With 8 bits a smaller block costs time and gains nothing
-that can be seen (docs/decisions/0028).
-"""
 
 
 class ExportOptions(BaseModel):
@@ -38,14 +31,21 @@ class ExportOptions(BaseModel):
     max_length: int | None = Field(
         None, ge=1, description="a whole number >= 1, or null for the checkpoint's own length"
     )
-    routing: Literal["reference", "per-token"] = Field("reference", description="one of reference, per-token")
-    logits: Literal["last", "all"] = Field("last", description="one of last, all")
+    routing: Routing = Field("reference", description="one of reference, per-token")
+    logits: Logits = Field("last", description="one of last, all")
     num_layers: int | None = Field(None, ge=1, description="a whole number >= 1, or null for all layers")
-    quantize: Literal["int8", "int4", "fp16"] | None = Field(None, description="int8, int4, fp16 or null")
-    block_size: Literal[16, 32, 64, 128, 256] | None = Field(
-        None, description="one of 16, 32, 64, 128, 256, or null for 128 with int8 and 32 with int4"
-    )
+    quantize: str | None = Field(None, description=f"one of {', '.join(weight_format_names())}, or null")
+    """The name of a weight format."""
+    block_size: int | None = Field(None, ge=1, description="a whole number >= 1, or null for the weight format's own")
+    """The format says which sizes it takes."""
     symmetric: bool = Field(True, description="true or false")
+
+    @field_validator("quantize")
+    @classmethod
+    def _check_format(cls, value: str | None) -> str | None:
+        if value is not None and value not in weight_format_names():
+            raise ValueError("there is no such weight format")
+        return value
 
     @field_validator("kv_cache", mode="before")
     @classmethod

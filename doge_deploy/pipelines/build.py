@@ -7,12 +7,12 @@ from pathlib import Path
 
 from doge_deploy.bundle.engine_record import EngineRecord
 from doge_deploy.bundle.engine_store import commit, staging
-from doge_deploy.bundle.manifest import open_bundle
+from doge_deploy.bundle.opening import open_bundle
 from doge_deploy.devices.packages import require_graph_packages
 from doge_deploy.errors import UsageError
 from doge_deploy.options.build import BuildOptions
 from doge_deploy.process.progress import Progress
-from doge_deploy.targets.trt.choices import check_options, check_weights, engine_name, resolve_capabilities
+from doge_deploy.targets.trt.choices import check_model, check_options, engine_name, resolve_capabilities
 from doge_deploy.targets.trt.job import make_job
 from doge_deploy.targets.trt.profiles import make_profiles
 from doge_deploy.targets.trt.record import ENGINE_FILE, REPORT_FILE, make_record
@@ -45,7 +45,7 @@ def build(path: str | Path, options: BuildOptions, *, force: bool, progress: Pro
     advance = progress.stage("check bundle")
     bundle = open_bundle(path)
     layout = bundle.layout(LAYOUT)
-    check_weights(bundle)
+    check_model(bundle, options)
     advance(1)
     capabilities = resolve_capabilities(options)
     name = engine_name(bundle, options, capabilities)

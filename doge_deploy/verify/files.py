@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from doge_deploy.errors import UsageError
+from doge_deploy.graph.weight_formats import weight_formats
 from doge_deploy.verify.parity import CaseResult
 from doge_deploy.verify.run import Report
-from doge_deploy.verify.tolerance import QUALITY, TOLERANCES
+from doge_deploy.verify.tolerance import TOLERANCES
 
 
 def report_json(report: Report) -> dict[str, Any]:
@@ -30,9 +31,14 @@ def report_json(report: Report) -> dict[str, Any]:
         "quality": [{**asdict(result), "passed": result.passed} for result in report.quality],
         "skipped": report.skipped,
         "reference_itself": asdict(report.reference_itself) if report.reference_itself else None,
-        "quality_limits": {name: asdict(row) for name, row in QUALITY.items()} if report.quality else {},
+        "quality_limits": _quality_limits() if report.quality else {},
         "tolerances": {name: asdict(row) for name, row in TOLERANCES.items()},
     }
+
+
+def _quality_limits() -> dict[str, Any]:
+    """Of every weight format."""
+    return {name: asdict(known.quality) for name, known in weight_formats().items()}
 
 
 def _case_json(result: CaseResult) -> dict[str, Any]:

@@ -14,21 +14,16 @@ from functools import partial
 
 import numpy as np
 import torch
-from safetensors import safe_open
 
-from doge_deploy.bundle.manifest import Bundle
+from doge_deploy.bundle.opening import Bundle
 from doge_deploy.checkpoint import Checkpoint
-from doge_deploy.graph.passes.quantize_weights import scheme_of, values_suffix
-from doge_deploy.graph.passes.transpose_weights import TRANSPOSED_SUFFIX
-from doge_deploy.graph.quantize import QuantizationScheme, quantize
-from doge_deploy.graph.weights import WEIGHTS_FILE
-from doge_deploy.runtime.base import IntArray
-from doge_deploy.runtime.ort import OrtRunner
+from doge_deploy.graph.weight_file import read_weight_file
+from doge_deploy.graph.weight_formats import Quality, WeightFormat
+from doge_deploy.runtime.base import BundleRunner, IntArray
 from doge_deploy.verify.cases import Case, chunk
 from doge_deploy.verify.compare import Array, log_softmax
 from doge_deploy.verify.reference import Reference, Weights
 from doge_deploy.verify.replay import Replay
-from doge_deploy.verify.tolerance import QUALITY
 
 SURE = 0.5
 """Probability from which on the reference is sure of a token."""
@@ -40,31 +35,16 @@ ROW_TOKENS = 128
 """Tokens of the text in one row."""
 
 
-def stored_weights(bundle: Bundle, checkpoint: Checkpoint) -> Weights:
-    """How a bundle's weights differ from its checkpoint's: what rounding made of them, by name; empty without any."""
-    scheme = scheme_of(bundle.manifest.options)
-    if scheme is not None:
-        return _dequantized(bundle, checkpoint, scheme)
-    return _in_half(bundle) if bundle.manifest.options.get("quantize") is not None else {}
-
-
-def _dequantized(bundle: Bundle, checkpoint: Checkpoint, scheme: QuantizationScheme) -> Weights:
-    """Of tensors that the weight file holds in few bits: the numbers that the graph makes of them."""
-    suffix = values_suffix(scheme.bits)
+def stored_weights(bundle: Bundle, checkpoint: Checkpoint, weight_format: WeightFormat) -> Weights:
+    """What a bundle stores of its checkpoint's weights: per tensor in the format, the numbers that its graph makes."""
 
     def dequantized(name: str, _weight: torch.Tensor) -> torch.Tensor:
-        return quantize(checkpoint.read(name), scheme).dequantized()
+        return weight_format.dequantized(checkpoint.read(name))
 
-    with safe_open(bundle.path / WEIGHTS_FILE, framework="pt") as file:
-        names = [name.removesuffix(suffix) for name in file.keys() if name.endswith(suffix)]  # noqa: SIM118
-    return {name: partial(dequantized, name) for name in names}
-
-
-def _in_half(bundle: Bundle) -> Weights:
-    """Of tensors that the weight file holds in half precision."""
-    with safe_open(bundle.path / WEIGHTS_FILE, framework="pt") as file:
-        names = [name for name in file.keys() if file.get_slice(name).get_dtype() == "F16"]  # noqa: SIM118
-    return {name.removesuffix(TRANSPOSED_SUFFIX): torch.Tensor.half for name in names}
+    found = (weight_format.part_of(name, info.dtype) for name, info in read_weight_file(bundle.path).items())
+    names = sorted({part.tensor for part in found if part is not None and part.tensor})
+    # another tensor is a finding of `compare_weights`
+    return {name: partial(dequantized, name) for name in names if name in checkpoint.tensors}
 
 
 @dataclass(frozen=True)
@@ -93,13 +73,13 @@ class QualityResult:
 
 
 def judge_quality(
-    layout: str, quantize_name: str, runner: OrtRunner, reference: Reference, replay: Replay, text_ids: IntArray
+    layout: str, limits: Quality, runner: BundleRunner, reference: Reference, replay: Replay, text_ids: IntArray
 ) -> QualityResult:
     """Feed text to both sides, in rows: half a row as a prefill, then token by token.
 
     Args:
         layout: of the runner.
-        quantize_name: a row of `QUALITY`: "int8", "int4" or "fp16".
+        limits: what rounding may cost in the format of the weights.
         runner: the graph that is served.
         reference: with the checkpoint's own weights, in float32.
         replay: how the layout's calls are made in the reference.
@@ -116,14 +96,14 @@ def judge_quality(
         given = len(row) - len(found[-1]) + 1  # tokens before the first that is predicted
         targets.append(row[given:])
         found[-1], expected[-1] = found[-1][: len(targets[-1])], expected[-1][: len(targets[-1])]
-    return _compare(layout, quantize_name, *(np.concatenate(parts) for parts in (found, expected, targets)))
+    return _compare(layout, limits, *(np.concatenate(parts) for parts in (found, expected, targets)))
 
 
 def _logits(parts: list[Array]) -> Array:
     return np.concatenate(parts)
 
 
-def _compare(layout: str, quantize_name: str, found: Array, expected: Array, targets: Array) -> QualityResult:
+def _compare(layout: str, limits: Quality, found: Array, expected: Array, targets: Array) -> QualityResult:
     p, q = log_softmax(expected), log_softmax(found)
     kl = (np.exp(p) * (p - q)).sum(axis=-1)
     best = p.argmax(axis=-1)
@@ -141,14 +121,13 @@ def _compare(layout: str, quantize_name: str, found: Array, expected: Array, tar
         float(np.exp(-q[rows, targets].mean())),
         float(np.exp(-p[rows, targets].mean())),
     )
-    result.failures.extend(_failures(result, quantize_name, bool(np.isfinite(found).all())))
+    result.failures.extend(_failures(result, limits, bool(np.isfinite(found).all())))
     return result
 
 
-def _failures(result: QualityResult, quantize_name: str, finite: bool) -> list[str]:
+def _failures(result: QualityResult, limits: Quality, finite: bool) -> list[str]:
     if not finite:
         return ["the logits hold NaN or infinite numbers"]
-    limits = QUALITY[quantize_name]
     ratio = result.perplexity / result.reference_perplexity
     failures = []
     if not result.mean_kl <= limits.mean_kl:

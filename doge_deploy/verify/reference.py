@@ -25,6 +25,7 @@ from transformers import DogeConfig
 from transformers.models.doge.modeling_doge import DogeRMSNorm
 
 from doge_deploy.checkpoint import Checkpoint
+from doge_deploy.checkpoint.names import EMBEDDING, HEAD, PREFIX
 from doge_deploy.runtime.base import IntArray
 from doge_deploy.runtime.padding import left_padded
 from doge_deploy.verify.compare import Array
@@ -278,7 +279,10 @@ def _load_model(checkpoint: Checkpoint, dtype: torch.dtype) -> Any:
     if checkpoint.facts.is_legacy:
         return load_legacy_model(checkpoint, dtype)
     config = DogeConfig.from_dict({**checkpoint.config, "num_hidden_layers": checkpoint.facts.num_hidden_layers})
-    return getattr(transformers, checkpoint.facts.architecture).from_pretrained(
+    architecture = getattr(transformers, checkpoint.facts.architecture)
+    if not checkpoint.as_stored:
+        return _with_tensors_read_here(architecture, config, checkpoint, dtype)
+    return architecture.from_pretrained(
         checkpoint.path,
         config=config,
         dtype=dtype,
@@ -286,6 +290,18 @@ def _load_model(checkpoint: Checkpoint, dtype: torch.dtype) -> Any:
         use_safetensors=True,
         local_files_only=True,
     )
+
+
+def _with_tensors_read_here(architecture: Any, config: DogeConfig, checkpoint: Checkpoint, dtype: torch.dtype) -> Any:
+    """transformers' model with merged or renamed tensors, which it cannot read itself."""
+    model = architecture._from_config(config, dtype=dtype, attn_implementation="eager")
+    weights = {name: checkpoint.read(name).to(dtype) for name in checkpoint.tensors}
+    if checkpoint.facts.architecture == "DogeModel":
+        weights = {name.removeprefix(PREFIX): tensor for name, tensor in weights.items()}
+    elif checkpoint.facts.tie_word_embeddings and checkpoint.facts.num_labels is None:
+        weights[HEAD] = weights[EMBEDDING]
+    model.load_state_dict(weights, assign=True)
+    return model.eval()
 
 
 def _as_mask(mask: Array) -> torch.Tensor:

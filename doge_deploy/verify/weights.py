@@ -7,11 +7,12 @@ from dataclasses import dataclass
 import torch
 from safetensors import safe_open
 
-from doge_deploy.bundle.manifest import Bundle
+from doge_deploy.bundle.opening import Bundle
 from doge_deploy.checkpoint import Checkpoint, task_tensors
-from doge_deploy.graph.passes.quantize_weights import QuantizedParts, part_of, scheme_of
-from doge_deploy.graph.passes.transpose_weights import TRANSPOSED_SUFFIX
-from doge_deploy.graph.weights import WEIGHTS_FILE
+from doge_deploy.dtypes import DTYPES
+from doge_deploy.graph.weight_file import TRANSPOSED_SUFFIX, WEIGHTS_FILE, read_weight_file
+from doge_deploy.graph.weight_formats import format_of
+from doge_deploy.graph.weights import TensorSources
 from doge_deploy.model.rope import rope_tensors
 
 
@@ -33,20 +34,22 @@ def compare_weights(bundle: Bundle, checkpoint: Checkpoint) -> WeightsResult:
     """Each tensor of the weight file must be the checkpoint's, rounded or quantized as stored, bit for bit."""
     rope = rope_tensors(checkpoint.config, checkpoint.facts, bundle.manifest.max_length)
     failures, found = [], set()
+    sources = TensorSources(checkpoint, rope, format_of(bundle.manifest.options))
+    infos = read_weight_file(bundle.path)
+    names = sorted(infos)
     with safe_open(bundle.path / WEIGHTS_FILE, framework="pt") as file:
-        names = sorted(file.keys())
-        scheme = scheme_of(bundle.manifest.options)
-        quantized = None if scheme is None else QuantizedParts(checkpoint, scheme)
-        parts = {name: part for name in names if scheme is not None and (part := part_of(name, scheme)) is not None}
         for name in names:
-            source = parts[name][0] if name in parts else name.removesuffix(TRANSPOSED_SUFFIX)
+            part = sources.part_of(name, infos[name].dtype)
+            source = name.removesuffix(TRANSPOSED_SUFFIX) if part is None else part.tensor
             found.add(source)  # "" for what no single tensor is the source of
             stored = file.get_tensor(name)
-            if name in parts and quantized is not None and (not source or source in checkpoint.tensors):
-                failures += _difference(name, stored.reshape(-1), quantized.data(name).reshape(-1))
+            if part is not None and (not source or source in checkpoint.tensors):
+                expected = sources.read(name, infos[name].dtype)
+                if DTYPES[part.dtype].bits < 8:  # packed into bytes: the shape is another one
+                    stored, expected = stored.reshape(-1), expected.reshape(-1)
+                failures += _difference(name, stored, expected)
             elif source in rope or source in checkpoint.tensors:
-                expected = rope[source] if source in rope else checkpoint.read(source)
-                failures += _difference(name, stored, expected.T if name != source else expected)
+                failures += _difference(name, stored, sources.read(name, str(stored.dtype).removeprefix("torch.")))
             else:
                 failures.append(f"{name} is not a tensor of the checkpoint")
     wanted = task_tensors(checkpoint.facts, bundle.manifest.task)

@@ -18,8 +18,8 @@ from doge_deploy.bench.report import (
     roofline_shares,
     summarize,
 )
-from doge_deploy.bench.traffic import Traffic
 from doge_deploy.bench.workload import Workload
+from doge_deploy.graph.decode_traffic import Traffic
 
 WORKLOAD = Workload(batch_size=2, past_length=0, prompt_length=100, decode_steps=2)
 

@@ -12,7 +12,8 @@ from bundles import shared_bundle
 from random_doge import SMALL
 
 from doge_deploy.bundle.genai_config import follows_convention, genai_config
-from doge_deploy.bundle.manifest import Layout, open_bundle
+from doge_deploy.bundle.manifest import Layout
+from doge_deploy.bundle.opening import open_bundle
 from doge_deploy.bundle.signature import TensorSpec, make_signature
 from doge_deploy.config.model import DogeFacts
 

@@ -11,9 +11,9 @@ from doge_deploy.bench.candidates import Candidate
 from doge_deploy.bench.machine import Machine
 from doge_deploy.bench.measure import RoundTimes
 from doge_deploy.bench.report import Load, Measurements, Report, Settings, WorkloadResult
-from doge_deploy.bench.traffic import Traffic
 from doge_deploy.bench.workload import Workload
 from doge_deploy.cli.main import run_command
+from doge_deploy.graph.decode_traffic import Traffic
 
 
 def test_a_missing_matplotlib_is_told_before_anything_is_timed(

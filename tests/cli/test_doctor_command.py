@@ -24,7 +24,7 @@ def test_this_machine_as_json(capsys: pytest.CaptureFixture[str]) -> None:
     assert {row["name"] for row in answer["targets"]} >= {"export", "verify", "build --target trt"}
     assert answer["machine"]["libraries"]["onnxruntime"]["details"]["providers"]
     (device,) = answer["devices"]
-    assert device["name"] == "this machine" and any(way["usable"] for way in device["ways"])
+    assert device["name"] == "this machine" and any(option["usable"] for option in device["deployment_options"])
 
 
 def test_a_device_that_is_not_here(capsys: pytest.CaptureFixture[str]) -> None:
@@ -39,9 +39,9 @@ def test_does_it_fit(capsys: pytest.CaptureFixture[str], tiny_bundle: Path) -> N
     answer = json.loads(capsys.readouterr().out)
     assert answer["machine"] is None and answer["model"]["dtype"] == "fp32"
     assert [device["name"] for device in answer["devices"]] == ["jetson-agx-thor", "rtx-desktop"]
-    way = answer["devices"][0]["ways"][0]
-    assert (way["backend"], way["lowering"], way["usable"]) == ("trt", "plugins", True)
-    assert way["needs"]["weight_bytes"] > 0
+    option = answer["devices"][0]["deployment_options"][0]
+    assert (option["backend"], option["lowering"], option["usable"]) == ("trt", "plugins", True)
+    assert option["needs"]["weight_bytes"] > 0
 
 
 def test_a_device_of_ones_own(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
@@ -59,7 +59,7 @@ def test_no_way_at_all_is_exit_code_4(capsys: pytest.CaptureFixture[str], tmp_pa
     assert run_command(["doctor", "doge-tiny", "--target", str(path)]) == 4
     captured = capsys.readouterr()
     assert "of memory; 1.0 MiB are free" in " ".join(captured.out.split())
-    assert captured.err.startswith("doge-deploy: error: no way to run on toy")
+    assert captured.err.startswith("doge-deploy: error: no deployment option for toy")
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -16,7 +17,7 @@ from transformers.activations import ACT2CLS, ACT2FN
 
 from doge_deploy.config import keys as config_keys
 from doge_deploy.config.model import DogeFacts
-from doge_deploy.diagnostics import join_findings, suggest
+from doge_deploy.diagnostics import join_findings, misspelt, suggest
 from doge_deploy.errors import UnsupportedModelError
 
 DOGE = {"model_type": "doge"}
@@ -167,15 +168,12 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         {"architectures": ["DogeForSequenceClassification"], "id2label": {}},
         "id2label={}: must be an object with a name for each label",
     ),
-    "legacy-mask-ratio": ({"dynamic_mask_ratio": 0.0}, "legacy config: dynamic_mask_ratio=0.0"),
-    "legacy-experts": (
-        {"num_cdmoe_experts": 9, "num_cdmoe_heads": 4},
-        "legacy config: num_cdmoe_experts=9, num_cdmoe_heads=4",
-    ),
-    "legacy-unheard-of": ({"num_cdmoe_something": 1}, "legacy config: num_cdmoe_something=1"),
-    "legacy-bias": ({"hidden_bias": False}, "legacy config: hidden_bias=False"),
-    "legacy-retrieval": ({"expert_retrieval_size": 64}, "legacy config: expert_retrieval_size=64"),
-    "unknown": ({"num_attention_head": 4}, "did you mean 'num_attention_heads'?"),
+    "one-letter-less": ({"num_attention_head": 4}, "did you mean 'num_attention_heads'?"),
+    "one-letter-more": ({"keep_windows_size": 4}, "did you mean 'keep_window_size'?"),
+    "two-letters-changed": ({"hidden_zice": 64}, "did you mean 'hidden_size'?"),
+    "letters-swapped": ({"vocab_szie": 64}, "did you mean 'vocab_size'?"),
+    "other-case": ({"Vocab_Size": 64}, "unknown key 'Vocab_Size'"),
+    "misspelt-refused-key": ({"quantisation_config": {"bits": 4}}, "unknown key 'quantisation_config'"),
     "quantised": ({"quantization_config": {"bits": 4}}, "quantized weights are not supported"),
     "encoder-decoder": ({"is_encoder_decoder": True}, "is_encoder_decoder=True"),
     "per-layer": ({"per_layer_config": {"0": {}}}, "per_layer_config"),
@@ -256,6 +254,49 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
 @pytest.mark.parametrize(("change", "words"), REFUSED.values(), ids=REFUSED.keys())
 def test_refused_by_name(change: dict[str, Any], words: str) -> None:
     assert words in refusal({**DOGE, **change})
+
+
+IGNORED: dict[str, tuple[dict[str, Any], str]] = {
+    "legacy-mask-ratio": ({"dynamic_mask_ratio": 0.0}, "legacy config: dynamic_mask_ratio=0.0"),
+    "legacy-experts": (
+        {"num_cdmoe_experts": 9, "num_cdmoe_heads": 4},
+        "legacy config: num_cdmoe_experts=9, num_cdmoe_heads=4",
+    ),
+    "legacy-unheard-of": ({"num_cdmoe_something": 1}, "legacy config: num_cdmoe_something=1"),
+    "legacy-bias": ({"hidden_bias": False}, "legacy config: hidden_bias=False"),
+    "legacy-retrieval": ({"expert_retrieval_size": 64}, "legacy config: expert_retrieval_size=64"),
+    "js": ({"transformers.js_config": {}}, "unknown key 'transformers.js_config'"),
+    "unsloth": ({"unsloth_version": "2025.6.1"}, "unknown key 'unsloth_version'"),
+    "three-letters-off": ({"keep_window": 8}, "unknown key 'keep_window'"),
+    "another-model": ({"n_layer": 3}, "unknown key 'n_layer'"),
+}
+"""Keys that transformers ignores: ignored here too, and said; with `strict` refused, with these words."""
+
+
+@pytest.mark.parametrize(("change", "words"), IGNORED.values(), ids=IGNORED.keys())
+def test_what_transformers_ignores_is_ignored_and_named(change: dict[str, Any], words: str) -> None:
+    config = {**DOGE, **change}
+    assert DogeFacts.from_config(config) == DogeFacts.from_config(DOGE)
+    assert config_keys.ignored_keys(config) == [f"{key}={value!r}" for key, value in change.items()]
+    with pytest.raises(UnsupportedModelError, match=re.escape(words)):
+        DogeFacts.from_config(config, strict=True)
+
+
+def test_legacy_keys_are_refused_where_they_mean_something() -> None:
+    with pytest.raises(UnsupportedModelError, match="legacy config: dynamic_mask_ratio"):
+        DogeFacts.from_config({**DOGE, "dynamic_mask_ratio": 0.0}, refuse_legacy=True)
+    DogeFacts.from_config({**DOGE, "n_layer": 3}, refuse_legacy=True)
+
+
+def test_nothing_is_said_about_a_config_that_transformers_wrote() -> None:
+    assert config_keys.ignored_keys(DogeConfig().to_dict()) == []
+
+
+def test_misspelt_counts_letters() -> None:
+    for name in ("hiddensize", "hidden_siz", "hiden_size", "hidden_sizes", "ihdden_siez", "hidden_size__"):
+        assert misspelt(name, ["hidden_size"]), name
+    for name in ("hidden_size", "hidden", "hidden_sizes__", "hixxxn_size", ""):
+        assert not misspelt(name, ["hidden_size"]), name
 
 
 ACCEPTED: dict[str, dict[str, Any]] = {

@@ -7,16 +7,22 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from bundles import make_bundle
 
+from doge_deploy.bundle.opening import open_bundle
 from doge_deploy.checkpoint import open_checkpoint
+from doge_deploy.config.revisions import REVISIONS
 from doge_deploy.devices.facts import DeviceFacts, device_configs
-from doge_deploy.doctor.deployment_options import Way, Wish, size, ways
-from doge_deploy.doctor.model import Subject, open_subject
-from doge_deploy.errors import UsageError
+from doge_deploy.doctor.deployment_options import Constraints, DeploymentOption, deployment_options, size
+from doge_deploy.doctor.model import DeployableModel, open_model
+from doge_deploy.errors import UnsupportedModelError, UsageError
+from doge_deploy.graph.weight_formats import format_of
+from doge_deploy.options.build import BuildOptions
+from doge_deploy.targets.trt.choices import check_model
 
 DEVICES = {name: config.facts for name, config in device_configs().items()}
-TINY = open_subject("doge-tiny")
-BIG = Subject(
+TINY = open_model("doge-tiny")
+BIG = DeployableModel(
     "1.4B-MoE",
     replace(
         open_checkpoint("doge-tiny-moe").facts,
@@ -38,10 +44,14 @@ BIG = Subject(
 """The largest published size, by its facts alone."""
 
 
-def way(device: str | DeviceFacts, backend: str, subject: Subject | None = None, **wish: Any) -> Way:
+def option(
+    device: str | DeviceFacts, backend: str, model: DeployableModel | None = None, **constraints: Any
+) -> DeploymentOption:
     facts = DEVICES[device] if isinstance(device, str) else device
-    return next(one for one in ways(facts, subject, Wish(**wish)) if one.backend == backend)
+    return next(one for one in deployment_options(facts, model, Constraints(**constraints)) if one.backend == backend)
 
+
+CPU = DeviceFacts(kind="cpu", product="a processor", bandwidth_gb_per_s=50.0)
 
 USABLE = {
     "cpu": ["ort"],
@@ -61,24 +71,24 @@ def test_every_device_has_an_answer() -> None:
 
 @pytest.mark.parametrize("name", USABLE)
 def test_usable_backends_come_first(name: str) -> None:
-    found = ways(DEVICES[name], TINY)
+    found = deployment_options(DEVICES[name], TINY)
     assert [one.backend for one in found if one.usable] == USABLE[name]
     assert [one.backend for one in found][: len(USABLE[name])] == USABLE[name]
     assert all(one.remedy for one in found if not one.usable)
 
 
 def test_jetpack_6_is_answered_with_jetpack_7() -> None:
-    found = way("jetson-orin-nano-8gb-jp6", "trt")
+    found = option("jetson-orin-nano-8gb-jp6", "trt")
     assert "TensorRT 10.3 lacks layers" in found.reason and found.remedy == "install JetPack 7.2 or later"
 
 
 def test_tensorrt_rtx_has_no_code_for_orin_and_thor() -> None:
     for name in ("jetson-agx-orin-jp7", "jetson-agx-thor"):
-        assert "TensorRT-RTX compiles for compute capability 7.5" in way(name, "trt-rtx").reason
+        assert "TensorRT-RTX compiles for compute capability 7.5" in option(name, "trt-rtx").reason
 
 
 @pytest.mark.parametrize(
-    ("name", "backend", "wish", "lowering"),
+    ("name", "backend", "constraints", "lowering"),
     [
         ("h100", "trt", {}, "plugins"),
         ("h100", "trt", {"plugins": False}, "standard"),
@@ -86,67 +96,150 @@ def test_tensorrt_rtx_has_no_code_for_orin_and_thor() -> None:
         ("rtx-desktop", "ort", {}, "cpu"),
     ],
 )
-def test_lowering(name: str, backend: str, wish: dict[str, Any], lowering: str) -> None:
-    assert way(name, backend, **wish).lowering == lowering
+def test_lowering(name: str, backend: str, constraints: dict[str, Any], lowering: str) -> None:
+    assert option(name, backend, **constraints).lowering == lowering
 
 
 def test_dtype_is_the_bundles_or_the_one_asked_for_or_the_backends() -> None:
-    assert way("h100", "trt", replace(TINY, dtype="fp32"), dtype="bf16").dtype == "fp32"
-    assert way("h100", "trt", TINY, dtype="bf16").dtype == "bf16"
-    assert (way("h100", "trt", TINY, engine_dtype="bf16").dtype, way("h100", "ort", TINY).dtype) == ("bf16", "fp32")
+    assert option("h100", "trt", replace(TINY, dtype="fp32"), dtype="bf16").dtype == "fp32"
+    assert option("h100", "trt", TINY, dtype="bf16").dtype == "bf16"
+    assert (option("h100", "trt", TINY, engine_dtype="bf16").dtype, option("h100", "ort", TINY).dtype) == (
+        "bf16",
+        "fp32",
+    )
 
 
 def test_turing_has_no_bf16() -> None:
     turing = DEVICES["rtx-desktop"].model_copy(update={"compute_capability": "7.5"})
-    assert way(turing, "trt-rtx", TINY, dtype="bf16").reason == "compute capability 7.5 has no bf16"
-    assert way(turing, "trt-rtx", TINY).usable
+    assert option(turing, "trt-rtx", TINY, dtype="bf16").reason == "compute capability 7.5 has no bf16"
+    assert option(turing, "trt-rtx", TINY).usable
 
 
 def test_a_window_beyond_topk_needs_plugins() -> None:
     wide = replace(TINY, facts=replace(TINY.facts, keep_window_size=4096), max_length=8192)
-    assert way("h100", "trt", wide).usable
-    found = way("h100", "trt", wide, plugins=False)
+    assert option("h100", "trt", wide).usable
+    found = option("h100", "trt", wide, plugins=False)
     assert "keep_window_size 4096 is more than TensorRT's TopK takes (3840)" in found.reason
     assert "--max-length 4096" in found.remedy
-    assert way("h100", "trt", replace(wide, max_length=4096), plugins=False).usable, "nothing is selected there"
+    assert option("h100", "trt", replace(wide, max_length=4096), plugins=False).usable, "nothing is selected there"
 
 
 def test_an_engine_is_built_from_the_static_layout() -> None:
     growing = replace(TINY, layouts=("growing",))
-    assert "has no static layout" in way("h100", "trt", growing).reason and way("h100", "ort", growing).usable
+    assert "has no static layout" in option("h100", "trt", growing).reason and option("h100", "ort", growing).usable
     classifier = replace(TINY, layouts=("uncached",))
-    assert "has no cache" in way("h100", "trt", classifier).reason and way("h100", "ort", classifier).usable
+    assert "has no cache" in option("h100", "trt", classifier).reason and option("h100", "ort", classifier).usable
 
 
 def test_what_runs_may_still_be_too_large_to_build_on_the_device() -> None:
-    found = way("jetson-orin-nano-8gb-jp7", "trt", BIG)
+    found = option("jetson-orin-nano-8gb-jp7", "trt", BIG)
     assert found.needs and found.needs.total_bytes < 6 << 30
     assert found.reason.startswith("fits, but its build may take") and "compute capability 8.7" in found.remedy
-    assert way("jetson-agx-orin-jp7", "trt", BIG).usable
-    assert way("rtx-desktop", "trt-rtx", BIG).build_bytes is None, "built anywhere"
+    assert option("jetson-agx-orin-jp7", "trt", BIG).usable
+    assert option("rtx-desktop", "trt-rtx", BIG).build_bytes is None, "built anywhere"
 
 
 def test_what_does_not_fit_says_by_how_much() -> None:
-    found = way("jetson-orin-nano-8gb-jp7", "trt", BIG, batch_size=16)
+    found = option("jetson-orin-nano-8gb-jp7", "trt", BIG, batch_size=16)
     assert found.needs and found.reason == f"needs {size(found.needs.total_bytes)} of memory; 6.00 GiB are free for it"
 
 
 def test_memory_of_a_graphics_card_says_nothing_about_the_processors() -> None:
     huge = replace(BIG, max_length=1 << 20)
-    assert not way("rtx-desktop", "trt-rtx", huge).usable
-    assert way("rtx-desktop", "ort", huge).usable and way("rtx-desktop", "ort", huge).tokens_per_second is None
+    assert not option("rtx-desktop", "trt-rtx", huge).usable
+    assert option("rtx-desktop", "ort", huge).usable and option("rtx-desktop", "ort", huge).tokens_per_second is None
 
 
 def test_bandwidth_bounds_the_speed() -> None:
-    one, eight = (way("h100", "trt", TINY, batch_size=rows).tokens_per_second for rows in (1, 8))
+    one, eight = (option("h100", "trt", TINY, batch_size=rows).tokens_per_second for rows in (1, 8))
     assert one and eight and one < eight < 8 * one
 
 
 def test_a_bundle_says_what_it_is(tiny_bundle: Path) -> None:
-    subject = open_subject(str(tiny_bundle))
-    assert (subject.dtype, subject.layouts, subject.last_logits) == ("fp32", ("static", "growing"), False)
+    model = open_model(str(tiny_bundle))
+    assert (model.dtype, model.layouts, model.last_logits) == ("fp32", ("static", "growing"), False)
     with pytest.raises(UsageError, match="was exported for 512; export it again"):
-        open_subject(str(tiny_bundle), max_length=64)
+        open_model(str(tiny_bundle), max_length=64)
+
+
+INT4 = format_of({"quantize": "int4"})
+
+
+@pytest.mark.parametrize("backend", ["trt", "trt-rtx"])
+def test_an_engine_that_build_refuses_is_no_option(backend: str, tmp_path: Path) -> None:
+    path = make_bundle("doge-tiny", tmp_path / "b", quantize="int4", max_length=32)
+    found = option("rtx-desktop", backend, open_model(str(path)))
+    assert found.reason == "stores its weights as int4; engines are built of fp32, fp16 or bf16"
+    assert found.remedy == "export without --quantize"
+    bundle = open_bundle(path)
+    with pytest.raises(UnsupportedModelError, match=f"{found.reason}; {found.remedy}"):
+        check_model(bundle, BuildOptions(target=backend))
+    served = option("rtx-desktop", "ort", open_model(str(path)))
+    assert served.usable and served.needs
+    plain = option("rtx-desktop", "ort", replace(TINY, max_length=32)).needs
+    assert plain and served.needs.weight_bytes < plain.weight_bytes / 4
+
+
+NOT_FOR_PLUGINS = {
+    "head-size": ({"head_dim": 260}, "D a multiple of 8, at most 256"),
+    "sliding-window": ({"sliding_window": 100, "keep_window_size": 64}, "sliding_window=100"),
+    "query-heads": ({"num_attention_heads": 34, "num_key_value_heads": 2}, "at most 16 query heads"),
+}
+
+
+@pytest.mark.parametrize(("changes", "words"), NOT_FOR_PLUGINS.values(), ids=NOT_FOR_PLUGINS.keys())
+def test_what_the_plugins_do_not_take_is_no_option(changes: dict[str, Any], words: str) -> None:
+    model = replace(TINY, facts=replace(TINY.facts, **changes))
+    found = option("h100", "trt", model)
+    assert found.lowering == "plugins" and words in found.reason
+    assert found.remedy == "build with --no-plugins, or use ort"
+    assert option("h100", "trt", model, plugins=False).usable
+
+
+def test_experts_that_the_plugins_do_not_take() -> None:
+    facts = open_checkpoint("doge-tiny-moe").facts
+    model = replace(TINY, facts=facts)
+    assert option("h100", "trt", model).usable
+    trained = replace(model, facts=replace(facts, hidden_act="prelu"))
+    assert "activation='prelu'" in option("h100", "trt", trained).reason
+    many = replace(model, facts=replace(facts, num_experts=4096, num_experts_per_tok=200))
+    assert "num_experts_per_tok between 1 and" in option("h100", "trt", many).reason
+
+
+def speed(model: DeployableModel, **constraints: Any) -> float:
+    found = option("h100", "trt", model, **constraints).tokens_per_second
+    assert found is not None
+    return found
+
+
+def test_no_window_makes_the_bound_too_low() -> None:
+    """Keys beyond the window need not be read: a longer text decodes as fast."""
+    window = TINY.facts.keep_window_size
+    long, longer = (speed(replace(TINY, max_length=length)) for length in (2 * window, 8 * window))
+    assert long == longer < speed(replace(TINY, max_length=window // 2))
+
+
+def test_no_batch_of_a_mixture_makes_the_bound_too_low() -> None:
+    """All rows may choose the same experts: weights count once, so that only caches grow with the rows."""
+    one, eight = (speed(replace(BIG, max_length=1), batch_size=rows) for rows in (1, 8))
+    assert 7.9 < eight / one < 8
+
+
+def test_weights_of_a_format_raise_the_bound() -> None:
+    assert speed(replace(TINY, weight_format=None)) > 0
+    stored = replace(TINY, dtype="fp32", weight_format=INT4)
+    found, plain = (option(CPU, "ort", one) for one in (stored, replace(TINY, dtype="fp32")))
+    assert found.tokens_per_second and plain.tokens_per_second
+    assert found.tokens_per_second > 2 * plain.tokens_per_second
+
+
+def test_a_legacy_doge_reads_a_score_per_query_head() -> None:
+    revision = next(name for name, found in REVISIONS.items() if found.score_per_query_head)
+    assert speed(replace(TINY, facts=replace(TINY.facts, revision=revision))) < speed(TINY)
+
+
+def test_a_classifier_generates_nothing() -> None:
+    assert option("jetson-agx-thor", "ort", replace(TINY, layouts=("uncached",))).tokens_per_second is None
 
 
 def test_sizes_are_written_for_people() -> None:

@@ -4,13 +4,20 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
+from bundles import make_bundle
 
+from doge_deploy.bundle.opening import open_bundle
 from doge_deploy.bundle.signature import make_signature
 from doge_deploy.checkpoint import open_checkpoint
+from doge_deploy.checkpoint.names import EMBEDDING
 from doge_deploy.config.model import DogeFacts
-from doge_deploy.doctor.fit import activation_bytes, decode_bytes, needs, row_cache_bytes, weight_bytes
+from doge_deploy.config.revisions import REVISIONS
+from doge_deploy.doctor.fit import activation_bytes, needs, row_cache_bytes, weight_bytes
+from doge_deploy.graph.weight_file import read_weight_file
+from doge_deploy.graph.weight_formats import format_of
 
 DENSE, MOE = (open_checkpoint(name).facts for name in ("doge-tiny", "doge-tiny-moe"))
 
@@ -21,7 +28,9 @@ def test_weights_are_those_of_the_checkpoint(facts: DogeFacts, dtype: str, item:
     checkpoint = open_checkpoint("doge-tiny-moe" if facts.is_moe else "doge-tiny")
     stored = sum(math.prod(tensor.shape) for tensor in checkpoint.tensors.values())
     assert facts.tie_word_embeddings
-    assert weight_bytes(facts, dtype) == item * (stored + facts.vocab_size * facts.hidden_size)
+    scores = sum(math.prod(t.shape) for name, t in checkpoint.tensors.items() if ".A" in name or ".dt_proj." in name)
+    expected = item * (stored - scores + facts.vocab_size * facts.hidden_size) + 4 * scores
+    assert weight_bytes(facts, dtype) == expected, "scores are computed in fp32"
     assert weight_bytes(replace(facts, tie_word_embeddings=False), dtype) == weight_bytes(facts, dtype)
 
 
@@ -52,14 +61,30 @@ def test_activations_hold_at_least_what_one_attention_holds() -> None:
     assert every - last == 511 * DENSE.vocab_size * 4
 
 
-def test_a_decode_step_reads_only_its_experts() -> None:
-    tables = 2 * MOE.num_hidden_layers * MOE.hidden_size * 4
-    all_experts = decode_bytes(replace(MOE, num_experts_per_tok=MOE.num_experts), "fp32", batch_size=1, keys=1)
-    few = decode_bytes(MOE, "fp32", batch_size=1, keys=1)
-    assert all_experts - few == tables * (MOE.num_experts - MOE.num_experts_per_tok)
+@pytest.mark.parametrize("options", [{"quantize": "int4"}, {"quantize": "int8"}, {"quantize": "fp16"}], ids=str)
+def test_weights_of_a_format_are_those_of_the_weight_file(options: dict[str, str], tmp_path: Path) -> None:
+    """The file, and the tied embedding once more; fp16 is widened where it is multiplied with."""
+    bundle = open_bundle(make_bundle("doge-tiny-moe", tmp_path / "b", max_length=32, **options))
+    stored_as = format_of(bundle.manifest.options)
+    assert stored_as is not None
+    file = read_weight_file(bundle.path)
+    parts = {name: stored_as.part_of(name, info.dtype) for name, info in file.items()}
+    total = 0
+    for name, info in file.items():
+        part = parts[name]
+        if "rope" in name or (part is not None and not part.tensor):
+            continue
+        table = part is not None and "_embed" in part.tensor and ".layers." in part.tensor
+        wide = options["quantize"] == "fp16" and part is not None and not table
+        total += info.nbytes * (2 if wide else 1)
+        if part is not None and part.tensor == EMBEDDING:
+            total += info.nbytes
+    assert weight_bytes(bundle.manifest.facts, "fp32", stored_as) == total
+    assert total < weight_bytes(bundle.manifest.facts, "fp32")
 
 
-def test_an_untied_embedding_is_read_by_row() -> None:
-    untied = replace(DENSE, tie_word_embeddings=False)
-    difference = decode_bytes(untied, "fp32", batch_size=3, keys=1) - decode_bytes(DENSE, "fp32", batch_size=3, keys=1)
-    assert difference == 3 * DENSE.hidden_size * 4
+def test_a_legacy_doge_caches_a_score_per_query_head() -> None:
+    revision = next(name for name, found in REVISIONS.items() if found.score_per_query_head)
+    more = DENSE.num_attention_heads - DENSE.num_key_value_heads
+    legacy = row_cache_bytes(replace(DENSE, revision=revision), "fp16", 10)
+    assert legacy - row_cache_bytes(DENSE, "fp16", 10) == DENSE.num_hidden_layers * more * 10 * 4

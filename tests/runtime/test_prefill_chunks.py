@@ -9,7 +9,7 @@ import pytest
 from bundles import make_bundle
 from random_doge import LONGROPE, SMALL, SMALL_MOE, save_random_doge
 
-from doge_deploy.bundle.manifest import Bundle, open_bundle
+from doge_deploy.bundle.opening import Bundle, open_bundle
 from doge_deploy.runtime.ort import open_runner, runners
 from doge_deploy.runtime.ort.runners import StaticOrtRunner
 from doge_deploy.verify.run import verify
@@ -48,9 +48,9 @@ def counted(runner: StaticOrtRunner, monkeypatch: pytest.MonkeyPatch) -> list[in
     widths: list[int] = []
     run = runner._run_part
 
-    def noted(input_ids: Any, lengths: Any) -> Any:
+    def noted(first: int, input_ids: Any, lengths: Any) -> Any:
         widths.append(input_ids.shape[1])
-        return run(input_ids, lengths)
+        return run(first, input_ids, lengths)
 
     monkeypatch.setattr(runner, "_run_part", noted)
     return widths
@@ -77,7 +77,7 @@ def replay(runner: Any, *, keep: bool) -> list[np.ndarray[Any, Any]]:
 
 @pytest.mark.parametrize("portable", [False, True], ids=["lowered", "standard"])
 def test_pieces_give_what_the_call_gives(bundle: Bundle, portable: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    keep = bundle.manifest.options["logits"] == "all"
+    keep = bundle.manifest.options.logits == "all"
     whole, cut = (open_runner(bundle, portable=portable) for _ in range(2))
     expected = replay(whole, keep=keep)
     monkeypatch.setattr(runners, "PIECE", 5)

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from bundles import make_bundle
 from random_doge import SMALL, SMALL_MOE, save_random_doge
-from sweeps import cases
+from sweeps import fixture_cases
 
-from doge_deploy.bundle.manifest import Bundle, open_bundle
+from doge_deploy.bundle.opening import Bundle, open_bundle
 from doge_deploy.runtime.base import FloatArray
 from doge_deploy.runtime.ort import OrtRunner, open_runner, window
 from doge_deploy.runtime.ort.window import WindowOrtRunner
@@ -34,7 +34,7 @@ def small_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(window, "SPARE", 3)
 
 
-@pytest.fixture(scope="module", params=cases(CONFIGS, always=["grouped-heads", "window-1", "moe-per-token"]))
+@pytest.fixture(scope="module", params=fixture_cases(CONFIGS, always=["grouped-heads", "window-1", "moe-per-token"]))
 def bundle(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     config, options = request.param
     path = tmp_path_factory.mktemp("window")
@@ -95,9 +95,9 @@ def test_verification_finds_a_key_dropped_too_early(bundle: Bundle, monkeypatch:
     if bundle.manifest.facts.keep_window_size == 1:
         pytest.skip("a window of one key has none to spare")
 
-    def drop(self: WindowOrtRunner) -> None:
+    def drop(self: WindowOrtRunner, rows: slice) -> None:
         self.window -= 1
-        original(self)
+        original(self, rows)
         self.window += 1
 
     original = WindowOrtRunner._drop

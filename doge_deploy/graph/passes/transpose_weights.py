@@ -5,9 +5,7 @@ from __future__ import annotations
 import onnx_ir as ir
 
 from doge_deploy.graph.passes.pending import pending
-
-TRANSPOSED_SUFFIX = ".T"
-"""Added to a checkpoint tensor's name where the graph holds its transpose."""
+from doge_deploy.graph.weight_file import TRANSPOSED_SUFFIX
 
 
 class TransposeWeightsPass(ir.passes.InPlacePass):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from doge_deploy.bundle.manifest import Bundle
+from doge_deploy.bundle.opening import Bundle
 from doge_deploy.bundle.signature import SLOT_INDICES, UNCACHED
 from doge_deploy.devices.packages import require_graph_packages
 from doge_deploy.runtime.ort.runners import GrowingOrtRunner, OrtRunner, StaticOrtRunner, UncachedOrtRunner
@@ -46,10 +46,10 @@ def open_runner(
     session = open_session(source, bundle.path, threads=threads, spin=spin, flush_denormals=flush, profile=profile)
     if chosen.signature.layout == UNCACHED:
         return UncachedOrtRunner(session, chosen, manifest.max_length, facts.pad_token_id)
-    last = manifest.options["logits"] == "last"
+    last = manifest.last_logits
     if chosen.signature.layout == "growing":
         return GrowingOrtRunner(session, chosen, max_length=manifest.max_length, last=last)
-    mixes = facts.is_moe and manifest.options["routing"] == "reference"
+    mixes = facts.is_moe and manifest.options.routing == "reference"
     whole = mixes or facts.rope_changes(manifest.max_length)
     if any(value.name == SLOT_INDICES for value in session.get_inputs()):
         return WindowOrtRunner(

@@ -5,17 +5,21 @@ Reference: https://onnxruntime.ai/docs/api/python/api_summary.html (I/O binding)
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import numpy.typing as npt
 
 from doge_deploy.bundle.manifest import Layout
-from doge_deploy.bundle.signature import PAST_ROPE, PRESENT_ROPE, SLOT_INDICES, past_name, present_name
+from doge_deploy.bundle.signature import PAST_ROPE, PRESENT_ROPE, SLOT_INDICES
 from doge_deploy.dtypes import DTYPES
 from doge_deploy.errors import UsageError
 from doge_deploy.runtime.base import BundleRunner, FloatArray, IntArray
+from doge_deploy.runtime.logits import HostLogits, Logits
 from doge_deploy.runtime.ort.prefill_chunks import joined_logits, joined_selections
 from doge_deploy.runtime.padding import left_padded
+from doge_deploy.runtime.rows import RowsRunner, row_range
 
 if TYPE_CHECKING:
     import onnxruntime
@@ -39,7 +43,6 @@ class OrtRunner(BundleRunner):
         self.extra_outputs = [output.name for output in session.get_outputs() if output.name not in declared]
         self.extra: dict[str, np.ndarray[Any, Any]] = {}
         """Values of `extra_outputs` in the last call."""
-        self._binding = session.io_binding()
         self._shapes = {spec.name: spec.shape for spec in (*layout.signature.inputs, *layout.signature.outputs)}
         values = (*session.get_inputs(), *session.get_outputs())
         self._dtypes = {value.name: _NUMPY_DTYPES.get(value.type) for value in values}
@@ -55,10 +58,10 @@ class OrtRunner(BundleRunner):
         self._rope_outputs = names[1:]
         self._rope = {name: self._zeros(name) for name in names}
 
-    def _bind_rope(self) -> None:
+    def _bind_rope(self, binding: Any) -> None:
         if self._rope:
-            self._binding.bind_ortvalue_input(PAST_ROPE, _wrap(self._rope[PAST_ROPE]))
-            self._binding.bind_ortvalue_output(PRESENT_ROPE, _wrap(self._rope[PRESENT_ROPE]))
+            binding.bind_ortvalue_input(PAST_ROPE, _wrap(self._rope[PAST_ROPE]))
+            binding.bind_ortvalue_output(PRESENT_ROPE, _wrap(self._rope[PRESENT_ROPE]))
 
     def _note_rope(self) -> None:
         """After a call: what it gave is what the next one gets."""
@@ -105,12 +108,26 @@ class UncachedOrtRunner(OrtRunner):
         return {}
 
 
-class StaticOrtRunner(OrtRunner):
+class _Calls:
+    """The binding of the calls of some rows, with the arrays that are filled anew in each of them."""
+
+    def __init__(self, binding: Any) -> None:
+        self.binding = binding
+        self.width = 0
+        """Q of the calls that the arrays are for; 0 where there are none yet."""
+        self.inputs: dict[str, np.ndarray[Any, Any]] = {}
+        self.logits: FloatArray = np.zeros(0)
+        self.memory: np.ndarray[Any, Any] | None = None
+        """What `logits` is a view of."""
+
+
+class StaticOrtRunner(OrtRunner, RowsRunner):
     """Arrays that are bound once as inputs and outputs: the graph writes the caches, and the logits, in place.
 
     A decode step sets a few numbers in bound arrays and runs; what it does in Python does not grow with the number of
-    layers or with the length of the text. Texts of as many rows follow each other in the same arrays: the first touch
-    of fresh memory would take a twentieth of a prefill.
+    layers or with the length of the text. Some rows alone are a contiguous part of the same arrays, bound as such.
+    Texts of as many rows follow each other in the same arrays: the first touch of fresh memory would take a twentieth
+    of a prefill.
 
     Args:
         whole_calls: what a token gets depends on the call it is in, so calls are not cut into pieces of `PIECE` tokens.
@@ -119,102 +136,140 @@ class StaticOrtRunner(OrtRunner):
     def __init__(self, *arguments: Any, whole_calls: bool, **keywords: Any) -> None:
         super().__init__(*arguments, **keywords)
         self.whole_calls = whole_calls
+        self.vocab_size = int(self._shapes["logits"][-1])
 
     _batch: int | None = None
     """B of the caches; None where there are none yet."""
-    _bound: tuple[int, int] | None = None
-    """B and Q of the calls that the bound arrays are for."""
-    _written: int = 0
-    """Slots of the caches that may hold something, padding included."""
+    _count: int = 0
+    """Runs of the session: each overwrites the logits of the one before."""
 
     def _reset(self, batch_size: int) -> None:
         if self._batch == batch_size:
             # What is left of another text would be hidden; but 0 times an infinite value is not 0.
-            for buffer in self._buffers.values():
-                buffer[:, :, : self._written] = 0
+            for row in range(batch_size):
+                self._clear_row(row, 0)
         else:
-            self._binding.clear_binding_inputs()
-            self._binding.clear_binding_outputs()
-            self._bound = None
             self._batch = batch_size
+            self._written: IntArray = np.zeros(batch_size, np.int64)
+            """Slots of each row that may hold something, padding included."""
+            self._memory = self._zeros("logits", batch_size=batch_size, sequence_length=1).ravel()
+            self._reset_rope()
             self._bind_buffers({present: self._zeros(past, batch_size=batch_size) for past, present in self.past})
-        self._written = 0
-        self._reset_rope()
-        self._bind_rope()
 
     def _bind_buffers(self, buffers: dict[str, np.ndarray[Any, Any]]) -> None:
         """Take these arrays as caches; names are those of the present tensors."""
         self._buffers = buffers
-        for past, present in self.past:
-            value = _wrap(buffers[present])
-            self._binding.bind_ortvalue_input(past, value)
-            self._binding.bind_ortvalue_output(present, value)
+        self._calls: dict[tuple[int, int], _Calls] = {}
 
-    def _bind(self, batch: int, width: int) -> None:
-        """Bind arrays for calls of `width` tokens."""
-        self._bound = batch, width
-        self._inputs = {
-            name: self._zeros(name, batch_size=batch, sequence_length=width)
-            for name in ("input_ids", "write_indices", SLOT_INDICES, "sequence_lengths")
-            if name in self._shapes
-        }
-        self._logits = self._zeros("logits", batch_size=batch, sequence_length=width)
-        for name, array in self._inputs.items():
-            self._binding.bind_ortvalue_input(name, _wrap(array))
-        self._binding.bind_ortvalue_output("logits", _wrap(self._logits))
+    def _calls_for(self, first: int, rows: int, width: int) -> _Calls:
+        """What is bound for calls of some rows and of `width` tokens."""
+        calls = self._calls.get((first, rows))
+        if calls is None:
+            calls = self._calls[first, rows] = _Calls(self.session.io_binding())
+            for past, present in self.past:
+                value = _wrap(self._buffers[present][row_range(first, rows)])
+                calls.binding.bind_ortvalue_input(past, value)
+                calls.binding.bind_ortvalue_output(present, value)
+            self._bind_rope(calls.binding)
+        if calls.width != width:
+            calls.width = width
+            calls.inputs = {
+                name: self._zeros(name, batch_size=rows, sequence_length=width)
+                for name in ("input_ids", "write_indices", SLOT_INDICES, "sequence_lengths")
+                if name in self._shapes
+            }
+            for name, array in calls.inputs.items():
+                calls.binding.bind_ortvalue_input(name, _wrap(array))
+            calls.memory = None
+        self._bind_logits(calls, rows, width)
+        return calls
+
+    def _bind_logits(self, calls: _Calls, rows: int, width: int) -> None:
+        """All calls write their logits into the same memory, as large as the largest of them."""
+        shape = (rows, 1 if self.last_logits else width, self.vocab_size)
+        size = math.prod(shape)
+        if self._memory.size < size:
+            self._memory = np.zeros(size, self._memory.dtype)
+        if calls.memory is not self._memory:
+            calls.memory, calls.logits = self._memory, self._memory[:size].reshape(shape)
+            calls.binding.bind_ortvalue_output("logits", _wrap(calls.logits))
 
     @property
     def _piece(self) -> int:
         """Tokens that are computed at once."""
         return PIECE
 
-    def _run(self, input_ids: IntArray, lengths: IntArray) -> FloatArray:
+    def _run_rows(self, first: int, input_ids: IntArray, lengths: IntArray) -> Logits:
         width, step = input_ids.shape[1], self._piece
         if width <= step or self.whole_calls:
-            return self._run_part(input_ids, lengths)
+            logits, number = self._run_part(first, input_ids, lengths), self._count
+            return HostLogits(logits, lambda: self._count == number)
         parts, kept, before = [], [], self.row_lengths
         try:
             for start in range(0, width, step):
                 part = input_ids[:, start : start + step]
                 real = np.clip(lengths - start, 0, part.shape[1])
-                parts.append(self._run_part(part, real))
+                parts.append(self._run_part(first, part, real).copy())
                 kept.append(self.extra)
-                self.row_lengths = self.row_lengths + real
+                self._advance(first, real)
         finally:
             self.row_lengths = before  # the caller advances it
         self.extra = {name: joined_selections([part[name] for part in kept], len(lengths)) for name in kept[0]}
-        return joined_logits(parts, lengths, step, last=self.last_logits)
+        return HostLogits(joined_logits(parts, lengths, step, last=self.last_logits))
 
-    def _run_part(self, input_ids: IntArray, lengths: IntArray) -> FloatArray:
-        """A call, or a piece of one, in which rows that ended before have no real token."""
-        if self._bound != input_ids.shape:
-            self._bind(*input_ids.shape)
-        self._inputs["input_ids"][:] = input_ids
-        self._inputs["write_indices"][:] = self.row_lengths
-        if SLOT_INDICES in self._inputs:
-            self._inputs[SLOT_INDICES][:] = self.held()
-        if "sequence_lengths" in self._inputs:
-            np.maximum(lengths, 1, out=self._inputs["sequence_lengths"])
-        self._written = max(self._written, int(self.held().max()) + input_ids.shape[1])
+    def _run_part(self, first: int, input_ids: IntArray, lengths: IntArray) -> FloatArray:
+        """A call, or a piece of one, in which rows that ended before have no real token.
+
+        Returns logits that the next call overwrites.
+        """
+        count, width = input_ids.shape
+        rows = row_range(first, count)
+        calls = self._calls_for(first, count, width)
+        held = self.held()[rows]
+        calls.inputs["input_ids"][:] = input_ids
+        calls.inputs["write_indices"][:] = self.row_lengths[rows]
+        if SLOT_INDICES in calls.inputs:
+            calls.inputs[SLOT_INDICES][:] = held
+        if "sequence_lengths" in calls.inputs:
+            np.maximum(lengths, 1, out=calls.inputs["sequence_lengths"])
+        np.maximum(self._written[rows], held + width, out=self._written[rows])
         for name in self.extra_outputs:  # their shapes change from call to call
-            self._binding.bind_output(name, "cpu")
-        self.session.run_with_iobinding(self._binding)
+            calls.binding.bind_output(name, "cpu")
+        self._count += 1
+        self.session.run_with_iobinding(calls.binding)
         self._note_rope()
         if self.extra_outputs:
             names = [*(present for _, present in self.past), *self._rope_outputs, "logits", *self.extra_outputs]
-            outputs = dict(zip(names, self._binding.get_outputs(), strict=True))
+            outputs = dict(zip(names, calls.binding.get_outputs(), strict=True))
             self.extra = {name: outputs[name].numpy() for name in self.extra_outputs}
-        logits: FloatArray = self._logits.copy()
-        return logits
+        return calls.logits
+
+    def _clear_row(self, row: int, kept: int) -> None:
+        written = int(self._written[row])
+        for buffer in self._buffers.values():
+            buffer[row, :, kept:written] = 0
+        self._written[row] = min(kept, written)
+        if kept == 0:
+            for value in self._rope.values():  # one memory for all rows: slots.py takes one row where there is one
+                value[:] = 0
+
+    def _copy_row(self, source: int, target: int, tokens: int) -> None:
+        slots = min(tokens, int(self.held()[source]))
+        for buffer in self._buffers.values():
+            buffer[target, :, :slots] = buffer[source, :, :slots]
+        self._written[target] = slots
+
+    def _swap_rows(self, a: int, b: int) -> None:
+        slots = int(self._written[[a, b]].max())
+        for buffer in self._buffers.values():
+            kept = buffer[a, :, :slots].copy()
+            buffer[a, :, :slots] = buffer[b, :, :slots]
+            buffer[b, :, :slots] = kept
+        self._written[[a, b]] = self._written[[b, a]]
 
     def held(self) -> IntArray:
         """Slots in use of each row, `[B]`."""
         return self.row_lengths
-
-    def positions(self, layer: int) -> list[IntArray]:
-        """Per row the position of the token in each slot in use, `[Hkv, n_b]`."""
-        heads = self._buffers[present_name(past_name(layer, "key"))].shape[1]
-        return [np.broadcast_to(np.arange(n), (heads, n)) for n in self.held()]
 
     def cache(self) -> dict[str, list[FloatArray]]:
         return {
@@ -237,6 +292,7 @@ class GrowingOrtRunner(OrtRunner):
     """
 
     def _reset(self, batch_size: int) -> None:
+        self._binding = self.session.io_binding()
         self._reset_rope()
         empty = {"batch_size": batch_size, "past_sequence_length": 0}
         self._values = {present: _wrap(self._zeros(past, **empty)) for past, present in self.past}
@@ -248,6 +304,9 @@ class GrowingOrtRunner(OrtRunner):
         positions = np.maximum(self.row_lengths[:, None] + left.source, 0)
         logits = self.run_masked(left.input_ids, self.real.astype(np.int64), positions)
         return logits if self.last_logits else left.restore(logits)
+
+    def real_columns(self) -> npt.NDArray[np.bool_]:
+        return self.real
 
     def run_masked(self, input_ids: IntArray, attention_mask: IntArray, position_ids: IntArray) -> FloatArray:
         """One call with the caller's own mask `[B, P+Q]` and positions `[B, Q]`: the convention of Hugging Face
@@ -261,7 +320,7 @@ class GrowingOrtRunner(OrtRunner):
         self._binding.bind_cpu_input("input_ids", np.ascontiguousarray(input_ids))
         self._binding.bind_cpu_input("attention_mask", np.ascontiguousarray(attention_mask))
         self._binding.bind_cpu_input("position_ids", np.ascontiguousarray(position_ids))
-        self._bind_rope()
+        self._bind_rope(self._binding)
         for name in ("logits", *self.extra_outputs):
             self._binding.bind_output(name, "cpu")
         self.session.run_with_iobinding(self._binding)

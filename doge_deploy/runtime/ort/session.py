@@ -71,7 +71,7 @@ def graph_file(layout: Layout, *, portable: bool = False) -> str:
     The graph lowered for it, unless there is none, the standard one is asked for, or the installed ONNX Runtime is
     older than the lowered graph needs.
     """
-    lowered = layout.ort
+    lowered = layout.lowered.get("ort")
     if portable or lowered is None or lowered.file is None:
         return layout.file
     if lowered.requires:

@@ -70,6 +70,14 @@ class Device(ABC):
         """Copy all of it from the device. It is there after `synchronize`."""
 
     @abstractmethod
+    def copy(self, source: Memory, source_begin: int, target: Memory, target_begin: int, nbytes: int) -> None:
+        """Copy `nbytes` from byte `source_begin` to byte `target_begin`; the two parts do not overlap."""
+
+    @abstractmethod
+    def clear(self, memory: Memory, begin: int, nbytes: int) -> None:
+        """Zeros in `nbytes` from byte `begin` on."""
+
+    @abstractmethod
     def synchronize(self) -> None:
         """Wait until all work is done."""
 
@@ -103,6 +111,7 @@ class CudaDevice(Device):
     """A device of `cuda.core`."""
 
     def __init__(self, core: Any, index: int = 0) -> None:
+        self._core = core
         self._device = core.Device(index)
         self._device.set_current()
         self._stream = self._device.create_stream()
@@ -132,6 +141,18 @@ class CudaDevice(Device):
     def download(self, source: Memory, target: HostMemory) -> None:
         assert isinstance(source, _CudaMemory) and isinstance(target, _CudaHostMemory)
         source.buffer.copy_to(target.buffer, stream=self._stream)
+
+    def copy(self, source: Memory, source_begin: int, target: Memory, target_begin: int, nbytes: int) -> None:
+        part = self._part(target, target_begin, nbytes)
+        self._part(source, source_begin, nbytes).copy_to(part, stream=self._stream)
+
+    def clear(self, memory: Memory, begin: int, nbytes: int) -> None:
+        self._part(memory, begin, nbytes).fill(0, stream=self._stream)
+
+    def _part(self, memory: Memory, begin: int, nbytes: int) -> Any:
+        """A buffer on a part of another one's memory, which it keeps alive."""
+        assert isinstance(memory, _CudaMemory)
+        return self._core.Buffer.from_handle(memory.address + begin, nbytes, owner=memory.buffer)
 
     def synchronize(self) -> None:
         self._stream.sync()

@@ -1,8 +1,8 @@
 """A Runner on an engine.
 
-Caches are device buffers that are bound once as past and present: the engine writes them in place. A decode step copies
-a few numbers to the device, runs and copies the logits back; these three are recorded once as a CUDA graph, and each
-further step is one launch.
+Caches are device buffers that are bound as past and present: the engine writes them in place, some rows alone from the
+address of the first of them on. A decode step copies a few numbers to the device and runs; both are recorded once as a
+CUDA graph, and each further step is one launch. Logits stay on the device until they are asked for.
 
 Axes: B rows, Q tokens of a call, V vocabulary.
 """
@@ -10,7 +10,8 @@ Axes: B rows, Q tokens of a call, V vocabulary.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -18,9 +19,11 @@ import numpy as np
 from doge_deploy.bundle.engine_record import EngineTensor
 from doge_deploy.bundle.signature import PAST_ROPE, PRESENT_ROPE, Signature
 from doge_deploy.devices.tensorrt_limits import TENSORRT_DTYPES
-from doge_deploy.runtime.base import BundleRunner, FloatArray, IntArray
+from doge_deploy.runtime.base import FloatArray, IntArray
+from doge_deploy.runtime.logits import Logits, check_current
+from doge_deploy.runtime.rows import RowsRunner, row_range
 from doge_deploy.runtime.trt.device import Device, Graph, HostMemory, Memory
-from doge_deploy.runtime.trt.plan import BindingPlan, nbytes
+from doge_deploy.runtime.trt.plan import BindingPlan, CacheBuffer, nbytes
 
 
 class Context(ABC):
@@ -62,24 +65,45 @@ class _Staging:
 
 
 class _Call:
-    """Everything for calls of one shape."""
+    """Everything for calls of one shape over the same rows."""
 
-    def __init__(self, runner: TrtRunner, context: Context, batch_size: int, width: int) -> None:
+    def __init__(self, runner: TrtRunner, context: Context, first: int, rows: int, width: int) -> None:
         plan, device = runner.plan, runner.device
-        shapes = plan.call_shapes(batch_size, width)
-        self.width = width
+        shapes = plan.call_shapes(rows, width)
+        self.key = first, rows, width
         self.context = context
         self.inputs = {tensor.name: _Staging(device, tensor, shapes[tensor.name]) for tensor in plan.inputs}
         self.outputs = {tensor.name: _Staging(device, tensor, shapes[tensor.name]) for tensor in plan.outputs}
         addresses = {name: staging.memory.address for name, staging in {**self.inputs, **self.outputs}.items()}
         context.bind(
-            plan.profile(batch_size, width), plan.input_shapes(batch_size, width), {**addresses, **runner.addresses}
+            plan.profile(rows, width), plan.input_shapes(rows, width), {**addresses, **runner.row_addresses(first)}
         )
         self.runs = 0
         self.graph: Graph | None = None
 
 
-class TrtRunner(BundleRunner):
+class _DeviceLogits(Logits):
+    """Logits on the device, until somebody asks."""
+
+    def __init__(self, runner: TrtRunner, staging: _Staging) -> None:
+        self._runner, self._staging = runner, staging
+        self._number = runner.runs
+        self._host: FloatArray | None = None
+
+    def _read(self) -> tuple[FloatArray, bool]:
+        if self._host is None:
+            check_current(self._runner.runs == self._number)
+            self._runner.device.download(self._staging.memory, self._staging.host)
+            self._runner.settle()
+            self._host = _numbers(self._staging.array, self._staging.tensor)
+        return self._host, True
+
+
+MOST_STEPS = 16
+"""Kinds of decode steps, by their rows, that are kept recorded: each has an execution context of its own."""
+
+
+class TrtRunner(RowsRunner):
     """An engine of TensorRT or TensorRT-RTX."""
 
     def __init__(
@@ -89,70 +113,160 @@ class TrtRunner(BundleRunner):
         self.device = device
         self.plan = plan
         self.signature = signature
+        logits = next(tensor for tensor in plan.outputs if tensor.name == "logits")
+        assert isinstance(logits.shape[-1], int)
+        self.vocab_size = logits.shape[-1]
         self.extra: dict[str, np.ndarray[Any, Any]] = {}
         self.addresses: dict[str, int] = {}
         """Of the caches, under the names of past and present."""
+        self.runs = 0
+        """Calls so far."""
+        self._engine = engine
         self._records = not engine.records_itself
-        # Decoding has a context of its own, so that a recorded decode step never meets the shapes of a prefill.
-        self._prefill, self._decode = engine.create_context(), engine.create_context()
+        # Decode steps have contexts of their own, so that a recorded one never meets the shapes of another call.
+        self._context = engine.create_context()
+        self._spare: list[Context] = []
+        """Contexts whose step was forgotten."""
         self._caches: dict[str, Memory] = {}
-        self._calls: dict[bool, _Call] = {}
-        """The call that decodes (True) and the last other one (False)."""
+        self._call: _Call | None = None
+        """The last one that was no decode step."""
+        self._steps: OrderedDict[tuple[int, int, int], _Call] = OrderedDict()
+        """Decode steps, the least recently used first."""
+        self._batch: int | None = None
+        self._scratch: Memory | None = None
+        self._busy = False
+        """The device may still work, and read what was uploaded."""
 
     def refusal(self, batch_size: int, width: int) -> str | None:
         return self.plan.refusal(batch_size, width)
 
+    def row_addresses(self, first: int) -> dict[str, int]:
+        """Where the caches of that row and those after it lie, under the names of past and present."""
+        offsets: dict[str, int] = {}
+        for cache in self.plan.caches:
+            offsets[cache.past] = offsets[cache.present] = first * self._row_bytes(cache)
+        return {name: address + offsets[name] for name, address in self.addresses.items()}
+
+    def settle(self) -> None:
+        """Wait until the device has done everything."""
+        self.device.synchronize()
+        self._busy = False
+
     def _reset(self, batch_size: int) -> None:
         """Zeroed caches: a hidden key's 0 weight still multiplies its value, which must be finite."""
-        self.device.synchronize()
-        self._calls = {}
+        self.settle()
+        self._rope: np.ndarray[Any, Any] = np.zeros(1, np.int64)
+        if batch_size == self._batch:
+            for row in range(batch_size):
+                self._clear_row(row, 0)
+            return
+        self._spare += [step.context for step in self._steps.values()]
+        self._call, self._batch, self._scratch = None, batch_size, None
+        self._steps.clear()
         self._caches = {}
         self.addresses = {}
-        self._rope: np.ndarray[Any, Any] = np.zeros(1, np.int64)
         for cache in self.plan.caches:
             memory = self.device.allocate(nbytes(cache.tensor, cache.shape(batch_size)))
             self._caches[cache.present] = memory
             self.addresses |= {cache.past: memory.address, cache.present: memory.address}
 
-    def _run(self, input_ids: IntArray, lengths: IntArray) -> FloatArray:
-        call = self._call_for(*input_ids.shape)
+    def _run_rows(self, first: int, input_ids: IntArray, lengths: IntArray) -> Logits:
+        rows, width = input_ids.shape
+        if self._busy:
+            self.settle()
+        call = self._call_for(first, rows, width)
         values = {
             "input_ids": input_ids,
-            "write_indices": self.row_lengths,
+            "write_indices": self.row_lengths[row_range(first, rows)],
             "sequence_lengths": lengths,
             PAST_ROPE: self._rope,
         }
         for name, staging in call.inputs.items():
             staging.array[:] = values[name]
+        self._busy = True
         if call.graph is not None:
             call.graph.launch()
         else:
             self._work(call)
-        self.device.synchronize()
         call.runs += 1
-        if self._records and call.width == 1 and call.graph is None:
+        self.runs += 1
+        if self._records and width == 1 and call.graph is None:
             # The library does some work only the first time that it meets a shape; that must not be recorded.
+            self.device.synchronize()
             call.graph = self.device.record(lambda: self._work(call))
         if PRESENT_ROPE in call.outputs:
+            self.settle()
             self._rope = call.outputs[PRESENT_ROPE].array.copy()
-        logits = call.outputs["logits"]
-        return _numbers(logits.array, logits.tensor)
+        return _DeviceLogits(self, call.outputs["logits"])
 
-    def _call_for(self, batch_size: int, width: int) -> _Call:
-        decodes = width == 1
-        call = self._calls.get(decodes)
-        if call is None or call.width != width:
-            self._calls.pop(decodes, None)
-            call = _Call(self, self._decode if decodes else self._prefill, batch_size, width)
-            self._calls[decodes] = call
-        return call
+    def _call_for(self, first: int, rows: int, width: int) -> _Call:
+        key = first, rows, width
+        if width > 1:
+            if self._call is None or self._call.key != key:
+                self._call = None  # its memory is free for the next one
+                self._call = _Call(self, self._context, first, rows, width)
+            return self._call
+        if key in self._steps:
+            self._steps.move_to_end(key)
+            return self._steps[key]
+        if len(self._steps) == MOST_STEPS:
+            self._spare.append(self._steps.popitem(last=False)[1].context)
+        context = self._spare.pop() if self._spare else self._engine.create_context()
+        try:
+            step = _Call(self, context, first, rows, width)
+        except BaseException:
+            self._spare.append(context)
+            raise
+        self._steps[key] = step
+        return step
 
     def _work(self, call: _Call) -> None:
         for staging in call.inputs.values():
             self.device.upload(staging.host, staging.memory)
         call.context.enqueue()
-        for staging in call.outputs.values():
-            self.device.download(staging.memory, staging.host)
+        for name, staging in call.outputs.items():
+            if name != "logits":
+                self.device.download(staging.memory, staging.host)
+
+    def _row_bytes(self, cache: CacheBuffer) -> int:
+        return nbytes(cache.tensor, cache.shape(1))
+
+    def _slots_of(self, cache: CacheBuffer, row: int, begin: int, end: int | None = None) -> Iterator[tuple[int, int]]:
+        """Where slots of a row lie, `end` being its last one where None: offset and bytes of each contiguous part."""
+        _, heads, slots, _ = cache.shape(1)
+        head = self._row_bytes(cache) // heads
+        size = head // slots
+        end = slots if end is None else end
+        start = row * self._row_bytes(cache)
+        if (begin, end) == (0, slots):
+            yield start, head * heads
+            return
+        for index in range(heads):
+            yield start + index * head + begin * size, (end - begin) * size
+
+    def _clear_row(self, row: int, kept: int) -> None:
+        for cache in self.plan.caches:
+            for offset, size in self._slots_of(cache, row, kept):
+                if size:
+                    self.device.clear(self._caches[cache.present], offset, size)
+        if kept == 0:
+            self._rope = np.zeros(1, np.int64)  # one memory for all rows: slots.py takes one row where there is one
+
+    def _copy_row(self, source: int, target: int, tokens: int) -> None:
+        for cache in self.plan.caches:
+            memory = self._caches[cache.present]
+            parts = (self._slots_of(cache, row, 0, tokens) for row in (source, target))
+            for (begin, size), (end, _) in zip(*parts, strict=True):
+                self.device.copy(memory, begin, memory, end, size)
+
+    def _swap_rows(self, a: int, b: int) -> None:
+        if self._scratch is None:
+            self._scratch = self.device.allocate(max(self._row_bytes(cache) for cache in self.plan.caches))
+        for cache in self.plan.caches:
+            memory, size = self._caches[cache.present], self._row_bytes(cache)
+            self.device.copy(memory, a * size, self._scratch, 0, size)
+            self.device.copy(memory, b * size, memory, a * size, size)
+            self.device.copy(self._scratch, 0, memory, b * size, size)
 
     def cache(self) -> dict[str, list[FloatArray]]:
         batch_size, held = len(self.row_lengths), {}
@@ -160,7 +274,7 @@ class TrtRunner(BundleRunner):
             memory = self._caches[cache.present]
             host = self.device.allocate_host(memory.nbytes)
             self.device.download(memory, host)
-            self.device.synchronize()
+            self.settle()
             raw = host.array.view(_RAW_DTYPES[cache.tensor.dtype]).reshape(cache.shape(batch_size))
             rows = _numbers(raw, cache.tensor)
             held[cache.present] = [rows[b, :, :n].copy() for b, n in enumerate(self.row_lengths)]

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from doge_deploy.bundle.manifest import Bundle
+from doge_deploy.bundle.opening import Bundle
 from doge_deploy.errors import UnsupportedModelError, UsageError
+from doge_deploy.graph.weight_formats import format_of
 from doge_deploy.options.build import BuildOptions
+from doge_deploy.targets.trt.acceptance import refusals
 from doge_deploy.targets.trt.vendor import PRODUCTS, device_capability
 
 
@@ -18,14 +20,22 @@ def check_options(options: BuildOptions) -> None:
         )
 
 
-def check_weights(bundle: Bundle) -> None:
-    """Raises UnsupportedModelError where the bundle stores its weights in a form that no engine is built of."""
-    quantize = bundle.manifest.options.get("quantize")
-    if quantize:
-        raise UnsupportedModelError(
-            f"{bundle.path} stores its weights as {quantize}; engines are built of fp32, fp16 or bf16: export without "
-            "--quantize"
-        )
+def check_model(bundle: Bundle, options: BuildOptions) -> None:
+    """Raises UnsupportedModelError where the product cannot build an engine of the bundle's model."""
+    from doge_deploy.kernels.registry import installed
+
+    manifest = bundle.manifest
+    found = refusals(
+        manifest.facts,
+        target=options.target,
+        dtype=manifest.dtype,
+        max_length=manifest.max_length,
+        routing=manifest.options.routing,
+        weight_format=format_of(manifest.options),
+        plugins=installed() if PRODUCTS[options.target].has_plugins and options.plugins else None,
+    )
+    for refusal in found:
+        raise UnsupportedModelError(f"{bundle.path}: {refusal.reason}; {refusal.remedy}")
 
 
 def resolve_capabilities(options: BuildOptions) -> tuple[str, ...]:
@@ -50,4 +60,4 @@ def engine_name(bundle: Bundle, options: BuildOptions, capabilities: tuple[str, 
     """`<target>-<dtype>-<capabilities>`, such as `trt-rtx-fp16-sm89`; `portable` where none was asked for."""
     caps = "+".join("sm" + capability.replace(".", "") for capability in capabilities) or "portable"
     standard = "-no-plugins" if PRODUCTS[options.target].has_plugins and not options.plugins else ""
-    return f"{options.target}-{bundle.manifest.options['dtype']}-{caps}{standard}"
+    return f"{options.target}-{bundle.manifest.options.dtype}-{caps}{standard}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import DynamicCache
 
 from doge_deploy.bench.baselines.eager import load_model
-from doge_deploy.bench.traffic import WEIGHTS_FILE, decode_traffic, stored_tensors
-from doge_deploy.bundle.manifest import Bundle, open_bundle
+from doge_deploy.bundle.opening import Bundle, open_bundle
 from doge_deploy.checkpoint import open_checkpoint
+from doge_deploy.config.model import DogeFacts
+from doge_deploy.config.revisions import REVISIONS
+from doge_deploy.graph.decode_traffic import EXPERT_TABLES, bundle_traffic, decode_traffic, row_traffic
+from doge_deploy.graph.weight_file import read_weight_file
+from doge_deploy.graph.weight_formats import format_of
 
 
 class ReadBytes(TorchDispatchMode):
@@ -56,7 +61,7 @@ def decode_in_transformers(model: str | Path, keys: int, batch: int) -> tuple[di
 
 def rope_rows(bundle: Bundle) -> int:
     """transformers computes angles; a bundle reads a row of each table."""
-    return sum(nbytes // rows for name, rows, nbytes, _ in stored_tensors(bundle.path / WEIGHTS_FILE) if "rope" in name)
+    return sum(info.nbytes // info.shape[0] for name, info in read_weight_file(bundle.path).items() if "rope" in name)
 
 
 @pytest.mark.parametrize("name", ["doge-tiny", "doge-tiny-moe"])
@@ -67,7 +72,7 @@ def test_weights_and_caches_are_those_that_transformers_reads(
     bundle = open_bundle(request.getfixturevalue("tiny_moe_bundle" if "moe" in name else "tiny_bundle"))
     facts, keys = bundle.manifest.facts, 10
     parameters, caches = decode_in_transformers(name, keys, batch=1)
-    traffic = decode_traffic(bundle, bundle.layout(layout), batch_size=1, keys=keys)
+    traffic = bundle_traffic(bundle, bundle.layout(layout), batch_size=1, keys=keys)
     assert traffic.weight_bytes - rope_rows(bundle) == sum(parameters.values())
     assert keys <= facts.keep_window_size
     scores = facts.num_hidden_layers * facts.num_key_value_heads * keys * 4
@@ -89,18 +94,18 @@ def test_half_weights_are_read_in_float32_but_for_experts(name: str, request: py
     plain = open_bundle(request.getfixturevalue("tiny_moe_bundle" if "moe" in name else "tiny_bundle"))
     half = open_bundle(shared_bundle(name, quantize="fp16", max_length=64))
     facts = plain.manifest.facts
-    one, two = (decode_traffic(b, b.layout("static"), batch_size=1, keys=10).weight_bytes for b in (plain, half))
+    one, two = (bundle_traffic(b, b.layout("static"), batch_size=1, keys=10).weight_bytes for b in (plain, half))
     rows = 2 * facts.num_hidden_layers * facts.num_experts_per_tok if facts.is_moe else 0
     assert one - two == rows * facts.hidden_size * 2
 
 
 def test_rows_of_a_batch_share_the_weights_and_not_the_caches(tiny_bundle: Path) -> None:
     bundle = open_bundle(tiny_bundle)
-    one, three = (decode_traffic(bundle, bundle.layout("static"), batch_size=b, keys=10) for b in (1, 3))
+    one, three = (bundle_traffic(bundle, bundle.layout("static"), batch_size=b, keys=10) for b in (1, 3))
     parameters, caches = decode_in_transformers("doge-tiny", 10, batch=3)
     assert three.weight_bytes == one.weight_bytes == sum(parameters.values()) + rope_rows(bundle)
     assert three.cache_bytes == 3 * one.cache_bytes
-    growing = decode_traffic(bundle, bundle.layout("growing"), batch_size=3, keys=10)
+    growing = bundle_traffic(bundle, bundle.layout("growing"), batch_size=3, keys=10)
     assert growing.cache_bytes == caches
 
 
@@ -109,15 +114,15 @@ def test_above_the_window_only_kept_keys_are_read(tiny_bundle: Path) -> None:
     facts, window = bundle.manifest.facts, bundle.manifest.facts.keep_window_size
     assert window < bundle.manifest.max_length, "doge-tiny drops keys"
     at, above = (
-        decode_traffic(bundle, bundle.layout("static"), batch_size=1, keys=keys).cache_bytes
+        bundle_traffic(bundle, bundle.layout("static"), batch_size=1, keys=keys).cache_bytes
+        for keys in (window, window + 7)
+    )
+    assert above == at, "a key that is dropped never comes back: not even its score is read"
+    at, above = (
+        bundle_traffic(bundle, bundle.layout("growing"), batch_size=1, keys=keys).cache_bytes
         for keys in (window, window + 7)
     )
     heads = facts.num_hidden_layers * facts.num_key_value_heads
-    assert above - at == heads * 7 * 4, "seven more scores"
-    at, above = (
-        decode_traffic(bundle, bundle.layout("growing"), batch_size=1, keys=keys).cache_bytes
-        for keys in (window, window + 7)
-    )
     assert above - at == heads * 7 * facts.head_dim * 4, "seven more values, to compute their scores from"
 
 
@@ -134,4 +139,93 @@ def test_quantized_weights_count_as_they_are_stored(bits: int, tmp_path: Path) -
     vectors = 5 * hidden + 2 * facts.head_dim  # three norms, two residual scales; norms of queries and keys
     numbers = linears + experts
     expected = numbers * bits // 8 + numbers // 32 * 4 + (kept + vectors) * 4 + rope_rows(bundle)
-    assert decode_traffic(bundle, bundle.layout(), batch_size=1, keys=10).weight_bytes == expected
+    assert bundle_traffic(bundle, bundle.layout(), batch_size=1, keys=10).weight_bytes == expected
+
+
+DENSE, MOE = (open_checkpoint(name).facts for name in ("doge-tiny", "doge-tiny-moe"))
+
+STORED: dict[str, dict[str, Any]] = {
+    "fp32": {},
+    "fp16": {"dtype": "fp16"},
+    "bf16": {"dtype": "bf16"},
+    "int8": {"quantize": "int8"},
+    "int4-asymmetric": {"quantize": "int4", "symmetric": False, "block_size": 16},
+}
+
+
+@pytest.mark.parametrize("options", STORED.values(), ids=STORED.keys())
+def test_weights_are_those_of_the_weight_file(options: dict[str, Any], tmp_path: Path) -> None:
+    """Computed from facts alone, and summed over what the file holds."""
+    bundle = open_bundle(make_bundle("doge-tiny-moe", tmp_path / "b", max_length=32, **options))
+    facts, stored_as, total = bundle.manifest.facts, format_of(bundle.manifest.options), 0
+    for name, info in read_weight_file(bundle.path).items():
+        part = stored_as.part_of(name, info.dtype) if stored_as else None
+        if part is not None and not part.tensor:
+            continue  # a constant
+        tensor, rows = part.tensor if part else name, info.shape[0]
+        if "rope" in name:
+            total += info.nbytes // rows
+        elif tensor.endswith(EXPERT_TABLES):
+            total += info.nbytes // rows * facts.num_experts_per_tok
+        else:
+            total += info.nbytes
+    assert bundle_traffic(bundle, bundle.layout(), batch_size=1, keys=8).weight_bytes == total
+
+
+def weights_read(facts: DogeFacts, batch_size: int = 1) -> int:
+    return decode_traffic(
+        facts,
+        dtype="float32",
+        weight_format=None,
+        layout="static",
+        max_length=64,
+        batch_size=batch_size,
+        keys=1,
+    ).weight_bytes
+
+
+def test_rows_of_a_batch_may_choose_the_same_experts_and_tokens() -> None:
+    """A floor must hold for the batch that reads least."""
+    untied = replace(MOE, tie_word_embeddings=False)
+    assert weights_read(untied, 1) == weights_read(untied, 8)
+    tables = 2 * MOE.num_hidden_layers * MOE.hidden_size * 4
+    every = weights_read(replace(MOE, num_experts_per_tok=MOE.num_experts))
+    assert every - weights_read(MOE) == tables * (MOE.num_experts - MOE.num_experts_per_tok)
+
+
+def test_the_shared_experts_are_read_by_every_step() -> None:
+    wider = replace(MOE, intermediate_size=MOE.intermediate_size + 8)
+    assert weights_read(wider) - weights_read(MOE) == MOE.num_hidden_layers * 3 * 8 * MOE.hidden_size * 4
+
+
+def test_an_embedding_of_its_own_is_read_by_row() -> None:
+    untied = replace(DENSE, tie_word_embeddings=False)
+    assert weights_read(untied) - weights_read(DENSE) == DENSE.hidden_size * 4
+
+
+def row(facts: DogeFacts, keys: int, *, max_length: int = 4096, layout: str = "static") -> int:
+    return row_traffic(facts, dtype="fp16", layout=layout, max_length=max_length, keys=keys)
+
+
+def test_a_legacy_doge_has_a_score_per_query_head() -> None:
+    revision = next(name for name, found in REVISIONS.items() if found.score_per_query_head)
+    legacy = replace(DENSE, revision=revision)
+    more = DENSE.num_attention_heads - DENSE.num_key_value_heads
+    assert more > 0
+    assert row(legacy, 8) - row(DENSE, 8) == DENSE.num_hidden_layers * more * 8 * 4
+    assert row(legacy, 8, layout="growing") == row(DENSE, 8, layout="growing")
+
+
+def test_keys_beyond_the_window_are_not_read() -> None:
+    window = DENSE.keep_window_size
+    assert row(DENSE, 10 * window) == row(DENSE, window)
+    assert row(DENSE, window - 1, max_length=window) < row(DENSE, window, max_length=window)
+
+
+def test_keys_beyond_a_sliding_window_are_not_read() -> None:
+    window = DENSE.keep_window_size
+    sliding = replace(DENSE, sliding_window=window // 2)
+    assert row(sliding, 10 * window) == row(DENSE, window // 2)
+    scores = DENSE.num_hidden_layers * DENSE.num_key_value_heads * 4
+    both = replace(DENSE, sliding_window=3 * window)
+    assert row(both, 10 * window) - row(DENSE, window) == scores * 2 * window, "a better key may leave"

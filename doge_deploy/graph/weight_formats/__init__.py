@@ -1,0 +1,94 @@
+"""How the matrices of a bundle are stored: one file a format, found by its name.
+
+A file of this package that does not begin with an underscore is a format; it holds a class `Format`. Nothing heavy is
+imported here: PyTorch and onnx-ir only where numbers are stored and graphs are rewritten.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Mapping
+from types import SimpleNamespace
+from typing import Any, Protocol
+
+from doge_deploy.errors import UsageError
+from doge_deploy.graph.weight_formats._base import Part, PartSource, Quality, WeightFormat
+from doge_deploy.options.compatibility import check_quantize
+from doge_deploy.options.export import ExportOptions
+from doge_deploy.options.resolved import weight_format_names
+
+__all__ = [
+    "Part",
+    "PartSource",
+    "Quality",
+    "WeightFormat",
+    "find_weight_format",
+    "format_of",
+    "resolve_options",
+    "weight_formats",
+]
+
+
+def weight_formats() -> dict[str, type[WeightFormat]]:
+    """Every format by name, in the order of the names."""
+    return {name: find_weight_format(name) for name in weight_format_names()}
+
+
+def find_weight_format(name: str) -> type[WeightFormat]:
+    """The format called `name`.
+
+    Raises:
+        UsageError: there is none.
+    """
+    if name not in weight_format_names():
+        raise UsageError(f"quantize={name}: must be one of {', '.join(weight_format_names())}")
+    found: type[WeightFormat] = importlib.import_module(f"{__name__}.{name}").Format
+    return found
+
+
+class WeightOptions(Protocol):
+    """The options of an export, or of a bundle, that say how weights are stored."""
+
+    @property
+    def quantize(self) -> str | None: ...
+    @property
+    def block_size(self) -> int | None: ...
+    @property
+    def symmetric(self) -> bool: ...
+
+
+def format_of(options: WeightOptions | Mapping[str, Any]) -> WeightFormat | None:
+    """The format that these export options ask for; None where weights have the model's dtype.
+
+    Raises:
+        UsageError: there is no such format, or an option has no meaning in it.
+    """
+    if isinstance(options, Mapping):
+        options = SimpleNamespace(**{"quantize": None, "block_size": None, "symmetric": True, **options})
+    if options.quantize is None:
+        return None
+    return find_weight_format(options.quantize)(block_size=options.block_size, symmetric=options.symmetric)
+
+
+def resolve_options(options: ExportOptions) -> ExportOptions:
+    """The options with the block size that they stand for.
+
+    Raises:
+        UsageError: options of the weights do not go together.
+    """
+    check_quantize(options)
+    chosen = None if options.quantize is None else find_weight_format(options.quantize)
+    given = [
+        name
+        for name in ("block_size", "symmetric")
+        if name in options.model_fields_set and getattr(options, name) is not None
+    ]
+    if given and (chosen is None or not chosen.block_sizes):
+        stored = "no quantize" if chosen is None else f"quantize={chosen.name}"
+        names = " or ".join(name for name, found in weight_formats().items() if found.block_sizes)
+        raise UsageError(
+            f"{given[0]}={getattr(options, given[0])!r} with {stored}: only weights in blocks have that; leave it out "
+            f"or give quantize={names}"
+        )
+    found = format_of(options)
+    return options if found is None else options.model_copy(update={"block_size": found.block_size})

@@ -1,0 +1,110 @@
+"""Rows of a static cache that can be called, copied, exchanged and cut one by one.
+
+This is what a backend implements; `Runner` (all rows in each call) and `SlotRunner` (any rows, by stable names) are
+both served by it.
+
+Axes: B rows of the cache, R rows of a call, Q tokens of a call, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+
+import numpy as np
+
+from doge_deploy.runtime.base import BundleRunner, FloatArray, IntArray
+from doge_deploy.runtime.logits import Logits
+
+
+class RowsRunner(BundleRunner):
+    """A runner whose B rows lie one after the other in the same buffers.
+
+    A call takes R neighbouring rows, in place: it costs what those rows cost, and changes no other row. What a row
+    holds is finite everywhere, also beyond its tokens: a hidden key's 0 weight multiplies its value, and 0 times
+    infinity is not 0.
+    """
+
+    whole_calls: bool = False
+    """Whether what a token gets depends on the call that it comes in: then a prompt in pieces is another prompt."""
+
+    vocab_size: int
+
+    def _run(self, input_ids: IntArray, lengths: IntArray) -> FloatArray:
+        return self._run_rows(0, input_ids, lengths).numpy()
+
+    def run_rows(self, first: int, input_ids: IntArray, lengths: IntArray) -> Logits:
+        """Feed the next tokens of the rows `first` to `first + R - 1`.
+
+        Args:
+            first: the first row of the call.
+            input_ids: `[R, Q]`, padded on the right with any valid id.
+            lengths: `[R]`, how many of them are real, 1..Q. Every row must have space for all Q.
+        """
+        logits = self._run_rows(first, input_ids, lengths)
+        self._advance(first, lengths)
+        return logits
+
+    def _advance(self, first: int, lengths: IntArray) -> None:
+        held = self.row_lengths.copy()
+        held[first : first + len(lengths)] += lengths
+        self.row_lengths = held
+
+    def clear_row(self, row: int) -> None:
+        """The row holds nothing, and zeros where it held something."""
+        self._clear_row(row, 0)
+        self._set_length(row, 0)
+
+    def truncate_row(self, row: int, tokens: int) -> None:
+        """The row holds its first `tokens` only; it must not have lost any (`has_dropped`)."""
+        self._clear_row(row, tokens)
+        self._set_length(row, tokens)
+
+    def copy_row(self, source: int, target: int, tokens: int) -> None:
+        """`target` holds the first `tokens` of `source`, or all that it has where `source` has dropped some."""
+        self._clear_row(target, 0)
+        self._copy_row(source, target, tokens)
+        self._set_length(target, tokens)
+
+    def swap_rows(self, a: int, b: int) -> None:
+        """Exchange what two rows hold."""
+        self._swap_rows(a, b)
+        held = self.row_lengths.copy()
+        held[[a, b]] = held[[b, a]]
+        self.row_lengths = held
+
+    def has_dropped(self, row: int) -> bool:
+        """Whether the row no longer has the keys of all its tokens."""
+        return False
+
+    def _set_length(self, row: int, tokens: int) -> None:
+        held = self.row_lengths.copy()
+        held[row] = tokens
+        self.row_lengths = held
+
+    @abstractmethod
+    def _run_rows(self, first: int, input_ids: IntArray, lengths: IntArray) -> Logits:
+        """Compute one call and keep the new caches; `row_lengths` is still that of before the call."""
+
+    @abstractmethod
+    def _clear_row(self, row: int, kept: int) -> None:
+        """Zeros from slot `kept` on."""
+
+    @abstractmethod
+    def _copy_row(self, source: int, target: int, tokens: int) -> None:
+        """Copy the first `tokens`, or all that there is where some were dropped, into an empty row."""
+
+    @abstractmethod
+    def _swap_rows(self, a: int, b: int) -> None:
+        """Exchange two rows of every buffer."""
+
+
+def row_range(first: int, rows: int) -> slice:
+    """The rows of a call."""
+    return slice(first, first + rows)
+
+
+def padded(ids: list[IntArray]) -> tuple[IntArray, IntArray]:
+    """Tokens of several rows as `[R, Q]`, padded on the right with the row's last one, and their numbers `[R]`."""
+    lengths = np.array([len(row) for row in ids], np.int64)
+    width = int(lengths.max())
+    return np.stack([np.pad(row, (0, width - len(row)), mode="edge") for row in ids]), lengths
