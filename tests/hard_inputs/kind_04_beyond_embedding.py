@@ -35,7 +35,7 @@ def bundle_with(count: int) -> tuple[Path, str]:
 
 def warned(count: int, names: Sequence[str], folder: Path) -> Outcome:
     """Export warns, and the warning is kept in the manifest."""
-    from doge_deploy.bundle.manifest import open_bundle
+    from doge_deploy.bundle.opening import open_bundle
 
     bundle, said = bundle_with(count)
     kept = " ".join(open_bundle(bundle).manifest.warnings)

@@ -59,7 +59,9 @@ def exported() -> Path:
 def bundle_with(folder: Path, config: dict[str, Any]) -> Path:
     from dataclasses import replace
 
-    from doge_deploy.bundle.manifest import file_entries, open_bundle, write_manifest
+    from doge_deploy.bundle.files import file_entries
+    from doge_deploy.bundle.opening import open_bundle
+    from doge_deploy.bundle.writing import write_manifest
 
     target = folder / "bundle"
     shutil.copytree(exported(), target)
@@ -104,7 +106,7 @@ def legal(config: dict[str, Any], folder: Path) -> Outcome:
 
 def warned(folder: Path) -> Outcome:
     """The warning of export, and in the manifest."""
-    from doge_deploy.bundle.manifest import open_bundle
+    from doge_deploy.bundle.opening import open_bundle
 
     checkpoint = demo_copy(folder, generation_config=lambda config: config.update(do_sample=True, top_k=-1))
     ended = command("export", checkpoint, "-o", folder / "bundle")
