@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, Unpack
+from typing import TYPE_CHECKING, Unpack
 
 from doge_deploy.errors import (
     BrokenBundleError,
@@ -18,7 +18,7 @@ from doge_deploy.errors import (
     UnsupportedModelError,
     UsageError,
 )
-from doge_deploy.options.backends import Backend
+from doge_deploy.options.backends import DEFAULT_BACKEND
 from doge_deploy.options.build import BuildOptions
 from doge_deploy.options.export import ExportOptions
 from doge_deploy.options.generation import GenerationOptions
@@ -30,7 +30,7 @@ from doge_deploy.runtime.text_model import Generation, TextModel
 
 if TYPE_CHECKING:  # what takes long to import is imported by the function that needs it
     from doge_deploy.bundle.engine_record import EngineRecord
-    from doge_deploy.bundle.manifest import Bundle
+    from doge_deploy.bundle.opening import Bundle
     from doge_deploy.process.progress import Progress
     from doge_deploy.verify.parity import CaseResult
     from doge_deploy.verify.run import Report
@@ -86,7 +86,7 @@ def export(
         UnsupportedModelError: the checkpoint is broken, or cannot be exported exactly with these options.
         MissingDependencyError: torch, transformers or onnxscript is not installed (the extra `export`).
     """
-    from doge_deploy.bundle.manifest import Bundle
+    from doge_deploy.bundle.opening import Bundle
     from doge_deploy.pipelines.export import export as run
 
     chosen = combine_options(ExportOptions, options, choices)
@@ -137,7 +137,7 @@ def verify(
     greedy_steps: int = 128,
     portable: bool = False,
     lowering: bool = False,
-    backend: Backend | Literal["torch-kernels"] = "ort",
+    backend: str = DEFAULT_BACKEND,
     engine: str | None = None,
     started: Callable[[str], None] = lambda what: None,
     finished: Callable[[CaseResult], None] = lambda result: None,
@@ -189,7 +189,7 @@ def verify(
 
 def load(
     bundle: str | Path,
-    backend: Backend = "ort",
+    backend: str = DEFAULT_BACKEND,
     *,
     layout: str | None = None,
     portable: bool = False,

@@ -13,7 +13,9 @@ import shared_files
 import torch
 from safetensors import safe_open
 
-from doge_deploy.bundle.manifest import file_entries, open_bundle, write_manifest
+from doge_deploy.bundle.files import file_entries
+from doge_deploy.bundle.opening import open_bundle
+from doge_deploy.bundle.writing import write_manifest
 from doge_deploy.options.export import ExportOptions
 from doge_deploy.pipelines.export import export
 from doge_deploy.runtime.ort import graph_file

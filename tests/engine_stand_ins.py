@@ -8,13 +8,17 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from doge_deploy.bundle.engine_record import EngineProfile, EngineRecord, EngineTensor, LayerCounts, SourceFile
-from doge_deploy.bundle.manifest import Bundle
+from doge_deploy.bundle.files import file_entry
+from doge_deploy.bundle.opening import Bundle, open_bundle
 from doge_deploy.bundle.signature import BATCH, SEQUENCE
+from doge_deploy.bundle.writing import write_manifest
 from doge_deploy.dtypes import item_bytes
 from doge_deploy.options.build import BuildOptions, Range
 from doge_deploy.runtime.ort import open_session
@@ -222,13 +226,35 @@ def record_of(bundle: Bundle, **changes: Any) -> EngineRecord:
         return tuple(EngineTensor(name=spec.name, dtype=spec.dtype, shape=spec.shape) for spec in specs)
 
     fields: dict[str, Any] = {
-        "dtype": bundle.manifest.options["dtype"],
+        "dtype": bundle.manifest.options.dtype,
         "profiles": (PREFILL, DECODE),
         "inputs": tensors(signature.inputs),
         "outputs": tensors(signature.outputs),
         "aliases": {present.name: past.name for past, present in signature.past()},
     }
     return pretended_record("trt-rtx-fp32", **{**fields, **changes})
+
+
+def write_engine(path: Path, **changes: Any) -> EngineRecord:
+    """Put an engine of no content into a bundle on disk; its record, which fits the bundle."""
+    bundle = open_bundle(path)
+    manifest = bundle.manifest
+    target = changes.get("target", "trt-rtx")
+    directory = f"engines/{target}-{manifest.options.dtype}-made-up"
+    engine, report = f"{directory}/model.engine", f"{directory}/layers.json"
+    (path / directory).mkdir(parents=True)
+    (path / engine).write_bytes(b"engine")
+    (path / report).write_text("{}")
+    sources = {
+        name: SourceFile(file=file, sha256=manifest.files[file]["sha256"])
+        for name, file in (("onnx", bundle.layout("static").file), ("weights", "weights.safetensors"))
+    }
+    places = {"directory": directory, "engine_file": engine, "report_file": report, "engine_bytes": 6}
+    record = record_of(bundle, **{**places, **sources, **changes})
+    files = {**manifest.files, **{file: file_entry(path / file) for file in (engine, report)}}
+    engines = {**manifest.engines, Path(directory).name: record}
+    write_manifest(path, replace(manifest, files=files, engines=engines))
+    return record
 
 
 def held_runner(bundle: Bundle, *, records_itself: bool = False, **changes: Any) -> TrtRunner:
@@ -241,7 +267,7 @@ def held_runner(bundle: Bundle, *, records_itself: bool = False, **changes: Any)
         make_plan(record, signature),
         signature,
         max_length=bundle.manifest.max_length,
-        last=bundle.manifest.options["logits"] == "last",
+        last=bundle.manifest.last_logits,
     )
 
 

@@ -14,7 +14,7 @@ import torch
 from onnx.reference import ReferenceEvaluator
 from onnx.reference.op_run import OpRun
 
-from doge_deploy.bundle.manifest import Bundle
+from doge_deploy.bundle.opening import Bundle
 from doge_deploy.graph.passes.plugin_chains import PluginChainPass
 from doge_deploy.kernels.launch import run_kernel
 from doge_deploy.kernels.registry import installed
@@ -44,7 +44,7 @@ class InterpreterRunner(BundleRunner):
     """
 
     def __init__(self, bundle: Bundle) -> None:
-        super().__init__(max_length=bundle.manifest.max_length, last_logits=bundle.manifest.options["logits"] == "last")
+        super().__init__(max_length=bundle.manifest.max_length, last_logits=bundle.manifest.last_logits)
         layout = bundle.layout("static")
         self.signature = layout.signature
         self.facts = bundle.manifest.facts

@@ -21,7 +21,7 @@ from scripted_runner import ScriptedRunner
 import doge_deploy
 import doge_deploy.runtime.ort
 from doge_deploy import api
-from doge_deploy.bundle.manifest import open_bundle
+from doge_deploy.bundle.opening import open_bundle
 from doge_deploy.cli.main import run_command
 from doge_deploy.errors import (
     BrokenBundleError,

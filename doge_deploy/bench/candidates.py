@@ -10,13 +10,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from doge_deploy.options.backends import Backend
+from doge_deploy.options.backends import DEFAULT_BACKEND
 from doge_deploy.runtime.base import Runner
+from doge_deploy.targets.backend import find
 
 Kind = Literal["bundle", "transformers", "naive"]
 
 _LIBRARIES = {
-    "bundle": ("onnxruntime", "doge_deploy.runtime.ort"),
+    "bundle": ("doge_deploy.runtime.backend",),
     "transformers": ("torch", "transformers.models.doge.modeling_doge", "doge_deploy.bench.baselines.eager"),
     "naive": ("onnxruntime", "doge_deploy.bench.baselines.naive"),
 }
@@ -38,8 +39,8 @@ class Candidate:
     layout: str | None = None
     """Of a bundle."""
     portable: bool = False
-    """Of a bundle: the standard graph, not the one lowered for ONNX Runtime."""
-    backend: Backend = "ort"
+    """Of a bundle: the standard graph, not the one lowered for the backend."""
+    backend: str = DEFAULT_BACKEND
     """Of a bundle: what runs it."""
     last_logits: bool = True
     """Whether a call gives logits of the last token alone."""
@@ -49,26 +50,30 @@ class Candidate:
 
 def import_libraries(candidate: Candidate) -> None:
     """Import what `open_candidate` needs, so that loading can be timed without it."""
-    names = _LIBRARIES[candidate.kind] if candidate.backend == "ort" else ("doge_deploy.runtime.trt",)
-    for name in names:
+    if candidate.kind == "bundle":
+        find(candidate.backend).import_libraries()
+    for name in _LIBRARIES[candidate.kind]:
         importlib.import_module(name)
 
 
 def open_candidate(candidate: Candidate, threads: int) -> Runner:
-    """Load a model, ready to run with `threads` threads.
+    """Load a model, ready to run with `threads` threads where its backend lets them be chosen.
 
     Raises:
         DogeDeployError: it cannot be loaded.
     """
     if candidate.kind == "bundle":
-        from doge_deploy.bundle.manifest import open_bundle
+        from doge_deploy.bundle.opening import open_bundle
         from doge_deploy.runtime.backend import open_backend
 
-        bundle = open_bundle(candidate.path, check="quick")
-        if candidate.backend != "ort":
-            return open_backend(bundle, candidate.backend)
+        takes_threads = "threads" in find(candidate.backend).session_options
         return open_backend(
-            bundle, layout=candidate.layout, threads=threads, flush_denormals=True, portable=candidate.portable
+            open_bundle(candidate.path, check="quick"),
+            candidate.backend,
+            layout=candidate.layout,
+            threads=threads if takes_threads else None,
+            flush_denormals=True,
+            portable=candidate.portable,
         )
     if candidate.kind == "transformers":
         from doge_deploy.bench.baselines.eager import open_eager

@@ -17,13 +17,14 @@ from doge_deploy.bench.report import Load, Measurements, Report, Settings, Workl
 from doge_deploy.bench.roofline import buffer_bytes
 from doge_deploy.bench.schedule import rotated
 from doge_deploy.bench.workload import Workload
-from doge_deploy.bundle.manifest import Bundle, open_bundle
+from doge_deploy.bundle.opening import Bundle, open_bundle
 from doge_deploy.checkpoint import Checkpoint
 from doge_deploy.devices.host import available_cpus
 from doge_deploy.devices.packages import require_export_packages
 from doge_deploy.errors import UsageError
 from doge_deploy.graph.decode_traffic import bundle_traffic
-from doge_deploy.options.backends import Backend
+from doge_deploy.options.backends import DEFAULT_BACKEND
+from doge_deploy.targets.backend import SessionOptions, find
 from doge_deploy.verify.source import open_reference
 
 BASELINES = ("transformers", "naive")
@@ -50,7 +51,7 @@ class BenchOptions:
     """Of every bundle; its first where empty."""
     portable: bool = False
     """The standard graph of a lowered layout too, as one more candidate."""
-    backends: tuple[Backend, ...] = ("ort",)
+    backends: tuple[str, ...] = (DEFAULT_BACKEND,)
     """What runs every bundle, each as a candidate of its own."""
     against: tuple[str, ...] = ()
     """Of `BASELINES`."""
@@ -102,7 +103,7 @@ def bench(
     opened = [open_bundle(path) for path in paths]
     bundles = _bundle_candidates(opened, options)
     _check_lengths(list(bundles), options.workloads())
-    threads = options.threads or available_cpus()
+    threads = min(options.threads or available_cpus(), available_cpus())
     baselines = _baselines(opened, options, threads, started) if options.against else []
     candidates = [*bundles, *baselines]
     settings = Settings(threads, options.rounds, options.loads, tuple(argv))
@@ -131,12 +132,14 @@ def _bundle_candidates(bundles: Sequence[Bundle], options: BenchOptions) -> dict
     candidates: dict[Candidate, Bundle] = {}
     for bundle, name in zip(bundles, names, strict=True):
         manifest = bundle.manifest
-        for backend, layout, portable in _graphs(bundle, options):
+        graphs = list(_graphs(bundle, options))
+        layouts_of = {backend: {one[1] for one in graphs if one[0] == backend} for backend in options.backends}
+        for backend, layout, portable in graphs:
             parts = [
                 name if unique else str(bundle.path),
-                *([layout] if len(options.layouts) > 1 and backend == "ort" else []),
+                *([layout] if len(layouts_of[backend]) > 1 else []),
                 *(["portable"] if portable else []),
-                *([backend] if backend != "ort" else []),
+                *([backend] if backend != DEFAULT_BACKEND else []),
             ]
             candidate = Candidate(
                 name=" ".join(parts),
@@ -148,7 +151,7 @@ def _bundle_candidates(bundles: Sequence[Bundle], options: BenchOptions) -> dict
                 layout=layout,
                 portable=portable,
                 backend=backend,
-                last_logits=manifest.options["logits"] == "last",
+                last_logits=manifest.last_logits,
             )
             if candidate in candidates:
                 raise UsageError(f"{candidate.name} is named twice")
@@ -156,26 +159,22 @@ def _bundle_candidates(bundles: Sequence[Bundle], options: BenchOptions) -> dict
     return candidates
 
 
-def _graphs(bundle: Bundle, options: BenchOptions) -> Iterator[tuple[Backend, str, bool]]:
+def _graphs(bundle: Bundle, options: BenchOptions) -> Iterator[tuple[str, str, bool]]:
     """Backend, layout, and whether the layout's standard graph is meant where there is another one.
 
     Raises:
-        UsageError: there is no such layout, or no engine for a backend.
+        UsageError: there is no such layout, or the bundle has nothing for a backend to run.
     """
-    from doge_deploy.runtime.ort import graph_file
-
-    for backend in options.backends:
-        if backend != "ort":
-            from doge_deploy.runtime.trt.product import engines_for
-
-            engines_for(bundle, backend)
-            yield backend, "static", False
-            continue
-        for name in options.layouts or (None,):
-            layout = bundle.layout(name)
-            yield backend, layout.signature.layout, False
-            if options.portable and graph_file(layout) != layout.file:
-                yield backend, layout.signature.layout, True
+    for name in options.backends:
+        backend = find(name)
+        backend.require(bundle)
+        asked: Sequence[str | None] = [one for one in options.layouts if one in backend.layouts] or options.layouts[:1]
+        for layout in asked or (None,):
+            chosen = backend.choose_layout(bundle, layout)
+            yield name, chosen.signature.layout, False
+            both = options.portable and "portable" in backend.session_options
+            if both and backend.runs(chosen, SessionOptions(portable=True)) != backend.runs(chosen, SessionOptions()):
+                yield name, chosen.signature.layout, True
 
 
 def _check_lengths(candidates: Sequence[Candidate], workloads: Sequence[Workload]) -> None:
@@ -214,7 +213,7 @@ def _baselines(
             f"--against: baselines load {checkpoint.path} with transformers, which does not read it as the bundle's "
             "export did (an adapter, names of a wrapper, or an index without metadata)"
         )
-    last = manifest.options["logits"] == "last"
+    last = manifest.last_logits
     baselines = []
     for name in options.against:
         path, length = str(checkpoint.path), facts.max_position_embeddings
@@ -243,7 +242,7 @@ def _naive(
     from doge_deploy.bench.baselines.naive import naive_directory
 
     manifest, facts = bundle.manifest, checkpoint.facts
-    last = manifest.options["logits"] == "last"
+    last = manifest.last_logits
     cache = options.cache or default_cache()
     directory = naive_directory(cache, checkpoint.sha256, facts, manifest.dtype, last_logits=last)
     if not directory.is_dir():

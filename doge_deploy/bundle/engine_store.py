@@ -7,7 +7,6 @@ which is replaced in one step. Whenever the process ends, the manifest names onl
 from __future__ import annotations
 
 import contextlib
-import json
 import secrets
 import shutil
 from collections.abc import Iterator
@@ -15,9 +14,11 @@ from dataclasses import replace
 from pathlib import Path
 
 from doge_deploy.bundle.engine_record import ENGINES, EngineRecord
+from doge_deploy.bundle.files import MANIFEST, file_entry
 from doge_deploy.bundle.locks import locked
-from doge_deploy.bundle.manifest import MANIFEST, Bundle, Manifest, file_entry, write_manifest
-from doge_deploy.bundle.writing import exchange, saying_where, sync
+from doge_deploy.bundle.manifest import Manifest
+from doge_deploy.bundle.opening import Bundle, load_manifest
+from doge_deploy.bundle.writing import exchange, saying_where, sync, write_manifest
 from doge_deploy.errors import BrokenBundleError
 
 
@@ -58,9 +59,10 @@ def commit(bundle: Bundle, staged: Path, record: EngineRecord) -> Manifest:
     Raises:
         BrokenBundleError: the bundle was exported anew meanwhile.
     """
-    manifest = Manifest.from_json(json.loads((bundle.path / MANIFEST).read_text(encoding="utf-8")))
+    manifest = load_manifest(bundle.path)
     for source in (record.onnx, record.weights):
-        if manifest.files.get(source.file, {}).get("sha256") != source.sha256:
+        entry = manifest.files.get(source.file)
+        if entry is None or entry["sha256"] != source.sha256:
             raise BrokenBundleError(
                 f"{bundle.path}: {source.file} was replaced while the engine was built; build again"
             )

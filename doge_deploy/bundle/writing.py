@@ -21,8 +21,9 @@ from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
 
+from doge_deploy.bundle.files import MANIFEST
 from doge_deploy.bundle.locks import BusyError, locked, take
-from doge_deploy.bundle.manifest import MANIFEST
+from doge_deploy.bundle.manifest import Manifest
 from doge_deploy.errors import UsageError
 
 _FULL = frozenset(
@@ -31,6 +32,17 @@ _FULL = frozenset(
 """Errors of a write that Python raises without the name of the file."""
 
 _TAKEN = frozenset((errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR, errno.EISDIR))
+
+
+def write_manifest(directory: Path, manifest: Manifest) -> None:
+    """Write manifest.json, the same bytes for the same manifest. An older one is replaced in one step."""
+    text = json.dumps(manifest.to_json(), indent=2, ensure_ascii=False) + "\n"
+    aside = directory / f".{MANIFEST}.partial"
+    with aside.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    aside.replace(directory / MANIFEST)
 
 
 @contextlib.contextmanager

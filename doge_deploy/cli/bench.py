@@ -9,7 +9,9 @@ from typing import Any
 
 import click
 
-from doge_deploy.options.backends import BACKENDS
+from doge_deploy.cli.backend_name import BackendName
+from doge_deploy.cli.threads import threads_note
+from doge_deploy.options.backends import DEFAULT_BACKEND
 
 
 def _numbers(minimum: int) -> Callable[[click.Context, click.Parameter, tuple[str, ...]], tuple[int, ...]]:
@@ -92,9 +94,9 @@ def _parts(values: tuple[str, ...]) -> list[str]:
     "--backend",
     "backends",
     multiple=True,
-    type=click.Choice(BACKENDS),
-    default=("ort",),
-    help="What runs each bundle; repeatable, each is a candidate.  [default: ort]",
+    type=BackendName(),
+    default=(DEFAULT_BACKEND,),
+    help=f"What runs each bundle; repeatable, each is a candidate.  [default: {DEFAULT_BACKEND}]",
 )
 @click.option(
     "--against",
@@ -129,6 +131,8 @@ def bench(bundles: tuple[Path, ...], json_file: Path | None, plot_file: Path | N
     from doge_deploy.bench.run import bench as run
     from doge_deploy.cli.bench_table import BenchTables
 
+    if note := threads_note(choices["threads"]):
+        click.echo(note, err=True)
     with BenchTables() as tables:
         options = BenchOptions(**choices)
         report = run(bundles, options, argv=sys.argv[1:], started=tables.started, finished=tables.finished)

@@ -14,7 +14,8 @@ from doge_deploy.graph.weight_formats import format_of
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from doge_deploy.bundle.manifest import Bundle, Layout, Manifest
+    from doge_deploy.bundle.manifest import Layout, Manifest
+    from doge_deploy.bundle.opening import Bundle
 
 
 @click.command("inspect")
@@ -29,7 +30,7 @@ def inspect(bundle: Path, as_json: bool, layers: bool) -> None:
 
     Exit code 3: a file is missing or was altered.
     """
-    from doge_deploy.bundle.manifest import open_bundle
+    from doge_deploy.bundle.opening import open_bundle
     from doge_deploy.cli.inspect_engine import find_engine, show_engine
 
     engine = find_engine(bundle)
@@ -54,18 +55,24 @@ def _show(bundle: Bundle) -> None:
     manifest, facts, options = bundle.manifest, bundle.manifest.facts, bundle.manifest.options
     source = manifest.checkpoint["source"] or "a directory"
     body = f"mixture of {facts.num_experts} experts, {facts.num_experts_per_tok} per token" if facts.is_moe else "dense"
+    merged = manifest.checkpoint.get("adapter")
     rows = {
         "checkpoint": f"{source}, weights sha256 {manifest.checkpoint['sha256'][:16]}...",
+        **(
+            {"adapter": f"{merged['source'] or 'a directory'}, merged, sha256 {merged['sha256'][:16]}..."}
+            if merged is not None
+            else {}
+        ),
         "model": f"Doge, {body}; hidden {facts.hidden_size}, {facts.num_hidden_layers} layers, "
         f"{facts.num_attention_heads}/{facts.num_key_value_heads} heads of {facts.head_dim}, vocabulary "
         f"{facts.vocab_size}",
         "revision": f"{facts.revision} ({REVISIONS[facts.revision].title})" if facts.is_legacy else facts.revision,
         "task": manifest.task,
         "window": _window(bundle),
-        "dtype": f"{options['dtype']}, scores fp32",
+        "dtype": f"{options.dtype}, scores fp32",
         **({"weights": str(stored_as)} if (stored_as := format_of(options)) else {}),
         **_logits(manifest),
-        **({"routing": options["routing"]} if facts.is_moe else {}),
+        **({"routing": options.routing} if facts.is_moe else {}),
         "made by": ", ".join(f"{name} {version}" for name, version in _tools(bundle).items()),
     }
     console.print(_grid(rows), highlight=False)
@@ -95,7 +102,7 @@ def _logits(manifest: Manifest) -> dict[str, str]:
     """Of which tokens there are logits, where that was a choice."""
     if manifest.task != "causal-lm":
         return {}
-    return {"logits": f"of the {'last token' if manifest.options['logits'] == 'last' else 'whole call'}"}
+    return {"logits": f"of the {'last token' if manifest.options.logits == 'last' else 'whole call'}"}
 
 
 def _window(bundle: Bundle) -> str:
@@ -106,12 +113,19 @@ def _window(bundle: Bundle) -> str:
 
 
 def _lowering(layout: Layout) -> Iterator[str]:
-    if layout.ort is None:
-        return
-    if layout.ort.file is not None:
-        yield f"for ONNX Runtime: {layout.ort.file} ({', '.join(layout.ort.applied)})"
-    for name, reason in layout.ort.declined.items():
-        yield f"for ONNX Runtime: {name} declined: {reason}"
+    for name, lowered in layout.lowered.items():
+        title = _title(name)
+        if lowered.file is not None:
+            yield f"for {title}: {lowered.file} ({', '.join(lowered.applied)})"
+        for step, reason in lowered.declined.items():
+            yield f"for {title}: {step} declined: {reason}"
+
+
+def _title(backend: str) -> str:
+    """The backend's name for people; a bundle may have been lowered for one that is not installed here."""
+    from doge_deploy.targets.backend import find, names
+
+    return find(backend).title if backend in names() else f"the backend {backend}"
 
 
 def _tools(bundle: Bundle) -> dict[str, str]:

@@ -11,13 +11,13 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from doge_deploy.bundle.engine_record import EngineRecord
-    from doge_deploy.bundle.manifest import Bundle
+    from doge_deploy.bundle.opening import Bundle
 
 
 def find_engine(path: Path) -> tuple[Path, str] | None:
     """The bundle and the engine's name where `path` is an engine's folder or a file in one, else None."""
     from doge_deploy.bundle.engine_record import ENGINES
-    from doge_deploy.bundle.manifest import MANIFEST
+    from doge_deploy.bundle.files import MANIFEST
 
     folder = path.resolve()
     folder = folder.parent if folder.is_file() else folder

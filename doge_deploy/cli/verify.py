@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
 
 import click
 
-from doge_deploy.options.backends import BACKENDS, TORCH_KERNELS, Backend
+from doge_deploy.cli.backend_name import BackendName
+from doge_deploy.options.backends import DEFAULT_BACKEND, TORCH_KERNELS
 
 
 @click.command("verify")
@@ -24,8 +24,8 @@ from doge_deploy.options.backends import BACKENDS, TORCH_KERNELS, Backend
 )
 @click.option(
     "--backend",
-    type=click.Choice((*BACKENDS, TORCH_KERNELS)),
-    default="ort",
+    type=BackendName(TORCH_KERNELS),
+    default=DEFAULT_BACKEND,
     show_default=True,
     help="What runs the bundle; torch-kernels: PyTorch, with the plugins' kernels on a CUDA device.",
 )
@@ -42,7 +42,7 @@ def verify(
     greedy_steps: int,
     portable: bool,
     lowering: bool,
-    backend: Backend | Literal["torch-kernels"],
+    backend: str,
     engine: str | None,
     json_file: Path | None,
     junit_file: Path | None,

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from doge_deploy.bundle.manifest import MANIFEST, open_bundle
+from doge_deploy.bundle.files import MANIFEST
+from doge_deploy.bundle.opening import open_bundle
 from doge_deploy.bundle.signature import LAYOUTS
 from doge_deploy.checkpoint import open_checkpoint
 from doge_deploy.config.model import DogeFacts
@@ -51,11 +52,11 @@ def open_model(path: str, *, max_length: int | None = None) -> DeployableModel:
         return DeployableModel(
             path,
             manifest.facts,
-            manifest.options["dtype"],
+            manifest.options.dtype,
             manifest.max_length,
             tuple(manifest.layouts),
-            manifest.options["logits"] == "last",
-            manifest.options["routing"],
+            manifest.last_logits,
+            manifest.options.routing,
             format_of(manifest.options),
         )
     facts = open_checkpoint(path).facts

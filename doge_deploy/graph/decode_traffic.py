@@ -18,7 +18,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from doge_deploy.bundle.manifest import Bundle, Layout
+from doge_deploy.bundle.manifest import Layout
+from doge_deploy.bundle.opening import Bundle
 from doge_deploy.bundle.signature import CACHE_KINDS
 from doge_deploy.checkpoint.names import EMBEDDING, expected_tensors
 from doge_deploy.config.model import DogeFacts

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import onnx_ir as ir
 
-from doge_deploy.bundle.manifest import open_bundle
+from doge_deploy.bundle.opening import open_bundle
 from doge_deploy.diagnostics import join_findings
 from doge_deploy.dtypes import BY_ONNX
 from doge_deploy.errors import BrokenBundleError, UnsupportedModelError, UsageError

@@ -1,13 +1,11 @@
-"""Names of what can run a bundle; the command line must not load any of it to know them."""
+"""Names of backends that the command line must know without asking what is installed."""
 
 from __future__ import annotations
 
 from typing import Literal
 
-Backend = Literal["ort", "trt", "trt-rtx"]
-"""ONNX Runtime, or an engine of TensorRT or TensorRT-RTX."""
-
-BACKENDS: tuple[Backend, ...] = ("ort", "trt", "trt-rtx")
+DEFAULT_BACKEND = "ort"
+"""What runs a bundle where nothing else is asked for."""
 
 TORCH_KERNELS: Literal["torch-kernels"] = "torch-kernels"
 """What only `verify` takes besides: the traced model in PyTorch, with the plugins' kernels for its two operators."""

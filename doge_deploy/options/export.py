@@ -5,34 +5,17 @@ The words are the section `export` of a file in export_configs/ and the options 
 
 from __future__ import annotations
 
-import importlib.util
-import pkgutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from doge_deploy.dtypes import ShortName
 from doge_deploy.options.load import load_options
-
-CacheLayout = Literal["static", "growing"]
-Task = Literal["causal-lm", "sequence-classification", "features"]
+from doge_deploy.options.resolved import CacheLayout, Logits, Routing, Task, weight_format_names
 
 _LAYOUT_ORDER = ("static", "growing")
-
-_WEIGHT_FORMATS = "doge_deploy.graph.weight_formats"
-
-
-def weight_format_names() -> tuple[str, ...]:
-    """Names of the weight formats: the modules of their package that do not begin with an underscore.
-
-    They are listed, not imported: what they do belongs to the graph, which options do not know.
-    """
-    spec = importlib.util.find_spec(_WEIGHT_FORMATS)
-    assert spec is not None and spec.submodule_search_locations is not None
-    found = (module.name for module in pkgutil.iter_modules(list(spec.submodule_search_locations)))
-    return tuple(sorted(name for name in found if not name.startswith("_")))
 
 
 class ExportOptions(BaseModel):
@@ -48,8 +31,8 @@ class ExportOptions(BaseModel):
     max_length: int | None = Field(
         None, ge=1, description="a whole number >= 1, or null for the checkpoint's own length"
     )
-    routing: Literal["reference", "per-token"] = Field("reference", description="one of reference, per-token")
-    logits: Literal["last", "all"] = Field("last", description="one of last, all")
+    routing: Routing = Field("reference", description="one of reference, per-token")
+    logits: Logits = Field("last", description="one of last, all")
     num_layers: int | None = Field(None, ge=1, description="a whole number >= 1, or null for all layers")
     quantize: str | None = Field(None, description=f"one of {', '.join(weight_format_names())}, or null")
     """The name of a weight format."""

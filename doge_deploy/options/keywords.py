@@ -7,7 +7,7 @@ from typing import Literal, TypedDict
 
 from doge_deploy.dtypes import ShortName
 from doge_deploy.options.build import Range, Target
-from doge_deploy.options.export import CacheLayout, Task
+from doge_deploy.options.resolved import CacheLayout, Logits, Routing, Task
 
 
 class ExportKeywords(TypedDict, total=False):
@@ -17,11 +17,11 @@ class ExportKeywords(TypedDict, total=False):
     dtype: ShortName
     kv_cache: CacheLayout | Sequence[CacheLayout]
     max_length: int | None
-    routing: Literal["reference", "per-token"]
-    logits: Literal["last", "all"]
+    routing: Routing
+    logits: Logits
     num_layers: int | None
-    quantize: Literal["int8", "int4", "fp16"] | None
-    block_size: Literal[16, 32, 64, 128, 256] | None
+    quantize: str | None
+    block_size: int | None
     symmetric: bool
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from doge_deploy.bundle.engine_record import EngineRecord
 from doge_deploy.bundle.engine_store import commit, staging
-from doge_deploy.bundle.manifest import open_bundle
+from doge_deploy.bundle.opening import open_bundle
 from doge_deploy.devices.packages import require_graph_packages
 from doge_deploy.errors import UsageError
 from doge_deploy.options.build import BuildOptions

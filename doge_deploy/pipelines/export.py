@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import importlib.metadata
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 from doge_deploy import __version__
+from doge_deploy.bundle.files import file_entries
 from doge_deploy.bundle.genai_config import GENAI_CONFIG, follows_convention, genai_config, write_genai_config
-from doge_deploy.bundle.manifest import Manifest, file_entries, write_manifest
-from doge_deploy.bundle.writing import writing_bundle
+from doge_deploy.bundle.manifest import Layout, Manifest, Source
+from doge_deploy.bundle.writing import write_manifest, writing_bundle
 from doge_deploy.checkpoint import Checkpoint, check_finite, check_score_range, open_checkpoint
 from doge_deploy.checkpoint.tokenizer import write_tokenizer
 from doge_deploy.devices.packages import require_export_packages
@@ -17,7 +20,9 @@ from doge_deploy.graph.weight_formats import format_of, resolve_options
 from doge_deploy.options.compatibility import check_facts, resolve_max_length
 from doge_deploy.options.export import ExportOptions
 from doge_deploy.options.generation import GENERATION_CONFIG, illegal_settings
+from doge_deploy.options.resolved import ResolvedOptions
 from doge_deploy.process.progress import Progress
+from doge_deploy.targets.backend import backends
 
 _LIBRARIES = ("onnx", "onnx-ir", "onnxscript", "torch", "transformers")
 
@@ -50,7 +55,6 @@ def export(
     """
     require_export_packages("export")
     from doge_deploy.graph.write import write_graphs
-    from doge_deploy.targets.ort.write import write_lowered
 
     options = resolve_options(options)
     dtype = NAMES[options.dtype]
@@ -67,10 +71,7 @@ def export(
         check_finite(checkpoint, dtype=dtype, others=others)
         advance(1)
         layouts = write_graphs(directory, checkpoint, options, dtype=dtype, max_length=max_length, progress=progress)
-        if "static" in layouts:
-            advance = progress.stage("lower for ONNX Runtime")
-            layouts["static"] = write_lowered(directory, layouts["static"])
-            advance(1)
+        layouts = _lowered(directory, layouts, progress)
         advance = progress.stage("check tokenizer")
         warnings += write_tokenizer(checkpoint, directory)
         warnings += tuple(
@@ -87,9 +88,9 @@ def export(
         manifest = Manifest(
             tool={"name": "doge-deploy", "version": __version__},
             libraries={name: importlib.metadata.version(name) for name in _LIBRARIES},
-            checkpoint={"sha256": checkpoint.sha256, "source": checkpoint.source, **_adapter_entry(checkpoint)},
+            checkpoint=_source(checkpoint),
             facts=facts,
-            options={**options.model_dump(mode="json"), "max_length": max_length, **_cache_options(options)},
+            options=ResolvedOptions.of(options, max_length=max_length),
             layouts=layouts,
             warnings=warnings,
             files=file_entries(directory),
@@ -99,10 +100,22 @@ def export(
     return manifest
 
 
-def _adapter_entry(checkpoint: Checkpoint) -> dict[str, object]:
-    merged = checkpoint.adapter
-    return {} if merged is None else {"adapter": {"sha256": merged.sha256, "source": merged.source}}
+def _lowered(directory: Path, layouts: Mapping[str, Layout], progress: Progress) -> dict[str, Layout]:
+    """The layouts with what every installed backend made of them."""
+    found = dict(layouts)
+    for backend in backends():
+        for name in (one for one in backend.lowers if one in layouts):
+            advance = progress.stage(f"lower for {backend.title}")
+            lowered = backend.lower(directory, layouts[name])
+            if lowered is not None:
+                found[name] = replace(found[name], lowered={**found[name].lowered, backend.name: lowered})
+            advance(1)
+    return found
 
 
-def _cache_options(options: ExportOptions) -> dict[str, object]:
-    return {} if options.task == "causal-lm" else {"kv_cache": [], "logits": None}
+def _source(checkpoint: Checkpoint) -> Source:
+    """Where the weights came from."""
+    source: Source = {"sha256": checkpoint.sha256, "source": checkpoint.source}
+    if checkpoint.adapter is not None:
+        source["adapter"] = {"sha256": checkpoint.adapter.sha256, "source": checkpoint.adapter.source}
+    return source

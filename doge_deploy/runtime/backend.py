@@ -1,18 +1,16 @@
-"""Which library runs a bundle: ONNX Runtime, or an engine of TensorRT or TensorRT-RTX."""
+"""A runner of a bundle, whatever runs it."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
-from doge_deploy.bundle.manifest import Bundle
-from doge_deploy.errors import UsageError
-from doge_deploy.options.backends import Backend
+from doge_deploy.bundle.opening import Bundle
+from doge_deploy.options.backends import DEFAULT_BACKEND
 from doge_deploy.runtime.base import BundleRunner
+from doge_deploy.targets.backend import SessionOptions, find
 
 
 def open_backend(
     bundle: Bundle,
-    backend: Backend = "ort",
+    backend: str = DEFAULT_BACKEND,
     *,
     layout: str | None = None,
     portable: bool = False,
@@ -24,31 +22,19 @@ def open_backend(
 
     Args:
         bundle: an opened bundle.
-        backend: `ort`, `trt` or `trt-rtx`.
-        layout, portable, threads, flush_denormals: of ONNX Runtime, see `runtime/ort/open.py`.
-        engine: the name of an engine, where several fit.
+        backend: the name of an installed backend, such as `ort`, `trt` or `trt-rtx`.
+        layout: the bundle's first that the backend runs, where None.
+        portable, threads, flush_denormals, engine: see `SessionOptions`.
 
     Raises:
-        UsageError: an option of one backend was given for another, or there is no such layout or engine.
-        MissingDependencyError: the library, the driver or the GPU is missing.
+        UsageError: an option of one backend was given for another, or there is no such backend, layout or engine.
+        MissingDependencyError: the backend cannot be loaded, or its library, driver or device is missing.
         BrokenBundleError, UnsupportedModelError: the library refuses the graph or the engine.
     """
-    if backend == "ort":
-        if engine is not None:
-            raise UsageError(f"--engine {engine} belongs to an engine: give --backend trt or trt-rtx too")
-        from doge_deploy.runtime.ort import open_runner
-
-        return open_runner(bundle, layout, threads=threads, flush_denormals=flush_denormals, portable=portable)
-    for option, given in (("--portable", portable), ("--threads", threads is not None)):
-        if given:
-            raise UsageError(f"{option} belongs to --backend ort; {backend} runs an engine")
-    check_engine_layout([] if layout is None else [layout])
-    from doge_deploy.runtime.trt import open_runner as open_engine
-
-    return open_engine(bundle, backend, engine)
-
-
-def check_engine_layout(layouts: Sequence[str]) -> None:
-    """Raises UsageError where a layout is asked for that no engine is built from."""
-    if wrong := [layout for layout in layouts if layout != "static"]:
-        raise UsageError(f"--layout {wrong[0]} belongs to --backend ort; engines are built from the static layout")
+    found = find(backend)
+    options = SessionOptions(portable, threads, engine, flush_denormals)
+    found.check_options(options)
+    chosen = found.choose_layout(bundle, layout)
+    found.require(bundle)
+    runner: BundleRunner = found.open(bundle, chosen, options)
+    return runner

@@ -93,3 +93,15 @@ class BundleRunner(Runner):
     """Of the layout."""
     extra: Mapping[str, np.ndarray[Any, Any]]
     """Values that the last call gave beyond the signature: selections, where they are exposed."""
+
+    def real_columns(self) -> npt.NDArray[np.bool_] | None:
+        """Which columns of all calls so far hold real tokens, `[B, columns]`, where padding stays in the cache; None
+        where a row's tokens are its first columns.
+        """
+        return None
+
+    def held_positions(self) -> dict[int, list[IntArray]]:
+        """Per layer and row the token that each slot of `cache()` holds, `[Hkv, n_b]`; empty where a row holds all of
+        its tokens in order.
+        """
+        return {}

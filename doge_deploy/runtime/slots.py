@@ -13,9 +13,9 @@ from typing import Any
 
 import numpy as np
 
-from doge_deploy.bundle.manifest import Bundle
+from doge_deploy.bundle.opening import Bundle
 from doge_deploy.errors import UnsupportedModelError, UsageError
-from doge_deploy.options.backends import Backend
+from doge_deploy.options.backends import DEFAULT_BACKEND
 from doge_deploy.runtime.backend import open_backend
 from doge_deploy.runtime.base import IntArray
 from doge_deploy.runtime.logits import Logits
@@ -266,7 +266,7 @@ def refusal(bundle: Bundle, slots: int) -> str | None:
             f"{bundle.path} has the growing layout only, whose rows grow together: export it with "
             "--kv-cache static for slots"
         )
-    if slots > 1 and facts.is_moe and manifest.options["routing"] == "reference":
+    if slots > 1 and facts.is_moe and manifest.options.routing == "reference":
         return (
             f"{bundle.path} routes experts as transformers does, which mixes the tokens of all rows of a call: export "
             "it with --routing per-token, or use one slot"
@@ -280,7 +280,7 @@ def refusal(bundle: Bundle, slots: int) -> str | None:
     return None
 
 
-def open_slots(bundle: Bundle, slots: int, backend: Backend = "ort", **options: Any) -> SlotRunner:
+def open_slots(bundle: Bundle, slots: int, backend: str = DEFAULT_BACKEND, **options: Any) -> SlotRunner:
     """Slots of a bundle's static layout.
 
     Args:

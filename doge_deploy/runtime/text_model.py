@@ -15,9 +15,10 @@ from typing import Any, Self, TypeAlias, TypeGuard, Unpack
 import numpy as np
 import numpy.typing as npt
 
-from doge_deploy.bundle.manifest import Bundle, Manifest, open_bundle
+from doge_deploy.bundle.manifest import Manifest
+from doge_deploy.bundle.opening import Bundle, open_bundle
 from doge_deploy.errors import UsageError
-from doge_deploy.options.backends import Backend
+from doge_deploy.options.backends import DEFAULT_BACKEND
 from doge_deploy.options.generation import GENERATION_CONFIG, GenerationOptions, settings_not_done
 from doge_deploy.runtime.base import BundleRunner
 from doge_deploy.runtime.choices import TextChoices, resolve_choices
@@ -61,7 +62,7 @@ class TextModel:
         self,
         path: str | Path,
         *,
-        backend: Backend = "ort",
+        backend: str = DEFAULT_BACKEND,
         layout: str | None = None,
         portable: bool = False,
         threads: int | None = None,
@@ -247,7 +248,7 @@ class TextModel:
     def _depends_on_calls(self) -> str:
         """Why a token's logits depend on which tokens are fed together, empty where they do not."""
         facts = self.manifest.facts
-        if facts.is_moe and self.manifest.options["routing"] == "reference":
+        if facts.is_moe and self.manifest.options.routing == "reference":
             return "routing=reference mixes the tokens of a call"
         if facts.rope_changes(self.manifest.max_length):
             return "its angles depend on the longest text of a call"

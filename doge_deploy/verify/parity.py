@@ -9,18 +9,21 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
-from doge_deploy.bundle.manifest import Bundle, Manifest
+from doge_deploy.bundle.manifest import Manifest
+from doge_deploy.bundle.opening import Bundle
 from doge_deploy.bundle.signature import UNCACHED
 from doge_deploy.runtime.base import BundleRunner, IntArray
+from doge_deploy.targets.backend import Backend
 from doge_deploy.verify.cases import Case, Limits, chunk, exact_cases, natural_case
 from doge_deploy.verify.compare import Array, Difference, Top1, difference, kl_divergence, top1
 from doge_deploy.verify.noise import DRAWS, MOST_BY_CHANCE, pool, rounded_once_more
 from doge_deploy.verify.reference import Reference, Selections
 from doge_deploy.verify.replay import CandidateTrace, Replay, ReplayTrace, greedy_calls
-from doge_deploy.verify.tolerance import Limit, limit
+from doge_deploy.verify.tolerance import AllowedDifference, limit
 
 GREEDY = "greedy"
 NATURAL = "natural text"
@@ -41,7 +44,7 @@ class Quantity:
 
     name: str
     difference: Difference
-    limit: Limit
+    limit: AllowedDifference
 
     @property
     def passed(self) -> bool:
@@ -130,7 +133,7 @@ def verify_layouts(
         if name == GREEDY:
             shown = steps if not judge.runners.hides_selections else min(steps, limits.keep_window_size - len(prompt))
             calls = chunk([prompt], [[len(prompt)]])
-            if judge.runners.plain.refusal(*calls[0].input_ids.shape) is None and shown > 0:
+            if judge.runners.obstacle(Case(name, calls, exact=False)) is None and shown > 0:
                 calls = greedy_calls(judge.runners.plain, prompt, shown)
             return Case(name, calls, exact=False)
         return judge.widest(lambda seed: _case(limits, seed, name))
@@ -165,6 +168,14 @@ class Runners:
     what."""
     hides_selections: bool = False
     """Whatever it selects, nobody sees it: an engine has the outputs that it was built with."""
+    backend: Backend[Any] | None = None
+    """What opened them; None for a runner of no backend."""
+
+    def obstacle(self, case: Case) -> str | None:
+        """Why a case cannot be run; None: it can."""
+        calls = [call.input_ids.shape for call in case.calls]
+        refused = next(filter(None, (self.plain.refusal(*shape) for shape in calls)), None)
+        return refused if refused or self.backend is None else self.backend.obstacle(self.plain, calls)
 
 
 @dataclass(frozen=True)
@@ -193,7 +204,7 @@ def make_replay(manifest: Manifest, layout: str, *, last_logits: bool) -> Replay
     """How the calls of a bundle's layout are made in the reference."""
     return Replay(
         padding=PADDING[layout],
-        tokenwise=manifest.facts.is_moe and manifest.options["routing"] == "per-token",
+        tokenwise=manifest.facts.is_moe and manifest.options.routing == "per-token",
         last_logits=last_logits,
         sliding_window=manifest.facts.sliding_window,
     )
@@ -217,20 +228,25 @@ class Judge:
 
     def obstacle(self, case: Case) -> str | None:
         """Why the case cannot be run or judged here; None: it can."""
-        for call in case.calls:
-            reason = self.runners.plain.refusal(*call.input_ids.shape)
-            if reason is not None:
-                return reason
+        reason = self.runners.obstacle(case)
+        if reason is not None:
+            return reason
         if not self.runners.hides_selections or not self.selects(case):
             return None
         if not case.exact:
-            return "selects among ties, and an engine does not show what it selects; the bundle itself can be judged"
+            return f"selects among ties, and {self._title} does not show what it selects; another backend can be judged"
         same, wider = (
             self.references.run(one, self.replay, case) for one in (self.references.same, self.references.wider)
         )
         if same.gap <= max(self._selection_limits(same, wider).values(), default=0.0):
-            return "the reference's own selections lie within its noise, and an engine does not show what it selects"
+            return (
+                f"the reference's own selections lie within its noise, and {self._title} does not show what it selects"
+            )
         return None
+
+    @property
+    def _title(self) -> str:
+        return "the backend" if self.runners.backend is None else self.runners.backend.title
 
     def widest(self, make: Callable[[int], Case]) -> Case:
         """The case of that seed on which the reference's choices are clearest."""

@@ -15,12 +15,11 @@ from functools import partial
 import numpy as np
 import torch
 
-from doge_deploy.bundle.manifest import Bundle
+from doge_deploy.bundle.opening import Bundle
 from doge_deploy.checkpoint import Checkpoint
 from doge_deploy.graph.weight_file import read_weight_file
 from doge_deploy.graph.weight_formats import Quality, WeightFormat
-from doge_deploy.runtime.base import IntArray
-from doge_deploy.runtime.ort import OrtRunner
+from doge_deploy.runtime.base import BundleRunner, IntArray
 from doge_deploy.verify.cases import Case, chunk
 from doge_deploy.verify.compare import Array, log_softmax
 from doge_deploy.verify.reference import Reference, Weights
@@ -74,7 +73,7 @@ class QualityResult:
 
 
 def judge_quality(
-    layout: str, limits: Quality, runner: OrtRunner, reference: Reference, replay: Replay, text_ids: IntArray
+    layout: str, limits: Quality, runner: BundleRunner, reference: Reference, replay: Replay, text_ids: IntArray
 ) -> QualityResult:
     """Feed text to both sides, in rows: half a row as a prefill, then token by token.
 

@@ -12,8 +12,6 @@ import numpy as np
 import torch
 
 from doge_deploy.runtime.base import BundleRunner, FloatArray, IntArray
-from doge_deploy.runtime.ort import GrowingOrtRunner
-from doge_deploy.runtime.ort.window import WindowOrtRunner
 from doge_deploy.verify.cases import Call, Case
 from doge_deploy.verify.compare import Array
 from doge_deploy.verify.reference import Reference, ReferenceRows, Selections, Watch
@@ -92,9 +90,7 @@ class Replay:
             trace.selections.append(_selections(runner, columns, real.shape[1]))
         signature = {spec.name for spec in runner.signature.outputs}
         trace.present = {name: self._held(rows) for name, rows in runner.cache().items() if name in signature}
-        if isinstance(runner, WindowOrtRunner):
-            layers = {int(name.split(".")[1]) for name in trace.present}
-            trace.positions = {layer: runner.positions(layer) for layer in layers}
+        trace.positions = runner.held_positions()
         return trace
 
     def _columns(self, before: Array, real: Array) -> Array:
@@ -198,18 +194,15 @@ def feed_call(runner: BundleRunner, call: Call) -> list[Array]:
 def _selections(runner: BundleRunner, columns: Sequence[Array], total: int) -> Selections:
     """What the `doge` nodes of the last call selected, its keys moved to `columns[b]` of `total` reference columns."""
     result: dict[str, Array] = {}
-    own = (
-        [np.flatnonzero(row) for row in runner.real]
-        if isinstance(runner, GrowingOrtRunner)
-        else [np.arange(len(target)) for target in columns]
-    )
+    real = runner.real_columns()
+    own = [np.arange(len(target)) for target in columns] if real is None else [np.flatnonzero(row) for row in real]
     for name, value in runner.extra.items():
         if not name.startswith("kept."):
             result[name] = value
             continue
         kept = np.zeros((*value.shape[:3], total), bool)
         # A sliding cache has lost the first columns.
-        lost = runner.real.shape[1] - value.shape[3] if isinstance(runner, GrowingOrtRunner) else 0
+        lost = 0 if real is None else real.shape[1] - value.shape[3]
         for b, (target, source) in enumerate(zip(columns, own, strict=True)):
             held = source >= lost
             kept[b][:, :, target[held]] = value[b][:, :, source[held] - lost]

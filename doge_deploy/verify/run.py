@@ -3,27 +3,25 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
 
-from doge_deploy.bundle.manifest import Bundle, open_bundle
-from doge_deploy.checkpoint import Checkpoint
+from doge_deploy.bundle.opening import Bundle, open_bundle
 from doge_deploy.config.model import DogeFacts
 from doge_deploy.config.revisions import KEEPS_ALL
 from doge_deploy.errors import MismatchError, UsageError
 from doge_deploy.graph.passes.expose_selections import ExposeSelectionsPass
 from doge_deploy.graph.schemas import CDMOE, DYNAMIC_MASK_ATTENTION, ROUTED_EXPERTS, WINDOW_BIAS
 from doge_deploy.graph.weight_formats import Quality, format_of
-from doge_deploy.options.backends import TORCH_KERNELS, Backend
-from doge_deploy.runtime.backend import check_engine_layout, open_backend
+from doge_deploy.options.backends import DEFAULT_BACKEND, TORCH_KERNELS
 from doge_deploy.runtime.base import IntArray
-from doge_deploy.runtime.ort import OrtRunner, graph_file, open_runner
 from doge_deploy.runtime.tokenizer import TOKENIZER_FILE, Tokenizer
+from doge_deploy.targets.backend import Backend, SessionOptions, find
 from doge_deploy.verify.cases import Call, Case, Limits, chunk, distinct_ids, repeating_ids
 from doge_deploy.verify.held_out import HELD_OUT
 from doge_deploy.verify.parity import CaseResult, References, Runners, make_replay, verify_layouts
@@ -32,6 +30,7 @@ from doge_deploy.verify.reference import Reference, few_threads
 from doge_deploy.verify.replay import Replay
 from doge_deploy.verify.source import open_reference
 from doge_deploy.verify.tolerance import WIDER
+from doge_deploy.verify.torch_kernels import TorchKernels
 from doge_deploy.verify.weights import WeightsResult, compare_weights
 
 TEXT = (
@@ -106,7 +105,7 @@ def verify(
     greedy_steps: int = 128,
     portable: bool = False,
     lowering: bool = False,
-    backend: Backend | Literal["torch-kernels"] = "ort",
+    backend: str = DEFAULT_BACKEND,
     engine: str | None = None,
     started: Callable[[str], None] = lambda what: None,
     finished: Callable[[CaseResult], None] = lambda result: None,
@@ -121,8 +120,8 @@ def verify(
         greedy_steps: tokens of the greedy case, fewer where the bundle holds fewer.
         portable: judge the standard graphs, not those lowered for ONNX Runtime that `generate` runs.
         lowering: judge the static graph as both TensorRT products get it (one lowering serves both), in ONNX Runtime.
-        backend: what runs the bundle. An engine shows no selections: what is judged by them is then left out, and said.
-            With `torch-kernels` the model that was traced runs in PyTorch, its two operators as kernels.
+        backend: the name of what runs the bundle. Where it shows no selections, what is judged by them is left out, and
+            said. With `torch-kernels` the model that was traced runs in PyTorch, its two operators as kernels.
         engine: which engine, where the backend has several.
         started: told what is about to be done.
         finished: told each case when it is judged.
@@ -135,37 +134,36 @@ def verify(
     bundle = open_bundle(path)
     manifest = bundle.manifest
     checkpoint = open_reference(bundle, reference, adapter)
-    if lowering and backend != "ort":
-        raise UsageError(f"--lowering is run in ONNX Runtime, not by --backend {backend}")
-    one = _open_one(bundle, checkpoint, backend, layouts=layouts, engine=engine, portable=portable)
+    runs = TorchKernels(checkpoint) if backend == TORCH_KERNELS else find(backend)
+    served = SessionOptions(portable=portable, engine=engine, spin=False)
+    runs.check_options(served)
+    if lowering and not runs.runs_graphs:
+        raise UsageError(f"--lowering judges a graph, and {backend} runs none that it is given; use {DEFAULT_BACKEND}")
+    chosen = _layouts(bundle, runs, layouts, lowering)
+    runs.require(bundle)
+    weight_format = format_of(manifest.options)
+    # what rounded activations cost is judged on the graph that is served, the cases on the standard one
+    rounds = weight_format is not None and weight_format.rounds_activations
+    judged = replace(served, portable=True) if rounds and "portable" in runs.session_options else served
+    runners = {layout: open_runners(bundle, layout, runs, judged, lowering=lowering) for layout in chosen}
     started("compare weights")
     report = Report(
         bundle.path,
         manifest.dtype,
-        manifest.options["routing"] if manifest.facts.is_moe else None,
+        manifest.options.routing if manifest.facts.is_moe else None,
         _reference_name(manifest.facts),
         compare_weights(bundle, checkpoint),
         skipped=_unreachable(bundle),
     )
-    weight_format = format_of(manifest.options)
     stored = {} if weight_format is None else stored_weights(bundle, checkpoint, weight_format)
     with few_threads(checkpoint):
-        if one is None:
-            chosen = _layouts(bundle, layouts, lowering)
-            report.graphs = {name: graph_file(bundle.layout(name), portable=portable) for name in chosen}
-            if lowering:
-                report.graphs = {name: describe_lowered(bundle, name) for name in chosen}
-            elif weight_format is not None:
-                started("load the reference")
-                exact = Reference(checkpoint, manifest.dtype, manifest.task)
-                report.quality = _judge_quality(bundle, weight_format.quality, report.graphs, exact, started)
-            # what rounded activations cost is judged on the graph that is served, the cases on the standard one
-            standard = portable or (weight_format is not None and weight_format.rounds_activations)
-            runners = {layout: open_runners(bundle, layout, portable=standard, lowering=lowering) for layout in chosen}
-        else:
-            what, pair = one
-            report.graphs = {pair.plain.signature.layout: f"{what}, --backend {backend}"}
-            runners = {pair.plain.signature.layout: pair}
+        for layout in chosen:
+            what = describe_lowered(bundle, layout) if lowering else runs.runs(bundle.layout(layout), served)
+            report.graphs[layout] = what if backend == DEFAULT_BACKEND else f"{what}, --backend {backend}"
+        if weight_format is not None and not lowering:
+            started("load the reference")
+            exact = Reference(checkpoint, manifest.dtype, manifest.task)
+            report.quality = _judge_quality(bundle, weight_format.quality, runs, chosen, served, exact, started)
         started("load the reference")
         dtypes = (manifest.dtype, WIDER[manifest.dtype])
         same, wider = (Reference(checkpoint, dtype, manifest.task, stored) for dtype in dtypes)
@@ -189,56 +187,33 @@ def _reference_name(facts: DogeFacts) -> str:
     return f"the reference of legacy Doges ({facts.revision})" if facts.is_legacy else "transformers"
 
 
-def _open_one(
-    bundle: Bundle,
-    checkpoint: Checkpoint,
-    backend: Backend | Literal["torch-kernels"],
-    *,
-    layouts: tuple[str, ...],
-    engine: str | None,
-    portable: bool,
-) -> tuple[str, Runners] | None:
-    """What runs a bundle's static layout in place of ONNX Runtime, in words and as runners; None where that runs it."""
-    if backend == "ort":
-        return None
-    if backend != TORCH_KERNELS:
-        runner = open_backend(bundle, backend, engine=engine, portable=portable)
-        check_engine_layout(layouts)
-        return "an engine", Runners(runner, None, hides_selections=_selects(bundle))
-    from doge_deploy.verify.torch_kernels import TorchKernelsRunner
-
-    if engine is not None or portable or set(layouts) - {LOWERED_LAYOUT}:
-        raise UsageError(
-            f"--backend {backend} runs the {LOWERED_LAYOUT} layout in PyTorch: it takes no --engine, no --portable and "
-            "no other --layout"
-        )
-    kernels = TorchKernelsRunner(bundle, checkpoint)
-    return f"kernels on {kernels.device.type}", Runners(kernels, kernels if _selects(bundle) else None)
-
-
-def _selects(bundle: Bundle) -> bool:
-    """Whether the static graph chooses keys or experts."""
-    return bundle.layout("static").keep_window or bundle.manifest.facts.is_moe
-
-
 def _judge_quality(
-    bundle: Bundle, limits: Quality, graphs: Mapping[str, str], reference: Reference, started: Callable[[str], None]
+    bundle: Bundle,
+    limits: Quality,
+    backend: Backend[Any],
+    layouts: Sequence[str],
+    options: SessionOptions,
+    reference: Reference,
+    started: Callable[[str], None],
 ) -> list[QualityResult]:
-    """What quantization costs in each of these graphs, against a reference with the checkpoint's own weights."""
+    """What quantization costs in each of these layouts as it is served, by the checkpoint's own weights."""
     results = []
     text_ids = _text_ids(bundle, HELD_OUT)
-    for layout, file in graphs.items():
-        started(f"quality of {file}")
-        runner = open_runner(bundle, layout, spin=False, portable=file == bundle.layout(layout).file)
-        replay = make_replay(bundle.manifest, layout, last_logits=runner.last_logits)
-        results.append(judge_quality(layout, limits, runner, reference, replay, text_ids))
+    for name in layouts:
+        layout = bundle.layout(name)
+        started(f"quality of {backend.runs(layout, options)}")
+        runner = backend.open(bundle, layout, options)
+        replay = make_replay(bundle.manifest, name, last_logits=runner.last_logits)
+        results.append(judge_quality(name, limits, runner, reference, replay, text_ids))
     return results
 
 
-def _layouts(bundle: Bundle, asked: tuple[str, ...], lowering: bool) -> tuple[str, ...]:
-    """The layouts to judge: those asked for or all; of a lowering the one that is lowered."""
+def _layouts(bundle: Bundle, backend: Backend[Any], asked: tuple[str, ...], lowering: bool) -> tuple[str, ...]:
+    """The layouts to judge: those asked for, or all that the backend runs; of a lowering the one that is lowered."""
     if not lowering:
-        return asked or tuple(bundle.manifest.layouts)
+        for name in asked or (None,):
+            backend.choose_layout(bundle, name)
+        return asked or tuple(name for name in bundle.manifest.layouts if name in backend.layouts)
     if asked not in ((), (LOWERED_LAYOUT,)):
         raise UsageError(f"--lowering is of the {LOWERED_LAYOUT} layout, not of {', '.join(asked)}")
     bundle.layout(LOWERED_LAYOUT)
@@ -260,24 +235,39 @@ def _lowered(model: ir.Model) -> bytes:
     return data
 
 
-def open_runners(bundle: Bundle, layout: str, *, portable: bool = False, lowering: bool = False) -> Runners:
-    """The layout's graph as it is, and with its selections exposed where it has any; see `open_runner`.
+def open_runners(
+    bundle: Bundle,
+    layout: str,
+    backend: Backend[Any] | None = None,
+    options: SessionOptions | None = None,
+    *,
+    lowering: bool = False,
+) -> Runners:
+    """The layout as the backend runs it, and with its selections exposed where it has any that can be shown.
 
-    With `lowering` both are lowered for TensorRT (and run in ONNX Runtime).
+    Args:
+        bundle: an opened bundle.
+        layout: of the bundle.
+        backend: the default one where None.
+        options: of both; the defaults where None, without threads that spin.
+        lowering: run the standard graph as it is lowered for TensorRT; only in a backend that runs graphs.
     """
+    backend = find(DEFAULT_BACKEND) if backend is None else backend
+    options = SessionOptions(spin=False) if options is None else options
     chosen = bundle.layout(layout)
-    source = bundle.path / graph_file(chosen, portable=portable or lowering)
     rewrite = _lowered if lowering else lambda model: ir.to_proto(model).SerializeToString()
-    plain = open_runner(
-        bundle, layout, spin=False, portable=portable, model=rewrite(ir.load(source)) if lowering else None
-    )
-    exposed: OrtRunner | None = None
+    source = bundle.path / (chosen.file if lowering else backend.runs(chosen, options))
+    plain = backend.open(bundle, chosen, options, graph=rewrite(ir.load(source)) if lowering else None)
     operators = [DYNAMIC_MASK_ATTENTION, WINDOW_BIAS] if chosen.keep_window else []
     operators += [CDMOE, ROUTED_EXPERTS] if bundle.manifest.facts.is_moe else []
-    if operators:
-        model = ExposeSelectionsPass(operators)(ir.load(source)).model
-        exposed = open_runner(bundle, layout, spin=False, model=rewrite(model))
-    return Runners(plain, exposed)
+    if not operators:
+        return Runners(plain, None, backend=backend)
+    if not backend.shows_selections:
+        return Runners(plain, None, hides_selections=True, backend=backend)
+    if not backend.runs_graphs:
+        return Runners(plain, plain, backend=backend)
+    model = ExposeSelectionsPass(operators)(ir.load(source)).model
+    return Runners(plain, backend.open(bundle, chosen, options, graph=rewrite(model)), backend=backend)
 
 
 def _unreachable(bundle: Bundle) -> dict[str, str]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from doge_deploy.bundle.manifest import Bundle
+from doge_deploy.bundle.opening import Bundle
 from doge_deploy.checkpoint import Checkpoint, open_checkpoint
 from doge_deploy.errors import UnsupportedModelError, UsageError
 
@@ -34,7 +34,7 @@ def open_reference(bundle: Bundle, reference: str | None, adapter: str | None = 
             raise UsageError(
                 f"{bundle.path} was merged with an adapter from a directory; name it with --adapter DIRECTORY"
             )
-    checkpoint = open_checkpoint(source, num_layers=manifest.options["num_layers"], adapter=adapter)
+    checkpoint = open_checkpoint(source, num_layers=manifest.options.num_layers, adapter=adapter)
     if checkpoint.sha256 != manifest.checkpoint["sha256"]:
         raise UnsupportedModelError(
             f"{source} is not the checkpoint of {bundle.path}: its weights have sha256 {checkpoint.sha256[:12]}..., "

@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from doge_deploy.bundle.manifest import Bundle
+from doge_deploy.bundle.manifest import Layout
+from doge_deploy.bundle.opening import Bundle
 from doge_deploy.checkpoint import Checkpoint
 from doge_deploy.errors import UnsupportedModelError, UsageError
 from doge_deploy.graph.trace import reachable_windows
@@ -21,6 +22,31 @@ from doge_deploy.model.decoder import StaticCausalLM
 from doge_deploy.model.rope import rope_tensors
 from doge_deploy.options.backends import TORCH_KERNELS
 from doge_deploy.runtime.base import BundleRunner, FloatArray, IntArray
+from doge_deploy.targets.backend import Backend, SessionOptions
+
+
+class TorchKernels(Backend["TorchKernelsRunner"]):
+    """Only `verify` has it, and it is not registered: it needs the checkpoint beside the bundle."""
+
+    name = TORCH_KERNELS
+    title = "PyTorch with the kernels of plugins"
+    layouts = ("static",)
+    shows_selections = True
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self._checkpoint = checkpoint
+
+    def open(
+        self, bundle: Bundle, layout: Layout, options: SessionOptions, *, graph: bytes | None = None
+    ) -> TorchKernelsRunner:
+        return TorchKernelsRunner(bundle, self._checkpoint)
+
+    def runs(self, layout: Layout, options: SessionOptions) -> str:
+        return f"kernels on {_device().type}"
+
+
+def _device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 class TorchKernelsRunner(BundleRunner):
@@ -47,8 +73,8 @@ class TorchKernelsRunner(BundleRunner):
         weight_format = format_of(manifest.options)
         if weight_format and (reason := weight_format.target_refusal(TORCH_KERNELS)):
             raise UnsupportedModelError(f"{bundle.path} {reason}")
-        super().__init__(max_length=manifest.max_length, last_logits=manifest.options["logits"] == "last")
-        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        super().__init__(max_length=manifest.max_length, last_logits=manifest.last_logits)
+        self.device = _device()
         require_launcher(self.device.type)
         layout = bundle.layout("static")
         facts = manifest.facts
@@ -59,7 +85,7 @@ class TorchKernelsRunner(BundleRunner):
                 facts,
                 max_length=manifest.max_length,
                 windows=reachable_windows(facts, "static", manifest.max_length),
-                routing=manifest.options["routing"],
+                routing=manifest.options.routing,
                 last_logits=self.last_logits,
                 dtype=self.dtype,
             ).eval()

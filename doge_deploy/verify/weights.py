@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from safetensors import safe_open
 
-from doge_deploy.bundle.manifest import Bundle
+from doge_deploy.bundle.opening import Bundle
 from doge_deploy.checkpoint import Checkpoint, task_tensors
 from doge_deploy.dtypes import DTYPES
 from doge_deploy.graph.weight_file import TRANSPOSED_SUFFIX, WEIGHTS_FILE, read_weight_file

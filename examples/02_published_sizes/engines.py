@@ -16,7 +16,7 @@ from pathlib import Path
 import click
 
 from doge_deploy.bundle.engine_record import EngineRecord
-from doge_deploy.bundle.manifest import Bundle, open_bundle
+from doge_deploy.bundle.opening import Bundle, open_bundle
 
 SIZES = ("20M", "20M-w512", "20M-MoE", "60M", "160M", "320M")
 HEADER = (
@@ -61,7 +61,7 @@ def cpu_seconds() -> float:
 
 
 def row(size: str, bundle: Bundle, elapsed: float, seconds: float) -> str:
-    record = bundle.engine(f"trt-rtx-{bundle.manifest.options['dtype']}-portable")
+    record = bundle.engine(f"trt-rtx-{bundle.manifest.options.dtype}-portable")
     layers, kernels = record.layers, record.kernels
     fused = "unknown" if kernels is None else str(kernels.fused_attention)
     weights = weights_counted_twice(bundle, record)

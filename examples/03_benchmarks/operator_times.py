@@ -18,7 +18,7 @@ from typing import Any
 import click
 import numpy as np
 
-from doge_deploy.bundle.manifest import open_bundle
+from doge_deploy.bundle.opening import open_bundle
 from doge_deploy.runtime.ort import open_runner
 
 WARM_UP = 3

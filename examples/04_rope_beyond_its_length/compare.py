@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from transformers import DogeForCausalLM, DynamicCache
 
-from doge_deploy.bundle.manifest import Bundle, open_bundle
+from doge_deploy.bundle.opening import Bundle, open_bundle
 from doge_deploy.runtime.ort import open_runner
 
 Model = Callable[[Sequence[int]], np.ndarray]

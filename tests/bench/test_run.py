@@ -24,7 +24,7 @@ from doge_deploy.bench.report import figures, ratios, to_json
 from doge_deploy.bench.roofline import SWEEPS
 from doge_deploy.bench.run import BenchOptions, bench
 from doge_deploy.bench.workload import Workload
-from doge_deploy.bundle.manifest import Bundle, open_bundle
+from doge_deploy.bundle.opening import Bundle, open_bundle
 from doge_deploy.checkpoint import open_checkpoint
 from doge_deploy.errors import UsageError
 from doge_deploy.runtime import backend
@@ -126,8 +126,8 @@ def test_an_engine_is_opened_by_its_backend(tiny_bundle: Path, monkeypatch: pyte
     open_candidate(candidate, threads=3)
     open_candidate(replace(candidate, backend="ort"), threads=3)
     assert asked == [
-        (("trt-rtx",), {}),
-        ((), {"layout": "static", "threads": 3, "flush_denormals": True, "portable": False}),
+        (("trt-rtx",), {"layout": "static", "threads": None, "flush_denormals": True, "portable": False}),
+        (("ort",), {"layout": "static", "threads": 3, "flush_denormals": True, "portable": False}),
     ]
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from doge_deploy.bundle.manifest import open_bundle
+from doge_deploy.bundle.opening import open_bundle
 from doge_deploy.bundle.signature import make_signature
 from doge_deploy.cli.main import run_command
 from doge_deploy.errors import BrokenBundleError, UsageError
@@ -36,9 +36,15 @@ BREAKS: dict[str, tuple[Callable[[Path], None], str]] = {
     "cut weights": (lambda b: cut(b / "weights.safetensors"), r"weights.safetensors was altered \(\d+ bytes, manifest"),
     "missing tokenizer": (lambda b: (b / "tokenizer.json").unlink(), "tokenizer.json is missing"),
     "no manifest": (lambda b: (b / "manifest.json").unlink(), "has no manifest.json"),
-    "manifest not JSON": (lambda b: (b / "manifest.json").write_text("{"), "manifest.json cannot be read"),
-    "manifest of nothing": (lambda b: (b / "manifest.json").write_text("{}"), "manifest.json cannot be read"),
-    "manifest a list": (lambda b: (b / "manifest.json").write_text("[]"), "manifest.json cannot be read"),
+    "manifest not JSON": (lambda b: (b / "manifest.json").write_text("{"), "manifest.json is not valid JSON"),
+    "manifest of nothing": (
+        lambda b: (b / "manifest.json").write_text("{}"),
+        "format_version is missing",
+    ),
+    "manifest a list": (
+        lambda b: (b / "manifest.json").write_text("[]"),
+        "the document=.*must be an object",
+    ),
 }
 
 
@@ -58,8 +64,8 @@ def test_a_damaged_bundle_is_refused(
 
 def test_a_newer_format_is_refused(copy: Path) -> None:
     manifest = json.loads((copy / "manifest.json").read_text())
-    (copy / "manifest.json").write_text(json.dumps({**manifest, "format_version": 2}))
-    with pytest.raises(BrokenBundleError, match="format_version 2; this version reads 1"):
+    (copy / "manifest.json").write_text(json.dumps({**manifest, "format_version": 3}))
+    with pytest.raises(BrokenBundleError, match="format_version=3: must be 1 or 2"):
         open_bundle(copy)
 
 

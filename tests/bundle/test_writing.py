@@ -15,8 +15,8 @@ from pathlib import Path
 import pytest
 
 from doge_deploy.bundle import writing
+from doge_deploy.bundle.files import MANIFEST
 from doge_deploy.bundle.locks import BusyError, locked, take
-from doge_deploy.bundle.manifest import MANIFEST
 from doge_deploy.bundle.writing import exchange, writing_bundle
 from doge_deploy.errors import UsageError
 

@@ -17,7 +17,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from random_doge import SMALL_MOE, save_random_doge
 from safetensors.torch import load_file, save_file
 
-from doge_deploy.bundle.manifest import open_bundle
+from doge_deploy.bundle.opening import open_bundle
 from doge_deploy.checkpoint import open_checkpoint
 from doge_deploy.checkpoint.adapter import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from doge_deploy.cli.main import run_command

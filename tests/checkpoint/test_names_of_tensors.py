@@ -15,7 +15,7 @@ from random_doge import save_random_doge
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, DogeModel
 
-from doge_deploy.bundle.manifest import open_bundle
+from doge_deploy.bundle.opening import open_bundle
 from doge_deploy.checkpoint import open_checkpoint
 from doge_deploy.errors import UnsupportedModelError
 from doge_deploy.options.export import ExportOptions

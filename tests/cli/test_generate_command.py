@@ -17,13 +17,17 @@ from scripted_runner import ScriptedRunner, scripted
 
 import doge_deploy
 import doge_deploy.runtime.ort
-from doge_deploy.bundle.manifest import Layout, Manifest, file_entries, write_manifest
+from doge_deploy.bundle.files import file_entries
+from doge_deploy.bundle.manifest import Layout, Manifest
 from doge_deploy.bundle.signature import make_signature
+from doge_deploy.bundle.writing import write_manifest
 from doge_deploy.cli.endings import EXIT_BROKEN_PIPE, EXIT_INTERRUPTED
 from doge_deploy.cli.generate import generate
 from doge_deploy.cli.main import run_command
 from doge_deploy.config.model import DogeFacts
 from doge_deploy.errors import BrokenBundleError, DogeDeployError, UsageError
+from doge_deploy.options.export import ExportOptions
+from doge_deploy.options.resolved import ResolvedOptions
 from doge_deploy.runtime.tokenizer import Tokenizer
 
 DOGE_TINY = Path(doge_deploy.__file__).parent / "demo" / "doge-tiny"
@@ -35,11 +39,15 @@ Invoke = Callable[..., Result]
 
 
 def write_bundle(directory: Path, *, without: str = "", **generation: Any) -> Path:
-    """A bundle without a graph. `generation` changes generation_config.json; `without` is left out."""
+    """A bundle whose graph and weights are empty files. `generation` changes generation_config.json; `without` is left
+    out.
+    """
     directory.mkdir()
     for file in DOGE_TINY.iterdir():
         if file.suffix != ".safetensors" and file.name != without:
             shutil.copyfile(file, directory / file.name)
+    for name in ("model.onnx", "weights.safetensors"):
+        (directory / name).touch()
     config = directory / "generation_config.json"
     config.write_text(json.dumps({**json.loads(config.read_text()), "do_sample": False, **generation}))
     facts = DogeFacts.from_config(json.loads((DOGE_TINY / "config.json").read_text(encoding="utf-8")))
@@ -47,12 +55,12 @@ def write_bundle(directory: Path, *, without: str = "", **generation: Any) -> Pa
     write_manifest(
         directory,
         Manifest(
-            tool={},
+            tool={"name": "doge-deploy", "version": "0"},
             libraries={},
-            checkpoint={},
+            checkpoint={"sha256": "0" * 64, "source": "doge-tiny"},
             facts=facts,
-            options={"dtype": "fp32", "max_length": MAX_LENGTH, "logits": "last"},
-            layouts={"static": Layout("model.onnx", signature, keep_window=True)},
+            options=ResolvedOptions.of(ExportOptions(), max_length=MAX_LENGTH),
+            layouts={"static": Layout("model.onnx", signature, keep_window=facts.keep_window(MAX_LENGTH))},
             files=file_entries(directory),
         ),
     )

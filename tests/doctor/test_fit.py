@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from bundles import make_bundle
 
-from doge_deploy.bundle.manifest import open_bundle
+from doge_deploy.bundle.opening import open_bundle
 from doge_deploy.bundle.signature import make_signature
 from doge_deploy.checkpoint import open_checkpoint
 from doge_deploy.checkpoint.names import EMBEDDING

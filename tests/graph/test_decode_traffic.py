@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import DynamicCache
 
 from doge_deploy.bench.baselines.eager import load_model
-from doge_deploy.bundle.manifest import Bundle, open_bundle
+from doge_deploy.bundle.opening import Bundle, open_bundle
 from doge_deploy.checkpoint import open_checkpoint
 from doge_deploy.config.model import DogeFacts
 from doge_deploy.config.revisions import REVISIONS

@@ -11,7 +11,7 @@ import onnx_ir as ir
 import pytest
 from plugin_graphs import attention_graph, moe_graph
 
-from doge_deploy.bundle.manifest import open_bundle
+from doge_deploy.bundle.opening import open_bundle
 from doge_deploy.errors import UnsupportedModelError
 from doge_deploy.graph.check import check_model
 from doge_deploy.graph.passes.plugin_chains import PluginChainPass

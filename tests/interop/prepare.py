@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from doge_deploy.bundle.manifest import open_bundle
+from doge_deploy.bundle.opening import open_bundle
 from doge_deploy.cli.main import run_command
 from doge_deploy.options.generation import GenerationOptions
 from doge_deploy.runtime.generate import generate

@@ -15,7 +15,7 @@ import pytest
 from interpreter_runner import InterpreterRunner
 from sweeps import cases
 
-from doge_deploy.bundle.manifest import Bundle, open_bundle
+from doge_deploy.bundle.opening import Bundle, open_bundle
 from doge_deploy.checkpoint import open_checkpoint
 from doge_deploy.verify.cases import Case, Limits, exact_cases, natural_case, repeating_ids
 from doge_deploy.verify.parity import Judge, References, Runners

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import yaml
 
 from doge_deploy.errors import UsageError
 from doge_deploy.options.export import ExportOptions, load_export_options
+from doge_deploy.options.resolved import ResolvedOptions
 
 CONFIGS = sorted((Path(__file__).parents[2] / "export_configs").glob("*.yaml"))
 
@@ -142,3 +144,12 @@ def test_options_import_neither_torch_nor_transformers() -> None:
     code = "import sys, doge_deploy.options.export; print(sorted({'torch', 'transformers'} & sys.modules.keys()))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_resolved_options_are_the_same_fields() -> None:
+    assert [field.name for field in fields(ResolvedOptions)] == list(ExportOptions.model_fields)
+    given = ExportOptions(dtype="fp16", kv_cache=("growing",), quantize=None, num_layers=3)
+    resolved = ResolvedOptions.of(given, max_length=7)
+    assert resolved.to_json() == {**given.model_dump(mode="json"), "max_length": 7}
+    features = ResolvedOptions.of(ExportOptions(task="features"), max_length=7)
+    assert (features.kv_cache, features.logits) == ((), None)

@@ -19,7 +19,7 @@ from sweeps import cases
 
 from doge_deploy.bundle import engine_store
 from doge_deploy.bundle.engine_record import EngineRecord
-from doge_deploy.bundle.manifest import open_bundle
+from doge_deploy.bundle.opening import open_bundle
 from doge_deploy.cli.main import run_command
 from doge_deploy.errors import BrokenBundleError, MissingDependencyError, UnsupportedModelError, UsageError
 from doge_deploy.options.build import BuildOptions

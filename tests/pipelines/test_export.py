@@ -19,7 +19,7 @@ from bundles import NoProgress, make_bundle
 from random_doge import random_doge
 from safetensors import safe_open
 
-from doge_deploy.bundle.manifest import open_bundle
+from doge_deploy.bundle.opening import open_bundle
 from doge_deploy.cli.main import run_command
 from doge_deploy.errors import UnsupportedModelError, UsageError
 from doge_deploy.options.export import ExportOptions

@@ -14,7 +14,7 @@ from broken_checkpoints import legacy
 from bundles import make_bundle
 from golden_legacy import REVISIONS, TOLERANCE, Golden
 
-from doge_deploy.bundle.manifest import open_bundle
+from doge_deploy.bundle.opening import open_bundle
 from doge_deploy.checkpoint import find_checkpoint, open_checkpoint
 from doge_deploy.cli.main import run_command
 from doge_deploy.runtime.ort import OrtRunner, open_runner

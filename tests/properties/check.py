@@ -10,7 +10,7 @@ import numpy as np
 from bundles import make_bundle
 from random_doge import save_random_doge
 
-from doge_deploy.bundle.manifest import open_bundle
+from doge_deploy.bundle.opening import open_bundle
 from doge_deploy.checkpoint import open_checkpoint
 from doge_deploy.verify.cases import Case, Limits, chunk, distinct_ids
 from doge_deploy.verify.parity import Judge, References

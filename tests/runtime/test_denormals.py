@@ -13,7 +13,7 @@ import pytest
 from bundles import make_bundle
 from random_doge import SMALL, SMALL_MOE, save_random_doge
 
-from doge_deploy.bundle.manifest import open_bundle
+from doge_deploy.bundle.opening import open_bundle
 from doge_deploy.runtime.backend import open_backend
 from doge_deploy.runtime.ort import open as runtime_open
 from doge_deploy.runtime.ort import open_session
@@ -22,7 +22,7 @@ _RUN = """
 import json, sys
 from pathlib import Path
 import numpy as np
-from doge_deploy.bundle.manifest import open_bundle
+from doge_deploy.bundle.opening import open_bundle
 from doge_deploy.runtime.backend import open_backend
 
 path, flush, ids = sys.argv[1], json.loads(sys.argv[2]), np.array([json.loads(sys.argv[3])])

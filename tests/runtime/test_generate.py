@@ -396,3 +396,20 @@ sys.stdout.buffer.write("".join(TextGenerator(runner, tokenizer, options).stream
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, check=False)
     assert (done.returncode, done.stdout.decode()) == (0, "good 漢字"), done.stderr.decode()
+
+
+GENERATE_WITHOUT = """
+import sys
+
+for name in ("onnx", "onnx_ir", "torch", "transformers", "pydantic", "huggingface_hub"):
+    sys.modules[name] = None  # importing it is an error
+from doge_deploy.cli.main import run_command
+
+sys.exit(run_command(["generate", sys.argv[1], "--prompt", "The", "--max-new-tokens", "2"]))
+"""
+
+
+def test_a_bundle_is_served_by_the_base_installation(tiny_bundle: Path) -> None:
+    command = [sys.executable, "-c", GENERATE_WITHOUT, str(tiny_bundle)]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr

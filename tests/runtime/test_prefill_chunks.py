@@ -9,7 +9,7 @@ import pytest
 from bundles import make_bundle
 from random_doge import LONGROPE, SMALL, SMALL_MOE, save_random_doge
 
-from doge_deploy.bundle.manifest import Bundle, open_bundle
+from doge_deploy.bundle.opening import Bundle, open_bundle
 from doge_deploy.runtime.ort import open_runner, runners
 from doge_deploy.runtime.ort.runners import StaticOrtRunner
 from doge_deploy.verify.run import verify
@@ -77,7 +77,7 @@ def replay(runner: Any, *, keep: bool) -> list[np.ndarray[Any, Any]]:
 
 @pytest.mark.parametrize("portable", [False, True], ids=["lowered", "standard"])
 def test_pieces_give_what_the_call_gives(bundle: Bundle, portable: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    keep = bundle.manifest.options["logits"] == "all"
+    keep = bundle.manifest.options.logits == "all"
     whole, cut = (open_runner(bundle, portable=portable) for _ in range(2))
     expected = replay(whole, keep=keep)
     monkeypatch.setattr(runners, "PIECE", 5)

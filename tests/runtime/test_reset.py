@@ -7,7 +7,7 @@ import pytest
 from bundles import make_bundle
 from random_doge import SMALL, save_random_doge
 
-from doge_deploy.bundle.manifest import Bundle, open_bundle
+from doge_deploy.bundle.opening import Bundle, open_bundle
 from doge_deploy.runtime.base import FloatArray
 from doge_deploy.runtime.ort import OrtRunner, open_runner
 from doge_deploy.runtime.ort.runners import StaticOrtRunner

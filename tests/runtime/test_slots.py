@@ -16,7 +16,7 @@ from random_doge import SMALL, SMALL_MOE, shared_doge
 from slot_schedules import Edge, Findings, Schedule, batch_noise, graph_noise
 
 from doge_deploy.bundle.engine_record import EngineProfile
-from doge_deploy.bundle.manifest import Bundle, open_bundle
+from doge_deploy.bundle.opening import Bundle, open_bundle
 from doge_deploy.errors import UnsupportedModelError, UsageError
 from doge_deploy.runtime.ort import open_runner, window
 from doge_deploy.runtime.ort.window import WindowOrtRunner

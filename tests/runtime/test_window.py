@@ -11,7 +11,7 @@ from bundles import make_bundle
 from random_doge import SMALL, SMALL_MOE, save_random_doge
 from sweeps import fixture_cases
 
-from doge_deploy.bundle.manifest import Bundle, open_bundle
+from doge_deploy.bundle.opening import Bundle, open_bundle
 from doge_deploy.runtime.base import FloatArray
 from doge_deploy.runtime.ort import OrtRunner, open_runner, window
 from doge_deploy.runtime.ort.window import WindowOrtRunner

@@ -14,7 +14,7 @@ import pytest
 from bundles import make_bundle
 from random_doge import SMALL, SMALL_MOE, save_random_doge
 
-from doge_deploy.bundle.manifest import Bundle, open_bundle
+from doge_deploy.bundle.opening import Bundle, open_bundle
 from doge_deploy.config.expert_pairs import candidate_pairs
 from doge_deploy.config.model import DogeFacts
 from doge_deploy.graph.functions import cdmoe_function
@@ -246,7 +246,7 @@ def test_a_wrong_zero_point_is_found(quantized: Callable[[str], Bundle]) -> None
 
 def test_the_served_graph_dequantizes_no_table(quantized: Callable[[str], Bundle]) -> None:
     bundle = quantized("int4")
-    record = bundle.layout().ort
+    record = bundle.layout().lowered.get("ort")
     assert record is not None and record.file is not None
     assert {QuantizedWeightsPass.__name__, RoutedExpertsPass.__name__} <= set(record.applied)
     kinds = [node.op_type for node in ir.load(bundle.path / record.file).graph]

@@ -12,7 +12,7 @@ import pytest
 from bundles import broken_copy, make_bundle
 from random_doge import SMALL, SMALL_MOE, save_random_doge
 
-from doge_deploy.bundle.manifest import Bundle, open_bundle
+from doge_deploy.bundle.opening import Bundle, open_bundle
 from doge_deploy.cli.main import run_command
 from doge_deploy.graph.schemas import DYNAMIC_MASK_ATTENTION
 from doge_deploy.runtime.base import FloatArray
@@ -158,7 +158,7 @@ def test_attention_declines_what_it_does_not_know(
 
 def test_heads_that_the_operator_does_not_take(dense_doge: Path, tmp_path: Path) -> None:
     bundle = open_bundle(make_bundle(dense_doge, tmp_path / "b", max_length=8))
-    record = bundle.layout().ort
+    record = bundle.layout().lowered.get("ort")
     assert record is not None
     assert "head_dim=8" in record.declined["FuseAttentionPass"]
     assert "PackLinearsPass" in record.applied
@@ -167,7 +167,7 @@ def test_heads_that_the_operator_does_not_take(dense_doge: Path, tmp_path: Path)
 
 def test_other_dtypes_stay_as_they_are(dense_doge: Path, tmp_path: Path) -> None:
     bundle = open_bundle(make_bundle(dense_doge, tmp_path / "b", dtype="fp16"))
-    record = bundle.layout().ort
+    record = bundle.layout().lowered.get("ort")
     assert record is not None and record.file is None
     assert "FLOAT16" in record.declined["FuseAttentionPass"]
     assert graph_file(bundle.layout()) == "model.onnx"

@@ -13,7 +13,7 @@ from bundles import make_bundle
 from random_doge import random_doge, save_random_doge
 from torch import nn
 
-from doge_deploy.bundle.manifest import open_bundle
+from doge_deploy.bundle.opening import open_bundle
 from doge_deploy.checkpoint import open_checkpoint
 from doge_deploy.verify.cases import Case, chunk
 from doge_deploy.verify.compare import Array, difference

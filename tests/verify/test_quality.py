@@ -15,7 +15,7 @@ from bundles import broken_copy, make_bundle, shared_bundle
 from random_doge import SMALL, save_random_doge
 from safetensors import safe_open
 
-from doge_deploy.bundle.manifest import open_bundle
+from doge_deploy.bundle.opening import open_bundle
 from doge_deploy.cli.main import run_command
 from doge_deploy.runtime.ort import open_runner
 from doge_deploy.verify.run import Report, verify
@@ -169,7 +169,7 @@ def test_blocks_that_suit_each_weight(
     checkpoint = save_random_doge(tmp_path / "checkpoint", **{**SMALL, "hidden_size": 128, "head_dim": 16})
     bundle = make_bundle(checkpoint, tmp_path / "b", **options)
     opened = open_bundle(bundle)
-    assert opened.manifest.options["block_size"] == block
+    assert opened.manifest.options.block_size == block
     left = [note for note in opened.layout().notes if "is not quantized" in note]
     assert len(left) == 1 and ".dt_proj." in left[0]
     names = {name: f"mlp.{name}" if name == "down_proj" else f"self_attn.{name}" for name in sizes}

@@ -12,7 +12,7 @@ from bundles import broken_copy, edit_tensor, make_bundle
 from random_doge import DYNAMIC, SMALL, SMALL_MOE, random_doge, save_random_doge
 from transformers import DogeForSequenceClassification
 
-from doge_deploy.bundle.manifest import open_bundle
+from doge_deploy.bundle.opening import open_bundle
 from doge_deploy.cli.main import run_command
 from doge_deploy.errors import UsageError
 from doge_deploy.model.ops import last_unlike

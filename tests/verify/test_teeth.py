@@ -13,7 +13,7 @@ import torch
 from bundles import broken_copy, edit_tensor
 from sweeps import cases
 
-from doge_deploy.bundle.manifest import open_bundle
+from doge_deploy.bundle.opening import open_bundle
 from doge_deploy.cli.main import run_command
 from doge_deploy.config.model import DogeFacts
 from doge_deploy.graph.functions import dynamic_mask_attention

@@ -9,7 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from doge_deploy.bundle.manifest import Bundle, file_entries, open_bundle, write_manifest
+from doge_deploy.bundle.files import file_entries
+from doge_deploy.bundle.opening import Bundle, open_bundle
+from doge_deploy.bundle.writing import write_manifest
 from doge_deploy.cli.main import run_command
 from doge_deploy.runtime.tokenizer import Tokenizer
 from doge_deploy.verify.run import TEXT, _text_ids

@@ -14,7 +14,7 @@ from random_doge import shared_doge
 
 pytest.importorskip("triton", reason="kernels need Triton, which exists for Linux only")
 
-from doge_deploy.bundle.manifest import open_bundle
+from doge_deploy.bundle.opening import open_bundle
 from doge_deploy.checkpoint import open_checkpoint
 from doge_deploy.cli.main import run_command
 from doge_deploy.errors import UsageError
@@ -101,11 +101,11 @@ def small_bundle(dense_doge: Path) -> Path:
         (
             ["--portable"],
             2,
-            "runs the static layout in PyTorch: it takes no --engine, no --portable and no other --layout",
+            "--portable belongs to --backend ort; torch-kernels does not take it",
         ),
-        (["--layout", "growing"], 2, "runs the static layout in PyTorch"),
-        (["--engine", "any"], 2, "runs the static layout in PyTorch"),
-        (["--lowering"], 2, "--lowering is run in ONNX Runtime, not by --backend torch-kernels"),
+        (["--layout", "growing"], 2, "--layout growing belongs to --backend ort; torch-kernels runs static"),
+        (["--engine", "any"], 2, "--engine belongs to --backend trt or trt-rtx; torch-kernels does not take it"),
+        (["--lowering"], 2, "--lowering judges a graph, and torch-kernels runs none that it is given"),
         ([], 3, "has quantized weights"),
     ],
     ids=["portable", "layout", "engine", "lowering", "quantized"],

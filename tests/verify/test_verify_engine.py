@@ -11,8 +11,9 @@ import pytest
 from engine_stand_ins import DECODE, SHARED, axes, held_runner
 
 from doge_deploy.bundle.engine_record import EngineProfile
-from doge_deploy.bundle.manifest import Bundle, open_bundle
+from doge_deploy.bundle.opening import Bundle, open_bundle
 from doge_deploy.runtime.base import FloatArray, IntArray
+from doge_deploy.runtime.trt.backend import TrtBackend
 from doge_deploy.runtime.trt.runner import TrtRunner
 from doge_deploy.verify import run
 from doge_deploy.verify.run import Report
@@ -23,12 +24,13 @@ ALL_CASES = 12
 @pytest.fixture
 def verify_engine(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Report]:
     def verify(path: Path, *, damage: Callable[[TrtRunner], None] = lambda runner: None, **changes: Any) -> Report:
-        def open_stand_in(bundle: Bundle, backend: str, **options: Any) -> TrtRunner:
+        def open_stand_in(self: TrtBackend, bundle: Bundle, *arguments: Any, **options: Any) -> TrtRunner:
             runner = held_runner(bundle, **{"profiles": (SHARED,), **changes})
             damage(runner)
             return runner
 
-        monkeypatch.setattr(run, "open_backend", open_stand_in)
+        monkeypatch.setattr(TrtBackend, "open", open_stand_in)
+        monkeypatch.setattr(TrtBackend, "require", lambda self, bundle: None)
         return run.verify(path, backend="trt-rtx", greedy_steps=24)
 
     return verify

@@ -7,14 +7,13 @@ imported here: PyTorch and onnx-ir only where numbers are stored and graphs are 
 from __future__ import annotations
 
 import importlib
-from collections.abc import Mapping
-from types import SimpleNamespace
-from typing import Any, Protocol
+from typing import Protocol
 
 from doge_deploy.errors import UsageError
 from doge_deploy.graph.weight_formats._base import Part, PartSource, Quality, WeightFormat
 from doge_deploy.options.compatibility import check_quantize
-from doge_deploy.options.export import ExportOptions, weight_format_names
+from doge_deploy.options.export import ExportOptions
+from doge_deploy.options.resolved import weight_format_names
 
 __all__ = [
     "Part",
@@ -56,14 +55,12 @@ class WeightOptions(Protocol):
     def symmetric(self) -> bool: ...
 
 
-def format_of(options: WeightOptions | Mapping[str, Any]) -> WeightFormat | None:
+def format_of(options: WeightOptions) -> WeightFormat | None:
     """The format that these export options ask for; None where weights have the model's dtype.
 
     Raises:
         UsageError: there is no such format, or an option has no meaning in it.
     """
-    if isinstance(options, Mapping):
-        options = SimpleNamespace(**{"quantize": None, "block_size": None, "symmetric": True, **options})
     if options.quantize is None:
         return None
     return find_weight_format(options.quantize)(block_size=options.block_size, symmetric=options.symmetric)

@@ -9,9 +9,10 @@ import math
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import numpy.typing as npt
 
 from doge_deploy.bundle.manifest import Layout
-from doge_deploy.bundle.signature import PAST_ROPE, PRESENT_ROPE, SLOT_INDICES, past_name, present_name
+from doge_deploy.bundle.signature import PAST_ROPE, PRESENT_ROPE, SLOT_INDICES
 from doge_deploy.dtypes import DTYPES
 from doge_deploy.errors import UsageError
 from doge_deploy.runtime.base import BundleRunner, FloatArray, IntArray
@@ -270,11 +271,6 @@ class StaticOrtRunner(OrtRunner, RowsRunner):
         """Slots in use of each row, `[B]`."""
         return self.row_lengths
 
-    def positions(self, layer: int) -> list[IntArray]:
-        """Per row the position of the token in each slot in use, `[Hkv, n_b]`."""
-        heads = self._buffers[present_name(past_name(layer, "key"))].shape[1]
-        return [np.broadcast_to(np.arange(n), (heads, n)) for n in self.held()]
-
     def cache(self) -> dict[str, list[FloatArray]]:
         return {
             name: [rows[b, :, :n].copy() for b, n in enumerate(self.held())] for name, rows in self._buffers.items()
@@ -308,6 +304,9 @@ class GrowingOrtRunner(OrtRunner):
         positions = np.maximum(self.row_lengths[:, None] + left.source, 0)
         logits = self.run_masked(left.input_ids, self.real.astype(np.int64), positions)
         return logits if self.last_logits else left.restore(logits)
+
+    def real_columns(self) -> npt.NDArray[np.bool_]:
+        return self.real
 
     def run_masked(self, input_ids: IntArray, attention_mask: IntArray, position_ids: IntArray) -> FloatArray:
         """One call with the caller's own mask `[B, P+Q]` and positions `[B, Q]`: the convention of Hugging Face

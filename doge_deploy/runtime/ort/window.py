@@ -54,7 +54,11 @@ class WindowOrtRunner(StaticOrtRunner):
         return self._held
 
     def positions(self, layer: int) -> list[IntArray]:
+        """Per row the position of the token in each slot in use, `[Hkv, n_b]`."""
         return [self._positions[layer][b, :, :n] for b, n in enumerate(self._held)]
+
+    def held_positions(self) -> dict[int, list[IntArray]]:
+        return {layer: self.positions(layer) for layer in range(self._layers)}
 
     def _zeros(self, name: str, **sizes: int) -> Any:
         return super()._zeros(name, **{SLOTS: min(self.window + CHUNK, self.max_length), **sizes})

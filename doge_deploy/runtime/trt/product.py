@@ -11,7 +11,7 @@ from types import ModuleType
 from typing import Any
 
 from doge_deploy.bundle.engine_record import EngineRecord
-from doge_deploy.bundle.manifest import Bundle
+from doge_deploy.bundle.opening import Bundle
 from doge_deploy.devices.host import platform_name
 from doge_deploy.errors import BrokenBundleError, MissingDependencyError, UnsupportedModelError, UsageError
 from doge_deploy.options.build import Target
@@ -45,7 +45,7 @@ def open_runner(bundle: Bundle, backend: Target, engine: str | None = None) -> T
     plan = make_plan(record, signature)
     loaded = _LoadedEngine(trt, bundle.path / record.engine_file, device)
     loaded.check_aliases(record)
-    last = manifest.options["logits"] == "last"
+    last = manifest.last_logits
     return TrtRunner(loaded, device, plan, signature, max_length=manifest.max_length, last=last)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 
 import onnx_ir as ir
@@ -13,7 +12,7 @@ from doge_deploy.graph.check import check_model
 from doge_deploy.targets.ort.lower import lower
 
 
-def write_lowered(directory: Path, layout: Layout) -> Layout:
+def write_lowered(directory: Path, layout: Layout) -> Lowered:
     """Write the layout's graph in the form that ONNX Runtime's CPU provider runs fastest, beside the standard one.
 
     Args:
@@ -21,13 +20,13 @@ def write_lowered(directory: Path, layout: Layout) -> Layout:
         layout: a static layout.
 
     Returns:
-        The layout with a record of the lowering; no file is written where no pass applied.
+        What the manifest says of it; no file is written where no pass applied.
     """
     lowering = lower(ir.load(directory / layout.file))
     if not lowering.applied:
-        return replace(layout, ort=Lowered(None, (), lowering.declined))
+        return Lowered(None, (), lowering.declined)
     file = layout.file.replace(".onnx", ".ort.onnx")
     ir.save(lowering.model, directory / file)
     drops = lowering.drops_keys
     check_model(directory / file, windowed(layout.signature) if drops else layout.signature)
-    return replace(layout, ort=Lowered(file, lowering.applied, lowering.declined, lowering.requires, drops))
+    return Lowered(file, lowering.applied, lowering.declined, lowering.requires, drops)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from doge_deploy.bundle.manifest import Bundle
+from doge_deploy.bundle.opening import Bundle
 from doge_deploy.errors import UnsupportedModelError, UsageError
 from doge_deploy.graph.weight_formats import format_of
 from doge_deploy.options.build import BuildOptions
@@ -30,7 +30,7 @@ def check_model(bundle: Bundle, options: BuildOptions) -> None:
         target=options.target,
         dtype=manifest.dtype,
         max_length=manifest.max_length,
-        routing=manifest.options["routing"],
+        routing=manifest.options.routing,
         weight_format=format_of(manifest.options),
         plugins=installed() if PRODUCTS[options.target].has_plugins and options.plugins else None,
     )
@@ -60,4 +60,4 @@ def engine_name(bundle: Bundle, options: BuildOptions, capabilities: tuple[str, 
     """`<target>-<dtype>-<capabilities>`, such as `trt-rtx-fp16-sm89`; `portable` where none was asked for."""
     caps = "+".join("sm" + capability.replace(".", "") for capability in capabilities) or "portable"
     standard = "-no-plugins" if PRODUCTS[options.target].has_plugins and not options.plugins else ""
-    return f"{options.target}-{bundle.manifest.options['dtype']}-{caps}{standard}"
+    return f"{options.target}-{bundle.manifest.options.dtype}-{caps}{standard}"

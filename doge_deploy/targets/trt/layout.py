@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import onnx_ir as ir
 
 from doge_deploy.bundle.engine_record import PluginUse
-from doge_deploy.bundle.manifest import Bundle, Layout
+from doge_deploy.bundle.manifest import Layout
+from doge_deploy.bundle.opening import Bundle
 from doge_deploy.errors import UnsupportedModelError
 from doge_deploy.graph.preflight import require_plugins
 from doge_deploy.kernels.registry import installed

@@ -6,7 +6,7 @@ import hashlib
 from typing import TYPE_CHECKING
 
 from doge_deploy.bundle.engine_record import ENGINES, EngineRecord, LayerCounts, SourceFile
-from doge_deploy.bundle.manifest import Bundle
+from doge_deploy.bundle.opening import Bundle
 from doge_deploy.devices.host import platform_name
 from doge_deploy.options.build import BuildOptions
 from doge_deploy.targets.trt.job import Finished, Job
@@ -59,7 +59,7 @@ def make_record(
         product=PRODUCTS[options.target].name,
         version=finished.version,
         platform=platform_name(),
-        dtype=bundle.manifest.options["dtype"],
+        dtype=bundle.manifest.options.dtype,
         layout=layout,
         lowering="plugins" if lowered.plugins else "standard",
         plugins=lowered.plugin_uses(),

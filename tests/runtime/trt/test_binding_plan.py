@@ -11,7 +11,7 @@ from bundles import own_bundle
 from engine_stand_ins import DECODE, PREFILL, SHARED, axes, record_of
 
 from doge_deploy.bundle.engine_record import EngineProfile, EngineTensor
-from doge_deploy.bundle.manifest import Bundle, open_bundle
+from doge_deploy.bundle.opening import Bundle, open_bundle
 from doge_deploy.cli.main import run_command
 from doge_deploy.errors import BrokenBundleError, UsageError
 from doge_deploy.runtime.trt.plan import BindingPlan, make_plan, nbytes

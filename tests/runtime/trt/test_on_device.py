@@ -13,7 +13,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from doge_deploy.bundle.manifest import open_bundle, write_manifest
+from doge_deploy.bundle.opening import open_bundle
+from doge_deploy.bundle.writing import write_manifest
 from doge_deploy.cli.main import run_command
 from doge_deploy.errors import MissingDependencyError
 from doge_deploy.options.build import Target

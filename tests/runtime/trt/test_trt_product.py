@@ -10,15 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from engine_stand_ins import record_of
+from engine_stand_ins import record_of, write_engine
 
 from doge_deploy.bundle.engine_record import EngineRecord
-from doge_deploy.bundle.manifest import Bundle, open_bundle, write_manifest
+from doge_deploy.bundle.opening import Bundle, open_bundle
 from doge_deploy.cli.main import run_command
 from doge_deploy.devices.host import platform_name
 from doge_deploy.doctor.probe import run_tool
 from doge_deploy.errors import MissingDependencyError, UsageError
-from doge_deploy.options.backends import Backend
 from doge_deploy.runtime.backend import open_backend
 from doge_deploy.runtime.trt.device import open_device
 from doge_deploy.runtime.trt.product import _make_log, choose_engine, engines_for, obstacle
@@ -82,15 +81,13 @@ def test_the_engine_that_fits_is_chosen(record: EngineRecord) -> None:
 
 @pytest.mark.parametrize(("backend", "extra"), [("trt", "trt"), ("trt-rtx", "rtx")])
 def test_without_a_gpu_the_remedy_is_named(
-    backend: Backend, extra: str, tiny_bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    backend: str, extra: str, tiny_bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     if run_tool(["nvidia-smi", "-L"]):
         pytest.skip("a GPU is here")
     path = tmp_path / "bundle"
     shutil.copytree(tiny_bundle, path)
-    bundle = open_bundle(path)
-    engines = {"one": record_of(bundle, target=backend, platform=platform_name())}
-    write_manifest(path, replace(bundle.manifest, engines=engines))
+    write_engine(path, target=backend, platform=platform_name())
     assert run_command(["generate", str(path), "--prompt", "x", "--backend", backend]) == 4
     message = capsys.readouterr().err
     assert "cuda.core cannot be loaded" in message or "no CUDA device" in message
@@ -114,10 +111,10 @@ def test_a_bundle_without_engines_says_how_to_make_one(
 
 
 OPTIONS: dict[str, tuple[dict[str, Any], str]] = {
-    "engine": ({"engine": "a"}, "--engine a belongs to an engine"),
-    "portable": ({"backend": "trt", "portable": True}, "--portable belongs to --backend ort"),
+    "engine": ({"engine": "a"}, "--engine belongs to --backend trt or trt-rtx; ort does not take it"),
+    "portable": ({"backend": "trt", "portable": True}, "--portable belongs to --backend ort; trt does not take it"),
     "threads": ({"backend": "trt", "threads": 2}, "--threads belongs to --backend ort"),
-    "layout": ({"backend": "trt", "layout": "growing"}, "--layout growing belongs to --backend ort"),
+    "layout": ({"backend": "trt", "layout": "growing"}, "--layout growing belongs to --backend ort; trt runs static"),
 }
 
 

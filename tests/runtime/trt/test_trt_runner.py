@@ -10,7 +10,7 @@ import pytest
 from engine_stand_ins import DECODE, PREFILL, SHARED, HeldDevice, HeldEngine, axes, held_runner
 
 from doge_deploy.bundle.engine_record import EngineProfile, EngineTensor
-from doge_deploy.bundle.manifest import Bundle, open_bundle
+from doge_deploy.bundle.opening import Bundle, open_bundle
 from doge_deploy.errors import UsageError
 from doge_deploy.runtime.ort import open_runner
 from doge_deploy.runtime.trt.runner import TrtRunner, _numbers

@@ -11,7 +11,8 @@ import tensorrt_standin
 from bundles import NoProgress, own_bundle
 
 from doge_deploy.bundle.engine_record import EngineRecord
-from doge_deploy.bundle.manifest import Bundle, Layout, open_bundle
+from doge_deploy.bundle.manifest import Layout
+from doge_deploy.bundle.opening import Bundle, open_bundle
 from doge_deploy.errors import UnsupportedModelError
 from doge_deploy.options.build import BuildOptions
 from doge_deploy.pipelines import build as building

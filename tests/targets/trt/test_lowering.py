@@ -11,7 +11,7 @@ import onnx_ir as ir
 import pytest
 from bundles import make_bundle
 
-from doge_deploy.bundle.manifest import Bundle, open_bundle
+from doge_deploy.bundle.opening import Bundle, open_bundle
 from doge_deploy.errors import MissingDependencyError, UnsupportedModelError
 from doge_deploy.kernels import registry
 from doge_deploy.kernels.registry import installed

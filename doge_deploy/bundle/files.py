@@ -1,0 +1,76 @@
+"""The files of a bundle: their names, sizes and hashes."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Annotated, TypedDict
+
+from doge_deploy.bundle.typed_json import Check
+
+MANIFEST = "manifest.json"
+
+Sha256 = Annotated[
+    str, Check("64 lowercase hexadecimal digits", lambda text: re.fullmatch("[0-9a-f]{64}", text) is not None)
+]
+Size = Annotated[int, Check("a whole number >= 0", lambda number: number >= 0)]
+
+FILE_NAME = "a relative path of '/' and plain names that stays inside the bundle"
+
+
+def is_inside(name: str) -> bool:
+    """Whether a name from a manifest is a relative path that cannot lead out of the bundle, on any system."""
+    parts = name.split("/")
+    return all(part not in ("", ".", "..") for part in parts) and not re.search(r"[\\:\x00-\x1f\x7f]", name)
+
+
+FileName = Annotated[str, Check(FILE_NAME, is_inside)]
+
+
+class FileEntry(TypedDict):
+    """What a manifest says of one file."""
+
+    sha256: Sha256
+    bytes: Size
+
+
+QUICK_LIMIT_BYTES = 16 * 1024 * 1024
+"""A quick check hashes files up to this size and compares only the size of larger ones."""
+
+
+def file_problems(directory: Path, files: Mapping[str, FileEntry], *, quick: bool) -> Iterator[str]:
+    """What is missing or was altered, a sentence each."""
+    root = directory.resolve()
+    for name, entry in files.items():
+        file = directory / name
+        if not file.is_file():
+            yield f"{name} is missing"
+        elif not file.resolve().is_relative_to(root):
+            yield f"{name} is a link that leads out of the bundle, to {file.resolve()}; must be a file of the bundle"
+        elif file.stat().st_size != entry["bytes"]:
+            yield f"{name} was altered ({file.stat().st_size} bytes, manifest says {entry['bytes']})"
+        elif not (quick and entry["bytes"] > QUICK_LIMIT_BYTES) and sha256_file(file) != entry["sha256"]:
+            yield f"{name} was altered (its sha256 is not the manifest's)"
+
+
+def sha256_file(path: Path) -> str:
+    """Hex digest of a file's bytes."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def file_entry(file: Path) -> FileEntry:
+    """What a manifest says of one file."""
+    return {"sha256": sha256_file(file), "bytes": file.stat().st_size}
+
+
+def file_entries(directory: Path) -> dict[str, FileEntry]:
+    """`files` of a manifest: every file in `directory` but the manifest itself, and without engines."""
+    return {
+        file.name: file_entry(file) for file in sorted(directory.iterdir()) if file.is_file() and file.name != MANIFEST
+    }
