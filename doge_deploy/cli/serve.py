@@ -6,8 +6,9 @@ from pathlib import Path
 
 import click
 
+from doge_deploy.cli.backend_name import BackendName
 from doge_deploy.errors import UsageError
-from doge_deploy.options.backends import BACKENDS, Backend
+from doge_deploy.options.backends import DEFAULT_BACKEND
 
 
 @click.command("serve")
@@ -15,7 +16,9 @@ from doge_deploy.options.backends import BACKENDS, Backend
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on.")
 @click.option("--port", type=int, default=8000, show_default=True, help="Port to listen on; 0 takes a free one.")
 @click.option("--slots", type=click.IntRange(min=1), default=8, show_default=True, help="Texts that are made at once.")
-@click.option("--backend", type=click.Choice(BACKENDS), default="ort", show_default=True, help="What runs the bundles.")
+@click.option(
+    "--backend", type=BackendName(), default=DEFAULT_BACKEND, show_default=True, help="What runs the bundles."
+)
 @click.option("--engine", metavar="NAME", help="Which engine, where the backend has several.")
 @click.option("--threads", type=click.IntRange(min=1), metavar="N", help="CPU threads; default: all cores.")
 @click.option(
@@ -55,7 +58,7 @@ def serve(
     host: str,
     port: int,
     slots: int,
-    backend: Backend,
+    backend: str,
     engine: str | None,
     threads: int | None,
     names: tuple[str, ...],

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
-from doge_deploy.bundle.manifest import Bundle
+from doge_deploy.bundle.opening import Bundle
 from doge_deploy.errors import UsageError
 from doge_deploy.options.generation import GENERATION_CONFIG, GenerationOptions
 from doge_deploy.runtime.sampling import Sampler

@@ -14,9 +14,9 @@ from time import perf_counter
 from types import FrameType
 from typing import TYPE_CHECKING
 
-from doge_deploy.bundle.manifest import Bundle, open_bundle
+from doge_deploy.bundle.opening import Bundle, open_bundle
 from doge_deploy.errors import MissingDependencyError, UsageError
-from doge_deploy.options.backends import Backend
+from doge_deploy.options.backends import DEFAULT_BACKEND
 from doge_deploy.runtime.slots import SlotRunner, open_slots
 from doge_deploy.serve.scheduler import Limits, Scheduler
 from doge_deploy.serve.speculation import DRAFTS
@@ -48,7 +48,7 @@ class ServeOptions:
     port: int = 8000
     slots: int = DEFAULT_SLOTS
     """Texts that are made at once."""
-    backend: Backend = "ort"
+    backend: str = DEFAULT_BACKEND
     engine: str | None = None
     threads: int | None = None
     names: tuple[str, ...] = ()

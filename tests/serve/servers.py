@@ -16,7 +16,7 @@ import httpx
 import uvicorn
 from scripted_slots import ScriptedSlots
 
-from doge_deploy.bundle.manifest import open_bundle
+from doge_deploy.bundle.opening import open_bundle
 from doge_deploy.serve.engine import Engine
 from doge_deploy.serve.http.app import Served, create_app
 from doge_deploy.serve.http.inbox import Inbox

@@ -17,7 +17,7 @@ import pytest
 from scripted_slots import ScriptedSlots
 from servers import NAME, Running, SlowSlots, of_bundle, running, scripted
 
-from doge_deploy.bundle.manifest import open_bundle
+from doge_deploy.bundle.opening import open_bundle
 from doge_deploy.runtime.backend import open_backend
 from doge_deploy.runtime.generate import GenerationOptions, TextGenerator
 from doge_deploy.serve.scheduler import Limits
