@@ -7,10 +7,10 @@ import tempfile
 from pathlib import Path
 
 from bundles import make_bundle
-from hard_inputs.frame import Case, Outcome, command, equal, right, wrong
 
 from doge_deploy.devices import host
 from doge_deploy.runtime import memory
+from hard_inputs.frame import Case, Outcome, command, equal, right, wrong
 
 KIND = "9 resources"
 

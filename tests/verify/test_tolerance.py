@@ -10,7 +10,7 @@ import torch
 from onnx import parser
 
 from doge_deploy.verify.compare import difference, kl_divergence, top1
-from doge_deploy.verify.tolerance import TOLERANCES, Limit, limit, small_sample_factor
+from doge_deploy.verify.tolerance import TOLERANCES, AllowedDifference, limit, small_sample_factor
 
 
 @pytest.mark.parametrize("size", [128, 256, 512])
@@ -53,7 +53,7 @@ def test_difference_finds_the_worst_element() -> None:
 def test_non_finite_numbers_never_pass(bad: float) -> None:
     found = difference([np.array([1.0, bad])], [np.array([1.0, 1.0])])
     assert found.non_finite == 1
-    assert not found.within(Limit(np.inf, np.inf))
+    assert not found.within(AllowedDifference(np.inf, np.inf))
 
 
 def test_shapes_must_agree() -> None:
