@@ -38,7 +38,7 @@ def test_every_row_has_a_reason() -> None:
 
 def test_the_floor_is_one_rounding() -> None:
     allowed = limit("logits", "float16", noise_max=0.0, noise_rms=0.0, scale=8.0)
-    assert allowed.max_abs == 8 * 2.0**-10
+    assert allowed == AllowedDifference(max_abs=8 * 2.0**-10, rms=8 * 2.0**-10 / 4)
 
 
 def test_difference_finds_the_worst_element() -> None:
