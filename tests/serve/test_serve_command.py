@@ -83,15 +83,17 @@ def test_a_second_signal_ends_at_once(tiny_bundle_last: Path) -> None:
     with serving(tiny_bundle_last, "--drain-seconds", "600") as (process, url):
         # a request that has not been sent to its end keeps the connection, and the server waits for texts only
         host, port = url.removeprefix("http://").split(":")
-        with socket.create_connection((host, int(port))), httpx.Client(timeout=60) as client:
-            with client.stream("POST", f"{url}/v1/completions", json={**LONG, "n": 16}) as response:
-                next(response.iter_lines())
-                start = time.monotonic()
-                process.send_signal(signal.SIGINT)
-                time.sleep(0.2)
-                process.send_signal(signal.SIGINT)
-                process.wait(20)
-                assert time.monotonic() - start < 20
+        connection = socket.create_connection((host, int(port)))
+        client = httpx.Client(timeout=60)
+        asked = client.stream("POST", f"{url}/v1/completions", json={**LONG, "n": 16})
+        with connection, client, asked as response:
+            next(response.iter_lines())
+            start = time.monotonic()
+            process.send_signal(signal.SIGINT)
+            time.sleep(0.2)
+            process.send_signal(signal.SIGINT)
+            process.wait(20)
+            assert time.monotonic() - start < 20
 
 
 @pytest.mark.parametrize(
