@@ -49,8 +49,8 @@ def test_what_onnx_runtime_itself_refuses(
 ) -> None:
     """Weights that are linked to another folder than the graph's, and links for a graph that is no file.
 
-    So `verify` cannot look into the selections of a snapshot. A release that takes them makes this test and the sentence
-    in docs/bundle-format.md superfluous.
+    So `verify` cannot look into the selections of a snapshot. A release that takes them makes this test and a sentence
+    of docs/bundle-format.md superfluous.
     """
     alone = Path(shutil.copytree(bundle, tmp_path / "alone"))
     shutil.move(alone / WEIGHTS_FILE, tmp_path / WEIGHTS_FILE)
