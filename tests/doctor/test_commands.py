@@ -53,6 +53,12 @@ OBSTACLES: dict[str, tuple[Machine, str, str, str]] = {
         "use ort",
     ),
     "JetPack 6": (orin_machine(), RUN_TRT, "TensorRT 10.3.0 is older than 10.15.1", "JetPack 7.2"),
+    "old and half-installed": (
+        orin_machine(broken={"tensorrt": "ImportError: libnvinfer"}),
+        RUN_TRT,
+        "TensorRT 9.9 is older than 10.15.1",
+        "JetPack 7.2",
+    ),
     "no triton": (machine(), "plugins", "no triton", "doge-deploy[plugins]"),
 }
 
