@@ -197,7 +197,7 @@ FAULTS: dict[str, Fault] = {
             "real = np.clip(lengths - start, 1, part.shape[1])",
         ),
         "a short row of a long batch takes padding for tokens",
-        ("test_prefill_chunks.py", "test_pieces.py"),
+        ("test_window.py", "test_prefill_chunks.py", "test_pieces.py"),
     ),
     "rms-limit-four-times-too-wide": Fault(
         "verify",

@@ -17,7 +17,7 @@ from doge_deploy.runtime.base import FloatArray, IntArray, Runner
 from doge_deploy.runtime.slots import SlotRunner
 from doge_deploy.verify.compare import Difference, difference
 from doge_deploy.verify.noise import Noise, pool
-from doge_deploy.verify.tolerance import Limit, limit
+from doge_deploy.verify.tolerance import AllowedDifference, limit
 
 STEPS = 60
 """Operations of a schedule."""
@@ -115,7 +115,7 @@ def graph_noise(alone: Runner, standard: Runner, vocab_size: int, texts: int = 6
     return pool(draws)
 
 
-def allowed(noise: Noise, found: Difference) -> Limit:
+def allowed(noise: Noise, found: Difference) -> AllowedDifference:
     """What `verify` allows for that noise, in so many errors as were found."""
     count = min(noise.effective, found.effective)
     return limit("logits", "float32", noise_max=noise.max_abs, noise_rms=noise.rms, scale=noise.scale, count=count)

@@ -14,7 +14,7 @@ import pytest
 from click.testing import CliRunner
 
 from doge_deploy.bench.candidates import Candidate
-from doge_deploy.bench.machine import Machine
+from doge_deploy.bench.machine import BenchHost
 from doge_deploy.bench.measure import RoundTimes
 from doge_deploy.bench.report import Load, Measurements, Report, Settings, WorkloadResult, to_json
 from doge_deploy.bench.workload import Workload
@@ -50,7 +50,7 @@ def a_run(name: str) -> dict[str, object]:
             found.append(row)
         results.append(WorkloadResult(Workload(1, past, 128, 2), found, [[10**6]] * 2, 10**7))
     candidates = [Candidate(candidate, kind, "", "float32", 2048, 9) for candidate, kind in names.items()]  # type: ignore[arg-type]
-    machine = Machine("Linux", "A processor", 2, 1 << 25, 1 << 34, {"numpy": "2"})
+    machine = BenchHost("Linux", "A processor", 2, 1 << 25, 1 << 34, {"numpy": "2"})
     return to_json(Report(machine, Settings(2, 2, 1), candidates, results))
 
 

@@ -20,7 +20,7 @@ _PACKAGES = ("doge-deploy", "onnxruntime", "torch", "transformers", "numpy")
 
 
 @dataclass(frozen=True)
-class Machine:
+class BenchHost:
     """Where and with what."""
 
     system: str
@@ -32,9 +32,9 @@ class Machine:
     versions: dict[str, str]
 
 
-def this_machine() -> Machine:
+def this_machine() -> BenchHost:
     """The machine that this runs on."""
-    return Machine(
+    return BenchHost(
         system=f"{platform.system()} {platform.release()}, Python {platform.python_version()}",
         processor=processor_name(),
         cpus=available_cpus(),

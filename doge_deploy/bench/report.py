@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from doge_deploy.bench.candidates import Candidate
-from doge_deploy.bench.machine import Machine
+from doge_deploy.bench.machine import BenchHost
 from doge_deploy.bench.measure import RoundTimes
 from doge_deploy.bench.workload import Workload
 from doge_deploy.graph.decode_traffic import Traffic
@@ -88,7 +88,7 @@ class WorkloadResult:
 class Report:
     """A whole benchmark."""
 
-    machine: Machine
+    machine: BenchHost
     settings: Settings
     candidates: list[Candidate]
     results: list[WorkloadResult] = field(default_factory=list)

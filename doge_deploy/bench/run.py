@@ -103,7 +103,7 @@ def bench(
     opened = [open_bundle(path) for path in paths]
     bundles = _bundle_candidates(opened, options)
     _check_lengths(list(bundles), options.workloads())
-    threads = options.threads or available_cpus()
+    threads = min(options.threads or available_cpus(), available_cpus())
     baselines = _baselines(opened, options, threads, started) if options.against else []
     candidates = [*bundles, *baselines]
     settings = Settings(threads, options.rounds, options.loads, tuple(argv))

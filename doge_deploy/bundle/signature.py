@@ -35,7 +35,7 @@ CACHE_KINDS = {"growing": ("key", "value"), "static": ("key", "value", "score")}
 
 
 @dataclass(frozen=True)
-class TensorSpec:
+class GraphTensor:
     """One graph input or output: `dtype` is an ONNX element type in NumPy's spelling, an axis a name or a size."""
 
     name: str
@@ -48,10 +48,10 @@ class Signature:
     """Inputs and outputs of one layout's graph, in order."""
 
     layout: str
-    inputs: tuple[TensorSpec, ...]
-    outputs: tuple[TensorSpec, ...]
+    inputs: tuple[GraphTensor, ...]
+    outputs: tuple[GraphTensor, ...]
 
-    def past(self) -> Iterator[tuple[TensorSpec, TensorSpec]]:
+    def past(self) -> Iterator[tuple[GraphTensor, GraphTensor]]:
         """Each cache input with the output that replaces it on the next call."""
         present = {spec.name: spec for spec in self.outputs}
         for spec in self.inputs:
@@ -88,17 +88,17 @@ def uncached_signature(facts: DogeFacts, task: str, *, dtype: str, max_length: i
     classifies = task == "sequence-classification"
     batch: str | int = 1 if classifies and facts.pad_token_id is None else BATCH
     inputs = [
-        TensorSpec("input_ids", "int64", (batch, SEQUENCE)),
-        TensorSpec("attention_mask", "int64", (batch, SEQUENCE)),
+        GraphTensor("input_ids", "int64", (batch, SEQUENCE)),
+        GraphTensor("attention_mask", "int64", (batch, SEQUENCE)),
     ]
     if classifies:
         assert facts.num_labels is not None
-        outputs = [TensorSpec("logits", dtype, (batch, facts.num_labels))]
+        outputs = [GraphTensor("logits", dtype, (batch, facts.num_labels))]
     else:
-        outputs = [TensorSpec("last_hidden_state", dtype, (batch, SEQUENCE, facts.hidden_size))]
+        outputs = [GraphTensor("last_hidden_state", dtype, (batch, SEQUENCE, facts.hidden_size))]
     if facts.rope_remembers(max_length):
-        inputs.append(TensorSpec(PAST_ROPE, "int64", (1,)))
-        outputs.append(TensorSpec(PRESENT_ROPE, "int64", (1,)))
+        inputs.append(GraphTensor(PAST_ROPE, "int64", (1,)))
+        outputs.append(GraphTensor(PRESENT_ROPE, "int64", (1,)))
     return Signature(UNCACHED, tuple(inputs), tuple(outputs))
 
 
@@ -113,7 +113,7 @@ def windowed(signature: Signature) -> Signature:
     the next position.
     """
 
-    def any_slots(spec: TensorSpec) -> TensorSpec:
+    def any_slots(spec: GraphTensor) -> GraphTensor:
         if not spec.name.startswith(("past_key_values.", "present.")):
             return spec
         return replace(spec, shape=(*spec.shape[:2], SLOTS, *spec.shape[3:]))
@@ -122,7 +122,7 @@ def windowed(signature: Signature) -> Signature:
     for spec in signature.inputs:
         inputs.append(any_slots(spec))
         if spec.name == "write_indices":
-            inputs.append(TensorSpec(SLOT_INDICES, "int64", (BATCH,)))
+            inputs.append(GraphTensor(SLOT_INDICES, "int64", (BATCH,)))
     return Signature(signature.layout, tuple(inputs), tuple(any_slots(spec) for spec in signature.outputs))
 
 
@@ -139,26 +139,26 @@ def make_signature(facts: DogeFacts, layout: str, *, dtype: str, max_length: int
     past_axis: str | int = max_length if layout == "static" else PAST
     sliding = facts.sliding_window is not None
     present_axis: str | int = max_length if layout == "static" else PRESENT if sliding else TOTAL
-    ids = [TensorSpec("input_ids", "int64", (BATCH, SEQUENCE))]
+    ids = [GraphTensor("input_ids", "int64", (BATCH, SEQUENCE))]
     if layout == "growing":
-        ids.append(TensorSpec("attention_mask", "int64", (BATCH, SEEN if sliding else TOTAL)))
-        ids.append(TensorSpec("position_ids", "int64", (BATCH, SEQUENCE)))
+        ids.append(GraphTensor("attention_mask", "int64", (BATCH, SEEN if sliding else TOTAL)))
+        ids.append(GraphTensor("position_ids", "int64", (BATCH, SEQUENCE)))
     else:
-        ids.append(TensorSpec("write_indices", "int64", (BATCH,)))
+        ids.append(GraphTensor("write_indices", "int64", (BATCH,)))
         if last_logits:
-            ids.append(TensorSpec("sequence_lengths", "int64", (BATCH,)))
+            ids.append(GraphTensor("sequence_lengths", "int64", (BATCH,)))
     memory = facts.rope_remembers(max_length)
     if memory:
-        ids.append(TensorSpec(PAST_ROPE, "int64", (1,)))
+        ids.append(GraphTensor(PAST_ROPE, "int64", (1,)))
     past, present = [], []
     for layer in range(facts.num_hidden_layers):
         for kind in CACHE_KINDS[layout]:
             name, width = past_name(layer, kind), 1 if kind == "score" else facts.head_dim
             kind_dtype = "float32" if kind == "score" else dtype
             heads = facts.num_score_heads if kind == "score" else facts.num_key_value_heads
-            past.append(TensorSpec(name, kind_dtype, (BATCH, heads, past_axis, width)))
-            present.append(TensorSpec(present_name(name), kind_dtype, (BATCH, heads, present_axis, width)))
-    logits = TensorSpec("logits", dtype, (BATCH, 1 if last_logits else SEQUENCE, facts.vocab_size))
+            past.append(GraphTensor(name, kind_dtype, (BATCH, heads, past_axis, width)))
+            present.append(GraphTensor(present_name(name), kind_dtype, (BATCH, heads, present_axis, width)))
+    logits = GraphTensor("logits", dtype, (BATCH, 1 if last_logits else SEQUENCE, facts.vocab_size))
     if memory:
-        present.append(TensorSpec(PRESENT_ROPE, "int64", (1,)))
+        present.append(GraphTensor(PRESENT_ROPE, "int64", (1,)))
     return Signature(layout, (*ids, *past), (logits, *present))

@@ -190,20 +190,40 @@ def _load(checkpoint: Path) -> Any:
         reason = f"{type(error).__name__}: {' '.join(str(error).split())}"[:300]
         if "custom code" in reason:
             raise UnsupportedModelError(
-                f"{checkpoint / CONFIG_FILE}: auto_map names code for the tokenizer, which is not run: "
+                f"{checkpoint / CONFIG_FILE}: auto_map names code for the tokenizer, and such code is not run; "
                 f"save the tokenizer as a {TOKENIZER_FILE}, and leave auto_map out"
             ) from error
         files = [name for name in (*VOCABULARY_FILES, *OTHER_FILES) if (checkpoint / name).is_file()]
+        needs = "; a .model file takes the package sentencepiece or tiktoken" if "tiktoken" in reason else ""
+        if TOKENIZER_FILE not in files:
+            needs += f" (with a {TOKENIZER_FILE} none of these is needed)"
         raise UnsupportedModelError(
-            f"{checkpoint}: transformers cannot load the tokenizer of {', '.join(files)}: {reason}"
+            f"{checkpoint}: transformers cannot load the tokenizer of {', '.join(files)}: {reason}{needs}"
         ) from error
     if getattr(reference, "backend_tokenizer", None) is None:
         raise UnsupportedModelError(
             f"{checkpoint}: the tokenizer is a {type(reference).__name__}, which is not of the tokenizers library; "
             f"it needs a {TOKENIZER_FILE}"
         )
+    _check_vocabulary(checkpoint, reference)
     return reference
 
+
+def _check_vocabulary(checkpoint: Path, reference: Any) -> None:
+    """Raises UnsupportedModelError where the class of the tokenizer reads none of the vocabulary files that are there.
+
+    transformers then makes a tokenizer of a few special tokens.
+    """
+    there = [name for name in VOCABULARY_FILES if (checkpoint / name).is_file()]
+    read = sorted({*type(reference).vocab_files_names.values(), *_READ_BY_ALL})
+    if not set(there) & set(read):
+        raise UnsupportedModelError(
+            f"{checkpoint}: the tokenizer is a {type(reference).__name__}, which does not read {', '.join(there)}; it "
+            f"reads {', '.join(read)}"
+        )
+
+
+_READ_BY_ALL = (TOKENIZER_FILE, "tokenizer.model", "tiktoken.model", "tekken.json")
 
 _MORE_TEMPLATES = "additional_chat_templates"
 

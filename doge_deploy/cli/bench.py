@@ -10,6 +10,7 @@ from typing import Any
 import click
 
 from doge_deploy.cli.backend_name import BackendName
+from doge_deploy.cli.threads import threads_note
 from doge_deploy.options.backends import DEFAULT_BACKEND
 
 
@@ -130,6 +131,8 @@ def bench(bundles: tuple[Path, ...], json_file: Path | None, plot_file: Path | N
     from doge_deploy.bench.run import bench as run
     from doge_deploy.cli.bench_table import BenchTables
 
+    if note := threads_note(choices["threads"]):
+        click.echo(note, err=True)
     with BenchTables() as tables:
         options = BenchOptions(**choices)
         report = run(bundles, options, argv=sys.argv[1:], started=tables.started, finished=tables.finished)

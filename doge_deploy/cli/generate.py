@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, cast
 import click
 
 from doge_deploy.cli.backend_name import BackendName
+from doge_deploy.cli.threads import threads_note
 from doge_deploy.errors import UsageError
 from doge_deploy.options.backends import DEFAULT_BACKEND
 
@@ -41,7 +42,7 @@ if TYPE_CHECKING:
 @click.option("--stop", "stop_strings", multiple=True, metavar="TEXT", help="End before TEXT; repeatable.")
 @click.option("--layout", metavar="static|growing", help="Graph to run; default: the bundle's first.")
 @click.option("--portable", is_flag=True, help="Run the standard graph, not the one lowered for ONNX Runtime.")
-@click.option("--threads", type=click.IntRange(min=1), metavar="N", help="CPU threads; default: all cores.")
+@click.option("--threads", type=click.IntRange(min=1), metavar="N", help="At most one a CPU; default: all cores.")
 @click.option("--backend", type=BackendName(), default=DEFAULT_BACKEND, show_default=True, help="What runs the bundle.")
 @click.option("--engine", metavar="NAME", help="Which engine, where the backend has several.")
 @click.option("--quiet", is_flag=True, help="No statistics and no notes on standard error.")
@@ -68,6 +69,8 @@ def generate(
     if system is not None and not chat:
         raise UsageError("--system belongs to a conversation: give --chat too")
     asked = _asked(choices)
+    if not quiet and (note := threads_note(threads)):
+        click.echo(note, err=True)
     if prompt == "-":
         prompt = _decoded(sys.stdin.buffer.read()).removesuffix("\n")
     runs = {"layout": layout, "portable": portable, "threads": threads, "backend": backend, "engine": engine}

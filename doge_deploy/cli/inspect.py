@@ -55,8 +55,14 @@ def _show(bundle: Bundle) -> None:
     manifest, facts, options = bundle.manifest, bundle.manifest.facts, bundle.manifest.options
     source = manifest.checkpoint["source"] or "a directory"
     body = f"mixture of {facts.num_experts} experts, {facts.num_experts_per_tok} per token" if facts.is_moe else "dense"
+    merged = manifest.checkpoint.get("adapter")
     rows = {
         "checkpoint": f"{source}, weights sha256 {manifest.checkpoint['sha256'][:16]}...",
+        **(
+            {"adapter": f"{merged['source'] or 'a directory'}, merged, sha256 {merged['sha256'][:16]}..."}
+            if merged is not None
+            else {}
+        ),
         "model": f"Doge, {body}; hidden {facts.hidden_size}, {facts.num_hidden_layers} layers, "
         f"{facts.num_attention_heads}/{facts.num_key_value_heads} heads of {facts.head_dim}, vocabulary "
         f"{facts.vocab_size}",

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from doge_deploy.devices.host import available_cpus
 from doge_deploy.dtypes import NAMES
 
 if TYPE_CHECKING:
@@ -27,7 +28,7 @@ FILE_COLUMNS = 140
 @click.option("--dtype", "dtypes", metavar="LIST", default="fp16", show_default=True, help="fp32,fp16,bf16")
 @click.option("--kernel", "kernels", multiple=True, metavar="NAME", help="Only this kernel; repeatable.")
 @click.option("--output", "-o", type=click.Path(path_type=Path), metavar="DIR", help="Write PTX and records here.")
-@click.option("--jobs", type=click.IntRange(min=1), default=os.cpu_count() or 1, help="Compilers at once.")
+@click.option("--jobs", type=click.IntRange(min=1), default=available_cpus, help="Compilers at once.")
 def compile_command(
     archs: str | None,
     all_archs: bool,

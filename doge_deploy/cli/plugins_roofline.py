@@ -10,7 +10,7 @@ from doge_deploy.dtypes import NAMES
 
 if TYPE_CHECKING:
     from doge_deploy.config.model import DogeFacts
-    from doge_deploy.doctor.kernel_roofline import Machine, Roofline
+    from doge_deploy.doctor.kernel_roofline import Roofline, RooflineDevice
 
 
 @click.command("roofline")
@@ -56,11 +56,11 @@ def roofline(device: str, model: str, past: int, new: int, batch_size: int, dtyp
     _show(result, model, sources)
 
 
-def _machine(name: str) -> tuple[Machine, list[str]]:
+def _machine(name: str) -> tuple[RooflineDevice, list[str]]:
     """The device's figures, and where they come from."""
     from doge_deploy.devices.facts import device_configs
     from doge_deploy.diagnostics import suggest
-    from doge_deploy.doctor.kernel_roofline import Machine
+    from doge_deploy.doctor.kernel_roofline import RooflineDevice
     from doge_deploy.errors import UsageError
 
     configs = {key: config for key, config in device_configs().items() if config.facts.fp16_tflops is not None}
@@ -74,7 +74,7 @@ def _machine(name: str) -> tuple[Machine, list[str]]:
     assert facts.fp16_tflops is not None
     arch = int(facts.compute_capability.replace(".", ""))
     sources = [source for source in chosen.sources if "bandwidth" in source or "fp16_tflops" in source]
-    return Machine(facts.product, arch, facts.bandwidth_gb_per_s, facts.fp16_tflops), sources
+    return RooflineDevice(facts.product, arch, facts.bandwidth_gb_per_s, facts.fp16_tflops), sources
 
 
 def _facts(model: str) -> DogeFacts:

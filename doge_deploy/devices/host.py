@@ -5,6 +5,7 @@ Reference: proc(5).
 
 from __future__ import annotations
 
+import math
 import os
 import platform
 import re
@@ -66,8 +67,85 @@ def peak_memory_bytes() -> int | None:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
-def available_cpus() -> int:
-    """CPUs that this process may use: what `taskset` left of them."""
+def available_cpus(root: Path = ROOT) -> int:
+    """CPUs that this process may use: what `taskset` and the CPU quota of its container left of them, at least 1."""
+    count, quota = _affine_cpus(), cpu_quota(root)
+    return count if quota is None else max(1, min(count, math.ceil(quota)))
+
+
+def _affine_cpus() -> int:
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
+
+
+def usable_threads(asked: int | None, root: Path = ROOT) -> int | None:
+    """How many threads to give a library that counts CPUs itself, but knows nothing of quotas.
+
+    `asked`, but no more than there are CPUs for: ONNX Runtime with hundreds of threads too many waits for itself and
+    does not end. None, the library's own choice, where nothing was asked for and no quota holds.
+    """
+    limit = available_cpus(root)
+    if asked is not None:
+        return min(asked, limit)
+    return limit if limit < _affine_cpus() else None
+
+
+def cpu_quota(root: Path = ROOT) -> float | None:
+    """CPUs' worth of time that the process's control groups grant it, the smallest of them; None without a limit.
+
+    Reference: cpu.max of cgroup v2, cpu.cfs_quota_us and cpu.cfs_period_us of v1, in the kernel's admin guide.
+    """
+    quotas = []
+    for group in _groups(root, "cpu"):
+        words = (read_text(group / "cpu.max") or "").split()
+        if not words:
+            period = read_text(group / "cpu.cfs_period_us") or ""
+            words = [*(read_text(group / "cpu.cfs_quota_us") or "").split(), *period.split()]
+        if len(words) == 2 and words[0].isdigit() and words[1].isdigit() and int(words[1]):
+            quotas.append(int(words[0]) / int(words[1]))
+    return min(quotas, default=None)
+
+
+def available_memory(root: Path = ROOT) -> int | None:
+    """Bytes that this process may still take: what the machine has left, or its control groups if that is less.
+
+    The page cache counts as left where the kernel would give it up first. None where nothing is known.
+    """
+    left = [kilobytes_field(root / "proc/meminfo", "MemAvailable")]
+    for group in _groups(root, "memory"):
+        for limit, used, cache in (
+            ("memory.max", "memory.current", "inactive_file"),
+            ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+        ):
+            most, now = _number(group / limit), _number(group / used)
+            if most is not None and now is not None:
+                found = re.search(rf"^{cache} (\d+)$", read_text(group / "memory.stat") or "", re.MULTILINE)
+                left.append(max(0, most - now + (int(found[1]) if found else 0)))
+    return min((amount for amount in left if amount is not None), default=None)
+
+
+def _number(path: Path) -> int | None:
+    text = (read_text(path) or "").strip()
+    return int(text) if text.isdigit() else None
+
+
+def _groups(root: Path, controller: str) -> list[Path]:
+    """Folders of the control groups that this process is in, the innermost first: of v2, then of v1's hierarchy.
+
+    A container may see its own group as the root of the hierarchy, or a path that is not there: then the root counts.
+    """
+    mount = root / "sys/fs/cgroup"
+    groups: list[Path] = []
+    for line in (read_text(root / "proc/self/cgroup") or "").splitlines():
+        number, _, rest = line.partition(":")
+        controllers, _, path = rest.partition(":")
+        if number == "0" and not controllers:
+            base = mount / "unified" if (mount / "unified").is_dir() else mount
+        elif controller in controllers.split(","):
+            base = next((mount / name for name in (controllers, controller) if (mount / name).is_dir()), mount)
+        else:
+            continue
+        inner = base / path.lstrip("/")
+        groups += [group for group in (inner, *inner.parents) if group == base or base in group.parents]
+    return groups

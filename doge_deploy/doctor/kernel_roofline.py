@@ -31,7 +31,7 @@ Shapes = dict[str, tuple[int, ...]]
 
 
 @dataclass(frozen=True)
-class Machine:
+class RooflineDevice:
     """The two figures of a roofline."""
 
     name: str
@@ -79,7 +79,7 @@ class Line:
 class Roofline:
     """Both lowerings of one call, and the rest of the step that they share."""
 
-    machine: Machine
+    machine: RooflineDevice
     facts: DogeFacts
     call: Call
     lines: tuple[Line, ...]
@@ -105,7 +105,7 @@ class Roofline:
         return (rest + self.microseconds("standard")) / (rest + self.microseconds("plugins"))
 
 
-def roofline(facts: DogeFacts, machine: Machine, call: Call, registry: Registry) -> Roofline:
+def roofline(facts: DogeFacts, machine: RooflineDevice, call: Call, registry: Registry) -> Roofline:
     """Both lowerings of one call of a static-cache engine.
 
     Raises:

@@ -10,7 +10,15 @@ from pathlib import Path
 from typing import Any, get_args
 
 from doge_deploy.devices.facts import GIB, DeviceFacts, EnginePlatform
-from doge_deploy.devices.host import ROOT, available_cpus, kilobytes_field, platform_name, processor_name, read_text
+from doge_deploy.devices.host import (
+    ROOT,
+    available_cpus,
+    available_memory,
+    kilobytes_field,
+    platform_name,
+    processor_name,
+    read_text,
+)
 from doge_deploy.doctor.probe import Found, probe_libraries, run_tool
 from doge_deploy.options.build import parse_capability
 
@@ -82,9 +90,9 @@ def this_machine(root: Path = ROOT) -> Machine:
         system=f"{platform.system()} {platform.release()} {platform.machine()}",
         python=platform.python_version(),
         processor=processor_name(root),
-        cpus=available_cpus(),
+        cpus=available_cpus(root),
         memory_bytes=kilobytes_field(root / "proc/meminfo", "MemTotal"),
-        free_bytes=kilobytes_field(root / "proc/meminfo", "MemAvailable"),
+        free_bytes=available_memory(root),
         board=_jetson_board(root),
         driver=driver,
         cuda=cuda,

@@ -7,7 +7,7 @@ from pathlib import Path
 import onnx
 import onnx.checker
 
-from doge_deploy.bundle.signature import Signature, TensorSpec
+from doge_deploy.bundle.signature import GraphTensor, Signature
 from doge_deploy.dtypes import BY_ONNX
 from doge_deploy.errors import BrokenBundleError
 
@@ -30,7 +30,7 @@ def check_model(path: Path, signature: Signature) -> None:
         raise BrokenBundleError(f"{path.name} does not have its signature: {'; '.join(problems)}")
 
 
-def _spec(value: onnx.ValueInfoProto) -> TensorSpec:
+def _spec(value: onnx.ValueInfoProto) -> GraphTensor:
     tensor = value.type.tensor_type
     shape = tuple(axis.dim_param or axis.dim_value for axis in tensor.shape.dim)
-    return TensorSpec(value.name, BY_ONNX[tensor.elem_type].name, shape)
+    return GraphTensor(value.name, BY_ONNX[tensor.elem_type].name, shape)

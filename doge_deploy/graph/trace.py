@@ -19,7 +19,7 @@ import onnx_ir as ir
 import torch
 from onnxscript.values import Opset
 
-from doge_deploy.bundle.signature import Signature, TensorSpec
+from doge_deploy.bundle.signature import GraphTensor, Signature
 from doge_deploy.config.expert_pairs import candidate_pairs
 from doge_deploy.config.model import DogeFacts
 from doge_deploy.dtypes import DTYPES
@@ -134,12 +134,12 @@ def _convert(exported: torch.export.ExportedProgram, *, decompose: bool) -> ir.M
 def _example_arguments(facts: DogeFacts, signature: Signature) -> tuple[dict[str, Any], dict[str, Any]]:
     """Meta tensors for every graph input, nested as the model's `forward` takes them, and their dynamic axes."""
 
-    def example(spec: TensorSpec) -> torch.Tensor:
+    def example(spec: GraphTensor) -> torch.Tensor:
         # eval: "a + b" of axis names is the sum of their example sizes
         shape = [s if isinstance(s, int) else sum(_EXAMPLE_SIZES[p] for p in s.split(" + ")) for s in spec.shape]
         return torch.zeros(shape, dtype=getattr(torch, spec.dtype), device="meta")
 
-    def axes(spec: TensorSpec) -> dict[int, Any]:
+    def axes(spec: GraphTensor) -> dict[int, Any]:
         return {i: torch.export.Dim.DYNAMIC for i, s in enumerate(spec.shape) if isinstance(s, str)}
 
     arguments: dict[str, Any] = {}

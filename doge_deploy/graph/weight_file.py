@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from doge_deploy.checkpoint.headers import TensorInfo, read_header
 from doge_deploy.errors import BrokenBundleError, UnsupportedModelError
+
+if TYPE_CHECKING:
+    from doge_deploy.checkpoint.headers import TensorInfo
 
 WEIGHTS_FILE = "weights.safetensors"
 
@@ -19,6 +22,8 @@ def read_weight_file(bundle: Path) -> dict[str, TensorInfo]:
     Raises:
         BrokenBundleError: there is none, or it is not a whole safetensors file.
     """
+    from doge_deploy.checkpoint.headers import read_header
+
     try:
         return read_header(bundle / WEIGHTS_FILE)
     except UnsupportedModelError as error:

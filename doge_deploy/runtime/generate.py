@@ -126,43 +126,45 @@ class StopStrings:
     def __init__(self, stop: Sequence[str]) -> None:
         self._stop = tuple(stop)
         self._longest = max(map(len, stop), default=0)
-        self._held = ""
-        """What may be the beginning of a string, special tokens included."""
-        self._shown: list[bool] = []
-        """Of each of its characters, whether it is part of the text."""
+        self._held = _Marked()
+        """What may be the beginning of a string."""
+        self._later: list[tuple[int, str]] = []
+        """Special tokens that stand behind so many characters which are still to come."""
         self.stopped = False
         """Whether one was found; nothing more comes out then."""
 
-    def push(self, piece: str, special: str = "") -> str:
-        """The text that is certain after `piece`, and after a special token that came with it or alone."""
+    def push(self, piece: str, special: str = "", pending: str = "") -> str:
+        """The text that is certain after one more token.
+
+        Args:
+            piece: what the token completed.
+            special: its own text, where it is a special token.
+            pending: what the detokenizer would give if no more tokens came.
+        """
         if self.stopped:
             return ""
-        self._held += piece + special
-        self._shown += [True] * len(piece) + [False] * len(special)
-        places = [place for place, shown in enumerate(self._shown) if shown]
-        visible = "".join(self._held[place] for place in places)
-        places.append(len(self._held))
-        ends = [*_ends(self._held, self._stop)]
-        if len(visible) < len(self._held):
+        self._later = self._held.extend(piece, self._later)
+        if special:
+            self._later.append((len(pending), special))
+            self._later = self._held.extend("", self._later)
+        view = self._held.copy()
+        view.extend(pending, self._later)
+        ends = [*_ends(view.text, self._stop)]
+        visible, places = view.visible()
+        if len(visible) < len(view.text):
             ends += [(places[end - 1] + 1, places[start]) for end, start in _ends(visible, self._stop)]
         if ends:
             _, certain = min(ends)
-            self.stopped = True
-            return self._take(certain)
-        return self._take(
-            min(len(self._held) - self._beginning(self._held), places[len(visible) - self._beginning(visible)])
-        )
+            self.stopped, self._held, self._later = True, _Marked(), []
+            return view.take(certain)
+        visible, places = self._held.visible()
+        length = len(self._held.text)
+        certain = min(length - self._beginning(self._held.text), places[len(visible) - self._beginning(visible)])
+        return self._held.take(certain)
 
     def flush(self) -> str:
         """What was held back, at the end of the text."""
-        return self._take(len(self._held))
-
-    def _take(self, count: int) -> str:
-        """The visible text of the first `count` characters; without the others where the text has stopped."""
-        text = "".join(self._held[place] for place in range(count) if self._shown[place])
-        left = len(self._held) if self.stopped else count
-        self._held, self._shown = self._held[left:], self._shown[left:]
-        return text
+        return self._held.take(len(self._held.text))
 
     def _beginning(self, text: str) -> int:
         """Length of the longest end of `text` that one of the strings begins with."""
@@ -170,6 +172,43 @@ class StopStrings:
             if any(stop.startswith(text[-length:]) for stop in self._stop):
                 return length
         return 0
+
+
+class _Marked:
+    """A text of which some characters are not shown: those of special tokens."""
+
+    def __init__(self, text: str = "", shown: Sequence[bool] = ()) -> None:
+        self.text = text
+        self._shown = list(shown)
+
+    def copy(self) -> _Marked:
+        return _Marked(self.text, self._shown)
+
+    def extend(self, piece: str, special: Sequence[tuple[int, str]]) -> list[tuple[int, str]]:
+        """Append `piece` with special tokens behind as many of its characters; returns those that are behind it."""
+        done = 0
+        left = []
+        for count, token in special:
+            if count > len(piece):
+                left.append((count - len(piece), token))
+                continue
+            self.text += piece[done:count] + token
+            self._shown += [True] * (count - done) + [False] * len(token)
+            done = count
+        self.text += piece[done:]
+        self._shown += [True] * (len(piece) - done)
+        return left
+
+    def visible(self) -> tuple[str, list[int]]:
+        """What is shown, and the place of each of its characters and of its end."""
+        places = [place for place, shown in enumerate(self._shown) if shown]
+        return "".join(self.text[place] for place in places), [*places, len(self.text)]
+
+    def take(self, count: int) -> str:
+        """What is shown of the first `count` characters, which go away."""
+        text = "".join(self.text[place] for place in range(count) if self._shown[place])
+        self.text, self._shown = self.text[count:], self._shown[count:]
+        return text
 
 
 def _ends(text: str, stop: Sequence[str]) -> Iterator[tuple[int, int]]:
@@ -314,9 +353,11 @@ class TextStream(Iterator[str]):
             if token in self._options.eos_ids:
                 reason = "eos"
                 break
-            piece, special = self._detokenizer.push(token), self._detokenizer.special_text(token)
-            if certain := self._stop.push(piece, special):
-                yield certain
+            piece = self._detokenizer.push(token)
+            if self._options.stop:
+                piece = self._stop.push(piece, self._detokenizer.special_text(token), self._detokenizer.pending())
+            if piece:
+                yield piece
             if self._stop.stopped:
                 break
         if piece := self._stop.push(self._detokenizer.flush()) + self._stop.flush():

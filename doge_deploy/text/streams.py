@@ -123,6 +123,11 @@ class Detokenizer:
         """What `push` leaves out: the text of a special token, empty for any other."""
         return self._vocabulary.special_text(token_id)
 
+    def pending(self) -> str:
+        """What `flush` would give now; empty where that is no complete character."""
+        text = self._vocabulary.decode(self._window)[self._given :]
+        return "" if REPLACEMENT in text else text
+
     def flush(self) -> str:
         """The rest, an unfinished character as U+FFFD. To be called once, after the last id."""
         piece = self._vocabulary.decode(self._window)[self._given :]

@@ -74,7 +74,7 @@ def _weight(value: object) -> int:
 
     def weigh(value: object) -> int:
         if isinstance(value, str | bytes | range):
-            return 1 + len(value)
+            return len(value)
         if isinstance(value, Namespace):
             value = object.__getattribute__(value, "_Namespace__attrs")
         if not isinstance(value, list | tuple | dict | set | frozenset):
@@ -82,7 +82,7 @@ def _weight(value: object) -> int:
         if id(value) not in known:
             known[id(value)] = 1  # of a value within itself
             inner = [*value.keys(), *value.values()] if isinstance(value, dict) else value
-            known[id(value)] = 1 + sum(map(weigh, inner))
+            known[id(value)] = len(inner) + sum(map(weigh, inner))
         return known[id(value)]
 
     return weigh(value)
@@ -253,6 +253,8 @@ class LimitedEnvironment(ImmutableSandboxedEnvironment):
         return _checked(super().call_binop(context, operator, left, right))
 
     def call(__self, __context: Context, __obj: Any, *args: Any, **kwargs: Any) -> Any:
+        if __obj == __self.count_step:
+            return __obj()
         __self.count_step()
         owner, name = getattr(__obj, "__self__", None), getattr(__obj, "__name__", "")
         if isinstance(owner, str | bytes | int):

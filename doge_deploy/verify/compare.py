@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from doge_deploy.verify.tolerance import Limit
+from doge_deploy.verify.tolerance import AllowedDifference
 
 Array = npt.NDArray[Any]
 
@@ -31,7 +31,7 @@ class Difference:
     non_finite: int
     """NaN and infinite elements of the candidate."""
 
-    def within(self, limit: Limit) -> bool:
+    def within(self, limit: AllowedDifference) -> bool:
         return self.non_finite == 0 and self.max_abs <= limit.max_abs and self.rms <= limit.rms
 
 

@@ -23,7 +23,7 @@ from doge_deploy.verify.compare import Array, Difference, Top1, difference, kl_d
 from doge_deploy.verify.noise import DRAWS, MOST_BY_CHANCE, pool, rounded_once_more
 from doge_deploy.verify.reference import Reference, Selections
 from doge_deploy.verify.replay import CandidateTrace, Replay, ReplayTrace, greedy_calls
-from doge_deploy.verify.tolerance import Limit, limit
+from doge_deploy.verify.tolerance import AllowedDifference, limit
 
 GREEDY = "greedy"
 NATURAL = "natural text"
@@ -44,7 +44,7 @@ class Quantity:
 
     name: str
     difference: Difference
-    limit: Limit
+    limit: AllowedDifference
 
     @property
     def passed(self) -> bool:

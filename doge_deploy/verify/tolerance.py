@@ -79,7 +79,7 @@ ULP = {"float32": 2.0**-23, "float16": 2.0**-10, "bfloat16": 2.0**-7}
 
 
 @dataclass(frozen=True)
-class Limit:
+class AllowedDifference:
     """What a quantity may differ by in one case."""
 
     max_abs: float
@@ -97,7 +97,7 @@ def small_sample_factor(count: float) -> float:
 
 def limit(
     quantity: str, dtype: str, *, noise_max: float, noise_rms: float, scale: float, count: float | None = None
-) -> Limit:
+) -> AllowedDifference:
     """The limits of one tensor.
 
     Args:
@@ -112,4 +112,4 @@ def limit(
     chance = 1.0 if count is None else small_sample_factor(count)
     rms = max(row.factor_rms * noise_rms, floor / 4) * chance
     # The largest of a few errors is hardly more than their rms, and no better known: it gets at least the same limit.
-    return Limit(max(row.factor_max * noise_max, floor, rms), rms)
+    return AllowedDifference(max(row.factor_max * noise_max, floor, rms), rms)

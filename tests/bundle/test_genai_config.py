@@ -14,7 +14,7 @@ from random_doge import SMALL
 from doge_deploy.bundle.genai_config import follows_convention, genai_config
 from doge_deploy.bundle.manifest import Layout
 from doge_deploy.bundle.opening import open_bundle
-from doge_deploy.bundle.signature import TensorSpec, make_signature
+from doge_deploy.bundle.signature import GraphTensor, make_signature
 from doge_deploy.config.model import DogeFacts
 
 FACTS = DogeFacts.from_config({**SMALL, "model_type": "doge"})
@@ -84,7 +84,7 @@ def test_it_is_in_bundles_with_a_growing_graph(tiny_bundle: Path) -> None:
 def test_graphs_beyond_the_convention_are_told_apart() -> None:
     signature = make_signature(FACTS, "growing", dtype="float32", max_length=48, last_logits=True)
     assert follows_convention(signature)
-    state = TensorSpec("past_state", "int64", (1,))
+    state = GraphTensor("past_state", "int64", (1,))
     assert not follows_convention(replace(signature, inputs=(*signature.inputs, state)))
     assert not follows_convention(replace(signature, outputs=(*signature.outputs, state)))
     short = [

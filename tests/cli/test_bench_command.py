@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from doge_deploy.bench.candidates import Candidate
-from doge_deploy.bench.machine import Machine
+from doge_deploy.bench.machine import BenchHost
 from doge_deploy.bench.measure import RoundTimes
 from doge_deploy.bench.report import Load, Measurements, Report, Settings, WorkloadResult
 from doge_deploy.bench.workload import Workload
@@ -43,7 +43,7 @@ def test_what_is_printed(capfd: pytest.CaptureFixture[str]) -> None:
         Candidate("doge", "bundle", "b", "float32", 2048, 100),
         Candidate("transformers", "transformers", "c", "float32", 2048, 100),
     ]
-    machine = Machine("Linux", "A processor", 2, 32 << 20, None, {"numpy": "2"})
+    machine = BenchHost("Linux", "A processor", 2, 32 << 20, None, {"numpy": "2"})
     report = Report(machine, Settings(2, 1, 1), candidates, [result])
     with BenchTables() as tables:
         tables.finished(report, result)

@@ -18,6 +18,7 @@ from doge_deploy.doctor.model import DeployableModel, open_model
 from doge_deploy.errors import UnsupportedModelError, UsageError
 from doge_deploy.graph.weight_formats import format_of
 from doge_deploy.options.build import BuildOptions
+from doge_deploy.options.export import ExportOptions
 from doge_deploy.targets.trt.choices import check_model
 
 DEVICES = {name: config.facts for name, config in device_configs().items()}
@@ -162,7 +163,7 @@ def test_a_bundle_says_what_it_is(tiny_bundle: Path) -> None:
         open_model(str(tiny_bundle), max_length=64)
 
 
-INT4 = format_of({"quantize": "int4"})
+INT4 = format_of(ExportOptions(quantize="int4"))
 
 
 @pytest.mark.parametrize("backend", ["trt", "trt-rtx"])

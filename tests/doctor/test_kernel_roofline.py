@@ -9,12 +9,12 @@ import pytest
 
 from doge_deploy.cli.main import run_command
 from doge_deploy.config.published import SIZES, published_facts
-from doge_deploy.doctor.kernel_roofline import Call, Machine, roofline
+from doge_deploy.doctor.kernel_roofline import Call, RooflineDevice, roofline
 from doge_deploy.errors import UsageError
 from doge_deploy.kernels.registry import installed
 
 DOCS = Path(__file__).parents[2] / "docs" / "plugins.md"
-MACHINE = Machine("a device", 87, bandwidth_gb_per_s=100.0, fp16_tflops=40.0)
+MACHINE = RooflineDevice("a device", 87, bandwidth_gb_per_s=100.0, fp16_tflops=40.0)
 
 
 def documented() -> dict[str, list[tuple[float, float]]]:
@@ -48,7 +48,7 @@ def test_a_step_reads_every_weight_of_a_tied_model_once() -> None:
 
 
 def test_compute_bounds_a_launch_with_enough_tokens() -> None:
-    slow = Machine("slow", 87, bandwidth_gb_per_s=1e6, fp16_tflops=1.0)
+    slow = RooflineDevice("slow", 87, bandwidth_gb_per_s=1e6, fp16_tflops=1.0)
     result = roofline(published_facts("20M"), slow, Call(0, new=512), installed())
     prefill = next(line for line in result.lines if line.kernel == "DynamicMaskAttend")
     assert slow.microseconds(prefill.cost) == pytest.approx(prefill.cost.flops / 1e6)

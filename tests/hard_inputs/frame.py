@@ -43,6 +43,8 @@ class Case:
     name: str
     run: Callable[[Path], Outcome]
     """Called with an empty folder of its own."""
+    sweep: bool = False
+    """One of many of its like: the suite tries it in the full run only. The table has all."""
 
 
 def right(says: str = "") -> Outcome:

@@ -285,6 +285,26 @@ def _surrogate(folder: Path) -> Outcome:
     return wrong("taken")
 
 
+def _sentencepiece(name: str, tokenizer_class: str, folder: Path) -> Outcome:
+    """A vocabulary of sentencepiece alone: converted where the libraries for it are there, or refused by its name."""
+    from transformers.utils import sentencepiece_model_pb2_new as messages
+
+    model = messages.ModelProto()
+    for index, (piece, score) in enumerate(json.loads(saved("T5")["tokenizer.json"])["model"]["vocab"]):
+        model.pieces.add(piece=piece, score=score, type=2 if piece == "<unk>" else 3 if index < 3 else 1)
+    files: Files = {name: model.SerializeToString(), "tokenizer_config.json": {"tokenizer_class": tokenizer_class}}
+    checkpoint = checkpoint_of(folder, files)
+    bundle = folder / "bundle"
+    bundle.mkdir()
+    try:
+        write_tokenizer(open_checkpoint(str(checkpoint)), bundle)
+    except UnsupportedModelError as error:
+        line = str(error)
+        return refused(line) if name in line and "\n" not in line else wrong(line)
+    found = Tokenizer.from_directory(bundle).encode("the function returns")
+    return right() if len(found) > 3 else wrong(f"converted to {found}")
+
+
 DAMAGED: dict[str, tuple[str, bytes | None]] = {
     "no vocabulary": ("tokenizer.json", None),
     "a cut tokenizer.json": ("tokenizer.json", b'{"version": "1.0", '),
@@ -305,10 +325,19 @@ DAMAGED: dict[str, tuple[str, bytes | None]] = {
 def cases() -> list[Case]:
     return [
         *(
-            Case(f"{family}, {place.__name__}", functools.partial(compared, family, place))
-            for family in FAMILIES
-            for place in PLACES
+            Case(
+                f"{family}, {place.__name__}",
+                functools.partial(compared, family, place),
+                sweep=(row + column) % 4 > 0,  # each family and each place in three of its cases or more
+            )
+            for row, family in enumerate(FAMILIES)
+            for column, place in enumerate(PLACES)
         ),
         *(Case(name, functools.partial(_damaged, *damage)) for name, damage in DAMAGED.items()),
+        *(
+            Case(f"{name} alone, {kind}", functools.partial(_sentencepiece, name, kind))
+            for name in ("tokenizer.model", "spiece.model")
+            for kind in ("T5Tokenizer", "LlamaTokenizer", "PreTrainedTokenizerFast")
+        ),
         Case("a surrogate in the text", _surrogate),
     ]

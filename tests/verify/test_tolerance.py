@@ -10,7 +10,7 @@ import torch
 from onnx import parser
 
 from doge_deploy.verify.compare import difference, kl_divergence, top1
-from doge_deploy.verify.tolerance import TOLERANCES, Limit, limit, small_sample_factor
+from doge_deploy.verify.tolerance import TOLERANCES, AllowedDifference, limit, small_sample_factor
 
 
 @pytest.mark.parametrize("size", [128, 256, 512])
@@ -38,7 +38,7 @@ def test_every_row_has_a_reason() -> None:
 
 def test_the_floor_is_one_rounding() -> None:
     allowed = limit("logits", "float16", noise_max=0.0, noise_rms=0.0, scale=8.0)
-    assert allowed.max_abs == 8 * 2.0**-10
+    assert allowed == AllowedDifference(max_abs=8 * 2.0**-10, rms=8 * 2.0**-10 / 4)
 
 
 def test_difference_finds_the_worst_element() -> None:
@@ -53,7 +53,7 @@ def test_difference_finds_the_worst_element() -> None:
 def test_non_finite_numbers_never_pass(bad: float) -> None:
     found = difference([np.array([1.0, bad])], [np.array([1.0, 1.0])])
     assert found.non_finite == 1
-    assert not found.within(Limit(np.inf, np.inf))
+    assert not found.within(AllowedDifference(np.inf, np.inf))
 
 
 def test_shapes_must_agree() -> None:

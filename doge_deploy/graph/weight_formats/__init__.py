@@ -1,21 +1,20 @@
 """How the matrices of a bundle are stored: one file a format, found by its name.
 
 A file of this package that does not begin with an underscore is a format; it holds a class `Format`. Nothing heavy is
-imported here: PyTorch and onnx-ir only where numbers are stored and graphs are rewritten.
+imported here, so that the help of `export` can list them: PyTorch, NumPy and onnx-ir are where numbers are stored.
 """
 
 from __future__ import annotations
 
 import importlib
-from collections.abc import Mapping
-from types import SimpleNamespace
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from doge_deploy.errors import UsageError
 from doge_deploy.graph.weight_formats._base import Part, PartSource, Quality, WeightFormat
-from doge_deploy.options.compatibility import check_quantize
-from doge_deploy.options.export import ExportOptions
 from doge_deploy.options.resolved import weight_format_names
+
+if TYPE_CHECKING:
+    from doge_deploy.options.export import ExportOptions
 
 __all__ = [
     "Part",
@@ -57,14 +56,12 @@ class WeightOptions(Protocol):
     def symmetric(self) -> bool: ...
 
 
-def format_of(options: WeightOptions | Mapping[str, Any]) -> WeightFormat | None:
+def format_of(options: WeightOptions) -> WeightFormat | None:
     """The format that these export options ask for; None where weights have the model's dtype.
 
     Raises:
         UsageError: there is no such format, or an option has no meaning in it.
     """
-    if isinstance(options, Mapping):
-        options = SimpleNamespace(**{"quantize": None, "block_size": None, "symmetric": True, **options})
     if options.quantize is None:
         return None
     return find_weight_format(options.quantize)(block_size=options.block_size, symmetric=options.symmetric)
@@ -76,6 +73,8 @@ def resolve_options(options: ExportOptions) -> ExportOptions:
     Raises:
         UsageError: options of the weights do not go together.
     """
+    from doge_deploy.options.compatibility import check_quantize
+
     check_quantize(options)
     chosen = None if options.quantize is None else find_weight_format(options.quantize)
     given = [

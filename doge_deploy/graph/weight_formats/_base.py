@@ -11,17 +11,16 @@ from dataclasses import dataclass
 from math import prod
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
-import numpy as np
-import numpy.typing as npt
-
 from doge_deploy.dtypes import DTYPES
 from doge_deploy.errors import UsageError
 
 if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
     import onnx_ir as ir
     import torch
 
-Array = npt.NDArray[Any]
+    Array = npt.NDArray[Any]
 
 KEPT = {
     "dt_proj": "it decides which keys are kept, through an exponential",

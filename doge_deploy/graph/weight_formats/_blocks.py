@@ -10,14 +10,15 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, ClassVar
 
-import numpy as np
-import numpy.typing as npt
-
-from doge_deploy.graph.weight_formats._base import Array, Part, PartSource, WeightFormat, add_part, replace_weight
+from doge_deploy.graph.weight_formats._base import Part, PartSource, WeightFormat, add_part, replace_weight
 
 if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
     import onnx_ir as ir
     import torch
+
+    from doge_deploy.graph.weight_formats._base import Array
 
 SMALLEST_BLOCK = 16
 """Numbers of a block that ONNX Runtime's operators take, at least."""
@@ -150,6 +151,8 @@ class BlockFormat(WeightFormat):
         return scale, torch.clamp(torch.round(-low / scale), 0, self.levels - 1)
 
     def dequantize(self, parts: Mapping[str, Array]) -> npt.NDArray[np.float32]:
+        import numpy as np
+
         values, scale = parts["values"], parts["scale"]
         zero = parts.get("zero_point", np.full(scale.shape, self.middle, np.uint8))
         block = values.shape[1] // scale.shape[1]

@@ -5,15 +5,16 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-import numpy as np
-import numpy.typing as npt
-
 from doge_deploy.graph.weight_file import TRANSPOSED_SUFFIX
-from doge_deploy.graph.weight_formats._base import Array, Part, PartSource, Quality, WeightFormat
+from doge_deploy.graph.weight_formats._base import Part, PartSource, Quality, WeightFormat
 
 if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
     import onnx_ir as ir
     import torch
+
+    from doge_deploy.graph.weight_formats._base import Array
 
 
 class Format(WeightFormat):
@@ -48,6 +49,8 @@ class Format(WeightFormat):
         return {"values": values, "transposed": values.T}
 
     def dequantize(self, parts: Mapping[str, Array]) -> npt.NDArray[np.float32]:
+        import numpy as np
+
         return parts["values"].astype(np.float32)
 
     def loaded_bytes(self, shape: tuple[int, int], *, gathered: bool) -> int:

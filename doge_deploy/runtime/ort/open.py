@@ -7,6 +7,7 @@ from pathlib import Path
 from doge_deploy.bundle.opening import Bundle
 from doge_deploy.bundle.signature import SLOT_INDICES, UNCACHED
 from doge_deploy.devices.packages import require_graph_packages
+from doge_deploy.runtime.memory import check_memory
 from doge_deploy.runtime.ort.runners import GrowingOrtRunner, OrtRunner, StaticOrtRunner, UncachedOrtRunner
 from doge_deploy.runtime.ort.session import graph_file, open_session
 from doge_deploy.runtime.ort.window import WindowOrtRunner
@@ -32,8 +33,14 @@ def open_runner(
         flush_denormals: see `open_session`; without effect where keys are left out, which scores of any size decide.
         model: a changed graph of that layout to run instead of the bundle's file; extra outputs are allowed.
         portable: run the standard graph where the bundle also holds one lowered for ONNX Runtime.
+
+    Raises:
+        UsageError: the bundle has no such layout.
+        MissingDependencyError: ONNX Runtime is missing, or the memory that the bundle takes at least.
+        UnsupportedModelError: ONNX Runtime refuses the graph.
     """
     chosen = bundle.layout(layout)
+    check_memory(bundle, chosen)
     source: Path | bytes = bundle.path / graph_file(chosen, portable=portable) if model is None else model
     if bundle.manifest.dtype == "bfloat16":
         require_graph_packages("a bfloat16 bundle on the CPU")

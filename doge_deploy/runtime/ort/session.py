@@ -7,7 +7,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from doge_deploy.bundle.manifest import Layout
+from doge_deploy.devices.host import usable_threads
 from doge_deploy.devices.versions import at_least
+from doge_deploy.diagnostics import out_of_memory
 from doge_deploy.errors import MissingDependencyError, UnsupportedModelError
 
 if TYPE_CHECKING:
@@ -31,7 +33,8 @@ def open_session(
     Args:
         model: a file of the bundle, or a changed graph as bytes.
         folder: where the external data of a graph given as bytes lies.
-        threads: intra-op threads; ONNX Runtime's choice (all cores) where None.
+        threads: intra-op threads, at most as many as there are CPUs for; where None ONNX Runtime's choice (all cores),
+            or what the CPU quota of a container leaves.
         spin: let idle threads spin for the next operator; wasteful where another library computes in between.
         flush_denormals: let the session's threads take numbers below 1.2e-38 for zero. The fused attention turns every
             key that a token may not see into such a number, on which processors of Intel are slow. ONNX Runtime sets
@@ -39,7 +42,7 @@ def open_session(
         profile: record the time of every operator; `end_profiling` of the session writes a file of this name and more.
 
     Raises:
-        MissingDependencyError: ONNX Runtime is not installed.
+        MissingDependencyError: ONNX Runtime is not installed, or there is no memory for the graph.
         UnsupportedModelError: ONNX Runtime refuses the graph.
     """
     try:
@@ -48,6 +51,7 @@ def open_session(
         raise MissingDependencyError("ONNX Runtime is not installed: pip install 'doge-deploy[cpu]'") from None
     onnxruntime.set_default_logger_severity(3)
     options = onnxruntime.SessionOptions()
+    threads = usable_threads(threads)
     if threads is not None:
         options.intra_op_num_threads = threads
     if not spin:
@@ -62,6 +66,8 @@ def open_session(
     try:
         return onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
     except Exception as error:  # ONNX Runtime's exceptions have no common base of their own
+        if out_of_memory(error):
+            raise MissingDependencyError(f"there is no memory for the graph: {error}") from error
         raise UnsupportedModelError(f"ONNX Runtime {onnxruntime.__version__} refuses the graph: {error}") from error
 
 
