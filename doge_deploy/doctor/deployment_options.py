@@ -165,6 +165,7 @@ def _obstacles(
         max_length=model.max_length,
         routing=model.routing,
         weight_format=model.weight_format,
+        inlined=model.inlined,
         plugins=installed() if lowering == "plugins" else None,
     ):
         yield refusal.reason, refusal.remedy

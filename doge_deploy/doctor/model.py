@@ -31,6 +31,8 @@ class DeployableModel:
     """Of a mixture."""
     weight_format: WeightFormat | None = None
     """How matrices are stored; None for the dtype."""
+    inlined: bool = False
+    """The graphs call no local functions."""
 
 
 def open_model(path: str, *, max_length: int | None = None) -> DeployableModel:
@@ -58,6 +60,7 @@ def open_model(path: str, *, max_length: int | None = None) -> DeployableModel:
             manifest.last_logits,
             manifest.options.routing,
             format_of(manifest.options),
+            manifest.options.inline_functions,
         )
     facts = open_checkpoint(path).facts
     return DeployableModel(path, facts, None, resolve_max_length(facts, max_length), LAYOUTS, True)
