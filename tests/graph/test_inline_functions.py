@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
-from itertools import islice
 from pathlib import Path
 
 import onnx
@@ -54,10 +53,9 @@ def graphs(bundle: Path) -> dict[str, onnx.ModelProto]:
 
 
 def greedy(bundle: Path, layout: str, *, portable: bool) -> list[int]:
-    """40 tokens: with the prompt many more than the window of 8 keeps."""
     runner = open_runner(open_bundle(bundle), layout, threads=1, portable=portable)
-    made = generate(runner, PROMPT, Sampler(SamplingOptions(do_sample=False)), max_new_tokens=40, eos_ids=())
-    return list(islice(made, 40))
+    sampler = Sampler(SamplingOptions(do_sample=False))
+    return list(generate(runner, PROMPT, sampler, max_new_tokens=48, eos_ids=()))
 
 
 def test_no_function_and_only_standard_operators(inlined: Path, plain: Path) -> None:
@@ -81,11 +79,15 @@ def test_nothing_else_of_the_bundle_changes(inlined: Path, plain: Path) -> None:
 
 
 @pytest.mark.parametrize("layout", BOTH)
-def test_the_same_tokens(layout: str, inlined: Path, plain: Path) -> None:
+@pytest.mark.parametrize("model", ["doge-tiny", "doge-tiny-moe"])
+def test_the_same_tokens(model: str, layout: str) -> None:
+    """Of trained models: random weights repeat one token."""
+    plain, inlined = (shared_bundle(model, kv_cache=BOTH, inline_functions=inline) for inline in (False, True))
     wanted = greedy(plain, layout, portable=True)
-    assert len(wanted) == 40 and len(set(wanted)) > 3
+    assert len(wanted) == 48 and len(set(wanted)) > 10
     assert greedy(inlined, layout, portable=True) == wanted
-    assert greedy(inlined, layout, portable=False) == greedy(plain, layout, portable=False)
+    if layout == "static":
+        assert greedy(inlined, layout, portable=False) == greedy(plain, layout, portable=False)
 
 
 @pytest.mark.parametrize("layout", BOTH)
@@ -117,9 +119,7 @@ def test_a_selection_that_is_not_there_is_an_error(name: str, moe_doge: Path) ->
 def test_verify_passes_and_judges_selections(inlined: Path, doge: Path) -> None:
     report = verify(inlined, reference=str(doge), greedy_steps=8, portable=True)
     assert report.failed_cases == []
-    assert set(report.graphs.values()) == {"model.onnx (standard)", "model.growing.onnx"} or set(report.graphs) == set(
-        BOTH
-    )
+    assert report.graphs == {"static": "model.onnx", "growing": "model.growing.onnx"}
     judged = {(result.layout, result.case) for result in report.results if result.selected}
     assert {(layout, "window K=2w") for layout in BOTH} <= judged
 
@@ -154,9 +154,7 @@ def test_a_task_without_a_cache(tmp_path: Path, dense_doge: Path) -> None:
 
 def test_plugins_need_the_functions(tiny_inlined: Path) -> None:
     bundle = open_bundle(tiny_inlined)
-    with pytest.raises(
-        UnsupportedModelError, match=r"no local functions.*; build with --no-plugins, or export without"
-    ):
+    with pytest.raises(UnsupportedModelError, match=r"no local functions.*; build with --no-plugins, or export"):
         check_model(bundle, BuildOptions(target="trt"))
     for options in (BuildOptions(target="trt", plugins=False), BuildOptions(target="trt-rtx")):
         check_model(bundle, options)
