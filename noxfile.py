@@ -26,21 +26,21 @@ def install(session: nox.Session, extras: str) -> None:
 @nox.session(python=["3.11", "3.12", "3.13"])
 def tests(session: nox.Session) -> None:
     """The tests that need no special device, without sweeps."""
-    install(session, "export,cpu,rtx,plugins,bench,dev")
+    install(session, "export,cpu,rtx,plugins,serve,bench,dev")
     session.run("pytest", *PARALLEL, "-m", "not sweep", *session.posargs)
 
 
 @nox.session
 def full(session: nox.Session) -> None:
     """All tests that need no special device."""
-    install(session, "export,cpu,rtx,plugins,bench,dev")
+    install(session, "export,cpu,rtx,plugins,serve,bench,dev")
     session.run("pytest", *PARALLEL, *session.posargs)
 
 
 @nox.session(name="planted-faults")
 def planted_faults(session: nox.Session) -> None:
     """Faults in the sources, one in each package: `make test`'s selection catches each."""
-    install(session, "export,cpu,rtx,plugins,bench,dev")
+    install(session, "export,cpu,rtx,plugins,serve,bench,dev")
     session.run("python", "tests/planted_faults.py", *session.posargs)
 
 
@@ -73,7 +73,7 @@ def lint(session: nox.Session) -> None:
 @nox.session
 def typing(session: nox.Session) -> None:
     """Types, strict on the package."""
-    install(session, "export,cpu,rtx,plugins,bench,dev")
+    install(session, "export,cpu,rtx,plugins,serve,bench,dev")
     session.run("mypy", "doge_deploy")
 
 

@@ -6,7 +6,6 @@ python tests/broken_manifests.py DIRECTORY      makes all of them and prints wha
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import sys
 from collections.abc import Callable
@@ -116,17 +115,27 @@ def twice(bundle: Path) -> None:
     file.write_text(file.read_text().replace('"tool":', '"warnings": [], "tool":', 1))
 
 
-def link_out(bundle: Path) -> None:
-    """The same bytes, outside."""
+def linked(bundle: Path) -> Path:
+    """The file outside that config.json has become a link to."""
     outside = bundle.parent / f"{bundle.name}-outside.json"
     (bundle / "config.json").rename(outside)
     (bundle / "config.json").symlink_to(outside)
+    return outside
 
 
-def link_folder_out(bundle: Path) -> None:
-    outside = bundle.parent / f"{bundle.name}-engines"
-    (bundle / "engines").rename(outside)
-    os.symlink(outside, bundle / "engines")
+def link_to_other_bytes(bundle: Path) -> None:
+    outside = linked(bundle)
+    outside.write_text(outside.read_text().replace("a", "b", 1))
+
+
+def link_to_nothing(bundle: Path) -> None:
+    linked(bundle).unlink()
+
+
+def link_to_folder(bundle: Path) -> None:
+    outside = linked(bundle)
+    outside.unlink()
+    outside.mkdir()
 
 
 STATIC = "layouts/static"
@@ -277,8 +286,9 @@ BROKEN: dict[str, Broken] = {
     ),
     "file-entry-float": put("files/config.json/bytes", 1e3, "files.config.json.bytes=1000.0: must be a whole number"),
     "file-entry-mode": put("files/config.json/mode", 5, "files.config.json.mode: unknown key; known: sha256, bytes"),
-    "file-link-out": Broken(link_out, ("config.json is a link that leads out of the bundle",)),
-    "folder-link-out": Broken(link_folder_out, ("model.engine is a link that leads out of the bundle",)),
+    "link-to-other-bytes": Broken(link_to_other_bytes, ("config.json was altered (its sha256 is not the manifest's)",)),
+    "link-to-nothing": Broken(link_to_nothing, ("config.json is missing",)),
+    "link-to-folder": Broken(link_to_folder, ("config.json is missing",)),
     # engines
     "engines-list": put("engines", [], "engines=[]: must be an object"),
     "engine-null": changed(

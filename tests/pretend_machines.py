@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from doge_deploy.doctor.machine import Gpu, Machine
-from doge_deploy.doctor.probe import LIBRARIES, Found
+from doge_deploy.doctor.probe import Found, libraries
 
 GIB = 1 << 30
 
@@ -14,8 +14,8 @@ def machine(*, versions: dict[str, str] | None = None, broken: dict[str, str] | 
     """A machine with everything for a CPU, and what is named."""
     installed = {"onnxruntime": "1.32.0", "torch": "2.13.0", "transformers": "5.23.0", "onnxscript": "0.7.2"}
     installed |= versions or {}
-    libraries = {name: Found(installed.get(name)) for name in LIBRARIES}
-    libraries |= {name: Found("9.9", problem) for name, problem in (broken or {}).items()}
+    found = {name: Found(installed.get(name)) for name in libraries()}
+    found |= {name: Found("9.9", problem) for name, problem in (broken or {}).items()}
     values: dict[str, Any] = {
         "system": "Linux",
         "python": "3.11",
@@ -27,7 +27,7 @@ def machine(*, versions: dict[str, str] | None = None, broken: dict[str, str] | 
         "driver": None,
         "cuda": None,
         "gpus": (),
-        "libraries": libraries,
+        "libraries": found,
     }
     return Machine(**{**values, **changes})
 

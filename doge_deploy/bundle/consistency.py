@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any, get_args
 
-from doge_deploy.bundle.files import FILE_NAME, MANIFEST, is_inside
+from doge_deploy.bundle.files import FILE_NAME, MANIFEST, WEIGHTS_FILE, is_inside
 from doge_deploy.bundle.manifest import FORMAT_VERSION, Layout, LayoutName, Manifest
 from doge_deploy.bundle.signature import UNCACHED, Signature, make_signature, uncached_signature
 from doge_deploy.bundle.typed_json import must_be, typed
@@ -17,9 +17,6 @@ from doge_deploy.config.model import TASKS, DogeFacts
 from doge_deploy.config.revisions import REVISIONS
 from doge_deploy.config.rope import ROPE_TYPES
 from doge_deploy.options.resolved import weight_format_names
-
-WEIGHTS_FILE = "weights.safetensors"
-"""What every graph refers to, whatever is in it."""
 
 
 def read_manifest(document: Any, findings: list[str]) -> Manifest | None:

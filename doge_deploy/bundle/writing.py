@@ -130,13 +130,9 @@ def _parents(folder: Path) -> Iterator[None]:
     made = []
     try:
         for above in reversed((folder, *folder.parents)):
-            with contextlib.suppress(FileExistsError):
+            if not above.is_dir():
                 made.append(above)
-                above.mkdir()
-                continue
-            made.pop()
-        if not folder.is_dir():
-            raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(folder))
+                above.mkdir(exist_ok=True)  # another process may have made it meanwhile
         yield
     except BaseException:
         for above in reversed(made):

@@ -22,6 +22,7 @@ _COMMANDS = {
     "build": "Build a TensorRT engine of a bundle.",
     "verify": "Prove by numbers that a bundle computes what transformers computes.",
     "generate": "Generate text from a bundle.",
+    "serve": "Serve bundles over HTTP, with the interface of OpenAI's API.",
     "bench": "Time a bundle, beside transformers and a plain export.",
     "inspect": "Show what a bundle is, and check its files.",
     "plugins": "List, check, compile and cost the kernels of Doge's two operators.",

@@ -13,10 +13,10 @@ from doge_deploy.dtypes import NAMES
 
 if TYPE_CHECKING:
     from doge_deploy.devices.facts import DeviceFacts
-    from doge_deploy.doctor.deployment_options import Constraints, DeploymentOption
+    from doge_deploy.doctor.commands import CommandStatus
+    from doge_deploy.doctor.deployment_options import DeploymentOption
     from doge_deploy.doctor.machine import Machine
-    from doge_deploy.doctor.model import DeployableModel
-    from doge_deploy.doctor.targets import Target
+    from doge_deploy.targets.deployment import Constraints, DeployableModel
 
 
 @click.command("doctor")
@@ -68,12 +68,12 @@ def doctor(
 Answer = tuple[str, "DeviceFacts", "Constraints", "list[DeploymentOption]"]
 
 
-def _here() -> tuple[Machine, list[Target]]:
+def _here() -> tuple[Machine, list[CommandStatus]]:
+    from doge_deploy.doctor.commands import commands
     from doge_deploy.doctor.machine import this_machine
-    from doge_deploy.doctor.targets import targets
 
     machine = this_machine()
-    return machine, targets(machine)
+    return machine, commands(machine)
 
 
 def _answers(
@@ -81,7 +81,8 @@ def _answers(
 ) -> Iterator[Answer]:
     """Name, facts, constraints and deployment options of every device that is asked about."""
     from doge_deploy.devices.facts import device_configs, find_devices, load_device_config
-    from doge_deploy.doctor.deployment_options import Constraints, deployment_options
+    from doge_deploy.doctor.deployment_options import deployment_options
+    from doge_deploy.targets.deployment import Constraints
 
     given = {key: value for key, value in asked.items() if value is not None}
     if machine is not None:
@@ -111,7 +112,7 @@ def _answers(
 
 
 def _print_json(
-    machine: Machine | None, rows: list[Target], described: DeployableModel | None, answers: list[Answer]
+    machine: Machine | None, rows: list[CommandStatus], described: DeployableModel | None, answers: list[Answer]
 ) -> None:
     import json
 

@@ -9,17 +9,17 @@ from rich.markup import escape
 from rich.table import Table
 
 from doge_deploy.devices.facts import DeviceFacts
-from doge_deploy.doctor.deployment_options import Constraints, DeploymentOption, size
+from doge_deploy.doctor.deployment_options import DeploymentOption, size
 
 if TYPE_CHECKING:
+    from doge_deploy.doctor.commands import CommandStatus
     from doge_deploy.doctor.machine import Machine
-    from doge_deploy.doctor.model import DeployableModel
-    from doge_deploy.doctor.targets import Target
+    from doge_deploy.targets.deployment import Constraints, DeployableModel
 
 
 def show(
     machine: Machine | None,
-    rows: list[Target],
+    rows: list[CommandStatus],
     model: DeployableModel | None,
     answers: list[tuple[str, DeviceFacts, Constraints, list[DeploymentOption]]],
 ) -> None:
@@ -28,7 +28,7 @@ def show(
     if machine is not None:
         console.print(_machine(machine), highlight=False)
         console.print()
-        console.print(_targets(rows), highlight=False)
+        console.print(_commands(rows), highlight=False)
     for index, (name, facts, constraints, deployment_options) in enumerate(answers):
         if machine is not None or index:
             console.print()
@@ -70,7 +70,7 @@ def _memory(total: int | None, free: int | None) -> str:
     return size(total) + (f", {size(free)} free" if free is not None else "")
 
 
-def _targets(rows: list[Target]) -> Table:
+def _commands(rows: list[CommandStatus]) -> Table:
     grid = Table.grid(padding=(0, 2))
     for row in rows:
         grid.add_row(_mark(row.usable), row.name, _with_remedy(row.reason, row.remedy))

@@ -19,7 +19,7 @@ from doge_deploy.devices.host import (
     processor_name,
     read_text,
 )
-from doge_deploy.doctor.probe import Found, probe_libraries, run_tool
+from doge_deploy.doctor.probe import Found, libraries, probe_libraries, run_tool
 from doge_deploy.options.build import parse_capability
 
 
@@ -84,7 +84,7 @@ class Machine:
 
 def this_machine(root: Path = ROOT) -> Machine:
     """Look at everything. `root` is where /proc and /etc are, for tests."""
-    libraries = probe_libraries()
+    found = probe_libraries(libraries())
     driver, cuda = _driver(root)
     return Machine(
         system=f"{platform.system()} {platform.release()} {platform.machine()}",
@@ -97,7 +97,7 @@ def this_machine(root: Path = ROOT) -> Machine:
         driver=driver,
         cuda=cuda,
         gpus=_gpus(),
-        libraries=libraries,
+        libraries=found,
     )
 
 

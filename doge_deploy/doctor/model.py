@@ -2,37 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 
 from doge_deploy.bundle.files import MANIFEST
 from doge_deploy.bundle.opening import open_bundle
 from doge_deploy.bundle.signature import LAYOUTS
 from doge_deploy.checkpoint import open_checkpoint
-from doge_deploy.config.model import DogeFacts
 from doge_deploy.errors import UsageError
-from doge_deploy.graph.weight_formats import WeightFormat, format_of
+from doge_deploy.graph.weight_formats import format_of
 from doge_deploy.options.compatibility import resolve_max_length
-
-
-@dataclass(frozen=True)
-class DeployableModel:
-    """A checkpoint or a bundle that is to run somewhere."""
-
-    name: str
-    facts: DogeFacts
-    dtype: str | None
-    """fp32, fp16 or bf16 where that is settled, as in a bundle."""
-    max_length: int
-    layouts: tuple[str, ...]
-    """Of a bundle; a checkpoint may be exported in any."""
-    last_logits: bool
-    routing: str = "reference"
-    """Of a mixture."""
-    weight_format: WeightFormat | None = None
-    """How matrices are stored; None for the dtype."""
-    inlined: bool = False
-    """The graphs call no local functions."""
+from doge_deploy.targets.deployment import DeployableModel
 
 
 def open_model(path: str, *, max_length: int | None = None) -> DeployableModel:

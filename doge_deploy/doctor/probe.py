@@ -13,44 +13,34 @@ import subprocess
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import zip_longest
 from typing import Any
 
 from doge_deploy.process.child import Child, ChildError, ChildTimeoutError, worker_command
+from doge_deploy.targets.backend import Backend, Library, loadable
 
 TIMEOUT_S = 20.0
 """A library that is not loaded by then counts as one that hangs."""
 
 
-@dataclass(frozen=True)
-class Library:
-    """A Python package that something needs."""
-
-    module: str
-    distributions: tuple[str, ...]
-    """Names under which it is installed; the first that is found gives the version."""
-    code: str = ""
-    """What a child process runs after the import, to fill the dictionary `found`; empty: the library is not loaded."""
+TRITON = Library("triton", "plugins", ("triton", "triton-windows"), "module.compile")
+EXPORT = (Library("torch", "export"), Library("transformers", "export"), Library("onnxscript", "export"))
+"""Those without a probe are large and known to load where they are installed: their presence is enough."""
 
 
-LIBRARIES: Mapping[str, Library] = {
-    "onnxruntime": Library(
-        "onnxruntime",
-        ("onnxruntime", "onnxruntime-gpu"),
-        "found['providers'] = module.get_available_providers()",
-    ),
-    "tensorrt_rtx": Library(
-        "tensorrt_rtx",
-        ("tensorrt-rtx", "tensorrt-rtx-cu13", "tensorrt-rtx-cu12"),
-        "module.Builder",  # the native part is there
-    ),
-    "tensorrt": Library("tensorrt", ("tensorrt", "tensorrt-cu13", "tensorrt-cu12"), "module.Builder"),
-    "cuda.core": Library("cuda.core", ("cuda-core",), "module.Device"),
-    "triton": Library("triton", ("triton", "triton-windows"), "module.compile"),
-    "torch": Library("torch", ("torch",)),
-    "transformers": Library("transformers", ("transformers",)),
-    "onnxscript": Library("onnxscript", ("onnxscript",)),
-}
-"""Those without `code` are large and known to load where they are installed: their presence is enough."""
+def by_demand() -> list[Backend[Any]]:
+    """The backends that can be loaded, those that build on nothing but the device itself last."""
+    return sorted(loadable(), key=lambda backend: backend.build_needs_gpu)
+
+
+def libraries() -> dict[str, Library]:
+    """What any command needs, by the module's name: what runs each backend first, then what backends need besides."""
+    rounds = zip_longest(*(backend.libraries for backend in by_demand()))
+    needed = [library for each in rounds for library in each if library is not None]
+    found: dict[str, Library] = {}
+    for library in (*needed, TRITON, *EXPORT):
+        found.setdefault(library.module, library)
+    return found
 
 
 @dataclass(frozen=True)
@@ -68,14 +58,14 @@ class Found:
         return self.version is not None and not self.problem
 
 
-def probe_libraries(libraries: Mapping[str, Library] = LIBRARIES, timeout_s: float = TIMEOUT_S) -> dict[str, Found]:
+def probe_libraries(wanted: Mapping[str, Library], timeout_s: float = TIMEOUT_S) -> dict[str, Found]:
     """Look at all of them."""
     deadline = time.monotonic() + timeout_s
     children = {
-        name: _start(library) for name, library in libraries.items() if library.code and _is_there(library.module)
+        name: _start(library) for name, library in wanted.items() if library.probe and _is_there(library.module)
     }
     found = {}
-    for name, library in libraries.items():
+    for name, library in wanted.items():
         if name in children:
             found[name] = _finish(children[name], library, deadline, timeout_s)
         else:
@@ -91,7 +81,7 @@ def _is_there(module: str) -> bool:
 
 
 def _version(library: Library) -> str | None:
-    for name in library.distributions:
+    for name in library.distributions or (library.module,):
         try:
             return importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
@@ -102,7 +92,7 @@ def _version(library: Library) -> str | None:
 def _start(library: Library) -> Child:
     # The current directory must not be searched: a file called tensorrt.py in it would be found before the library.
     child = Child(worker_command("doge_deploy.doctor.probe_worker"), environment={**os.environ, "PYTHONSAFEPATH": "1"})
-    child.send({"module": library.module, "code": library.code})
+    child.send({"module": library.module, "code": library.probe})
     return child
 
 

@@ -5,12 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from doge_deploy.bundle.files import WEIGHTS_FILE
 from doge_deploy.errors import BrokenBundleError, UnsupportedModelError
 
 if TYPE_CHECKING:
     from doge_deploy.checkpoint.headers import TensorInfo
-
-WEIGHTS_FILE = "weights.safetensors"
 
 TRANSPOSED_SUFFIX = ".T"
 """Added to a checkpoint tensor's name where the graph holds its transpose."""

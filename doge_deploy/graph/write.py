@@ -10,6 +10,7 @@ from pathlib import Path
 import onnx_ir as ir
 
 from doge_deploy import __version__
+from doge_deploy.bundle.files import WEIGHTS_FILE
 from doge_deploy.bundle.manifest import Layout
 from doge_deploy.bundle.signature import LAYOUTS, UNCACHED, make_signature, uncached_signature
 from doge_deploy.checkpoint import Checkpoint
@@ -18,7 +19,6 @@ from doge_deploy.config.revisions import REVISIONS
 from doge_deploy.graph.check import check_model
 from doge_deploy.graph.passes.inline_functions import InlineFunctionsPass
 from doge_deploy.graph.trace import trace
-from doge_deploy.graph.weight_file import WEIGHTS_FILE
 from doge_deploy.graph.weight_formats import format_of
 from doge_deploy.graph.weights import TensorSources, write_weights
 from doge_deploy.model.rope import rope_tensors

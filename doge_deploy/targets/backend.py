@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, fields
 from functools import cache
 from importlib.metadata import EntryPoint, entry_points
@@ -18,10 +19,12 @@ from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 from doge_deploy.diagnostics import suggest
 from doge_deploy.errors import MissingDependencyError, UsageError
 from doge_deploy.options.backends import DEFAULT_BACKEND
+from doge_deploy.targets.deployment import Constraints, DeployableModel, Obstacle
 
 if TYPE_CHECKING:  # the help of a command lists the names, and must not wait for the rest
     from doge_deploy.bundle.manifest import Layout, Lowered
     from doge_deploy.bundle.opening import Bundle
+    from doge_deploy.devices.facts import DeviceFacts
 
 GROUP = "doge_deploy.backends"
 
@@ -31,12 +34,23 @@ RunnerT = TypeVar("RunnerT")
 
 @dataclass(frozen=True)
 class Library:
-    """A package that a backend needs."""
+    """A Python package that something needs."""
 
     module: str
     """What Python imports."""
     extra: str
-    """The extra of doge-deploy, or the package, that brings it."""
+    """The extra of doge-deploy that brings it."""
+    distributions: tuple[str, ...] = ()
+    """Names under which it is installed, the first that is found gives the version; the module's where empty."""
+    probe: str = ""
+    """What `doctor` runs in a process of its own once `module` is imported, to see that the native part is there too,
+    and to fill the dictionary `found`; empty: it is not loaded, its presence is enough."""
+    first_version: str = ""
+    """The oldest that will do; empty for any."""
+    title: str = ""
+    """For people; the module's name where empty."""
+    jetson_remedy: str = ""
+    """How a newer one comes to a Jetson; empty: as anywhere else."""
 
 
 @dataclass(frozen=True)
@@ -75,7 +89,13 @@ class Backend(ABC, Generic[RunnerT]):
     title: str
     """For people: `ONNX Runtime`."""
     libraries: tuple[Library, ...] = ()
-    """What must be installed to open a bundle."""
+    """What must be installed to open a bundle, the one that runs it first."""
+    needs_gpu: bool = False
+    """`open` needs an NVIDIA GPU, and a bundle lies in that GPU's memory."""
+    builds: bool = False
+    """`build` makes engines for it, with the first of `libraries`."""
+    build_needs_gpu: bool = False
+    """Only on the device that the engine is for."""
     layouts: tuple[str, ...] = ()
     """Layouts that it runs."""
     lowers: tuple[str, ...] = ()
@@ -132,6 +152,48 @@ class Backend(ABC, Generic[RunnerT]):
         """
         return None
 
+    def default_dtype(self, constraints: Constraints) -> str:
+        """`fp32`, `fp16` or `bf16`: what a model is exported in for this backend where nobody asks for another."""
+        return "fp32"
+
+    def lowering(self, device: DeviceFacts, constraints: Constraints) -> str:
+        """What of a bundle a device would run, in a word."""
+        return "standard"
+
+    def device_obstacles(self, device: DeviceFacts, dtype: str) -> Iterator[Obstacle]:
+        """Why a device cannot run anything in `dtype`, the most fundamental reason first; memory is not looked at."""
+        yield from ()
+
+    def gpu_obstacle(self, capabilities: Sequence[str]) -> Obstacle | None:
+        """Why none of a machine's GPUs will do; asked where `needs_gpu`.
+
+        Args:
+            capabilities: their compute capabilities, such as `8.7`; at least one.
+        """
+        return None
+
+    def model_obstacles(self, model: DeployableModel, dtype: str, lowering: str) -> Iterator[Obstacle]:
+        """Why a model cannot be run on any device, the most fundamental reason first.
+
+        Args:
+            model: a checkpoint or a bundle.
+            dtype: `fp32`, `fp16` or `bf16`.
+            lowering: what `lowering` gave.
+        """
+        if not set(model.layouts) & set(self.layouts):
+            yield Obstacle(
+                f"{model.name} holds {', '.join(model.layouts)}, and {self.name} runs {' and '.join(self.layouts)}",
+                "use another backend",
+            )
+
+    def build_bytes(self, fp16_weight_bytes: int) -> int | None:
+        """Memory of a build that must be made on the device itself; None where there is none.
+
+        Args:
+            fp16_weight_bytes: what the model's weights take in fp16.
+        """
+        return None
+
     def import_libraries(self) -> None:
         """Import what `open` needs, so that `bench` can time the opening without it.
 
@@ -179,15 +241,7 @@ class Backend(ABC, Generic[RunnerT]):
 
 def _owners(takes: Any) -> str:
     """Names of the installed backends of which something holds; those that cannot be loaded are passed over."""
-    found = []
-    for name in names():
-        try:
-            backend = find(name)
-        except MissingDependencyError:
-            continue
-        if takes(backend):
-            found.append(name)
-    return " or ".join(found)
+    return " or ".join(backend.name for backend in loadable() if takes(backend))
 
 
 def names() -> tuple[str, ...]:
@@ -226,6 +280,13 @@ def find(name: str) -> Backend[Any]:
 def backends() -> Iterator[Backend[Any]]:
     """Every installed backend, in the order of `names`; raises what `find` raises."""
     return map(find, names())
+
+
+def loadable() -> Iterator[Backend[Any]]:
+    """The same without those that cannot be loaded."""
+    for name in names():
+        with suppress(MissingDependencyError):
+            yield find(name)
 
 
 @cache

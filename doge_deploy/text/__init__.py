@@ -4,4 +4,5 @@ files.py      which of a tokenizer's files says what
 tokenizer.py  `Tokenizer`: text and conversations to ids
 templates.py  chat templates, in a sandbox with limits
 streams.py    `Detokenizer`: ids to text as they come
+literals.py   texts of special tokens that somebody typed, kept as text
 """

@@ -16,6 +16,7 @@ from doge_deploy.text.files import (
     read_template,
     special_tokens,
 )
+from doge_deploy.text.literals import Literals
 from doge_deploy.text.streams import Detokenizer, Vocabulary
 
 if TYPE_CHECKING:
@@ -125,6 +126,10 @@ class Tokenizer:
             ids: list[int] = self._backend.encode(text, add_special_tokens=add_special_tokens).ids
         except Exception as error:  # of a tokenizer without a token for what it does not know
             raise UsageError(f"the tokenizer cannot encode the text: {_one_line(error)}") from error
+        self._check_known(ids)
+        return ids
+
+    def _check_known(self, ids: Sequence[int]) -> None:
         if self._vocab_size is not None and ids and max(ids) >= self._vocab_size:
             unknown = next(token for token in ids if token >= self._vocab_size)
             raise UsageError(
@@ -132,21 +137,36 @@ class Tokenizer:
                 f"vocab_size is {self._vocab_size}: the checkpoint's tokenizer is larger than its embedding; leave the "
                 "token out"
             )
-        return ids
 
-    def render_chat(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
+    def render_chat(self, messages: Sequence[Mapping[str, str]], *, literal: bool = False) -> list[int]:
         """Ids of a conversation up to where the assistant's answer begins.
 
         They are encoded without special tokens, since the template writes bos itself.
 
         Args:
             messages: each with `role` (system, user or assistant) and `content`.
+            literal: the text of a special token in a message stays text; transformers makes the token of it.
 
         Raises:
-            UsageError: there is no chat template, or it refuses these messages; what `encode` refuses.
+            UsageError: there is no chat template, or it refuses these messages; what `encode` refuses; with `literal`,
+                this tokenizer cannot keep a special token as text.
             BrokenBundleError: the template is broken, or was stopped by a limit.
         """
-        return self.ids(self.chat_text(messages), add_special_tokens=False)
+        if not literal or (typed := self._literals.found(messages)) is None:
+            return self.ids(self.chat_text(messages), add_special_tokens=False)
+        mark, marked = self._literals.mark(messages)
+        # Whether pieces between special tokens are what the whole is, which not every tokenizer grants, shows on the
+        # same conversation without what was typed.
+        plain = self.chat_text([{**message, "content": "a"} for message in messages])
+        if self._literals.ids(plain, mark) != self.ids(plain, add_special_tokens=False):
+            raise UsageError(f"the text holds {typed!r}, a special token of this model; leave it out")
+        ids = self._literals.ids(self.chat_text(marked), mark)
+        self._check_known(ids)
+        return ids
+
+    @cached_property
+    def _literals(self) -> Literals:
+        return Literals(self._backend)
 
     def chat_text(self, messages: Sequence[Mapping[str, str]]) -> str:
         """The conversation that `render_chat` encodes, as text; raises the same errors."""
@@ -193,6 +213,11 @@ class Tokenizer:
         return BrokenBundleError(
             f"the chat template of {self._source} is broken: {type(error).__name__}: {_one_line(error)}"
         )
+
+    def text_of(self, ids: Sequence[int]) -> str:
+        """The text of `ids`, special tokens included."""
+        text: str = self._backend.decode(list(ids), skip_special_tokens=False)
+        return text
 
     @cached_property
     def _vocabulary(self) -> Vocabulary:

@@ -7,10 +7,11 @@ from dataclasses import dataclass
 import torch
 from safetensors import safe_open
 
+from doge_deploy.bundle.files import WEIGHTS_FILE
 from doge_deploy.bundle.opening import Bundle
 from doge_deploy.checkpoint import Checkpoint, task_tensors
 from doge_deploy.dtypes import DTYPES
-from doge_deploy.graph.weight_file import TRANSPOSED_SUFFIX, WEIGHTS_FILE, read_weight_file
+from doge_deploy.graph.weight_file import TRANSPOSED_SUFFIX, read_weight_file
 from doge_deploy.graph.weight_formats import format_of
 from doge_deploy.graph.weights import TensorSources
 from doge_deploy.model.rope import rope_tensors

@@ -53,6 +53,13 @@ def test_parents_that_were_made_go_where_the_export_fails(tmp_path: Path) -> Non
     assert names(tmp_path / "a") == []
 
 
+def test_an_empty_parent_that_was_there_stays(tmp_path: Path) -> None:
+    (tmp_path / "a").mkdir()
+    with pytest.raises(ZeroDivisionError), writing_bundle(tmp_path / "a" / "b", force=False):
+        raise ZeroDivisionError
+    assert names(tmp_path) == ["a"] and names(tmp_path / "a") == []
+
+
 @pytest.mark.parametrize("at_once", [True, False], ids=["exchange", "three renames"])
 def test_force_replaces(tmp_path: Path, at_once: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     if not at_once:

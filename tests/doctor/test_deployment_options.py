@@ -13,12 +13,13 @@ from doge_deploy.bundle.opening import open_bundle
 from doge_deploy.checkpoint import open_checkpoint
 from doge_deploy.config.revisions import REVISIONS
 from doge_deploy.devices.facts import DeviceFacts, device_configs
-from doge_deploy.doctor.deployment_options import Constraints, DeploymentOption, deployment_options, size
-from doge_deploy.doctor.model import DeployableModel, open_model
+from doge_deploy.doctor.deployment_options import DeploymentOption, deployment_options, size
+from doge_deploy.doctor.model import open_model
 from doge_deploy.errors import UnsupportedModelError, UsageError
 from doge_deploy.graph.weight_formats import format_of
 from doge_deploy.options.build import BuildOptions
 from doge_deploy.options.export import ExportOptions
+from doge_deploy.targets.deployment import Constraints, DeployableModel
 from doge_deploy.targets.trt.choices import check_model
 
 DEVICES = {name: config.facts for name, config in device_configs().items()}

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from doge_deploy.doctor.probe import Found, Library, probe_libraries, run_tool
+from doge_deploy.doctor.probe import Found, probe_libraries, run_tool
+from doge_deploy.targets.backend import Library
 
 MODULES = {
     "fine": "__version__ = '1.2'\nthing = 3\n",
@@ -46,7 +47,7 @@ def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], 
 
     def write(text: str) -> Library:
         (tmp_path / "pretend_vendor.py").write_text(text, encoding="utf-8")
-        return Library("pretend_vendor", ("pretend-vendor",), "found['thing'] = module.thing")
+        return Library("pretend_vendor", "x", ("pretend-vendor",), "found['thing'] = module.thing")
 
     return write
 
@@ -64,15 +65,15 @@ def test_a_library_in_any_state_is_a_finding(name: str, install: Callable[[str],
 
 def test_what_is_not_there_has_no_version() -> None:
     libraries = {
-        "a": Library("no_such_module_here", ("x",), "module"),
-        "b": Library("no_such.module", ("x",), "module"),
+        "a": Library("no_such_module_here", "x", ("x",), "module"),
+        "b": Library("no_such.module", "x", ("x",), "module"),
     }
     assert probe_libraries(libraries) == {"a": Found(None), "b": Found(None)}
 
 
 def test_a_library_without_code_is_not_loaded(install: Callable[[str], Library]) -> None:
     install(MODULES["aborts"])
-    assert probe_libraries({"x": Library("pretend_vendor", ("pytest",))})["x"].version == pytest.__version__
+    assert probe_libraries({"x": Library("pretend_vendor", "x", ("pytest",))})["x"].version == pytest.__version__
 
 
 def test_a_file_in_the_current_directory_is_not_taken_for_a_library(

@@ -219,7 +219,8 @@ def test_two_builds_of_one_bundle_do_not_mix(bundle: Path) -> None:
         pass
 
 
-def stage(bundle: Path, staged: Path, content: str = "engine") -> None:
+def stage(bundle: Path, staged: Path, content: str = "A") -> None:
+    """An engine of one byte, as the record has it."""
     (staged / "model.engine").write_text(content)
     (staged / "layers.json").write_text("{}")
 
@@ -261,7 +262,7 @@ def test_a_commit_that_is_interrupted_at_any_step_is_taken_back(
 
         opened = open_bundle(bundle)
         with monkeypatch.context() as patch, engine_store.staging(opened) as staged:
-            stage(bundle, staged, "another engine")
+            stage(bundle, staged, "B")
             for owner, name in steps:
                 patch.setattr(owner, name, watched(getattr(owner, name)))
             try:
@@ -272,7 +273,7 @@ def test_a_commit_that_is_interrupted_at_any_step_is_taken_back(
                 break
         assert {path: path.read_bytes() for path in bundle.rglob("*") if path.is_file()} == before, last
     assert last > 5
-    assert (bundle / record.engine_file).read_text() == "another engine"
+    assert (bundle / record.engine_file).read_text() == "B"
     assert open_bundle(bundle).engine() == record
     assert not list((bundle / "engines").glob(".*"))
 

@@ -2,23 +2,43 @@
 
 from __future__ import annotations
 
+import ast
+import importlib.metadata
 import json
 import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from importlib.metadata import EntryPoint
 from pathlib import Path
 from typing import Any
 
 import pytest
 from bundles import make_bundle, shared_bundle
+from pretend_machines import machine, rtx_machine
 
 from doge_deploy.bundle.opening import open_bundle
 from doge_deploy.cli.main import run_command
+from doge_deploy.devices.facts import device_configs
+from doge_deploy.doctor.commands import CommandStatus, commands
+from doge_deploy.doctor.deployment_options import DeploymentOption, deployment_options
+from doge_deploy.doctor.machine import Machine
+from doge_deploy.doctor.model import open_model
 from doge_deploy.errors import MissingDependencyError, UsageError
 from doge_deploy.targets import backend as registry
-from doge_deploy.targets.backend import GROUP, Backend, SessionOptions, backends, check_name, find, names, unique
+from doge_deploy.targets.backend import (
+    GROUP,
+    Backend,
+    Library,
+    SessionOptions,
+    backends,
+    check_name,
+    find,
+    names,
+    unique,
+)
+from doge_deploy.targets.deployment import DeployableModel, Obstacle
 
 TESTS = Path(__file__).parent.parent
 
@@ -217,3 +237,101 @@ def test_the_toy_is_timed_in_a_worker_process(toy_path: Path, small_bundle: Path
     assert result.returncode == 0, result.stderr
     candidates = json.loads(report.read_text())["results"][0]["measurements"]
     assert len(candidates) == 2
+
+
+def test_the_toy_is_in_doctors_rows(toy_path: Path, small_bundle: Path) -> None:
+    """With what its class says and nothing more: its library is looked for, and every device is asked about it."""
+    here = json.loads(doge_deploy(toy_path, "doctor", "--json").stdout)
+    row = next(row for row in here["targets"] if row["name"] == "generate --backend toy")
+    version = importlib.metadata.version("onnx")
+    assert row["usable"] and row["reason"] == f"onnx {version}"
+    assert here["machine"]["libraries"]["onnx"]["version"] == version
+    assert not [row for row in here["targets"] if row["name"] == "build --target toy"]
+    assert "generate --backend toy" in doge_deploy(toy_path, "doctor").stdout
+
+    devices = ("--target", "cpu", "--target", "h100")
+    there = json.loads(doge_deploy(toy_path, "doctor", small_bundle, *devices, "--json").stdout)
+    for device in there["devices"]:
+        found = {option["backend"]: option for option in device["deployment_options"]}
+        assert (found["toy"]["lowering"], found["toy"]["dtype"]) == ("standard", "fp32")
+        assert found["toy"]["usable"] and found["toy"]["needs"] == found["ort"]["needs"]
+
+
+def test_doctor_says_why_the_toy_cannot_be_used(register: Register, monkeypatch: pytest.MonkeyPatch) -> None:
+    import toy_backend
+
+    register(toy="toy_backend:BACKEND")
+    name = "generate --backend toy"
+    assert status(machine(), name) == CommandStatus(name, False, "no onnx", "pip install 'doge-deploy[graph]'")
+    library = Library("onnx", "graph", first_version="1.20", title="ONNX")
+    monkeypatch.setattr(toy_backend.Toy, "libraries", (library,))
+    assert status(machine(versions={"onnx": "1.20"}), name).usable
+    assert status(machine(versions={"onnx": "1.9"}), name).reason == "ONNX 1.9 is older than 1.20"
+    monkeypatch.setattr(toy_backend.Toy, "needs_gpu", True)
+    assert status(machine(versions={"onnx": "1.20"}), name).reason == "no NVIDIA driver"
+    assert status(rtx_machine(versions={"onnx": "1.20"}), name).usable
+    obstacle = Obstacle("too new", "an older one")
+    monkeypatch.setattr(toy_backend.Toy, "gpu_obstacle", lambda self, found: obstacle if "8.9" in found else None)
+    assert status(rtx_machine(versions={"onnx": "1.20"}), name).remedy == "an older one"
+
+
+def test_doctor_asks_the_toy_about_a_device(register: Register, monkeypatch: pytest.MonkeyPatch) -> None:
+    import toy_backend
+
+    register(toy="toy_backend:BACKEND")
+    devices = {name: config.facts for name, config in device_configs().items()}
+    tiny = open_model("doge-tiny")
+
+    def toy(device: str, model: DeployableModel | None = tiny) -> DeploymentOption:
+        return next(one for one in deployment_options(devices[device], model) if one.backend == "toy")
+
+    assert toy("cpu").usable and toy("h100").usable
+    static = toy("cpu", replace(tiny, name="b", layouts=("static",)))
+    assert static.reason == "b holds static, and toy runs growing" and static.remedy
+    monkeypatch.setattr(toy_backend.Toy, "build_bytes", lambda self, weights: 10**12)
+    assert toy("jetson-agx-thor").reason.startswith("fits, but its build may take 931")
+    monkeypatch.setattr(toy_backend.Toy, "device_obstacles", lambda self, device, dtype: [Obstacle("no", "another")])
+    assert (toy("h100").reason, toy("h100").remedy) == ("no", "another")
+    monkeypatch.setattr(toy_backend.Toy, "needs_gpu", True)
+    assert not [one for one in deployment_options(devices["cpu"], tiny) if one.backend == "toy"]
+
+
+def test_a_backend_that_cannot_be_imported_is_a_row_of_doctors(register: Register) -> None:
+    register(gone="a_module_that_is_not_there:BACKEND")
+    found = status(machine(), "generate --backend gone")
+    assert not found.usable and "cannot be loaded from a_module_that_is_not_there" in found.reason and found.remedy
+    assert status(machine(), "generate --backend ort").usable
+
+
+def status(of: Machine, name: str) -> CommandStatus:
+    return next(row for row in commands(of) if row.name == name)
+
+
+BACKEND_FOLDERS = ("runtime/ort", "runtime/trt", "targets/ort", "targets/trt")
+ONE_BACKEND = {"bundle/version_1.py"}
+"""Reads manifests of the time when ONNX Runtime was the only one that a graph was lowered for."""
+
+
+def compared_names(source: str) -> list[int]:
+    """Lines where something is compared with the name of a backend of this package."""
+    named = {"ort", "trt", "trt-rtx"}
+    return [
+        node.lineno
+        for node in ast.walk(ast.parse(source))
+        if isinstance(node, ast.Compare)
+        for part in (node.left, *node.comparators)
+        for one in ast.walk(part)
+        if isinstance(one, ast.Constant) and one.value in named
+    ]
+
+
+def test_no_backend_is_asked_for_by_its_name() -> None:
+    """What depends on a backend is the backend's to say; one of another package has no place in such a comparison."""
+    assert compared_names('if a == "ort":\n    pass\nb = c in ("trt", d) or "trt-rtx" != e') == [1, 3, 3]
+    package = TESTS.parent / "doge_deploy"
+    found = []
+    for path in sorted(package.rglob("*.py")):
+        name = path.relative_to(package).as_posix()
+        if not name.startswith(BACKEND_FOLDERS) and name not in ONE_BACKEND:
+            found += [f"{name}:{line}" for line in compared_names(path.read_text(encoding="utf-8"))]
+    assert not found

@@ -11,7 +11,12 @@ from doge_deploy.bundle.signature import LAYOUTS, UNCACHED
 from doge_deploy.targets.backend import Backend, Library, SessionOptions
 
 if TYPE_CHECKING:
+    from doge_deploy.devices.facts import DeviceFacts
     from doge_deploy.runtime.ort.runners import OrtRunner
+    from doge_deploy.targets.deployment import Constraints
+
+FIRST_VERSION = "1.25"
+"""The first ONNX Runtime with TensorScatter; see pyproject.toml."""
 
 
 class OrtBackend(Backend["OrtRunner"]):
@@ -19,7 +24,15 @@ class OrtBackend(Backend["OrtRunner"]):
 
     name = "ort"
     title = "ONNX Runtime"
-    libraries = (Library("onnxruntime", "cpu"),)
+    libraries = (
+        Library(
+            "onnxruntime",
+            "cpu",
+            distributions=("onnxruntime", "onnxruntime-gpu"),
+            probe="found['providers'] = module.get_available_providers()",
+            first_version=FIRST_VERSION,
+        ),
+    )
     layouts = (*LAYOUTS, UNCACHED)
     lowers = ("static",)
     session_options = frozenset({"portable", "threads"})
@@ -48,6 +61,9 @@ class OrtBackend(Backend["OrtRunner"]):
         from doge_deploy.runtime.ort.session import graph_file
 
         return graph_file(layout, portable=options.portable)
+
+    def lowering(self, device: DeviceFacts, constraints: Constraints) -> str:
+        return "cpu"
 
     def import_libraries(self) -> None:
         super().import_libraries()

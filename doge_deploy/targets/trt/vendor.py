@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from types import ModuleType
 from typing import Literal
 
+from doge_deploy.devices.tensorrt_limits import TRT_FIRST_NATIVE_LAYERS
 from doge_deploy.errors import MissingDependencyError
 from doge_deploy.options.build import Target
 
@@ -30,11 +31,25 @@ class Product:
     has_plugins: bool
     default_profiles: Literal["shared", "separate"]
     """See docs/decisions/0019-one-profile-stores-the-weights-once.md."""
+    distributions: tuple[str, ...]
+    """Names under which the module is installed."""
+    first_version: str = ""
+    """The oldest that will do; empty for any that can be installed."""
+    jetson_remedy: str = ""
+    """How a newer one comes to a Jetson."""
 
+
+ON_JETSON = "install JetPack 7.2 or later"
+
+
+_RTX_NAMES = ("tensorrt-rtx", "tensorrt-rtx-cu13", "tensorrt-rtx-cu12")
+_TRT_NAMES = ("tensorrt", "tensorrt-cu13", "tensorrt-cu12")
 
 PRODUCTS: Mapping[Target, Product] = {
-    "trt-rtx": Product("trt-rtx", "TensorRT-RTX", "tensorrt_rtx", "rtx", False, False, "shared"),
-    "trt": Product("trt", "TensorRT", "tensorrt", "trt", True, True, "separate"),
+    "trt-rtx": Product("trt-rtx", "TensorRT-RTX", "tensorrt_rtx", "rtx", False, False, "shared", _RTX_NAMES),
+    "trt": Product(
+        "trt", "TensorRT", "tensorrt", "trt", True, True, "separate", _TRT_NAMES, TRT_FIRST_NATIVE_LAYERS, ON_JETSON
+    ),
 }
 
 

@@ -14,6 +14,7 @@ from types import ModuleType
 from typing import Any
 
 from doge_deploy.bundle.engine_record import Decomposed
+from doge_deploy.bundle.writing import saying_where
 from doge_deploy.devices.host import peak_memory_bytes
 from doge_deploy.errors import DogeDeployError, MissingDependencyError, UnsupportedModelError
 from doge_deploy.process.worker import Channel, connect, error_message
@@ -81,9 +82,11 @@ def run(job: Job, channel: Channel) -> Finished:
             config, engine = _attempt(trt, builder, network, job, channel, cache)
     if engine is None:
         raise _failure(trt, job, log)
-    Path(job.engine_file).write_bytes(memoryview(engine))
     report = {"network": describe_layers(network), "kernels": describe(log.kernels)}
-    Path(job.report_file).write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    staged = Path(job.engine_file).parent
+    with saying_where(staged.parent.parent, staged):  # the bundle
+        Path(job.engine_file).write_bytes(memoryview(engine))
+        Path(job.report_file).write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     inputs, outputs = binding_tensors(network, job)
     return Finished(
         version=trt.__version__,

@@ -1,22 +1,22 @@
-"""The table of targets: every row names what is missing and the remedy."""
+"""The table of commands: every row names what is missing and the remedy."""
 
 from __future__ import annotations
 
 import pytest
 from pretend_machines import GIB, machine, orin_machine, rtx_machine
 
+from doge_deploy.doctor.commands import CommandStatus, commands
 from doge_deploy.doctor.machine import Gpu, Machine
-from doge_deploy.doctor.targets import Target, targets
 
 RUN_RTX, RUN_TRT = "generate --backend trt-rtx", "generate --backend trt"
 
 
-def row(of: Machine, name: str) -> Target:
-    return next(target for target in targets(of) if target.name == name)
+def row(of: Machine, name: str) -> CommandStatus:
+    return next(status for status in commands(of) if status.name == name)
 
 
 def test_without_gpu_a_bundle_is_exported_verified_and_run() -> None:
-    usable = {target.name for target in targets(machine()) if target.usable}
+    usable = {status.name for status in commands(machine()) if status.usable}
     assert usable == {"export", "verify", "generate --backend ort"}
 
 
@@ -29,8 +29,8 @@ def test_tensorrt_rtx_builds_without_a_gpu_and_runs_with_one() -> None:
 
 def test_every_obstacle_has_a_remedy() -> None:
     for one in (machine(versions={"onnxruntime": "1.20"}), rtx_machine(gpus=()), orin_machine(), rtx_machine()):
-        for target in targets(one):
-            assert target.reason and bool(target.remedy) != target.usable
+        for status in commands(one):
+            assert status.reason and bool(status.remedy) != status.usable
 
 
 OBSTACLES: dict[str, tuple[Machine, str, str, str]] = {
@@ -53,6 +53,12 @@ OBSTACLES: dict[str, tuple[Machine, str, str, str]] = {
         "use ort",
     ),
     "JetPack 6": (orin_machine(), RUN_TRT, "TensorRT 10.3.0 is older than 10.15.1", "JetPack 7.2"),
+    "old and half-installed": (
+        orin_machine(broken={"tensorrt": "ImportError: libnvinfer"}),
+        RUN_TRT,
+        "TensorRT 9.9 is older than 10.15.1",
+        "JetPack 7.2",
+    ),
     "no triton": (machine(), "plugins", "no triton", "doge-deploy[plugins]"),
 }
 

@@ -1,0 +1,153 @@
+"""The thread that owns the scheduler and its runner; everybody else talks to it through two queues.
+
+Requests, cancellations and questions go in as messages. Events of a step come out together, by one call of `deliver`,
+so that an event loop is woken once a step, however many requests have a new token.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future
+from dataclasses import dataclass
+from typing import TypeVar
+
+from doge_deploy.serve.request import Event, Request
+from doge_deploy.serve.scheduler import Scheduler
+
+Deliver = Callable[[list[tuple[str, Event]]], None]
+"""Takes the events of a step, each with its request's id, in order; called in the engine's thread."""
+
+_Result = TypeVar("_Result")
+
+
+@dataclass(frozen=True)
+class _Ask:
+    work: Callable[[Scheduler], object]
+    answer: Future[object]
+
+
+class EngineStoppedError(RuntimeError):
+    """The engine takes nothing more."""
+
+
+class EngineFailedError(RuntimeError):
+    """The engine's thread ended by a fault of its own."""
+
+
+class Engine:
+    """Runs a scheduler until it is stopped.
+
+    Args:
+        scheduler: used by the engine's thread alone from `start` on.
+        deliver: gets the events.
+        after_step: called behind each step with the scheduler, in the engine's thread, for metrics.
+    """
+
+    def __init__(
+        self, scheduler: Scheduler, deliver: Deliver, after_step: Callable[[Scheduler], None] | None = None
+    ) -> None:
+        self._scheduler = scheduler
+        self._deliver = deliver
+        self._after_step = after_step
+        self._inbox: queue.SimpleQueue[_Ask | None] = queue.SimpleQueue()
+        self._outbox: list[tuple[str, Event]] = []
+        self._thread = threading.Thread(target=self._run, name="doge-engine", daemon=True)
+        self._stopping = False
+        self._gate = threading.Lock()
+        """Nothing is put into the inbox after it was emptied for the last time."""
+        self.failure: BaseException | None = None
+        """What ended the thread, if it was not asked to end: nothing can be served then."""
+
+    def start(self) -> None:
+        """Begin; to be called once."""
+        self._thread.start()
+
+    @property
+    def alive(self) -> bool:
+        """The thread runs."""
+        return self._thread.is_alive() and self.failure is None
+
+    def submit(self, request: Request) -> Future[None]:
+        """Put a request into the queue; the result is there when it was taken.
+
+        The future raises:
+            QueueFullError: too much is waiting. EngineStoppedError: the engine has ended.
+        """
+        request.send = lambda event: self._outbox.append((request.id, event))
+        return self.ask(lambda scheduler: scheduler.submit(request))
+
+    def cancel(self, request_id: str) -> Future[bool]:
+        """End a request, wherever it is; whether there was one."""
+        return self.ask(lambda scheduler: scheduler.cancel(request_id))
+
+    def ask(self, work: Callable[[Scheduler], _Result]) -> Future[_Result]:
+        """Do something with the scheduler between two steps."""
+        answer: Future[object] = Future()
+        with self._gate:
+            if self._stopping:
+                answer.set_exception(EngineStoppedError("the engine has ended"))
+            else:
+                self._inbox.put(_Ask(work, answer))
+        return answer  # type: ignore[return-value]
+
+    def stop(self, timeout: float | None = None) -> bool:
+        """End the thread between two steps; requests that are there get no more events. Whether it ended in time."""
+        with self._gate:
+            self._stopping = True
+        self._inbox.put(None)
+        if self._thread.is_alive():
+            self._thread.join(timeout)
+        return not self._thread.is_alive()
+
+    def _run(self) -> None:
+        try:
+            while self._read_inbox():
+                self._scheduler.step()
+                self._flush()
+                if self._after_step is not None:
+                    self._after_step(self._scheduler)
+        except BaseException as error:  # a fault of our own: nobody may wait for ever
+            self.failure = error
+            self._scheduler.abort(EngineFailedError(f"the engine failed: {type(error).__name__}: {error}"))
+            self._flush()
+        finally:
+            self._refuse_the_rest()
+
+    def _read_inbox(self) -> bool:
+        """Do what was asked for; waits while there is nothing to compute. False: stop."""
+        while True:
+            try:
+                message = self._inbox.get(block=self._scheduler.idle and not self._outbox)
+            except queue.Empty:
+                return True
+            if message is None:
+                return False
+            self._do(message)
+            if self._scheduler.idle:
+                self._flush()  # of a cancellation
+
+    def _do(self, message: _Ask) -> None:
+        if not message.answer.set_running_or_notify_cancel():
+            return
+        try:
+            message.answer.set_result(message.work(self._scheduler))
+        except Exception as error:
+            message.answer.set_exception(error)
+
+    def _flush(self) -> None:
+        if self._outbox:
+            events, self._outbox = self._outbox, []
+            self._deliver(events)
+
+    def _refuse_the_rest(self) -> None:
+        with self._gate:
+            self._stopping = True
+        while True:
+            try:
+                message = self._inbox.get_nowait()
+            except queue.Empty:
+                return
+            if message is not None and message.answer.set_running_or_notify_cancel():
+                message.answer.set_exception(EngineStoppedError("the engine has ended"))

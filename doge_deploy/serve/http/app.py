@@ -1,0 +1,311 @@
+"""The application: which path does what, and the life of the server."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import time
+from collections.abc import AsyncIterator, Callable, Collection, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+from fastapi import FastAPI, Request
+from fastapi.responses import FileResponse, JSONResponse, PlainTextResponse, Response
+from prometheus_client import generate_latest
+from prometheus_client.exposition import CONTENT_TYPE_LATEST
+
+from doge_deploy import __version__
+from doge_deploy.serve.http import errors
+from doge_deploy.serve.http.embeddings import FeatureModel, encoded
+from doge_deploy.serve.http.errors import ApiError
+from doge_deploy.serve.http.generation import ChatForm, TextForm, answer, new_name, plan_chat, plan_completion, rendered
+from doge_deploy.serve.http.inbox import Inbox
+from doge_deploy.serve.http.metrics import Metrics
+from doge_deploy.serve.http.requests import ChatBody, CompletionBody, DetokenizeBody, EmbeddingBody, TokenizeBody
+from doge_deploy.serve.http.security import MAX_BODY_BYTES, Gate
+from doge_deploy.serve.model import ServedText
+
+PAGE = Path(__file__).parent.parent / "page"
+
+_TOKENIZER_THREADS = 2
+
+_Result = TypeVar("_Result")
+_Model = TypeVar("_Model", bound="ServedText | FeatureModel")
+
+_log = logging.getLogger("doge_deploy.serve")
+
+
+@dataclass
+class Served:
+    """What a server has: its models by name, and whether it takes work."""
+
+    texts: Mapping[str, ServedText] = field(default_factory=dict)
+    features: Mapping[str, FeatureModel] = field(default_factory=dict)
+    metrics: Metrics = field(default_factory=Metrics)
+    inboxes: Mapping[str, Inbox] = field(default_factory=dict)
+    created: int = field(default_factory=lambda: int(time.time()))
+    draining: bool = False
+    """No new work is taken; what runs is finished."""
+
+    @property
+    def ready(self) -> bool:
+        """Work is taken, and every engine runs."""
+        return not self.draining and all(model.engine.alive for model in self.texts.values())
+
+    def text(self, name: str | None) -> ServedText:
+        """The model called `name`, or the only one.
+
+        Raises:
+            ApiError: there is none, or it makes no text.
+        """
+        return self._find(self.texts, name, "text")
+
+    def feature(self, name: str | None) -> FeatureModel:
+        """The same for embeddings."""
+        return self._find(self.features, name, "embeddings")
+
+    def any(self, name: str | None) -> ServedText | FeatureModel:
+        """The same for what every model has: its tokenizer."""
+        models: dict[str, ServedText | FeatureModel] = {**self.texts, **self.features}
+        return self._find(models, name, "tokens")
+
+    def _find(self, models: Mapping[str, _Model], name: str | None, what: str) -> _Model:
+        if name is None and len(models) == 1:
+            return next(iter(models.values()))
+        if name is not None and name in models:
+            return models[name]
+        known = ", ".join(models) or "none"
+        if name is None:
+            raise ApiError(400, f"model: this server has several models for {what}, name one: {known}", param="model")
+        raise ApiError(
+            404, f"model: no model {name!r} for {what} here; there is: {known}", param="model", code="model_not_found"
+        )
+
+
+def create_app(served: Served, *, api_keys: Collection[bytes] = (), max_body_bytes: int = MAX_BODY_BYTES) -> FastAPI:
+    """The ASGI application; engines are started with it and stopped with it.
+
+    Args:
+        served: the models.
+        api_keys: who may use it; everybody where there are none.
+        max_body_bytes: of a request.
+    """
+    pool = ThreadPoolExecutor(_TOKENIZER_THREADS, "doge-tokenizer")
+
+    async def offload(work: Callable[[], _Result]) -> _Result:
+        return await asyncio.get_running_loop().run_in_executor(pool, work)
+
+    @contextlib.asynccontextmanager
+    async def life(app: FastAPI) -> AsyncIterator[None]:
+        for inbox in served.inboxes.values():
+            inbox.attach(asyncio.get_running_loop())
+        for model in served.texts.values():
+            model.engine.start()
+        try:
+            yield
+        finally:
+            served.draining = True
+            for inbox in served.inboxes.values():
+                inbox.fail("the server was stopped")
+            for model in served.texts.values():
+                await asyncio.to_thread(model.engine.stop, 10)
+            pool.shutdown(wait=False, cancel_futures=True)
+
+    app = FastAPI(
+        title="doge-deploy",
+        version=__version__,
+        summary="Doge language models behind OpenAI's interface.",
+        lifespan=life,
+        docs_url=None,
+        redoc_url=None,
+        responses={400: {"description": "The request is not legal; the error names the field."}},
+    )
+    errors.install(app)
+    _add_operations(app, served, offload)
+    _add_generation(app, served, offload)
+    app.add_middleware(Gate, keys=tuple(api_keys), max_body_bytes=max_body_bytes)
+    app.add_middleware(RequestIds)
+    app.openapi = lambda: _openapi(app)  # type: ignore[method-assign]
+    return app
+
+
+def _add_generation(app: FastAPI, served: Served, offload: Any) -> None:
+    def take_work() -> None:
+        if served.draining:
+            raise ApiError(503, "the server is shutting down", code="shutting_down")
+
+    busy: dict[int | str, dict[str, Any]] = {
+        404: {"description": "No such model."},
+        429: {"description": "Too many requests are waiting; try again after Retry-After seconds."},
+        503: {"description": "The server is shutting down."},
+    }
+
+    @app.post("/v1/chat/completions", responses=busy)
+    async def chat(body: ChatBody, http: Request) -> Response:
+        """The answer to a conversation, whole or as a stream of server-sent events."""
+        take_work()
+        model = served.text(body.model)
+        plan = await plan_chat(body, model, new_name("chatcmpl"), offload)
+        return await answer(plan, ChatForm(), served.inboxes[model.name], http)
+
+    @app.post("/v1/completions", responses=busy)
+    async def completions(body: CompletionBody, http: Request) -> Response:
+        """The continuation of texts or of token ids."""
+        take_work()
+        model = served.text(body.model)
+        plan = await plan_completion(body, model, new_name("cmpl"), offload)
+        return await answer(plan, TextForm(), served.inboxes[model.name], http)
+
+    @app.post("/v1/embeddings", responses=busy)
+    async def embeddings(body: EmbeddingBody) -> JSONResponse:
+        """A vector for each text, of a bundle that was exported with `--task features`."""
+        take_work()
+        model = served.feature(body.model)
+
+        def work() -> tuple[list[Any], int]:
+            texts = [model.encode(text) for text in body.texts]
+            return [encoded(model.embed(ids), body.encoding_format) for ids in texts], sum(map(len, texts))
+
+        vectors, tokens = await offload(work)
+        data = [{"object": "embedding", "index": i, "embedding": vector} for i, vector in enumerate(vectors)]
+        usage = {"prompt_tokens": tokens, "total_tokens": tokens}
+        return JSONResponse({"object": "list", "data": data, "model": model.name, "usage": usage})
+
+
+def _add_operations(app: FastAPI, served: Served, offload: Any) -> None:
+    unknown: dict[int | str, dict[str, Any]] = {404: {"description": "No such model."}}
+
+    @app.get("/health")
+    async def health() -> dict[str, str]:
+        """The process answers."""
+        return {"status": "ok"}
+
+    @app.get("/ready", responses={503: {"description": "No work is taken now."}})
+    async def ready() -> JSONResponse:
+        """Whether work is taken."""
+        state = "ready" if served.ready else "draining" if served.draining else "failed"
+        return JSONResponse({"status": state}, 200 if served.ready else 503)
+
+    @app.get("/metrics", response_class=PlainTextResponse)
+    async def metrics() -> Response:
+        """Prometheus metrics."""
+        return Response(generate_latest(served.metrics.registry), media_type=CONTENT_TYPE_LATEST)
+
+    @app.get("/v1/models")
+    async def models() -> dict[str, Any]:
+        """The models of this server."""
+        return {"object": "list", "data": [_card(served, model) for model in _all(served)]}
+
+    @app.get("/v1/models/{name:path}", responses=unknown)
+    async def model(name: str) -> dict[str, Any]:
+        """One model."""
+        return _card(served, served.any(name))
+
+    @app.post("/tokenize", responses=unknown)
+    async def tokenize(body: TokenizeBody) -> dict[str, Any]:
+        """Token ids of a text or of a conversation."""
+        found = served.any(body.model)
+
+        def work() -> list[int]:
+            if body.messages is not None:
+                messages = [{"role": one.role, "content": one.text} for one in body.messages]
+                return rendered(found.tokenizer, messages)
+            assert body.prompt is not None
+            return found.tokenizer.ids(body.prompt, add_special_tokens=body.add_special_tokens)
+
+        ids = await offload(work)
+        return {"tokens": ids, "count": len(ids), "max_model_len": found.max_length}
+
+    @app.post("/detokenize", responses=unknown)
+    async def detokenize(body: DetokenizeBody) -> dict[str, str]:
+        """The text of token ids, special tokens included."""
+        found = served.any(body.model)
+        return {"prompt": await offload(lambda: found.tokenizer.text_of(body.tokens))}
+
+    @app.get("/", include_in_schema=False)
+    async def page() -> FileResponse:
+        return FileResponse(PAGE / "index.html", headers=PAGE_HEADERS)
+
+    @app.get("/page/{name}", include_in_schema=False)
+    async def part(name: str) -> FileResponse:
+        if name not in PAGE_PARTS:
+            raise ApiError(404, f"no file {name!r}")
+        return FileResponse(PAGE / name, headers=PAGE_HEADERS)
+
+
+PAGE_PARTS = ("page.css", "page.js")
+PAGE_HEADERS = {
+    # nothing but this server's own files may run or be reached
+    "Content-Security-Policy": "default-src 'self'; img-src 'self' data:; frame-ancestors 'none'; base-uri 'none'",
+    "X-Content-Type-Options": "nosniff",
+    "Referrer-Policy": "no-referrer",
+    "Cache-Control": "no-cache",
+}
+
+
+def _all(served: Served) -> Sequence[ServedText | FeatureModel]:
+    return [*served.texts.values(), *served.features.values()]
+
+
+def _card(served: Served, model: ServedText | FeatureModel) -> dict[str, Any]:
+    """What a client may know of a model."""
+    manifest = model.bundle.manifest
+    return {
+        "id": model.name,
+        "object": "model",
+        "created": served.created,
+        "owned_by": "doge-deploy",
+        "max_model_len": model.max_length,
+        "doge_deploy": {
+            "task": manifest.task,
+            "dtype": manifest.dtype,
+            "checkpoint": dict(manifest.checkpoint),
+            "tool": dict(manifest.tool),
+            "warnings": list(manifest.warnings),
+            "all_logits": isinstance(model, ServedText) and model.all_logits,
+        },
+    }
+
+
+class RequestIds:
+    """Gives every answer an id, the client's own where it sent one, and writes a line into the log."""
+
+    def __init__(self, app: Any) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        given = dict(scope["headers"]).get(b"x-request-id", b"")
+        legal = 0 < len(given) <= 128 and all(33 <= byte < 127 for byte in given)
+        name = given.decode() if legal else new_name("req")
+        start, status = time.perf_counter(), 0
+
+        async def named(message: Any) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                message["headers"] = [*message.get("headers", []), (b"x-request-id", name.encode())]
+            await send(message)
+
+        try:
+            await self._app(scope, receive, named)
+        finally:
+            seconds = round(time.perf_counter() - start, 4)
+            fields = {"request_id": name, "method": scope["method"], "path": scope["path"]}
+            _log.info("request", extra={"fields": {**fields, "status": status, "seconds": seconds}})
+
+
+def _openapi(app: FastAPI) -> dict[str, Any]:
+    """FastAPI's document without its own error for illegal bodies: they get 400 here."""
+    if app.openapi_schema is None:
+        document = FastAPI.openapi(app)
+        for path in document["paths"].values():
+            for operation in path.values():
+                operation["responses"].pop("422", None)
+        app.openapi_schema = document
+    return app.openapi_schema

@@ -1,0 +1,77 @@
+"""Embeddings of a `features` bundle: the mean of the last hidden states of a text's tokens, of length 1.
+
+A Doge is no embedding model; what is served is what its checkpoint gives. Axes: Q tokens of a text, H hidden size.
+"""
+
+from __future__ import annotations
+
+import base64
+import threading
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+from doge_deploy.bundle.opening import Bundle
+from doge_deploy.errors import UnsupportedModelError, UsageError
+from doge_deploy.runtime.base import Runner
+from doge_deploy.text.tokenizer import Tokenizer
+
+
+class FeatureModel:
+    """A bundle of task features.
+
+    Args:
+        name: what clients call it.
+        bundle: opened and checked.
+        runner: of that bundle; used by one thread at a time.
+    """
+
+    def __init__(self, name: str, bundle: Bundle, runner: Runner) -> None:
+        self.name, self.bundle = name, bundle
+        self.tokenizer = Tokenizer.from_directory(bundle.path)
+        self._runner = runner
+        self._lock = threading.Lock()
+
+    @property
+    def max_length(self) -> int:
+        """Most tokens of a text."""
+        return self.bundle.manifest.max_length
+
+    def encode(self, text: str | Sequence[int]) -> list[int]:
+        """Ids of a text that can be embedded.
+
+        Raises:
+            UsageError: it is empty, too long, or holds a token that the model has not.
+        """
+        ids = self.tokenizer.encode(text) if isinstance(text, str) else list(text)
+        vocab_size = self.bundle.manifest.facts.vocab_size
+        if not ids or len(ids) > self.max_length:
+            raise UsageError(f"a text of {len(ids)} tokens; must be 1 to {self.max_length}")
+        wrong = next((token for token in ids if token >= vocab_size), None)
+        if wrong is not None:
+            raise UsageError(f"token {wrong} is not in the model's vocabulary of {vocab_size}")
+        return ids
+
+    def embed(self, ids: Sequence[int]) -> npt.NDArray[np.float32]:
+        """`[H]`, of length 1.
+
+        Raises:
+            UnsupportedModelError: the model gives what is not finite.
+        """
+        with self._lock:
+            self._runner.reset(1)
+            states = self._runner.run(np.array([ids], np.int64))[0].astype(np.float64)
+        mean = states.mean(axis=0)
+        length = float(np.linalg.norm(mean))
+        if not np.isfinite(length) or length == 0:
+            raise UnsupportedModelError(f"the hidden states of a text of {len(ids)} tokens have no direction")
+        vector: npt.NDArray[np.float32] = (mean / length).astype(np.float32)
+        return vector
+
+
+def encoded(vector: npt.NDArray[np.float32], form: str | None) -> list[float] | str:
+    """As a list of numbers, or little-endian float32 in base64."""
+    if form == "base64":
+        return base64.b64encode(vector.astype("<f4").tobytes()).decode()
+    return [float(number) for number in vector]

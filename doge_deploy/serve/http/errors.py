@@ -1,0 +1,99 @@
+"""Every error as OpenAI's error object: `{"error": {"message", "type", "param", "code"}}`.
+
+Reference: https://platform.openai.com/docs/guides/error-codes
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from starlette.exceptions import HTTPException
+
+from doge_deploy.errors import DogeDeployError, UsageError
+from doge_deploy.serve.engine import EngineFailedError, EngineStoppedError
+from doge_deploy.serve.scheduler import QueueFullError
+
+RETRY_AFTER_S = 1
+"""What a client is told to wait when the queue is full."""
+
+_LONGEST = 500
+"""Characters of a message: a value that a client sent is quoted, and may be long."""
+
+
+class ApiError(Exception):
+    """An answer other than the one that was asked for."""
+
+    def __init__(self, status: int, message: str, *, param: str | None = None, code: str | None = None) -> None:
+        super().__init__(message)
+        self.status, self.message, self.param, self.code = status, message, param, code
+
+
+def error_body(
+    status: int, message: str, *, param: str | None = None, code: str | None = None
+) -> dict[str, dict[str, str | None]]:
+    """The object, of the type that OpenAI gives this status."""
+    kinds = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
+    kind = kinds.get(status, "invalid_request_error" if status < 500 else "server_error")
+    text = message if len(message) <= _LONGEST else message[: _LONGEST - 6] + " [...]"
+    # what a client sent may hold what is no text; the answer is UTF-8
+    text = text.encode("utf-8", "replace").decode("utf-8")
+    return {"error": {"message": text, "type": kind, "param": param, "code": code}}
+
+
+def as_api_error(error: BaseException) -> ApiError:
+    """What a client is told about an error of ours."""
+    if isinstance(error, ApiError):
+        return error
+    if isinstance(error, QueueFullError):
+        return ApiError(429, f"the server is busy: {error}", code="queue_full")
+    if isinstance(error, EngineStoppedError):
+        return ApiError(503, str(error), code="shutting_down")
+    if isinstance(error, UsageError):
+        return ApiError(400, str(error))
+    if isinstance(error, (DogeDeployError, EngineFailedError)):
+        return ApiError(500, str(error))
+    return ApiError(500, f"internal error: {type(error).__name__}")
+
+
+def response(error: ApiError) -> JSONResponse:
+    """The error as an answer."""
+    headers = {"Retry-After": str(RETRY_AFTER_S)} if error.status in (429, 503) else None
+    body = error_body(error.status, error.message, param=error.param, code=error.code)
+    return JSONResponse(body, error.status, headers)
+
+
+def validation_error(error: RequestValidationError) -> ApiError:
+    """The first finding, with the field and what is legal; 400 as OpenAI's API has it, not FastAPI's 422."""
+    finding: Mapping[str, Any] = error.errors()[0]
+    place = [str(part) for part in finding["loc"] if part not in ("body", "query", "path")]
+    # parts of a union's own names, such as `list[str]`, say nothing to a client
+    field = ".".join(part for part in place if part.replace("_", "").isalnum()) or None
+    if finding["type"] == "json_invalid":
+        return ApiError(400, f"the body is not valid JSON: {finding.get('ctx', {}).get('error', finding['msg'])}")
+    if finding["type"] == "extra_forbidden":
+        return ApiError(400, f"{field}: not supported by this server", param=field, code="unsupported_parameter")
+    message = str(finding["msg"]).removeprefix("Value error, ")
+    return ApiError(400, f"{field}: {message}" if field else message, param=field)
+
+
+def install(app: FastAPI) -> None:
+    """Handlers for everything that can be raised in a route."""
+
+    @app.exception_handler(RequestValidationError)
+    async def invalid(request: Request, error: RequestValidationError) -> JSONResponse:
+        return response(validation_error(error))
+
+    @app.exception_handler(HTTPException)
+    async def http(request: Request, error: HTTPException) -> JSONResponse:
+        body = error_body(error.status_code, str(error.detail))
+        return JSONResponse(body, error.status_code, dict(error.headers or {}))
+
+    async def ours(request: Request, error: Exception) -> JSONResponse:
+        return response(as_api_error(error))
+
+    for kind in (ApiError, DogeDeployError, EngineStoppedError):
+        app.add_exception_handler(kind, ours)

@@ -1,0 +1,101 @@
+"""Prometheus metrics, under the names that dashboards of other servers use, with the prefix `doge_`.
+
+Reference: https://docs.vllm.ai/en/latest/usage/metrics.html (the names).
+"""
+
+from __future__ import annotations
+
+from prometheus_client import CollectorRegistry, Histogram
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from doge_deploy.serve.scheduler import Scheduler
+
+_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
+
+
+class Metrics:
+    """All that is measured, of all models; a label says of which."""
+
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry()
+        labels = ["model_name"]
+
+        def seconds(name: str, text: str) -> Histogram:
+            return Histogram(f"doge_{name}_seconds", text, labels, registry=self.registry, buckets=_SECONDS)
+
+        self.first_token = seconds("time_to_first_token", "From the arrival of a request to its first token.")
+        self.inter_token = seconds("inter_token_latency", "Between two tokens of a request.")
+        self.latency = seconds("e2e_request_latency", "From the arrival of a request to its end.")
+        self.queue_time = seconds("request_queue_time", "From the arrival of a request to its slot.")
+        self._states = _States()
+        self.registry.register(self._states)
+
+    def watch(self, model: str, scheduler: Scheduler) -> None:
+        """Show the state of a scheduler; it is read when somebody asks."""
+        self._states.schedulers[model] = scheduler
+
+
+class _States(Collector):
+    """What the schedulers know themselves, read at the time of a scrape. Another thread changes it meanwhile: single
+    numbers and copies of lists are read, which Python does at once.
+    """
+
+    def __init__(self) -> None:
+        self.schedulers: dict[str, Scheduler] = {}
+
+    def collect(self) -> list[Metric]:
+        """Gauges and counters, by model."""
+        return [*self._gauges(), *self._counters()]
+
+    def _gauges(self) -> list[Metric]:
+        texts = {
+            "num_requests_running": "Requests that have a slot.",
+            "num_requests_waiting": "Requests in the queue.",
+            "num_slots": "Slots of the cache.",
+            "kv_cache_usage_perc": "Share of the cache that requests in flight use, 0 to 1.",
+        }
+        families = {
+            name: GaugeMetricFamily(f"doge_{name}", text, labels=["model_name"]) for name, text in texts.items()
+        }
+        for model, scheduler in self.schedulers.items():
+            values = {
+                "num_requests_running": scheduler.running,
+                "num_requests_waiting": len(scheduler.waiting),
+                "num_slots": scheduler.runner.slots,
+                "kv_cache_usage_perc": scheduler.cache_usage,
+            }
+            for name, value in values.items():
+                families[name].add_metric([model], value)
+        return list(families.values())
+
+    def _counters(self) -> list[Metric]:
+        texts = {
+            "prompt_tokens": "Prompt tokens that were computed.",
+            "generation_tokens": "Tokens that were generated.",
+            "prefix_cache_queries": "Prompt tokens that were looked for in the slots.",
+            "prefix_cache_hits": "Prompt tokens that were found there and not computed again.",
+            "spec_draft_tokens": "Tokens that speculation proposed.",
+            "spec_accepted_tokens": "Proposed tokens that were accepted.",
+        }
+        families = {
+            name: CounterMetricFamily(f"doge_{name}", text, labels=["model_name"]) for name, text in texts.items()
+        }
+        finished = CounterMetricFamily(
+            "doge_request_success", "Requests that ended, by reason.", labels=["model_name", "finished_reason"]
+        )
+        for model, scheduler in self.schedulers.items():
+            counters = scheduler.counters
+            values = {
+                "prompt_tokens": counters.prompt_tokens,
+                "generation_tokens": counters.generated_tokens,
+                "prefix_cache_queries": counters.prefix_queries,
+                "prefix_cache_hits": counters.prefix_hits,
+                "spec_draft_tokens": counters.draft_tokens,
+                "spec_accepted_tokens": counters.accepted_tokens,
+            }
+            for name, value in values.items():
+                families[name].add_metric([model], value)
+            for reason, number in dict(counters.finished).items():
+                finished.add_metric([model, reason], number)
+        return [*families.values(), finished]

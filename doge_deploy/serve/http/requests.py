@@ -1,0 +1,264 @@
+"""Bodies of requests: OpenAI's fields and those that vLLM added, with what is legal.
+
+A field that is not here is refused by name; nothing is accepted and then ignored but what has no effect.
+
+Reference: https://platform.openai.com/docs/api-reference
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StrictBool, StrictInt, StrictStr, model_validator
+
+MAX_CHOICES = 16
+MAX_PROMPTS = 64
+"""Prompts of one completion request."""
+MAX_STOP_TEXTS = 4
+MAX_TOP_LOGPROBS = 20
+
+_NUMBER = {"allow_inf_nan": False}
+
+
+class _Body(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+
+def _neutral(*values: object) -> Any:
+    """A field that is accepted with values under which it has no effect."""
+
+    def check(value: object) -> object:
+        if value is not None and value not in values:
+            legal = " or ".join(["null", *map(repr, values)])
+            raise ValueError(f"not supported by this server; {legal} is accepted")
+        return value
+
+    return Annotated[Any, BeforeValidator(check)]
+
+
+def _as_texts(value: object) -> object:
+    return [value] if isinstance(value, str) else value
+
+
+Number = Annotated[float, Field(**_NUMBER)]
+StopTexts = Annotated[
+    list[Annotated[StrictStr, Field(min_length=1, max_length=256)]],
+    BeforeValidator(_as_texts),
+    Field(max_length=MAX_STOP_TEXTS),
+]
+
+
+class StreamOptions(_Body):
+    """What comes with a stream."""
+
+    include_usage: StrictBool = False
+    include_obfuscation: StrictBool = False
+    """Accepted and without effect here: chunks are not padded."""
+
+
+class JsonSchema(_Body):
+    """`response_format.json_schema`."""
+
+    name: StrictStr = "schema"
+    description: StrictStr | None = None
+    schema_: dict[str, Any] = Field(alias="schema")
+    strict: StrictBool | None = None
+
+
+class ResponseFormat(_Body):
+    """The form that the answer must have."""
+
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JsonSchema | None = None
+
+    @model_validator(mode="after")
+    def _has_a_schema(self) -> ResponseFormat:
+        if (self.type == "json_schema") != (self.json_schema is not None):
+            raise ValueError("json_schema belongs to type 'json_schema', which needs it")
+        return self
+
+
+class GenerationBody(_Body):
+    """What chat and text completions share. null means not given."""
+
+    model: StrictStr | None = None
+    """A name of `/v1/models`; the only model where there is one."""
+    temperature: Annotated[float, Field(ge=0, le=100, **_NUMBER)] | None = None
+    """0 takes the likeliest token."""
+    top_p: Annotated[float, Field(ge=0, le=1, **_NUMBER)] | None = None
+    top_k: Annotated[StrictInt, Field(ge=-1)] | None = None
+    """0 or -1: no limit."""
+    min_p: Annotated[float, Field(ge=0, le=1, **_NUMBER)] | None = None
+    repetition_penalty: Annotated[float, Field(gt=0, le=100, **_NUMBER)] | None = None
+    presence_penalty: Annotated[float, Field(ge=-2, le=2, **_NUMBER)] | None = None
+    frequency_penalty: Annotated[float, Field(ge=-2, le=2, **_NUMBER)] | None = None
+    logit_bias: dict[Annotated[str, Field(pattern=r"^\d{1,9}$")], Annotated[float, Field(ge=-100, le=100)]] | None = (
+        None
+    )
+    """Token id to what is added to its logit."""
+    seed: Annotated[StrictInt, Field(ge=-(2**63), lt=2**64)] | None = None
+    stop: StopTexts | None = None
+    n: Annotated[StrictInt, Field(ge=1, le=MAX_CHOICES)] | None = None
+    stream: StrictBool | None = None
+    stream_options: StreamOptions | None = None
+    response_format: ResponseFormat | None = None
+    guided_regex: Annotated[StrictStr, Field(min_length=1)] | None = None
+    guided_choice: Annotated[list[Annotated[StrictStr, Field(min_length=1)]], Field(min_length=1)] | None = None
+    guided_grammar: Annotated[StrictStr, Field(min_length=1)] | None = None
+    guided_json: dict[str, Any] | None = None
+    user: StrictStr | None = None
+    """Accepted and not looked at."""
+    metadata: dict[str, Any] | None = None
+    """The same."""
+    store: _neutral(False) = None  # type: ignore[valid-type]
+    service_tier: _neutral("auto", "default") = None  # type: ignore[valid-type]
+
+    @model_validator(mode="after")
+    def _agrees(self) -> GenerationBody:
+        if self.stream_options is not None and not self.stream:
+            raise ValueError("stream_options belongs to stream: true")
+        guided = [
+            name
+            for name in ("guided_regex", "guided_choice", "guided_grammar", "guided_json")
+            if getattr(self, name) is not None
+        ]
+        if self.response_format is not None and self.response_format.type != "text":
+            guided.append("response_format")
+        if len(guided) > 1:
+            raise ValueError(f"{guided[0]} and {guided[1]} cannot both be followed; give one of them")
+        return self
+
+
+class TextPart(_Body):
+    """A part of a message; text is the only kind that a Doge reads."""
+
+    type: Literal["text"]
+    text: StrictStr
+
+
+class Message(_Body):
+    """One message of a conversation."""
+
+    role: Annotated[StrictStr, Field(min_length=1, max_length=64)]
+    content: StrictStr | list[TextPart]
+    name: StrictStr | None = None
+    tool_calls: _neutral([]) = None  # type: ignore[valid-type]
+    refusal: _neutral() = None  # type: ignore[valid-type]
+    audio: _neutral() = None  # type: ignore[valid-type]
+    function_call: _neutral() = None  # type: ignore[valid-type]
+    annotations: _neutral([]) = None  # type: ignore[valid-type]
+
+    @property
+    def text(self) -> str:
+        """The content as one text."""
+        return self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
+
+
+class ChatBody(GenerationBody):
+    """`POST /v1/chat/completions`."""
+
+    messages: Annotated[list[Message], Field(min_length=1)]
+    max_tokens: Annotated[StrictInt, Field(ge=1)] | None = None
+    max_completion_tokens: Annotated[StrictInt, Field(ge=1)] | None = None
+    logprobs: StrictBool | None = None
+    top_logprobs: Annotated[StrictInt, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
+    tools: _neutral([]) = None  # type: ignore[valid-type]
+    tool_choice: _neutral("none", "auto") = None  # type: ignore[valid-type]
+    parallel_tool_calls: _neutral(True, False) = None  # type: ignore[valid-type]
+    functions: _neutral([]) = None  # type: ignore[valid-type]
+    modalities: _neutral(["text"]) = None  # type: ignore[valid-type]
+    reasoning_effort: _neutral() = None  # type: ignore[valid-type]
+
+    @model_validator(mode="after")
+    def _agrees_in_lengths(self) -> ChatBody:
+        if self.top_logprobs is not None and not self.logprobs:
+            raise ValueError("top_logprobs belongs to logprobs: true")
+        both = {self.max_tokens, self.max_completion_tokens} - {None}
+        if len(both) > 1:
+            raise ValueError("max_tokens and max_completion_tokens say different things; give one of them")
+        return self
+
+    @property
+    def max_new_tokens(self) -> int | None:
+        """Tokens of an answer at most, under either name."""
+        return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
+
+
+TokenId = Annotated[StrictInt, Field(ge=0, lt=2**31)]
+
+
+class CompletionBody(GenerationBody):
+    """`POST /v1/completions`."""
+
+    prompt: (
+        StrictStr
+        | Annotated[list[StrictStr], Field(min_length=1, max_length=MAX_PROMPTS)]
+        | Annotated[list[TokenId], Field(min_length=1)]
+        | Annotated[list[Annotated[list[TokenId], Field(min_length=1)]], Field(min_length=1, max_length=MAX_PROMPTS)]
+    )
+    max_tokens: Annotated[StrictInt, Field(ge=0)] | None = None
+    """0 only with `echo`: the prompt's own logprobs and nothing new."""
+    logprobs: Annotated[StrictInt, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
+    echo: StrictBool | None = None
+    suffix: _neutral("") = None  # type: ignore[valid-type]
+    best_of: _neutral(1) = None  # type: ignore[valid-type]
+
+    @model_validator(mode="after")
+    def _agrees_in_echo(self) -> CompletionBody:
+        if self.max_tokens == 0 and not self.echo:
+            raise ValueError("max_tokens=0 belongs to echo: true; else it must be at least 1")
+        return self
+
+    @property
+    def prompts(self) -> list[str | list[int]]:
+        """One entry a prompt, as text or as token ids."""
+        prompt = self.prompt
+        if isinstance(prompt, str) or isinstance(prompt[0], int):
+            return [prompt]
+        return list(prompt)
+
+
+class EmbeddingBody(_Body):
+    """`POST /v1/embeddings`."""
+
+    model: StrictStr | None = None
+    input: (
+        StrictStr
+        | Annotated[list[StrictStr], Field(min_length=1, max_length=MAX_PROMPTS)]
+        | Annotated[list[TokenId], Field(min_length=1)]
+        | Annotated[list[Annotated[list[TokenId], Field(min_length=1)]], Field(min_length=1, max_length=MAX_PROMPTS)]
+    )
+    encoding_format: Literal["float", "base64"] | None = None
+    dimensions: _neutral() = None  # type: ignore[valid-type]
+    user: StrictStr | None = None
+
+    @property
+    def texts(self) -> list[str | list[int]]:
+        """One entry a text, as text or as token ids."""
+        value = self.input
+        if isinstance(value, str) or isinstance(value[0], int):
+            return [value]
+        return list(value)
+
+
+class TokenizeBody(_Body):
+    """`POST /tokenize`: a text or a conversation."""
+
+    model: StrictStr | None = None
+    prompt: StrictStr | None = None
+    messages: Annotated[list[Message], Field(min_length=1)] | None = None
+    add_special_tokens: StrictBool = True
+    """With `prompt`: put bos in front where the tokenizer does."""
+
+    @model_validator(mode="after")
+    def _one_of_both(self) -> TokenizeBody:
+        if (self.prompt is None) == (self.messages is None):
+            raise ValueError("give prompt or messages")
+        return self
+
+
+class DetokenizeBody(_Body):
+    """`POST /detokenize`."""
+
+    model: StrictStr | None = None
+    tokens: list[TokenId]

@@ -1,0 +1,368 @@
+"""Continuous batching: requests join and leave at any step, and share the rows of one static cache.
+
+A step admits requests to free slots, makes one token for every request that is being decoded, and feeds prompts under a
+budget of tokens, so that a long prompt delays the next token of others by one chunk and no more. There is no clock and
+no thread in here: given the same arrivals between the same steps, the same steps are made, and the whole can be run
+under a clock that is not real.
+
+Axes: V vocabulary, n requests that are decoded.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from doge_deploy.errors import DogeDeployError
+from doge_deploy.runtime.base import FloatArray
+from doge_deploy.runtime.logits import Logits
+from doge_deploy.serve.request import Finished, FinishReason, PromptScored, Request, Started, State, log_probabilities
+from doge_deploy.serve.slots import Held, SlotTable, common_prefix
+from doge_deploy.serve.speculation import DraftLength, NgramIndex
+
+COPY_GAIN = 16
+"""A prefix of so many tokens is worth copying from another slot."""
+
+
+class Slots(Protocol):
+    """What the scheduler needs of a `doge_deploy.runtime.slots.SlotRunner`, whose methods say more."""
+
+    slots: int
+    max_length: int
+    all_logits: bool
+    whole_prompts: bool
+
+    def acquire(self) -> int: ...
+    def prefill(self, slot: int, ids: Sequence[int]) -> Logits: ...
+    def decode(self, slots: Sequence[int], ids: Sequence[int]) -> Logits: ...
+    def extend(self, slots: Sequence[int], ids: Sequence[Sequence[int]]) -> Logits: ...
+    def copy(self, source: int, target: int, tokens: int) -> None: ...
+    def truncate(self, slot: int, tokens: int) -> None: ...
+    def can_cut(self, slot: int) -> bool: ...
+
+
+class QueueFullError(DogeDeployError):
+    """No more requests are taken now."""
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What the scheduler may take on.
+
+    Raises:
+        ValueError: a number is not positive.
+    """
+
+    step_tokens: int = 256
+    """Tokens that one step computes at most: one for each request that is decoded, and a chunk of a prompt. At least
+    one token of a prompt is fed in each step."""
+    queue_requests: int = 256
+    """Requests that may wait."""
+    queue_tokens: int = 262_144
+    """Prompt tokens that may wait."""
+
+    def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            if value < 1:
+                raise ValueError(f"{name}={value}: must be at least 1")
+
+
+@dataclass
+class Counters:
+    """Totals since the start, for metrics."""
+
+    prompt_tokens: int = 0
+    generated_tokens: int = 0
+    prefix_queries: int = 0
+    """Prompt tokens that were looked for in the slots, and of those..."""
+    prefix_hits: int = 0
+    """...how many were there."""
+    draft_tokens: int = 0
+    accepted_tokens: int = 0
+    steps: int = 0
+    finished: dict[FinishReason, int] = field(default_factory=dict)
+
+
+class Scheduler:
+    """Owns the rows of a runner and the requests that use them. Every method is for one thread.
+
+    Args:
+        runner: the slots; the scheduler is their only user, and acquires all of them.
+        limits: how much is taken on.
+        step_costs: time of a call of Q tokens with all their logits over that of one token, by Q; without it nothing
+            is guessed.
+        exact_length: as long as a slot holds no more tokens, no key is dropped, so that guesses can be taken back.
+    """
+
+    def __init__(
+        self,
+        runner: Slots,
+        limits: Limits | None = None,
+        step_costs: Mapping[int, float] | None = None,
+        exact_length: int | None = None,
+    ) -> None:
+        self.runner = runner
+        self.limits = limits or Limits()
+        self.table = SlotTable([runner.acquire() for _ in range(runner.slots)])
+        self.counters = Counters()
+        self.waiting: deque[Request] = deque()
+        self.prefilling: list[Request] = []
+        self.decoding: list[Request] = []
+        self._ngrams: dict[Request, NgramIndex] = {}
+        self._exact_length = runner.max_length if exact_length is None else min(exact_length, runner.max_length)
+        speculates = runner.all_logits and not runner.whole_prompts
+        self._draft_length = DraftLength(step_costs) if speculates and step_costs else None
+
+    @property
+    def idle(self) -> bool:
+        """There is nothing to do."""
+        return not (self.waiting or self.prefilling or self.decoding)
+
+    @property
+    def active(self) -> list[Request]:
+        """Requests that have a slot."""
+        return [*self.decoding, *self.prefilling]
+
+    @property
+    def running(self) -> int:
+        """Requests that have a slot."""
+        return len(self.prefilling) + len(self.decoding)
+
+    @property
+    def cache_usage(self) -> float:
+        """Share of all slots that requests in flight use, 0 to 1."""
+        used = sum(request.fed for request in self.active)
+        return used / (self.runner.slots * self.runner.max_length)
+
+    @property
+    def waiting_tokens(self) -> int:
+        """Prompt tokens of the requests that wait."""
+        return sum(len(request.prompt_ids) for request in self.waiting)
+
+    def submit(self, request: Request) -> None:
+        """Put a request into the queue.
+
+        Raises:
+            QueueFullError: too many requests or tokens wait; the request was not taken.
+            ValueError: the prompt does not fit into a slot; the caller checks that first.
+        """
+        if len(request.prompt_ids) > self.runner.max_length:
+            raise ValueError(f"{len(request.prompt_ids)} tokens do not fit into {self.runner.max_length}")
+        if len(self.waiting) >= self.limits.queue_requests:
+            raise QueueFullError(f"{len(self.waiting)} requests are waiting, which is the limit")
+        tokens = self.waiting_tokens + len(request.prompt_ids)
+        if self.waiting and tokens > self.limits.queue_tokens:
+            raise QueueFullError(f"{tokens} prompt tokens would be waiting; the limit is {self.limits.queue_tokens}")
+        self.waiting.append(request)
+
+    def cancel(self, request_id: str) -> bool:
+        """End a request wherever it is; its slot is free at once. False where no request has that id."""
+        for request in self._all():
+            if request.id == request_id:
+                self._finish(request, Finished("cancelled"))
+                return True
+        return False
+
+    def abort(self, error: Exception) -> None:
+        """End every request with an error, the waiting ones too."""
+        for request in list(self._all()):
+            self._finish(request, Finished("error", request.text.flush(), error))
+
+    def step(self) -> None:
+        """Admit, make one token for each request that is decoded, feed prompts up to the budget."""
+        self.counters.steps += 1
+        self._admit()
+        budget = self.limits.step_tokens - self._decode()
+        self._prefill(max(budget, 1))
+
+    def _all(self) -> Iterable[Request]:
+        return [*self.decoding, *self.prefilling, *self.waiting]
+
+    # slots
+
+    def _admit(self) -> None:
+        """Give free slots to the requests that wait longest: an idle slot that begins as the prompt does, where the
+        prompt keeps most of what is there, else the least recently used.
+        """
+        while self.waiting and (free := self.table.free()):
+            request = self.waiting.popleft()
+            match = self.table.best_match(request.prompt_ids, free)
+            keeps = match is not None and 2 * match.tokens >= len(match.held.tokens)
+            held = match.held if match is not None and keeps else free[0]
+            self.table.take(held)
+            request.slot, request.state = held.slot, State.PREFILL
+            self.prefilling.append(request)
+
+    def _reuse(self, request: Request) -> None:
+        """Before the first token is fed: keep what the slot holds of the prompt, or copy what another holds.
+
+        The best source is looked for only now, not when the request was admitted: a request with the same beginning
+        may have been fed in between.
+        """
+        assert request.slot is not None
+        held = self.table[request.slot]
+        kept = min(common_prefix(held.tokens, request.prompt_ids), len(request.prompt_ids) - 1)
+        if kept < len(held.tokens) and not self.runner.can_cut(held.slot):
+            kept = 0
+        best = self.table.best_match(request.prompt_ids)
+        copied = best is not None and best.held is not held and best.tokens >= kept + COPY_GAIN
+        if request.score_prompt or self.runner.whole_prompts:  # every token of it has to be fed
+            kept, copied = 0, False
+        if copied and best is not None and self._can_copy(best.held, best.tokens):
+            self.runner.copy(best.held.slot, held.slot, best.tokens)
+            kept = best.tokens
+        elif kept < len(held.tokens):
+            self.runner.truncate(held.slot, kept)
+        held.tokens[:] = request.prompt_ids[:kept]
+        request.fed = kept
+        self.counters.prefix_queries += len(request.prompt_ids)
+        self.counters.prefix_hits += kept
+        request.send(Started(kept))
+
+    def _can_copy(self, source: Held, tokens: int) -> bool:
+        return tokens == len(source.tokens) or self.runner.can_cut(source.slot)
+
+    def _finish(self, request: Request, finished: Finished) -> None:
+        for requests in (self.waiting, self.prefilling, self.decoding):
+            if request in requests:
+                requests.remove(request)
+        if request.slot is not None:
+            held = self.table[request.slot]
+            if finished.reason == "error":  # what it holds is not to be trusted
+                self.runner.truncate(held.slot, 0)
+                held.tokens.clear()
+            self.table.give_back(held)
+        request.slot, request.state = None, State.DONE
+        self._ngrams.pop(request, None)
+        self.counters.finished[finished.reason] = self.counters.finished.get(finished.reason, 0) + 1
+        request.send(finished)
+
+    # prompts
+
+    def _prefill(self, budget: int) -> None:
+        """Feed prompts in the order of their arrival, until `budget` tokens were fed."""
+        for request in list(self.prefilling):
+            if budget < 1:
+                return
+            if request.fed == 0 and request.state is State.PREFILL and not request.prompt_scores:
+                self._reuse(request)
+            ids = request.pending if self.runner.whole_prompts else request.pending[:budget]
+            budget -= len(ids)
+            try:
+                self._feed(request, ids)
+            except Exception as error:  # of this row alone: the others have their own
+                self._finish(request, Finished("error", "", error))
+
+    def _feed(self, request: Request, ids: Sequence[int]) -> None:
+        assert request.slot is not None
+        if request.score_prompt:
+            every = self.runner.extend([request.slot], [ids]).numpy()[0]
+            self._score(request, ids, every)
+            logits = every[-1]
+        else:
+            logits = self.runner.prefill(request.slot, ids).numpy()[0, -1]
+        self.table[request.slot].tokens.extend(ids)
+        request.fed += len(ids)
+        self.counters.prompt_tokens += len(ids)
+        if request.fed < len(request.prompt_ids):
+            return
+        self.prefilling.remove(request)
+        self.decoding.append(request)
+        request.state = State.DECODE
+        if request.score_prompt:
+            request.send(PromptScored(tuple(request.prompt_scores)))
+            if request.max_new_tokens == 0:
+                self._finish(request, Finished("length"))
+                return
+        if self._draft_length is not None and request.speculate:
+            self._ngrams[request] = NgramIndex(request.prompt_ids)
+        self._take(request, logits)
+
+    def _score(self, request: Request, ids: Sequence[int], logits: FloatArray) -> None:
+        """Logprobs of the prompt's tokens: each from the logits of the token before it."""
+        if not request.prompt_scores:
+            request.prompt_scores.append(None)
+        following = request.prompt_ids[request.fed + 1 : request.fed + len(ids) + 1]
+        top = request.logprobs or 0
+        for row, token in zip(logits, following, strict=False):
+            request.prompt_scores.append(log_probabilities(row.astype("float32"), token, top))
+
+    # tokens
+
+    def _decode(self) -> int:
+        """One token, or an accepted draft, for each request that is decoded; returns the tokens computed."""
+        if not self.decoding:
+            return 0
+        if len(self.decoding) == 1 and not self.prefilling and (draft := self._draft(self.decoding[0])):
+            return self._check_draft(self.decoding[0], draft)
+        batch = list(self.decoding)
+        ids = [request.context[-1] for request in batch]
+        slots = [request.slot for request in batch if request.slot is not None]
+        try:
+            logits = self.runner.decode(slots, ids).numpy()[:, -1]
+        except Exception as error:  # one call for all of them: none has a result
+            for request in batch:
+                self._finish(request, Finished("error", request.text.flush(), error))
+            return len(batch)
+        for request, token in zip(batch, ids, strict=True):
+            assert request.slot is not None
+            self.table[request.slot].tokens.append(token)
+            request.fed += 1
+        for request, row in zip(batch, logits, strict=True):
+            self._take(request, row)
+        return len(batch)
+
+    def _take(self, request: Request, logits: FloatArray) -> bool:
+        """Choose the next token from `logits` `[V]`; whether the request goes on."""
+        try:
+            token, logprobs = request.choose(logits)
+            finished = request.accept(token, logprobs, self.runner.max_length)
+        except Exception as error:  # NaN, or a grammar that allows nothing: of this row alone
+            self._finish(request, Finished("error", request.text.flush(), error))
+            return False
+        self.counters.generated_tokens += 1
+        if request in self._ngrams:
+            self._ngrams[request].append(token)
+        if finished is not None:
+            self._finish(request, finished)
+        return finished is None
+
+    def _draft(self, request: Request) -> list[int]:
+        """Tokens to guess for the only request that runs: with more of them a batch is the better use of a call."""
+        ngrams = self._ngrams.get(request)
+        if self._draft_length is None or ngrams is None or request.slot is None:
+            return []
+        room = min(
+            self._exact_length - len(self.table[request.slot].tokens) - 1,
+            request.max_new_tokens - request.produced - 1,
+        )
+        length = min(self._draft_length.choose(), room)
+        return ngrams.draft(length) if length > 0 else []
+
+    def _check_draft(self, request: Request, draft: Sequence[int]) -> int:
+        """Feed the last token with a draft behind it, and accept the draft as far as the sampler picks the same."""
+        assert request.slot is not None and self._draft_length is not None
+        held, slot, last = self.table[request.slot], request.slot, request.context[-1]
+        try:
+            logits = self.runner.extend([slot], [[last, *draft]]).numpy()[0]
+        except Exception as error:
+            self._finish(request, Finished("error", request.text.flush(), error))
+            return 1 + len(draft)
+        held.tokens.append(last)
+        request.fed += 1
+        accepted, goes_on = 0, self._take(request, logits[0])
+        while goes_on and accepted < len(draft) and request.context[-1] == draft[accepted]:
+            held.tokens.append(draft[accepted])
+            request.fed += 1
+            accepted += 1
+            goes_on = self._take(request, logits[accepted])
+        if held.tokens:  # an error has emptied the row already
+            self.runner.truncate(slot, len(held.tokens))
+        self._draft_length.learn(len(draft), accepted)
+        request.drafts += len(draft)
+        request.accepted += accepted
+        self.counters.draft_tokens += len(draft)
+        self.counters.accepted_tokens += accepted
+        return 1 + len(draft)

@@ -1,0 +1,250 @@
+"""From bundles to a server that runs: everything is opened, checked and warmed up before a port is bound."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import signal
+import statistics
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from time import perf_counter
+from types import FrameType
+from typing import TYPE_CHECKING
+
+from doge_deploy.bundle.opening import Bundle, open_bundle
+from doge_deploy.errors import MissingDependencyError, UsageError
+from doge_deploy.options.backends import DEFAULT_BACKEND
+from doge_deploy.runtime.slots import SlotRunner, open_slots
+from doge_deploy.serve.scheduler import Limits, Scheduler
+from doge_deploy.serve.speculation import DRAFTS
+
+if TYPE_CHECKING:
+    import uvicorn
+
+    from doge_deploy.serve.http.app import Served
+
+LOOPBACK = ("127.0.0.1", "::1", "localhost")
+
+DEFAULT_SLOTS = 8
+
+_FLUSH_SECONDS = 1.0
+"""How long streams have to send their last event when the time to drain is over."""
+
+_log = logging.getLogger("doge_deploy.serve")
+
+
+@dataclass(frozen=True)
+class ServeOptions:
+    """How bundles are served.
+
+    Raises:
+        UsageError: a value is not legal.
+    """
+
+    host: str = "127.0.0.1"
+    port: int = 8000
+    slots: int = DEFAULT_SLOTS
+    """Texts that are made at once."""
+    backend: str = DEFAULT_BACKEND
+    engine: str | None = None
+    threads: int | None = None
+    names: tuple[str, ...] = ()
+    """What clients call the bundles, in their order; their own names where there are none."""
+    api_key_file: Path | None = None
+    no_auth: bool = False
+    """Serve other machines without a key."""
+    drain_seconds: float = 30.0
+    limits: Limits = field(default_factory=Limits)
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.port < 65536:
+            raise UsageError(f"--port {self.port}: must be 0 (any free one) to 65535")
+        if self.drain_seconds < 0:
+            raise UsageError(f"--drain-seconds {self.drain_seconds}: must be at least 0")
+        if self.host not in LOOPBACK and self.api_key_file is None and not self.no_auth:
+            raise UsageError(
+                f"--host {self.host} can be reached from other machines: give --api-key-file FILE, or --no-auth to "
+                "serve everybody"
+            )
+
+
+def require_server() -> None:
+    """Raises MissingDependencyError where a package of the server is not installed."""
+    import importlib.util
+
+    for name in ("fastapi", "uvicorn", "prometheus_client", "llguidance"):
+        if importlib.util.find_spec(name) is None:
+            raise MissingDependencyError(
+                f"serve needs {name}, which is not installed: pip install 'doge-deploy[serve]'"
+            )
+
+
+def model_name(bundle: Bundle) -> str:
+    """What a bundle is called where nobody says: the id of its checkpoint, else its folder."""
+    source = bundle.manifest.checkpoint.get("source")
+    return str(source) if source else bundle.path.resolve().name
+
+
+def open_served(paths: Sequence[Path], options: ServeOptions) -> Served:
+    """Open every bundle, with its engine ready to be started.
+
+    Raises:
+        UsageError, UnsupportedModelError, BrokenBundleError, MissingDependencyError: one of them cannot be served.
+    """
+    from doge_deploy.runtime.backend import open_backend
+    from doge_deploy.serve.engine import Engine
+    from doge_deploy.serve.http.app import Served
+    from doge_deploy.serve.http.embeddings import FeatureModel
+    from doge_deploy.serve.http.inbox import Inbox
+    from doge_deploy.serve.http.metrics import Metrics
+    from doge_deploy.serve.model import ServedText
+
+    bundles = [open_bundle(path) for path in paths]
+    names = list(options.names) or [model_name(bundle) for bundle in bundles]
+    if len(names) != len(bundles):
+        raise UsageError(f"{len(names)} names for {len(bundles)} bundles: give --served-model-name once for each")
+    if twice := next((name for index, name in enumerate(names) if name in names[:index]), None):
+        raise UsageError(f"two bundles are called {twice!r}: give each its own --served-model-name")
+    texts, features, inboxes, metrics = {}, {}, {}, Metrics()
+    for name, bundle in zip(names, bundles, strict=True):
+        task = bundle.manifest.task
+        if task == "features":
+            runner = open_backend(bundle, options.backend, threads=options.threads, engine=options.engine)
+            features[name] = FeatureModel(name, bundle, runner)
+            continue
+        if task != "causal-lm":
+            raise UsageError(f"{bundle.path} is a bundle for task={task}; causal-lm and features can be served")
+        slots = open_slots(
+            bundle,
+            options.slots,
+            options.backend,
+            threads=options.threads,
+            engine=options.engine,
+            flush_denormals=True,
+        )
+        inboxes[name] = Inbox(name, metrics)
+        scheduler = make_scheduler(bundle, slots, options.limits)
+        metrics.watch(name, scheduler)
+        texts[name] = ServedText(name, bundle, Engine(scheduler, inboxes[name].deliver), all_logits=slots.all_logits)
+    return Served(texts, features, metrics, inboxes)
+
+
+def make_scheduler(bundle: Bundle, slots: SlotRunner, limits: Limits) -> Scheduler:
+    """A scheduler that guesses where that is exact and pays."""
+    facts, length = bundle.manifest.facts, bundle.manifest.max_length
+    exact = facts.keep_window_size if facts.keep_window(length) else length
+    if facts.sliding_window is not None:
+        exact = min(exact, facts.sliding_window - 1)
+    costs = measure_step_costs(slots) if slots.all_logits and not slots.whole_prompts else None
+    return Scheduler(slots, limits, costs, exact)
+
+
+def measure_step_costs(slots: SlotRunner, rounds: int = 7) -> dict[int, float]:
+    """Time of a call of Q tokens over that of one token, by Q: medians of a few calls on an empty slot, interleaved."""
+    widths = [width for width in (1, *(length + 1 for length in DRAFTS)) if width <= slots.max_length]
+    slot = slots.acquire()
+    times: dict[int, list[float]] = {width: [] for width in widths}
+    for _ in range(rounds):
+        for width in widths:
+            slots.truncate(slot, 0)
+            start = perf_counter()
+            slots.extend([slot], [[0] * width]).numpy()
+            times[width].append(perf_counter() - start)
+    slots.release(slot)
+    one = statistics.median(times[1])
+    return {width: statistics.median(found) / one for width, found in times.items()}
+
+
+def run(paths: Sequence[Path], options: ServeOptions) -> None:
+    """Serve until a signal ends it.
+
+    Raises:
+        UsageError, UnsupportedModelError, BrokenBundleError, MissingDependencyError: nothing was served.
+    """
+    require_server()
+    import uvicorn
+
+    from doge_deploy.serve.http.app import create_app
+    from doge_deploy.serve.http.security import read_keys
+
+    keys = read_keys(options.api_key_file) if options.api_key_file is not None else ()
+    served = open_served(paths, options)
+    app = create_app(served, api_keys=keys)
+    config = uvicorn.Config(
+        app,
+        host=options.host,
+        port=options.port,
+        log_config=None,
+        access_log=False,
+        lifespan="on",
+        timeout_graceful_shutdown=int(_FLUSH_SECONDS) + 1,
+        timeout_keep_alive=75,
+    )
+    server = _make_server(config, served, options.drain_seconds)
+    with contextlib.suppress(SystemExit):  # uvicorn's way to say that it could not start
+        server.run()
+    if not server.started:
+        raise UsageError(
+            f"--host {options.host} --port {options.port}: cannot be bound; is another server running there?"
+        )
+
+
+def _make_server(config: uvicorn.Config, served: Served, drain_seconds: float) -> uvicorn.Server:
+    """A server that finishes what runs before it ends."""
+    import uvicorn
+
+    class DrainingServer(uvicorn.Server):
+        """The first signal drains, the second ends at once."""
+
+        _draining: asyncio.Task[None] | None = None
+
+        @contextlib.contextmanager
+        def capture_signals(self) -> Iterator[None]:
+            kinds = (signal.SIGTERM, signal.SIGINT)
+            before = {kind: signal.signal(kind, self.handle_exit) for kind in kinds}
+            try:
+                yield
+            finally:
+                for kind, handler in before.items():
+                    signal.signal(kind, handler or signal.SIG_DFL)
+
+        def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+            if served.draining or not self.started:
+                self.should_exit = self.force_exit = True
+                return
+            served.draining = True
+            loop = asyncio.get_event_loop_policy().get_event_loop() if frame is None else self._loop
+            loop.call_soon_threadsafe(self._begin_to_drain)
+
+        def _begin_to_drain(self) -> None:
+            self._draining = asyncio.ensure_future(self._drain())
+
+        async def _drain(self) -> None:
+            _log.info("draining", extra={"fields": {"seconds": drain_seconds}})
+            deadline = perf_counter() + drain_seconds
+            while _waiting(served) and perf_counter() < deadline:
+                await asyncio.sleep(0.05)
+            for inbox in served.inboxes.values():
+                inbox.fail("the server is shutting down")
+            deadline = perf_counter() + _FLUSH_SECONDS
+            while _waiting(served) and perf_counter() < deadline:
+                await asyncio.sleep(0.05)
+            self.should_exit = True
+
+        async def startup(self, sockets: object = None) -> None:
+            self._loop = asyncio.get_running_loop()
+            await super().startup(sockets)  # type: ignore[arg-type]
+            if self.started:
+                address = self.servers[0].sockets[0].getsockname()
+                host = f"[{address[0]}]" if ":" in address[0] else address[0]
+                names = ", ".join([*served.texts, *served.features])
+                _log.info("serving", extra={"fields": {"address": f"http://{host}:{address[1]}", "models": names}})
+
+    return DrainingServer(config)
+
+
+def _waiting(served: Served) -> int:
+    return sum(inbox.waiting for inbox in served.inboxes.values())

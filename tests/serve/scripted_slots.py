@@ -1,0 +1,101 @@
+"""Rows without a model: the next token is a function of what a row holds, so a wrong row shows at once."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from doge_deploy.runtime.base import FloatArray
+from doge_deploy.runtime.logits import HostLogits
+
+VOCAB = 97
+
+
+def next_token(history: Sequence[int]) -> int:
+    """The likeliest token after `history`: it depends on all of it."""
+    return 2 + zlib.crc32(np.asarray(history, np.int64).tobytes()) % (VOCAB - 2)
+
+
+def repeating(history: Sequence[int]) -> int:
+    """A text that repeats itself every five tokens."""
+    return history[-5] if len(history) >= 5 else 2 + len(history)
+
+
+class ScriptedSlots:
+    """As strict as a runner: every slot is checked, and nothing is held but what was fed.
+
+    Args:
+        cuts: whether a slot can be cut; where not, it can only be emptied.
+    """
+
+    whole_prompts = False
+    peak = 9.0
+    """Of the likeliest token's logit; the others are 0."""
+
+    def __init__(
+        self,
+        slots: int,
+        *,
+        max_length: int = 64,
+        rule: Callable[[list[int]], int] = next_token,
+        all_logits: bool = True,
+        cuts: bool = True,
+        vocab: int = VOCAB,
+    ) -> None:
+        self.slots, self.max_length, self.all_logits, self.cuts = slots, max_length, all_logits, cuts
+        self.rows: dict[int, list[int]] = {}
+        self.rule, self.vocab = rule, vocab
+        self.calls: list[tuple[str, int]] = []
+        """Kind and number of tokens of each call."""
+        self.nan_after: set[tuple[int, ...]] = set()
+        """Histories after which the logits are NaN."""
+
+    def acquire(self) -> int:
+        slot = len(self.rows)
+        assert slot < self.slots
+        self.rows[slot] = []
+        return slot
+
+    def _logits(self, history: list[int]) -> FloatArray:
+        logits = np.full(self.vocab, 0.0, np.float32)
+        logits[self.rule(history)] = self.peak
+        if tuple(history) in self.nan_after:
+            logits[:] = np.nan
+        return logits
+
+    def _feed(self, slot: int, ids: Sequence[int]) -> FloatArray:
+        assert len(ids) > 0 and len(self.rows[slot]) + len(ids) <= self.max_length
+        result = []
+        for token in ids:
+            self.rows[slot].append(token)
+            result.append(self._logits(self.rows[slot]))
+        return np.stack(result if self.all_logits else result[-1:])
+
+    def prefill(self, slot: int, ids: Sequence[int]) -> HostLogits:
+        self.calls.append(("prefill", len(ids)))
+        return HostLogits(self._feed(slot, ids)[None])
+
+    def extend(self, slots: Sequence[int], ids: Sequence[Sequence[int]]) -> HostLogits:
+        ((slot,), (tokens,)) = slots, ids
+        self.calls.append(("extend", len(tokens)))
+        return HostLogits(self._feed(slot, tokens)[None])
+
+    def decode(self, slots: Sequence[int], ids: Sequence[int]) -> HostLogits:
+        assert len(slots) == len(ids) == len(set(slots)) > 0
+        self.calls.append(("decode", len(ids)))
+        return HostLogits(np.stack([self._feed(slot, [token]) for slot, token in zip(slots, ids, strict=True)]))
+
+    def copy(self, source: int, target: int, tokens: int) -> None:
+        assert source != target and 1 <= tokens <= len(self.rows[source])
+        assert self.cuts or tokens == len(self.rows[source])
+        self.rows[target] = self.rows[source][:tokens]
+
+    def truncate(self, slot: int, tokens: int) -> None:
+        assert tokens <= len(self.rows[slot])
+        assert self.cuts or tokens in (0, len(self.rows[slot]))
+        del self.rows[slot][tokens:]
+
+    def can_cut(self, slot: int) -> bool:
+        return self.cuts

@@ -1,0 +1,114 @@
+"""A server in this process, on a real port: with a bundle's own engine, or with slots that are scripted."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+import uvicorn
+from scripted_slots import ScriptedSlots
+
+from doge_deploy.bundle.opening import open_bundle
+from doge_deploy.serve.engine import Engine
+from doge_deploy.serve.http.app import Served, create_app
+from doge_deploy.serve.http.inbox import Inbox
+from doge_deploy.serve.http.metrics import Metrics
+from doge_deploy.serve.model import ServedText
+from doge_deploy.serve.scheduler import Limits, Scheduler
+from doge_deploy.serve.start import ServeOptions, open_served
+
+NAME = "doge"
+
+
+class SlowSlots(ScriptedSlots):
+    """Takes its time, so that a test can do something meanwhile; a draw gives the likeliest token too."""
+
+    peak = 60.0
+
+    def __init__(self, *arguments: Any, seconds: float = 0.0, **keywords: Any) -> None:
+        super().__init__(*arguments, **keywords)
+        self.seconds = seconds
+
+    def _feed(self, slot: int, ids: Sequence[int]) -> Any:
+        time.sleep(self.seconds)
+        return super()._feed(slot, ids)
+
+
+@dataclass
+class Running:
+    """A server that runs, and what is inside it."""
+
+    url: str
+    served: Served
+    client: httpx.Client
+
+    @property
+    def scheduler(self) -> Scheduler:
+        return next(iter(self.served.texts.values())).engine._scheduler
+
+    def post(self, path: str, status: int = 200, **body: Any) -> Any:
+        response = self.client.post(path, json=body)
+        assert response.status_code == status, response.text
+        return response.json()
+
+    def complete(self, prompt: Any, **options: Any) -> Any:
+        return self.post("/v1/completions", prompt=prompt, **options)
+
+    def stream(self, path: str, **body: Any) -> list[dict[str, Any]]:
+        """The chunks of a stream, which must end with [DONE]."""
+        with self.client.stream("POST", path, json={**body, "stream": True}) as response:
+            assert response.status_code == 200, response.read()
+            lines = [line for line in response.iter_lines() if line]
+        assert lines.pop() == "data: [DONE]"
+        return [json.loads(line.removeprefix("data: ")) for line in lines]
+
+    def wait_until(self, condition: Callable[[], bool], seconds: float = 20.0) -> None:
+        deadline = time.monotonic() + seconds
+        while not condition():
+            assert time.monotonic() < deadline, "it did not happen"
+            time.sleep(0.005)
+
+
+def scripted(bundle_path: Path, slots: ScriptedSlots, limits: Limits | None = None, costs: Any = None) -> Served:
+    """The bundle's tokenizer and options over slots that are scripted."""
+    bundle = open_bundle(bundle_path)
+    metrics = Metrics()
+    inbox = Inbox(NAME, metrics)
+    scheduler = Scheduler(slots, limits, costs)
+    metrics.watch(NAME, scheduler)
+    model = ServedText(NAME, bundle, Engine(scheduler, inbox.deliver), all_logits=slots.all_logits)
+    return Served({NAME: model}, {}, metrics, {NAME: inbox})
+
+
+def of_bundle(*paths: Path, **options: Any) -> Served:
+    """Bundles as `doge-deploy serve` opens them."""
+    return open_served(paths, ServeOptions(threads=1, **options))
+
+
+@contextlib.contextmanager
+def running(served: Served, **options: Any) -> Iterator[Running]:
+    """Serve on a free port until the block ends."""
+    config = uvicorn.Config(create_app(served, **options), port=0, log_config=None, access_log=False, lifespan="on")
+    server = uvicorn.Server(config)
+    thread = threading.Thread(target=lambda: asyncio.run(server.serve()), daemon=True)
+    thread.start()
+    deadline = time.monotonic() + 30
+    while not server.started:
+        assert time.monotonic() < deadline and thread.is_alive()
+        time.sleep(0.005)
+    url = f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
+    with httpx.Client(base_url=url, timeout=60) as client:
+        try:
+            yield Running(url, served, client)
+        finally:
+            server.should_exit = True
+            thread.join(30)
+            assert not thread.is_alive()

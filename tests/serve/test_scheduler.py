@@ -1,0 +1,383 @@
+"""The scheduler on rows that are scripted: what each request gets is what it gets alone, whatever its neighbours."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pytest
+from scripted_slots import VOCAB, ScriptedSlots, next_token, repeating
+
+from doge_deploy.errors import UnsupportedModelError
+from doge_deploy.runtime.sampling import Sampler, SamplingOptions
+from doge_deploy.serve.request import Event, Finished, Produced, PromptScored, Request, Started, State
+from doge_deploy.serve.scheduler import Limits, QueueFullError, Scheduler
+
+EOS = 1
+
+
+class Digits:
+    """Each token as its number; stops behind a given text."""
+
+    def __init__(self, stop: str | None = None) -> None:
+        self.stopped, self._stop, self._text = False, stop, ""
+
+    def push(self, token: int) -> str:
+        self._text += f"{token} "
+        self.stopped = self._stop is not None and self._stop in self._text
+        return "" if self.stopped else f"{token} "
+
+    def flush(self) -> str:
+        return ""
+
+
+class Answer(list[Event]):
+    """The events of one request."""
+
+    @property
+    def tokens(self) -> list[int]:
+        return [event.token for event in self if isinstance(event, Produced)]
+
+    @property
+    def finished(self) -> Finished:
+        assert isinstance(self[-1], Finished)
+        return self[-1]
+
+    @property
+    def cached(self) -> int:
+        return next(event.cached_tokens for event in self if isinstance(event, Started))
+
+
+def request(prompt: Sequence[int], *, name: str = "r", tokens: int = 8, **changes: Any) -> tuple[Request, Answer]:
+    answer = Answer()
+    options = changes.pop("sampling", SamplingOptions())
+    fields = {"eos_ids": frozenset({EOS}), "text": Digits(changes.pop("stop", None)), **changes}
+    return Request(name, list(prompt), Sampler(options), tokens, answer.append, **fields), answer
+
+
+def alone(prompt: Sequence[int], tokens: int, rule: Callable[[Sequence[int]], int] = next_token) -> list[int]:
+    history = list(prompt)
+    for _ in range(tokens):
+        history.append(rule(history))
+        if history[-1] == EOS:
+            break
+    return history[len(prompt) :]
+
+
+def run(scheduler: Scheduler, limit: int = 10_000) -> None:
+    for _ in range(limit):
+        if scheduler.idle:
+            return
+        scheduler.step()
+    raise AssertionError("the scheduler does not come to an end")
+
+
+def make(slots: int = 2, *, limits: Limits | None = None, costs: Any = None, **rows: Any) -> Scheduler:
+    exact_length = None if rows.get("cuts", True) else 0  # nothing could be taken back
+    return Scheduler(ScriptedSlots(slots, **rows), limits, costs, exact_length)
+
+
+def test_one_request() -> None:
+    scheduler = make()
+    one, answer = request([5, 6, 7])
+    scheduler.submit(one)
+    run(scheduler)
+    assert answer.tokens == alone([5, 6, 7], 8)
+    assert answer.finished.reason == "length" and one.state is State.DONE
+    assert answer[0] == Started(0)
+
+
+@pytest.mark.parametrize("cuts", [True, False])
+@pytest.mark.parametrize("all_logits", [True, False])
+@pytest.mark.parametrize("seed", range(40))
+def test_any_schedule_gives_each_request_what_it_gets_alone(seed: int, all_logits: bool, cuts: bool) -> None:
+    random_ = random.Random(seed)
+    limits = Limits(step_tokens=random_.choice([1, 3, 8, 64]))
+    costs = random_.choice([None, {1: 1.0, 2: 1.1, 4: 1.2, 8: 1.4}])
+    rule = random_.choice([next_token, repeating])
+    scheduler = make(random_.randint(1, 4), limits=limits, costs=costs, all_logits=all_logits, cuts=cuts, rule=rule)
+    prefixes = [[random_.randrange(2, VOCAB) for _ in range(random_.randint(1, 30))] for _ in range(3)]
+    expected, answers, cancelled = {}, {}, set()
+    for step in range(400):
+        if step < 200 and random_.random() < 0.2:
+            prompt = random_.choice(prefixes)[: random_.randint(1, 30)]
+            prompt = prompt + [random_.randrange(2, VOCAB) for _ in range(random_.randint(0, 6))]
+            name, tokens = f"r{step}", random_.randint(1, 20)
+            one, answers[name] = request(prompt, name=name, tokens=tokens)
+            expected[name] = alone(prompt, tokens, rule)
+            scheduler.submit(one)
+        if random_.random() < 0.03 and expected:
+            name = random_.choice(sorted(expected))
+            if scheduler.cancel(name):
+                cancelled.add(name)
+        scheduler.step()
+        held = scheduler.runner.rows
+        assert all(scheduler.table[slot].tokens == tokens for slot, tokens in held.items())
+    run(scheduler)
+    assert len(answers) > 10
+    for name, answer in answers.items():
+        if name in cancelled:
+            assert answer.tokens == expected[name][: len(answer.tokens)] and answer.finished.reason == "cancelled"
+        else:
+            assert answer.tokens == expected[name]
+        assert sum(isinstance(event, Finished) for event in answer) == 1
+    assert scheduler.table.busy == 0
+
+
+def test_a_long_prompt_delays_the_next_token_of_others_by_one_chunk() -> None:
+    scheduler = make(limits=Limits(step_tokens=8), max_length=512)
+    first, answer = request([5], tokens=100)
+    scheduler.submit(first)
+    scheduler.step()
+    long, _ = request(range(2, 90), name="long")
+    scheduler.submit(long)
+    rows = scheduler.runner
+    while long.state is not State.DECODE:
+        before, calls = len(answer.tokens), len(rows.calls)
+        scheduler.step()
+        assert len(answer.tokens) == before + 1
+        assert sum(count for _, count in rows.calls[calls:]) <= 8
+
+
+def test_a_slot_is_free_within_one_step_of_a_cancellation() -> None:
+    scheduler = make(1)
+    first, answer = request([5], name="first", tokens=50)
+    second, other = request([6], name="second", tokens=3)
+    scheduler.submit(first)
+    scheduler.submit(second)
+    scheduler.step()
+    assert scheduler.cancel("first") and not scheduler.cancel("first") and not scheduler.cancel("nobody")
+    assert answer.finished.reason == "cancelled"
+    scheduler.step()
+    assert second.slot == 0
+    run(scheduler)
+    assert other.tokens == alone([6], 3)
+
+
+@pytest.mark.parametrize("when", ["queued", "prefill", "decode"])
+def test_a_request_can_be_cancelled_in_every_state(when: str) -> None:
+    scheduler = make(1, limits=Limits(step_tokens=2))
+    other, others = request([9], name="other", tokens=4)
+    one, answer = request(range(2, 12), name="one", tokens=50)
+    for each in (other, one) if when == "queued" else (one, other):
+        scheduler.submit(each)
+    while one.state.value != when:
+        scheduler.step()
+    scheduler.cancel("one")
+    run(scheduler)
+    assert answer.finished.reason == "cancelled" and others.tokens == alone([9], 4)
+
+
+def test_the_next_turn_of_a_conversation_feeds_only_what_is_new() -> None:
+    scheduler = make(2)
+    one, answer = request(range(2, 20), tokens=5)
+    scheduler.submit(one)
+    run(scheduler)
+    turn = [*range(2, 20), *answer.tokens, 50, 51]
+    two, later = request(turn, tokens=3)
+    scheduler.submit(two)
+    run(scheduler)
+    # the last token of an answer is in the text, and was never fed
+    assert later.cached == 18 + 4 and later.tokens == alone(turn, 3)
+
+
+def test_a_prefix_is_copied_from_a_request_that_is_running() -> None:
+    scheduler = make(2)
+    system = list(range(2, 40))
+    one, _ = request([*system, 60], name="one", tokens=20)
+    two, answer = request([*system, 70], name="two", tokens=3)
+    scheduler.submit(one)
+    scheduler.submit(two)  # both are admitted in one step; the second is fed after the first
+    run(scheduler)
+    assert answer.cached == len(system) and answer.tokens == alone([*system, 70], 3)
+    assert scheduler.counters.prefix_hits == len(system)
+
+
+def test_another_users_conversation_is_not_thrown_away_for_a_short_prefix() -> None:
+    scheduler = make(3, max_length=128)
+    system = list(range(2, 20))
+    one, first = request([*system, *range(40, 80)], name="one", tokens=2)
+    scheduler.submit(one)
+    run(scheduler)
+    two, second = request([*system, 90], name="two", tokens=2)
+    scheduler.submit(two)
+    run(scheduler)
+    assert second.cached == len(system)
+    again, third = request([*system, *range(40, 80), *first.tokens, 30], name="again", tokens=2)
+    scheduler.submit(again)
+    run(scheduler)
+    assert third.cached == len(system) + 40 + 1
+
+
+def test_rows_that_cannot_go_back_are_reused_only_whole() -> None:
+    scheduler = make(1, cuts=False)
+    for prompt, cached in ([2, 3, 4], 0), ([2, 3, 4, *alone([2, 3, 4], 2), 9], 4), ([2, 3, 5], 0):
+        one, answer = request(prompt, tokens=2)
+        scheduler.submit(one)
+        run(scheduler)
+        assert answer.cached == cached and answer.tokens == alone(prompt, 2)
+
+
+def test_the_queue_is_bounded_by_requests_and_by_tokens() -> None:
+    scheduler = make(1, limits=Limits(queue_requests=2, queue_tokens=10))
+    scheduler.submit(request([5] * 9)[0])
+    with pytest.raises(QueueFullError, match="11 prompt tokens would be waiting; the limit is 10"):
+        scheduler.submit(request([5, 5])[0])
+    scheduler.submit(request([5])[0])
+    with pytest.raises(QueueFullError, match="2 requests are waiting"):
+        scheduler.submit(request([5])[0])
+
+
+def test_a_prompt_longer_than_the_queues_limit_can_be_served_alone() -> None:
+    scheduler = make(1, limits=Limits(queue_tokens=3))
+    one, answer = request([5] * 9, tokens=1)
+    scheduler.submit(one)
+    run(scheduler)
+    assert answer.finished.reason == "length"
+
+
+def test_requests_are_admitted_in_the_order_of_their_arrival() -> None:
+    scheduler = make(1)
+    order: list[str] = []
+    for name in "abc":
+        one, _ = request([5, 6], name=name, tokens=2)
+        one.send = lambda event, name=name: order.append(name) if isinstance(event, Started) else None
+        scheduler.submit(one)
+    run(scheduler)
+    assert order == ["a", "b", "c"]
+
+
+def test_nan_in_one_row_fails_that_request_alone_and_its_row_is_not_used_again() -> None:
+    scheduler = make(2)
+    bad, wrong = request([5, 6, 7], name="bad")
+    good, right = request([8, 9], name="good")
+    scheduler.runner.nan_after.add((5, 6, 7, *alone([5, 6, 7], 3)))
+    scheduler.submit(bad)
+    scheduler.submit(good)
+    run(scheduler)
+    assert wrong.finished.reason == "error" and isinstance(wrong.finished.error, UnsupportedModelError)
+    assert wrong.tokens == alone([5, 6, 7], 3)
+    assert right.tokens == alone([8, 9], 8)
+    assert [] in scheduler.runner.rows.values()
+
+
+def test_an_error_of_the_runner_ends_the_requests_of_that_call_and_no_later_one() -> None:
+    scheduler = make(2)
+    one, answer = request([5], name="one", tokens=30)
+    scheduler.submit(one)
+    scheduler.step()
+    original, scheduler.runner.decode = scheduler.runner.decode, lambda slots, ids: 1 / 0
+    scheduler.step()
+    assert isinstance(answer.finished.error, ZeroDivisionError)
+    scheduler.runner.decode = original
+    two, later = request([5], name="two", tokens=4)
+    scheduler.submit(two)
+    run(scheduler)
+    assert later.tokens == alone([5], 4)
+
+
+def test_abort_ends_everything() -> None:
+    scheduler = make(1)
+    answers = []
+    for name in "abc":
+        one, answer = request([5], name=name, tokens=30)
+        answers.append(answer)
+        scheduler.submit(one)
+    scheduler.step()
+    scheduler.abort(RuntimeError("shutting down"))
+    assert scheduler.idle and all(str(answer.finished.error) == "shutting down" for answer in answers)
+
+
+def test_a_full_row_ends_a_text() -> None:
+    scheduler = make(1, max_length=8)
+    one, answer = request([5, 6, 7], tokens=100)
+    scheduler.submit(one)
+    run(scheduler)
+    assert answer.finished.reason == "length" and answer.tokens == alone([5, 6, 7], 6)
+
+
+def test_a_stop_text_ends_a_request() -> None:
+    scheduler = make(1)
+    third = alone([5, 6], 3)[2]
+    one, answer = request([5, 6], tokens=100, stop=f"{third} ")
+    scheduler.submit(one)
+    run(scheduler)
+    assert answer.finished.reason == "stop" and len(answer.tokens) == 3
+
+
+def test_logprobs_are_those_of_the_distribution_before_the_temperature() -> None:
+    scheduler = make(1)
+    options = SamplingOptions(do_sample=True, temperature=0.01, seed=0)
+    one, answer = request([5, 6], tokens=1, logprobs=3, sampling=options)
+    scheduler.submit(one)
+    run(scheduler)
+    (produced,) = (event for event in answer if isinstance(event, Produced))
+    assert produced.logprobs is not None
+    assert produced.logprobs.logprob == pytest.approx(-0.01179, abs=1e-4)  # 9 - log(e^9 + 96)
+    assert [token for token, _ in produced.logprobs.top] == [produced.token, 0, 1]
+
+
+@pytest.mark.parametrize("chunk", [1, 3, 64])
+def test_the_prompt_is_scored_whole_whatever_the_chunks(chunk: int) -> None:
+    scheduler = make(1, limits=Limits(step_tokens=chunk))
+    prompt = [5, 6, next_token([5, 6]), 9]
+    for _ in range(2):  # the second time the slot holds all of it
+        one, answer = request(prompt, tokens=0, logprobs=0, score_prompt=True)
+        scheduler.submit(one)
+        run(scheduler)
+        (scored,) = (event for event in answer if isinstance(event, PromptScored))
+        assert [entry and entry.token for entry in scored.entries] == [None, *prompt[1:]]
+        likely = [entry is not None and entry.logprob > -1 for entry in scored.entries]
+        assert likely == [False, False, True, False]
+        assert answer.finished.reason == "length" and answer.tokens == []
+
+
+COSTS = {1: 1.0, 2: 1.1, 4: 1.2, 8: 1.4}
+
+
+class TestSpeculation:
+    def test_a_text_that_repeats_itself_takes_fewer_calls_and_stays_the_same(self) -> None:
+        counts = {}
+        for costs in (None, COSTS):
+            scheduler = make(1, costs=costs, rule=repeating, max_length=256)
+            one, answer = request([5, 6, 7, 8, 9], tokens=100)
+            scheduler.submit(one)
+            run(scheduler)
+            assert answer.tokens == alone([5, 6, 7, 8, 9], 100, repeating)
+            counts[costs is None] = len(scheduler.runner.calls)
+        assert counts[False] * 3 < counts[True]
+
+    def test_it_gives_up_where_guesses_are_wrong(self) -> None:
+        """Behind the same two tokens comes another third one each time."""
+
+        def rule(history: Sequence[int]) -> int:
+            return (2, 3, 4 + len(history) // 3)[len(history) % 3]
+
+        scheduler = make(1, costs=COSTS, max_length=512, rule=rule)
+        one, answer = request([2, 3, 4], tokens=260)
+        scheduler.submit(one)
+        run(scheduler)
+        assert answer.tokens == alone([2, 3, 4], 260, rule)
+        assert one.drafts > 0 and one.accepted == 0
+        assert sum(kind == "extend" for kind, _ in scheduler.runner.calls) < 20
+
+    def test_draws_are_the_same_with_and_without(self) -> None:
+        texts = []
+        for costs in (None, COSTS):
+            scheduler = make(1, costs=costs, rule=repeating, max_length=256)
+            options = SamplingOptions(do_sample=True, temperature=1.5, top_k=0, seed=3)
+            one, answer = request([5, 6, 7, 8, 9], tokens=200, sampling=options)
+            scheduler.submit(one)
+            run(scheduler)
+            texts.append(answer.tokens)
+            assert costs is None or one.accepted > 20
+        assert texts[0] == texts[1]
+
+    def test_with_company_a_batch_is_used(self) -> None:
+        scheduler = make(2, costs=COSTS, rule=repeating)
+        for name in "ab":
+            scheduler.submit(request([5, 6, 7, 8, 9], name=name, tokens=30)[0])
+        run(scheduler)
+        kinds = [kind for kind, _ in scheduler.runner.calls]
+        assert "extend" not in kinds[: kinds.index("decode") + 1]

@@ -1,0 +1,135 @@
+"""`doge-deploy serve` as a process: how it starts, how it is told what is wrong, and how it ends."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import pytest
+
+from doge_deploy.cli.main import run_command
+
+LONG = {"prompt": "x", "max_tokens": 500, "stream": True, "logit_bias": {"1": -100, "5": -100}}
+"""A text that does not end by itself."""
+
+
+@contextlib.contextmanager
+def serving(bundle: Path, *options: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
+    """The process and its address; it is killed at the end if it is still there."""
+    command = [sys.executable, "-m", "doge_deploy.cli", "serve", str(bundle), "--port", "0", "--threads", "1", *options]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    try:
+        assert process.stderr is not None
+        line = process.stderr.readline()
+        found = re.search(r"http://[0-9.]+:[0-9]+", line)
+        assert found, line
+        yield process, found[0]
+    finally:
+        process.kill()
+        process.wait()
+
+
+def test_sigterm_lets_running_texts_end_and_takes_no_more(tiny_bundle_last: Path) -> None:
+    with serving(tiny_bundle_last) as (process, url), httpx.Client(base_url=url, timeout=60) as client:
+        body = {
+            "prompt": "x",
+            "max_tokens": 400,
+            "temperature": 0,
+            "stream": True,
+            "logit_bias": {"1": -100, "5": -100},
+        }
+        with client.stream("POST", "/v1/completions", json=body) as response:
+            lines = response.iter_lines()
+            next(lines)
+            process.send_signal(signal.SIGTERM)
+            late = httpx.get(f"{url}/ready", timeout=60)
+            assert late.status_code == 503 and late.json() == {"status": "draining"}
+            refused = httpx.post(f"{url}/v1/completions", json={"prompt": "y"}, timeout=60)
+            assert refused.status_code == 503 and refused.json()["error"]["code"] == "shutting_down"
+            rest = [line for line in lines if line]
+        assert rest[-1] == "data: [DONE]"
+        assert json.loads(rest[-2].removeprefix("data: "))["choices"][0]["finish_reason"] == "length"
+        assert process.wait(30) == 0
+
+
+def test_what_does_not_end_in_time_ends_with_an_error_event(tiny_bundle_last: Path) -> None:
+    with serving(tiny_bundle_last, "--drain-seconds", "0") as (process, url), httpx.Client(timeout=60) as client:
+        body = {
+            "prompt": "x",
+            "max_tokens": 500,
+            "temperature": 0,
+            "stream": True,
+            "logit_bias": {"1": -100, "5": -100},
+        }
+        with client.stream("POST", f"{url}/v1/completions", json=body) as response:
+            lines = response.iter_lines()
+            next(lines)
+            process.send_signal(signal.SIGTERM)
+            rest = [json.loads(line[6:]) for line in lines if line and line != "data: [DONE]"]
+        assert "shutting down" in rest[-1]["error"]["message"]
+        assert process.wait(30) == 0
+
+
+def test_a_second_signal_ends_at_once(tiny_bundle_last: Path) -> None:
+    with serving(tiny_bundle_last, "--drain-seconds", "600") as (process, url):
+        # a request that has not been sent to its end keeps the connection, and the server waits for texts only
+        host, port = url.removeprefix("http://").split(":")
+        connection = socket.create_connection((host, int(port)))
+        client = httpx.Client(timeout=60)
+        asked = client.stream("POST", f"{url}/v1/completions", json={**LONG, "n": 16})
+        with connection, client, asked as response:
+            next(response.iter_lines())
+            start = time.monotonic()
+            process.send_signal(signal.SIGINT)
+            time.sleep(0.2)
+            process.send_signal(signal.SIGINT)
+            process.wait(20)
+            assert time.monotonic() - start < 20
+
+
+@pytest.mark.parametrize(
+    ("options", "message", "code"),
+    [
+        (["--host", "0.0.0.0"], "give --api-key-file FILE, or --no-auth", 2),
+        (["--port", "99999"], "--port 99999: must be 0", 2),
+        (["--api-key-file", "nowhere"], "--api-key-file nowhere: cannot be read", 2),
+        (["--served-model-name", "a", "--served-model-name", "b"], "2 names for 1 bundles", 2),
+        (["--backend", "nothing"], "nothing", 2),
+        (["--drain-seconds", "-1"], "--drain-seconds -1.0: must be at least 0", 2),
+        (["--api-key-file", "x", "--no-auth"], "contradict each other", 2),
+    ],
+)
+def test_wrong_options_are_one_line(
+    tiny_bundle_last: Path, capsys: pytest.CaptureFixture[str], options: list[str], message: str, code: int
+) -> None:
+    assert run_command(["serve", str(tiny_bundle_last), *options]) == code
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1
+
+
+def test_a_port_that_is_taken_is_one_line(tiny_bundle_last: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        assert run_command(["serve", str(tiny_bundle_last), "--port", port]) == 2
+    assert f"--port {port}: cannot be bound" in capsys.readouterr().err
+
+
+def test_two_bundles_of_one_name_need_names(tiny_bundle_last: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_command(["serve", str(tiny_bundle_last), str(tiny_bundle_last)]) == 2
+    assert "two bundles are called 'doge-tiny': give each its own --served-model-name" in capsys.readouterr().err
+
+
+def test_mixtures_whose_rows_depend_on_each_other_are_refused(
+    tiny_moe_bundle: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run_command(["serve", str(tiny_moe_bundle), "--port", "0"]) == 3
+    assert "--routing per-token, or use one slot" in capsys.readouterr().err
