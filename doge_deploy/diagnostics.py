@@ -39,6 +39,12 @@ def _distance(a: str, b: str) -> int:
     return last[-1]
 
 
+def joined(words: Sequence[str]) -> str:
+    """`a`, `a and b`, or `a, b and c`."""
+    *first, last = words
+    return f"{', '.join(first)} and {last}" if first else last
+
+
 def join_findings(findings: Sequence[str], limit: int = MAX_FINDINGS) -> str:
     """All findings in one line, those after the first `limit` as a number."""
     shown = "; ".join(shortened(finding) for finding in findings[:limit])

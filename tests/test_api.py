@@ -305,7 +305,7 @@ class TestLoad:
     def test_what_it_can_refuse(self, tiny_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         with pytest.raises(UsageError, match="is not a directory"):
             doge_deploy.load(tmp_path / "none")
-        with pytest.raises(UsageError, match="no 'paged' layout"):
+        with pytest.raises(UsageError, match="--layout paged: ort runs static, growing and uncached"):
             doge_deploy.load(tiny_bundle, layout="paged")
         with pytest.raises(UsageError, match="top_p=3: must be"):
             doge_deploy.load(tiny_bundle, defaults={"top_p": 3, "do_sample": True})

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import architecture_page
 import pytest
 
 PACKAGE = Path(__file__).parent.parent / "doge_deploy"
@@ -105,3 +106,8 @@ def test_the_runtime_needs_neither_torch_nor_transformers_nor_the_graph() -> Non
     names = ", ".join(f"doge_deploy.runtime.{name}" for name in ("base", "ort", "sampling", "tokenizer", "generate"))
     found = modules_after(f"import {names}")
     assert not {"torch", "transformers", "onnx", "doge_deploy.graph", "doge_deploy.model"} & found
+
+
+def test_the_page_has_a_line_for_every_file() -> None:
+    text = architecture_page.PAGE.read_text(encoding="utf-8")
+    assert text == architecture_page.page(text), "run python tests/architecture_page.py"

@@ -16,7 +16,7 @@ from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 
-from doge_deploy.diagnostics import suggest
+from doge_deploy.diagnostics import joined, suggest
 from doge_deploy.errors import MissingDependencyError, UsageError
 from doge_deploy.options.backends import DEFAULT_BACKEND
 from doge_deploy.targets.deployment import Constraints, DeployableModel, Obstacle
@@ -182,7 +182,7 @@ class Backend(ABC, Generic[RunnerT]):
         """
         if not set(model.layouts) & set(self.layouts):
             yield Obstacle(
-                f"{model.name} holds {', '.join(model.layouts)}, and {self.name} runs {' and '.join(self.layouts)}",
+                f"{model.name} holds {', '.join(model.layouts)}, and {self.name} runs {joined(self.layouts)}",
                 "use another backend",
             )
 
@@ -218,7 +218,7 @@ class Backend(ABC, Generic[RunnerT]):
         if name is not None and name not in self.layouts:
             takers = _owners(lambda other: name in other.layouts)
             belongs = f"--layout {name} belongs to --backend {takers}; " if takers else f"--layout {name}: "
-            raise UsageError(f"{belongs}{self.name} runs {' and '.join(self.layouts)}")
+            raise UsageError(f"{belongs}{self.name} runs {joined(self.layouts)}")
         held = [one for one in bundle.manifest.layouts if one in self.layouts]
         if name is None and not held:
             raise UsageError(

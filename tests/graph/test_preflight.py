@@ -99,7 +99,7 @@ BROKEN: list[tuple[Callable[[ir.Node], None], str]] = [
     (illegal_attribute, "attribute rows=7 must be one of 16, 32, 64"),
     (limit, "is outside its limits: keep_window_size at least 1"),
     (wrong_dtype, r"score is float16; takes score: float32\[B, S, K, 1\]"),
-    (unsupported_t, "query is double; takes query: T.*, T one of float32, float16, bfloat16"),
+    (unsupported_t, "query is float64; takes query: T.*, T one of float32, float16, bfloat16"),
     (wrong_rank, r"score has 3 axes \[B, 2, K\]; takes score: float32\[B, S, K, 1\]"),
     (wrong_size, "score axis 3 is 3; 1 is needed"),
     (too_many_slots, r"K=16777216, .* is outside its limits: K below 2\^24"),

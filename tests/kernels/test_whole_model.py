@@ -92,6 +92,8 @@ def test_a_wrong_kernel_is_found(
     class OneLess:
         """Each row loses its w-th key. The list of kept slots stays: a wrong one would be read as addresses."""
 
+        arg_names = original.arg_names
+
         def __getitem__(self, grid: Any) -> Any:
             def launch(*arguments: Any, **constants: Any) -> None:
                 original[grid](*arguments, **constants)
