@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import shutil
 import sys
+from pathlib import Path
 
 import nox
 
@@ -102,6 +103,27 @@ def interop_genai(session: nox.Session) -> None:
     """Bundles in onnxruntime-genai: the same greedy tokens."""
     session.install("-r", "tests/interop/requirements-genai.txt")
     session.run("python", "tests/interop/genai_client.py", interop_bundles(session))
+
+
+@nox.session(name="interop-openvino")
+def interop_openvino(session: nox.Session) -> None:
+    """Bundles without local functions in OpenVINO: the same greedy tokens."""
+    session.install("-r", "tests/interop/requirements-openvino.txt")
+    session.run("python", "tests/interop/openvino_client.py", interop_bundles(session))
+
+
+@nox.session(name="interop-node")
+def interop_node(session: nox.Session) -> None:
+    """Bundles in onnxruntime-node, from JavaScript: the same greedy tokens.  Needs Node and npm."""
+    for program in ("node", "npm"):
+        if shutil.which(program) is None:
+            session.error(f"{program} is not on the PATH; install Node 20 or later")
+    bundles = interop_bundles(session)
+    packages = Path(session.create_tmp(), "node")
+    shutil.copytree("tests/interop/node", packages, dirs_exist_ok=True)
+    # the install scripts would fetch libraries for CUDA; the CPU provider is in the package
+    session.run("npm", "ci", "--ignore-scripts", "--no-audit", "--no-fund", "--prefix", str(packages), external=True)
+    session.run("python", "tests/interop/node_client.py", bundles, str(packages))
 
 
 @nox.session

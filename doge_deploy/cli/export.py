@@ -56,6 +56,12 @@ _DEFAULT_BLOCKS = ", ".join(
     default=None,
     help="The middle of the range, or a zero point per block.  [default: symmetric]",
 )
+@click.option(
+    "--inline-functions",
+    is_flag=True,
+    default=None,
+    help="Write graphs without local functions, for runtimes that read none.",
+)
 @click.option("--num-layers", type=click.IntRange(min=1), metavar="N", help="Only the first N layers (to debug).")
 @click.option(
     "--config", "config_file", type=click.Path(path_type=Path), metavar="FILE", help="Options from a YAML file."

@@ -39,6 +39,7 @@ def open_model(path: str, *, max_length: int | None = None) -> DeployableModel:
             manifest.last_logits,
             manifest.options.routing,
             format_of(manifest.options),
+            manifest.options.inline_functions,
         )
     facts = open_checkpoint(path).facts
     return DeployableModel(path, facts, None, resolve_max_length(facts, max_length), LAYOUTS, True)

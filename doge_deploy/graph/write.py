@@ -17,6 +17,7 @@ from doge_deploy.checkpoint import Checkpoint
 from doge_deploy.config.model import DogeFacts
 from doge_deploy.config.revisions import REVISIONS
 from doge_deploy.graph.check import check_model
+from doge_deploy.graph.passes.inline_functions import InlineFunctionsPass
 from doge_deploy.graph.trace import trace
 from doge_deploy.graph.weight_formats import format_of
 from doge_deploy.graph.weights import TensorSources, write_weights
@@ -79,6 +80,17 @@ def write_graphs(
         ir.save(model, directory / layouts[name].file)
         check_model(directory / layouts[name].file, layouts[name].signature)
     return layouts
+
+
+def inline_functions(directory: Path, layout: Layout) -> None:
+    """Write the layout's standard graph anew, without local functions; it computes the same, in the same order.
+
+    Raises:
+        BrokenBundleError: the graph that came out is wrong.
+    """
+    model = InlineFunctionsPass()(ir.load(directory / layout.file)).model
+    ir.save(model, directory / layout.file)
+    check_model(directory / layout.file, layout.signature)
 
 
 def _layouts(options: ExportOptions) -> tuple[str, ...]:

@@ -23,6 +23,7 @@ class ExportKeywords(TypedDict, total=False):
     quantize: str | None
     block_size: int | None
     symmetric: bool
+    inline_functions: bool
 
 
 class BuildKeywords(TypedDict, total=False):

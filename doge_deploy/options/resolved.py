@@ -55,6 +55,8 @@ class ResolvedOptions:
     block_size: int | None
     """Numbers that share a scale; None where weights are not stored in blocks."""
     symmetric: bool
+    inline_functions: bool = False
+    """Bundles from before there was a choice have local functions."""
 
     @classmethod
     def of(cls, options: ExportOptions, *, max_length: int) -> ResolvedOptions:

@@ -54,7 +54,7 @@ def export(
         MissingDependencyError: torch, transformers or onnxscript is not installed.
     """
     require_export_packages("export")
-    from doge_deploy.graph.write import write_graphs
+    from doge_deploy.graph.write import inline_functions, write_graphs
 
     options = resolve_options(options)
     dtype = NAMES[options.dtype]
@@ -72,6 +72,11 @@ def export(
         advance(1)
         layouts = write_graphs(directory, checkpoint, options, dtype=dtype, max_length=max_length, progress=progress)
         layouts = _lowered(directory, layouts, progress)
+        if options.inline_functions:  # only now: a lowering looks for the operators that the functions stand for
+            advance = progress.stage("inline functions")
+            for layout in layouts.values():
+                inline_functions(directory, layout)
+            advance(1)
         advance = progress.stage("check tokenizer")
         warnings += write_tokenizer(checkpoint, directory)
         warnings += tuple(

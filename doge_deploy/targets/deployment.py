@@ -26,6 +26,8 @@ class DeployableModel:
     """Of a mixture."""
     weight_format: WeightFormat | None = None
     """How matrices are stored; None for the dtype."""
+    inlined: bool = False
+    """The graphs call no local functions."""
 
 
 @dataclass(frozen=True)

@@ -17,32 +17,51 @@ EXAMPLE = "dense-last-logits"
 """The case whose bundle the page's example is run on: options as on the page."""
 
 
-def compare(run: Callable[[Path, dict[str, Any]], Rows], section: str) -> None:
+def compare(
+    run: Callable[[Path, dict[str, Any]], Rows],
+    section: str,
+    *,
+    only: Callable[[dict[str, Any]], bool] = lambda case: True,
+    bundle: str = EXAMPLE,
+    language: str = "python",
+    example: Callable[[str, dict[str, Any]], bool] | None = None,
+) -> None:
     """Run a client on every case of the directory in `sys.argv[1]`; exit with 1 if a token differs.
 
     Args:
         run: called with a bundle and its entry of expected.json; returns the tokens that follow each prompt.
         section: of docs/interop.md, whose example is run too.
+        only: called with an entry of expected.json; false for a case that this client cannot run.
+        bundle: the case whose bundle the example is run on.
+        language: of the example.
+        example: called with the example and the entry of its bundle; true where it makes the right tokens. Where None,
+            the example is Python that prints the text.
     """
     directory = Path(sys.argv[1])
+    expected = json.loads((directory / "expected.json").read_text())
     failed = False
-    for name, case in json.loads((directory / "expected.json").read_text()).items():
+    for name, case in expected.items():
+        if not only(case):
+            continue
         for row, (found, wanted) in enumerate(zip(run(directory / name, case), case["tokens"], strict=True)):
             agreeing = len(list(takewhile(lambda pair: pair[0] == pair[1], zip(found, wanted, strict=False))))
             print(f"{name} row {row}: {agreeing} of {len(wanted)} tokens as doge-deploy generate", flush=True)
             if found != wanted:
                 failed = True
                 print(f"  found  {found}\n  wanted {wanted}")
-    failed |= not run_example(section, directory / EXAMPLE)
-    sys.exit(failed)
-
-
-def run_example(section: str, bundle: Path) -> bool:
-    """Run the Python block of a section of docs/interop.md on a bundle; it must print the text of `generate`."""
-    page = DOCS.read_text(encoding="utf-8").split(f"\n## {section}\n")[1]
-    code = page.split("```python\n")[1].split("```")[0].replace("build/doge-tiny", str(bundle))
-    output = subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.PIPE, text=True).stdout
-    wanted = json.loads((bundle.parent / "expected.json").read_text())[bundle.name]["text"]
-    same = output.rstrip("\n").endswith(wanted)
+    code = code_of(section, language).replace("build/doge-tiny", str(directory / bundle))
+    same = (example or prints_the_text)(code, expected[bundle])
     print(f"the example of docs/interop.md prints {'the' if same else 'another'} text", flush=True)
-    return same
+    sys.exit(failed or not same)
+
+
+def code_of(section: str, language: str) -> str:
+    """The first block of a section of docs/interop.md in a language."""
+    page = DOCS.read_text(encoding="utf-8").split(f"\n## {section}\n")[1].split("\n## ")[0]
+    return page.split(f"```{language}\n")[1].split("```")[0]
+
+
+def prints_the_text(code: str, case: dict[str, Any]) -> bool:
+    """Run Python; it must end with printing the text of `generate`."""
+    output = subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.PIPE, text=True).stdout
+    return output.rstrip("\n").endswith(case["text"])

@@ -3,7 +3,8 @@
     python tests/interop/prepare.py OUT
 
 Writes OUT/<case>, bundles, and OUT/expected.json:
-`{"<case>": {"file": "model.onnx", "prompts": [[ids], ...], "tokens": [[64 ids], ...], "text": ... or null}}`.
+`{"<case>": {"file": "model.onnx", "inlined": whether it has no local functions, "prompts": [[ids], ...],
+"tokens": [[64 ids], ...], "text": ... or null}}`.
 """
 
 from __future__ import annotations
@@ -38,6 +39,8 @@ CASES: dict[str, tuple[str, tuple[str, ...], int]] = {
     "moe": ("doge-tiny-moe", (), 1),
     "moe-per-token": ("doge-tiny-moe", ("--routing", "per-token", "--logits", "all"), 2),
     "legacy": (str(LEGACY), (), 1),
+    "inlined": ("doge-tiny", ("--inline-functions",), 1),
+    "moe-inlined": ("doge-tiny-moe", ("--inline-functions", "--routing", "per-token", "--logits", "all"), 2),
 }
 
 
@@ -79,7 +82,13 @@ def expected(bundle_path: Path, rows: int) -> dict[str, Any]:
     if prompts[:1] == written[:1]:
         text = command_text(bundle_path)
         assert text == decoded(bundle_path, tokens[0]), "the command prints other tokens"
-    return {"file": bundle.layout("growing").file, "prompts": prompts, "tokens": tokens, "text": text}
+    return {
+        "file": bundle.layout("growing").file,
+        "inlined": bundle.manifest.options.inline_functions,
+        "prompts": prompts,
+        "tokens": tokens,
+        "text": text,
+    }
 
 
 def command_text(bundle: Path) -> str:

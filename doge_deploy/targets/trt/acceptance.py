@@ -40,6 +40,7 @@ def refusals(
     max_length: int,
     routing: str,
     weight_format: WeightFormat | None,
+    inlined: bool,
     plugins: Registry | None,
 ) -> Iterator[Refusal]:
     """Everything that keeps `target` from building an engine of a static graph, the most fundamental first.
@@ -51,6 +52,7 @@ def refusals(
         max_length: slots of a row.
         routing: of a mixture: `reference` or `per-token`.
         weight_format: how matrices are stored; None for `dtype`.
+        inlined: the graph calls no local functions.
         plugins: what operators are lowered with; None for the standard lowering. An operator without a plugin is not
             looked at.
     """
@@ -65,6 +67,11 @@ def refusals(
                 f"export with --max-length {window}, which needs no selection, or use ort",
             )
         return
+    if inlined:
+        yield Refusal(
+            "its graph has no local functions (--inline-functions), and plugins take the place of these",
+            "build with --no-plugins, or export without --inline-functions",
+        )
     for operator, attributes, inputs in _operators(facts, dtype, routing, window, sliding):
         plugin = plugins.operator(DOMAIN, operator)
         if plugin is None:

@@ -32,6 +32,7 @@ def check_model(bundle: Bundle, options: BuildOptions) -> None:
         max_length=manifest.max_length,
         routing=manifest.options.routing,
         weight_format=format_of(manifest.options),
+        inlined=manifest.options.inline_functions,
         plugins=installed() if PRODUCTS[options.target].has_plugins and options.plugins else None,
     )
     for refusal in found:

@@ -91,6 +91,7 @@ def model_obstacles(product: Product, model: DeployableModel, dtype: str, loweri
         max_length=model.max_length,
         routing=model.routing,
         weight_format=model.weight_format,
+        inlined=model.inlined,
         plugins=installed() if lowering == PLUGINS else None,
     ):
         yield Obstacle(refusal.reason, refusal.remedy)
