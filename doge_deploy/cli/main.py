@@ -3,11 +3,13 @@
 Exit codes: 0 good; 1 mismatch; 2 usage; 3 unsupported or broken model or bundle; 4 missing dependency, device or
 memory; 70 an error that nobody expected; 130 interrupted; 141 the reader of the output went away; 143 terminated.
 
-Nothing but the standard library's `signal`, `sys` and `time` is imported before Ctrl-C is looked after.
+Nothing but small modules of the standard library is imported before Ctrl-C is looked after.
 """
 
 from __future__ import annotations
 
+import contextlib
+import os
 import signal
 import sys
 import time
@@ -29,7 +31,8 @@ class _Signals:
     """
 
     def __init__(self) -> None:
-        self.interrupted = False
+        self.asked: int | None = None
+        """The exit code of the signal that came; None where there was none."""
         self._last = -_SETTLE_SECONDS
         self._before: dict[int, Any] = {}
 
@@ -51,11 +54,12 @@ class _Signals:
         return settling
 
     def _interrupt(self, _number: int, _frame: object) -> None:
-        self.interrupted = True
+        self.asked = EXIT_INTERRUPTED
         if not self._settling():
             raise KeyboardInterrupt
 
     def _terminate(self, _number: int, _frame: object) -> None:
+        self.asked = EXIT_TERMINATED
         if not self._settling():
             sys.exit(EXIT_TERMINATED)
 
@@ -69,13 +73,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
             # Taken off here so that it works before and after the command's name.
             debug = "--debug" in args
             code = run_command([arg for arg in args if arg != "--debug"], debug)
-            if signals.interrupted and code not in (0, EXIT_TERMINATED):
-                code = EXIT_INTERRUPTED  # a library made another exception of it
+            if signals.asked is not None and code != 0:
+                code = signals.asked  # a library made another exception of it
     except KeyboardInterrupt:
         pass
     if arguments is None and code == EXIT_INTERRUPTED:
-        # What is left to do is Python's own; Ctrl-C there would print a traceback.
+        # What is left to do is Python's own. Ctrl-C there would print a traceback; and an interrupt that passed through
+        # code run from a string, as dataclasses make it, would end the process by the signal although it was handled:
+        # CPython remembers it (`unhandled_keyboard_interrupt` in Modules/main.c).
         signal.signal(signal.SIGINT, signal.SIG_IGN)
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(OSError, ValueError):
+                stream.flush()
+        os._exit(code)
     sys.exit(code)
 
 

@@ -257,3 +257,21 @@ def test_sigterm_is_143_and_says_nothing() -> None:
         process.terminate()
         assert process.communicate() == (b"", b"")
     assert process.returncode == 143
+
+
+def test_an_interrupt_within_code_from_a_string_ends_with_130_as_any_other(tmp_path: Path) -> None:
+    """CPython remembers such an interrupt, and would end `python -m` by the signal although it was handled."""
+    (tmp_path / "interrupted.py").write_text(
+        "import sys\n"
+        "import doge_deploy.cli.main as main\n"
+        "def run_command(args, debug=False):\n"
+        "    try:\n"
+        "        exec('raise KeyboardInterrupt')\n"
+        "    except KeyboardInterrupt:\n"
+        "        return 130\n"
+        "main.run_command = run_command\n"
+        "main.main()\n",
+        encoding="utf-8",
+    )
+    command = [sys.executable, "-m", "interrupted"]
+    assert subprocess.run(command, cwd=tmp_path, timeout=60).returncode == 130
