@@ -80,7 +80,7 @@ def test_nothing_else_of_the_bundle_changes(inlined: Path, plain: Path) -> None:
 
 
 @pytest.mark.parametrize("layout", BOTH)
-@pytest.mark.parametrize("model", ["doge-tiny", "doge-tiny-moe"])
+@pytest.mark.parametrize("model", [pytest.param("doge-tiny", marks=pytest.mark.sweep), "doge-tiny-moe"])
 def test_the_same_tokens(model: str, layout: str) -> None:
     """Of trained models: random weights repeat one token."""
     plain, inlined = (shared_bundle(model, kv_cache=BOTH, inline_functions=inline) for inline in (False, True))

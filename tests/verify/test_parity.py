@@ -58,11 +58,10 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 
 
 ALWAYS = (
-    "dense-fp16 moe-per-token-bf16 prelu-moe-fp16 xielu window-1 moe-window-unreachable untied-biases "
-    "one-kv-head-per-head sliding-of-two-fp16 sliding-beyond-capacity sliding-moe longrope-beyond-bf16 "
-    "dynamic-beyond-moe short-capacity"
+    "dense-fp16 prelu-moe-fp16 window-1 untied-biases one-kv-head-per-head sliding-of-two-fp16 "
+    "sliding-beyond-capacity sliding-moe longrope-beyond-bf16 dynamic-beyond-moe short-capacity"
 ).split()
-"""Each thing that a graph can have, at least once."""
+"""Each thing that a graph can have, at least once; routing per token is in test_tasks.py and runtime/test_window.py."""
 
 
 @pytest.mark.parametrize(("config", "options"), cases(CASES, ALWAYS))
