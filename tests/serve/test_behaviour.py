@@ -432,9 +432,11 @@ class TestAdmission:
     """12: a full queue answers at once, and a burst is bounded."""
 
     def test_a_full_queue_is_a_429_with_a_time_to_wait(self, tiny_bundle: Path) -> None:
-        slots = slots_saying(tiny_bundle, [70], 1, seconds=0.02)
+        slots = slots_saying(tiny_bundle, [70], 1, seconds=0.05)
         with running(scripted(tiny_bundle, slots, Limits(queue_requests=2))) as server, ThreadPoolExecutor() as pool:
-            accepted = [pool.submit(server.complete, [7], max_tokens=40) for _ in range(3)]
+            accepted = [pool.submit(server.complete, [7], max_tokens=40)]
+            server.wait_until(lambda: server.scheduler.running == 1)  # else three might wait at once
+            accepted += [pool.submit(server.complete, [7], max_tokens=40) for _ in range(2)]
             server.wait_until(lambda: len(server.scheduler.waiting) == 2)
             start = time.monotonic()
             response = server.client.post("/v1/completions", json={"prompt": [7]})
