@@ -6,6 +6,8 @@ from collections.abc import Sequence
 
 import onnx_ir as ir
 
+from doge_deploy.graph.stages import mark, move, points_of
+
 from doge_deploy.targets.ort.matching import Emitter, Linear, attribute, expect, linear_of
 
 
@@ -72,6 +74,8 @@ def _parts(group: Sequence[Linear]) -> list[tuple[ir.Value, int]]:
         concat = _concat_of([linear.output for linear in rest])
         count = len(concat.inputs) if concat is not None else 1
         value = concat.outputs[0] if concat is not None else rest[0].output
+        if concat is not None:
+            mark(value, [point for joined in concat.inputs for point in points_of(joined)])
         parts.append((value, sum(linear.width for linear in rest[:count])))
         rest = rest[count:]
     return parts
@@ -91,9 +95,11 @@ def _concat_of(outputs: Sequence[ir.Value]) -> ir.Node | None:
 def _split(emit: Emitter, packed: ir.Value, parts: Sequence[tuple[ir.Value, int]]) -> None:
     """Give every part its piece of `packed`."""
     if len(parts) == 1:
+        move(parts[0][0], packed)
         parts[0][0].replace_all_uses_with(packed)
         return
     sizes = emit.ints(*(width for _, width in parts), name="widths")
     split = emit("Split", packed, sizes, axis=-1, outputs=len(parts), name="part")
     for (value, _), piece in zip(parts, split.outputs, strict=True):
+        move(value, piece)
         value.replace_all_uses_with(piece)
