@@ -7,7 +7,6 @@ from collections.abc import Sequence
 import onnx_ir as ir
 
 from doge_deploy.graph.stages import mark, move, points_of
-
 from doge_deploy.targets.ort.matching import Emitter, Linear, attribute, expect, linear_of
 
 

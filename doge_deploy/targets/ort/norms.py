@@ -5,7 +5,6 @@ from __future__ import annotations
 import onnx_ir as ir
 
 from doge_deploy.graph.stages import move
-
 from doge_deploy.targets.ort.matching import CONTRIB, Emitter, attribute, expect, require_contrib
 
 
