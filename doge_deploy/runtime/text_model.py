@@ -235,7 +235,7 @@ class TextModel:
         self.open()
         runner = self._runner
         assert runner is not None
-        if runner.last_logits and len(row) > 1 and (reason := self._depends_on_calls()):
+        if runner.last_logits and len(row) > 1 and (reason := self.manifest.whole_calls):
             raise UsageError(
                 f"{self._bundle.path} gives logits of the last token of a call, and {reason}: export it with logits=all"
             )
@@ -244,15 +244,6 @@ class TextModel:
         runner.reset()
         calls = np.split(row, len(row)) if runner.last_logits else [row]
         return np.concatenate([runner.run(call[None].astype(np.int64))[0] for call in calls]).astype(np.float32)
-
-    def _depends_on_calls(self) -> str:
-        """Why a token's logits depend on which tokens are fed together, empty where they do not."""
-        facts = self.manifest.facts
-        if facts.is_moe and self.manifest.options.routing == "reference":
-            return "routing=reference mixes the tokens of a call"
-        if facts.rope_changes(self.manifest.max_length):
-            return "its angles depend on the longest text of a call"
-        return ""
 
     def close(self) -> None:
         """Give the model's memory back. Reading a stream, generating and logits raise UsageError from now on."""
