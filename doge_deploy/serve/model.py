@@ -80,7 +80,9 @@ class ServedText:
 
     def _merged(self, asked: Mapping[str, Any]) -> GenerationOptions:
         facts, file = self.bundle.manifest.facts, self.bundle.path / GENERATION_CONFIG
-        return GenerationOptions.with_file(self._config, asked, eos_ids=facts.eos_token_ids, source=file)
+        return GenerationOptions.with_file(
+            self._config, asked, eos_ids=facts.eos_token_ids, source=file, vocab_size=facts.vocab_size
+        )
 
     def check_prompt(self, ids: Sequence[int]) -> None:
         """Whether a prompt can be answered.
