@@ -32,7 +32,7 @@ _RESIDUALS = {"input_residual": "residual", "post_attention_residual": "mlp_resi
 class MarkStagesPass(ir.passes.InPlacePass):
     """Mark the points of a fresh trace.
 
-    Needs: the graph as `trace` writes it, initializers named as in the checkpoint; one `doge` node of each kind a layer.
+    Needs: the graph as `trace` writes it, initializers named as in the checkpoint; one `doge` node of a kind a layer.
     Promises: no number, no node and no name changes.
 
     1. Must not guess: a point that is not found stays unmarked, and `tests/graph/test_stages.py` holds that there is

@@ -168,7 +168,9 @@ class CutSession:
         }
         result = {}
         for name in self._types:
-            if name in self.part.inputs:
+            if name in self.part.shapes:
+                array = np.zeros((*view.ids.shape, sum(self.column.widths(self.part.inputs[name]))))
+            elif name in self.part.inputs:
                 array = self.column.join(self.part.inputs[name], values)
             elif name.startswith("past_key_values."):
                 array = self._past(name, caches)

@@ -41,6 +41,14 @@ class Measure:
     def error(self) -> float:
         return self.difference.max_abs
 
+    @property
+    def load(self) -> float:
+        """How much of what noise explains is used, 1 being all."""
+        if self.difference.non_finite:
+            return float("inf")
+        pairs = ((self.difference.max_abs, self.allowed.max_abs), (self.difference.rms, self.allowed.rms))
+        return max(found / allowed if allowed else (float("inf") if found else 0.0) for found, allowed in pairs)
+
 
 @dataclass(frozen=True)
 class Choice:

@@ -31,6 +31,8 @@ class Cut:
     """Points of each new graph input, side by side."""
     outputs: dict[str, tuple[str, ...]]
     """Points of each graph output, in the order of `model.graph.outputs`."""
+    shapes: frozenset[str]
+    """New graph inputs of which only the shape is read."""
 
     def weights(self) -> list[ir.Value]:
         """Initializers that are left, those of constants excepted."""
@@ -136,7 +138,9 @@ def cut(model: ir.Model, wanted: Collection[str]) -> Cut:
         inputs.pop(str(value.name), None)
     for name in [name for name, value in graph.initializers.items() if not value.uses()]:
         del graph.initializers[name]
-    return Cut(model, inputs, {str(value.name): names for value, names in outputs})
+    readers = {str(value.name): {use.node.op_type for use in value.uses()} for value in graph.inputs}
+    shapes = frozenset(name for name in inputs if readers[name] == {"Shape"})
+    return Cut(model, inputs, {str(value.name): names for value, names in outputs}, shapes)
 
 
 def slice_of(path: Path, point: str) -> Cut:

@@ -11,7 +11,7 @@ import onnx_ir as ir
 from doge_deploy.bundle.files import WEIGHTS_FILE
 from doge_deploy.bundle.opening import Bundle
 from doge_deploy.checkpoint.names import HEAD
-from doge_deploy.graph.stages import split_point
+from doge_deploy.graph.stages import point_name, split_point
 from doge_deploy.graph.weight_file import read_weight_file
 from doge_deploy.verify.compare import Array
 from doge_deploy.verify.localize.calls import CallView
@@ -142,23 +142,20 @@ class Examiner:
         layer, name = split_point(point)
         if name not in INPUTS:
             return None
-        held = {one for points in part.inputs.values() for one in points}
-        read = {split_point(one)[1] for one in held if split_point(one)[0] in (layer, None)}
-        before = {split_point(one)[1] for one in held if split_point(one)[0] not in (layer, None)}
-        fused = {one for points in part.outputs.values() for one in points if one != point}
-        if fused:  # computed together with others: what it reads is also theirs
-            return None
-        wanted = {one for one in INPUTS[name] if one != "x"}
-        strange = read - wanted - {"embedding", "input_norm"} - ({"q", "k"} if name.endswith("_norm") else set())
-        strange |= before - {"mlp_residual"}
-        missing = wanted - read
+        if any(one != point for points in part.outputs.values() for one in points):
+            return None  # computed together with others: what it reads is also theirs
+        held = {one for name, points in part.inputs.items() if name not in part.shapes for one in points}
+        own = {split_point(one)[1] for one in held if split_point(one)[0] == layer}
+        state = {"mlp_residual", "embedding"} & {
+            split_point(one)[1] for one in held - {point_name(layer, n) for n in own}
+        }
+        read = own | ({"x"} if state else set())
+        wanted = set(INPUTS[name])
+        together = {"q", "k", "q_norm", "k_norm"} if name.endswith("_norm") else set()  # in one value
+        strange, missing = read - wanted - together, wanted - read
         if strange and missing:
-            return Reason(
-                "wrong input", f"it reads {', '.join(sorted(strange))} instead of {', '.join(sorted(missing))}"
-            )
-        if missing:
-            return Reason("wrong input", f"it does not read {', '.join(sorted(missing))}")
-        return None
+            return Reason("wrong input", f"it reads {_words(strange)} instead of {_words(missing)}")
+        return Reason("wrong input", f"it does not read {_words(missing)}") if missing else None
 
     def _scan(
         self,
@@ -172,7 +169,7 @@ class Examiner:
         """The first value inside the stage that is not finite, too large or too small for the dtype."""
         assert isinstance(reading.own, Measure)
         dtype = self.bundle.manifest.dtype
-        given = [values[one] for points in part.inputs.values() for one in points]
+        given = [values[one] for points in part.inputs.values() for one in points if one in values]
         finite_input = all(np.isfinite(array).all() for array in given)
         shown = show_all(part)
         session = CutSession(column, part, show=[str(value.name) for value in shown])
@@ -228,6 +225,10 @@ def _lost(value: ir.Value, array: Array, floats: Mapping[str, Array]) -> bool:
     for factor in known:
         nonzero &= np.broadcast_to(factor != 0, array.shape)
     return bool(nonzero.any()) and float((array[nonzero] == 0).mean()) > 0.5
+
+
+def _words(points: set[str]) -> str:
+    return ", ".join("the layer's input" if point == "x" else point for point in sorted(points))
 
 
 def _node(value: ir.Value) -> str:

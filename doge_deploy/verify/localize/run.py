@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,16 +11,15 @@ import onnx_ir as ir
 
 from doge_deploy.bundle.opening import Bundle, open_bundle
 from doge_deploy.bundle.signature import UNCACHED
-from doge_deploy.checkpoint import Checkpoint
 from doge_deploy.diagnostics import suggest
 from doge_deploy.errors import UsageError
 from doge_deploy.graph.stages import MADE_BY, split_point, stage_of
 from doge_deploy.graph.weight_formats import format_of
 from doge_deploy.options.backends import DEFAULT_BACKEND
-from doge_deploy.runtime.base import IntArray
 from doge_deploy.targets.backend import SessionOptions, find
-from doge_deploy.verify.cases import Case, Limits, chunk, exact_cases, natural_case
-from doge_deploy.verify.compare import difference
+from doge_deploy.verify.cases import Case
+from doge_deploy.verify.compare import Array, difference
+from doge_deploy.verify.live import LiveOracle
 from doge_deploy.verify.localize.calls import view_calls
 from doge_deploy.verify.localize.column import Column
 from doge_deploy.verify.localize.finding import (
@@ -37,13 +36,10 @@ from doge_deploy.verify.localize.graphs import cut, load
 from doge_deploy.verify.localize.oracle import Stages
 from doge_deploy.verify.localize.reasons import Examiner
 from doge_deploy.verify.localize.walk import Spot, Walk
-from doge_deploy.verify.parity import GREEDY, NATURAL, SEEDS, CaseResult, Judge, References
-from doge_deploy.verify.quality import stored_weights
-from doge_deploy.verify.reference import Reference, few_threads
-from doge_deploy.verify.replay import greedy_calls
-from doge_deploy.verify.run import Report, open_runners, text_ids
+from doge_deploy.verify.parity import Judge
+from doge_deploy.verify.report import Report
+from doge_deploy.verify.runners import open_runners
 from doge_deploy.verify.source import open_reference
-from doge_deploy.verify.tolerance import WIDER
 from doge_deploy.verify.weights import compare_weights
 
 STANDARD, LOWERED = "standard", "lowered"
@@ -88,10 +84,8 @@ def localize(
         if case is None:
             return _of_weights(weights)
     layout, name = _split(bundle, case)
-    with few_threads(checkpoint):
-        return _Search(bundle, checkpoint, layout, weights, portable=portable, lowering=lowering).search(
-            name, greedy_steps, started
-        )
+    with LiveOracle(bundle, checkpoint, greedy_steps=greedy_steps, started=started) as oracle:
+        return _Search(bundle, oracle, layout, weights, portable=portable, lowering=lowering).search(name, started)
 
 
 def _split(bundle: Bundle, case: str) -> tuple[str, str]:
@@ -118,26 +112,18 @@ def _of_weights(failures: Sequence[str]) -> Localization:
     )
 
 
-@dataclass(frozen=True)
-class _Plain:
-    """What `verify` finds of the case."""
-
-    result: CaseResult
-    logits: list[np.ndarray]  # type: ignore[type-arg]
-
-
 class _Search:
     def __init__(
         self,
         bundle: Bundle,
-        checkpoint: Checkpoint,
+        oracle: LiveOracle,
         layout: str,
         weights: Sequence[str],
         *,
         portable: bool,
         lowering: bool,
     ) -> None:
-        self.bundle, self.checkpoint, self.layout = bundle, checkpoint, layout
+        self.bundle, self.oracle, self.layout = bundle, oracle, layout
         self.manifest = bundle.manifest
         self.weights = weights
         self.lowering = lowering
@@ -145,12 +131,8 @@ class _Search:
         weight_format = format_of(self.manifest.options)
         self.rounds = weight_format is not None and weight_format.rounds_activations
         self.options = SessionOptions(portable=portable or self.rounds, spin=False)
-        stored = {} if weight_format is None else stored_weights(bundle, checkpoint, weight_format)
-        dtypes = (self.manifest.dtype, WIDER[self.manifest.dtype])
-        same, wider = (Reference(checkpoint, dtype, self.manifest.task, stored) for dtype in dtypes)
-        self.references = References(same, wider)
         self.runners = open_runners(bundle, layout, self.backend, self.options, lowering=lowering)
-        self.judge = Judge(bundle, layout, self.runners, self.references)
+        self.judge = Judge(bundle, layout, self.runners, oracle)
         self.columns = self._open_columns(portable=portable)
 
     def _open_columns(self, *, portable: bool) -> list[Column]:
@@ -182,15 +164,19 @@ class _Search:
             return [standard]
         return [standard, lowered] if portable or self.rounds else [lowered, standard]
 
-    def search(self, name: str, greedy_steps: int, started: Callable[[str], None]) -> Localization:
-        case = self._case(name, greedy_steps)
-        reason = self.judge.obstacle(case)
+    def search(self, name: str, started: Callable[[str], None]) -> Localization:
+        legal = self.oracle.case_names()
+        if name not in legal:
+            raise UsageError(f"--case {name}: unknown case{suggest(name, legal)}; known: {', '.join(legal)}")
+        case = self.oracle.case(name, self.judge)
+        reason = case if isinstance(case, str) else self.judge.obstacle(case)
         if reason is not None:
             raise UsageError(f"--case {name}: {reason}")
+        assert isinstance(case, Case)
         started(f"judge {self.layout}/{name}")
         plain = self.judge.judge(case)
         logits = self.judge.replay.feed(self.runners.plain, case).logits
-        self.references.forget()
+        self.oracle.forget()
         walk = self._walk(case)
         walk.run(started)
         found = Localization(
@@ -207,8 +193,8 @@ class _Search:
         routing = self.manifest.options.routing
         chosen = self.bundle.layout(self.layout)
         return Walk(
-            Stages(self.references.same, routing),
-            Stages(self.references.wider, routing),
+            Stages(self.oracle.references.same, routing),
+            Stages(self.oracle.references.wider, routing),
             self.columns,
             view_calls(case.calls, self.layout, facts),
             case.calls,
@@ -217,24 +203,7 @@ class _Search:
             static=self.layout not in ("growing", UNCACHED),
         )
 
-    def _case(self, name: str, greedy_steps: int) -> Case:
-        """The case of that name, as `verify` makes it."""
-        limits = Limits.of(self.manifest.facts, self.manifest.max_length, self.manifest.task)
-        ids: IntArray = text_ids(self.bundle)
-        if name == NATURAL:
-            return natural_case(limits, ids)
-        causal = self.manifest.task == "causal-lm"
-        if name == GREEDY and causal:
-            prompt = np.resize(ids, min(16, max(1, limits.max_length // 2)))
-            steps = min(greedy_steps, limits.max_length - len(prompt))
-            return Case(name, greedy_calls(self.runners.plain, prompt, steps), exact=False)
-        known = [one.name for one in exact_cases(limits, SEEDS[0])]
-        if name not in known:
-            legal = [*known, NATURAL, *([GREEDY] if causal else [])]
-            raise UsageError(f"--case {name}: unknown case{suggest(name, legal)}; known: {', '.join(legal)}")
-        return self.judge.widest(lambda seed: next(one for one in exact_cases(limits, seed) if one.name == name))
-
-    def _conclude(self, found: Localization, walk: Walk, plain: list[np.ndarray]) -> None:  # type: ignore[type-arg]
+    def _conclude(self, found: Localization, walk: Walk, plain: list[Array]) -> None:
         """The finding, and whether watching changed anything."""
         first = self.columns[0].name
         watched = difference([row.astype(np.float64) for row in walk.logits[first]], plain)
@@ -248,8 +217,8 @@ class _Search:
         allowed = max((end.inherited.allowed.max_abs for end in ends if end.inherited is not None), default=0.0)
         if found.failures and watched.max_abs > allowed and (errs or still):
             found.notes.append(
-                f"watched, the {first} graph gives other logits (by {watched.max_abs:.1e}): what it computes depends on "
-                "which of its values are shown"
+                f"watched, the {first} graph gives other logits (by {watched.max_abs:.1e}): what it computes depends "
+                "on which of its values are shown"
             )
 
     def _finding(self, found: Localization, errs: list[Reading], first: Reading, spot: Spot) -> Finding:
