@@ -113,7 +113,8 @@ def open_served(paths: Sequence[Path], options: ServeOptions) -> Served:
         task = bundle.manifest.task
         if task == "features":
             runner = open_backend(bundle, options.backend, threads=options.threads, engine=options.engine)
-            features[name] = FeatureModel(name, bundle, runner)
+            features[name] = FeatureModel(name, bundle, runner, options.limits.queue_requests)
+            metrics.watch_features(name, features[name])
             continue
         if task != "causal-lm":
             raise UsageError(f"{bundle.path} is a bundle for task={task}; causal-lm and features can be served")
@@ -225,12 +226,12 @@ def _make_server(config: uvicorn.Config, served: Served, drain_seconds: float) -
         async def _drain(self) -> None:
             _log.info("draining", extra={"fields": {"seconds": drain_seconds}})
             deadline = perf_counter() + drain_seconds
-            while _waiting(served) and perf_counter() < deadline:
+            while served.unfinished and perf_counter() < deadline:
                 await asyncio.sleep(0.05)
             for inbox in served.inboxes.values():
                 inbox.fail("the server is shutting down")
             deadline = perf_counter() + _FLUSH_SECONDS
-            while _waiting(served) and perf_counter() < deadline:
+            while served.unfinished and perf_counter() < deadline:
                 await asyncio.sleep(0.05)
             self.should_exit = True
 
@@ -244,7 +245,3 @@ def _make_server(config: uvicorn.Config, served: Served, drain_seconds: float) -
                 _log.info("serving", extra={"fields": {"address": f"http://{host}:{address[1]}", "models": names}})
 
     return DrainingServer(config)
-
-
-def _waiting(served: Served) -> int:
-    return sum(inbox.waiting for inbox in served.inboxes.values())

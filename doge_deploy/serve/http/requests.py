@@ -14,6 +14,8 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StrictBool, 
 MAX_CHOICES = 16
 MAX_PROMPTS = 64
 """Prompts of one completion request."""
+MAX_EMBEDDED = 2048
+"""Texts of one embedding request, as in OpenAI's API; clients send as many where they have them."""
 MAX_STOP_TEXTS = 4
 MAX_TOP_LOGPROBS = 20
 
@@ -108,8 +110,12 @@ class GenerationBody(_Body):
     guided_json: dict[str, Any] | None = None
     user: StrictStr | None = None
     """Accepted and not looked at."""
-    metadata: dict[str, Any] | None = None
+    safety_identifier: StrictStr | None = None
     """The same."""
+    prompt_cache_key: StrictStr | None = None
+    """The same: what requests share is found by their tokens."""
+    metadata: dict[str, Any] | None = None
+    """Accepted and not looked at."""
     store: _neutral(False) = None  # type: ignore[valid-type]
     service_tier: _neutral("auto", "default") = None  # type: ignore[valid-type]
 
@@ -224,9 +230,9 @@ class EmbeddingBody(_Body):
     model: StrictStr | None = None
     input: (
         StrictStr
-        | Annotated[list[StrictStr], Field(min_length=1, max_length=MAX_PROMPTS)]
+        | Annotated[list[StrictStr], Field(min_length=1, max_length=MAX_EMBEDDED)]
         | Annotated[list[TokenId], Field(min_length=1)]
-        | Annotated[list[Annotated[list[TokenId], Field(min_length=1)]], Field(min_length=1, max_length=MAX_PROMPTS)]
+        | Annotated[list[Annotated[list[TokenId], Field(min_length=1)]], Field(min_length=1, max_length=MAX_EMBEDDED)]
     )
     encoding_format: Literal["float", "base64"] | None = None
     dimensions: _neutral() = None  # type: ignore[valid-type]
