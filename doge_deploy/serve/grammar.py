@@ -16,20 +16,12 @@ import numpy.typing as npt
 from doge_deploy.errors import BrokenBundleError, MissingDependencyError, UnsupportedModelError, UsageError
 
 if TYPE_CHECKING:
-    from llguidance import JsonCompileOptions, LLMatcher, LLTokenizer
+    from llguidance import LLMatcher, LLTokenizer
 
 Kind = Literal["json_object", "json_schema", "regex", "choice", "grammar"]
 
 MAX_GRAMMAR_CHARACTERS = 64 * 1024
 """Of a schema or grammar as text: compiling takes time that grows with it."""
-
-_ON_ONE_LINE: JsonCompileOptions = {
-    "item_separator": ", ",
-    "key_separator": ": ",
-    "whitespace_flexible": False,
-    "whitespace_pattern": None,
-}
-"""JSON as `json.dumps` writes it. Where blanks are free, a small model may write nothing but blanks until the end."""
 
 
 class GrammarCompiler:
@@ -81,7 +73,10 @@ class GrammarCompiler:
         try:
             if kind in ("json_object", "json_schema"):
                 schema = '{"type": "object"}' if kind == "json_object" else text
-                grammar = LLMatcher.grammar_from_json_schema(schema, defaults=_ON_ONE_LINE)
+                # as json.dumps writes it: where blanks are free, a small model may write nothing but blanks to the end
+                grammar = LLMatcher.grammar_from_json_schema(
+                    schema, defaults={"item_separator": ", ", "key_separator": ": ", "whitespace_flexible": False}
+                )
             elif kind == "regex":
                 grammar = LLMatcher.grammar_from_regex(text)
             elif kind == "choice":
