@@ -32,7 +32,7 @@ class FeatureModel:
 
     def __init__(self, name: str, bundle: Bundle, runner: Runner, max_waiting: int = 256) -> None:
         self.name, self.bundle, self.max_waiting = name, bundle, max_waiting
-        self.tokenizer = Tokenizer.from_directory(bundle.path)
+        self.tokenizer = Tokenizer.from_directory(bundle.path, vocab_size=bundle.manifest.facts.vocab_size)
         self.waiting = 0
         """Requests that are in work or wait."""
         self.tokens = 0
@@ -52,12 +52,9 @@ class FeatureModel:
             UsageError: it is empty, too long, or holds a token that the model has not.
         """
         ids = self.tokenizer.encode(text) if isinstance(text, str) else list(text)
-        vocab_size = self.bundle.manifest.facts.vocab_size
         if not ids or len(ids) > self.max_length:
             raise UsageError(f"a text of {len(ids)} tokens; must be 1 to {self.max_length}")
-        wrong = next((token for token in ids if token >= vocab_size), None)
-        if wrong is not None:
-            raise UsageError(f"token {wrong} is not in the model's vocabulary of {vocab_size}")
+        self.tokenizer.check_ids(ids)
         return ids
 
     async def embed_all(self, texts: Sequence[Sequence[int]]) -> list[npt.NDArray[np.float32]]:

@@ -16,13 +16,14 @@ from fastapi.responses import JSONResponse, Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from doge_deploy.errors import DogeDeployError
+from doge_deploy.runtime.logprobs import TokenLogprobs
 from doge_deploy.serve.grammar import Grammar
 from doge_deploy.serve.http.errors import ApiError, as_api_error, error_body
 from doge_deploy.serve.http.inbox import Inbox
 from doge_deploy.serve.http.requests import ChatBody, CompletionBody, GenerationBody
 from doge_deploy.serve.http.responses import DONE, CompletionLogprobs, Json, Usage, chat_logprobs, event
 from doge_deploy.serve.model import Answering, ServedText
-from doge_deploy.serve.request import Event, Finished, Produced, PromptScored, Request, Started, TokenLogprobs
+from doge_deploy.serve.request import Event, Finished, Produced, PromptScored, Request, Started
 from doge_deploy.text.tokenizer import Tokenizer
 
 _Result = TypeVar("_Result")
