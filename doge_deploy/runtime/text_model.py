@@ -66,6 +66,7 @@ class TextModel:
         layout: str | None = None,
         portable: bool = False,
         threads: int | None = None,
+        spin: int | None = None,
         engine: str | None = None,
         flush_denormals: bool = False,
         defaults: TextChoices | None = None,
@@ -81,6 +82,7 @@ class TextModel:
             "layout": layout,
             "portable": portable,
             "threads": threads,
+            "spin": spin,
             "engine": engine,
             "flush_denormals": flush_denormals,
         }

@@ -135,7 +135,7 @@ def verify(
     manifest = bundle.manifest
     checkpoint = open_reference(bundle, reference, adapter)
     runs = TorchKernels(checkpoint) if backend == TORCH_KERNELS else find(backend)
-    served = SessionOptions(portable=portable, engine=engine, spin=False)
+    served = replace(_without_spinning(runs), portable=portable, engine=engine)
     runs.check_options(served)
     if lowering and not runs.runs_graphs:
         raise UsageError(f"--lowering judges a graph, and {backend} runs none that it is given; use {DEFAULT_BACKEND}")
@@ -208,6 +208,11 @@ def _judge_quality(
     return results
 
 
+def _without_spinning(backend: Backend[Any]) -> SessionOptions:
+    """Options for runners that take turns with torch, whose threads would wait for those that spin."""
+    return SessionOptions(spin=0) if "spin" in backend.session_options else SessionOptions()
+
+
 def _layouts(bundle: Bundle, backend: Backend[Any], asked: tuple[str, ...], lowering: bool) -> tuple[str, ...]:
     """The layouts to judge: those asked for, or all that the backend runs; of a lowering the one that is lowered."""
     if not lowering:
@@ -253,7 +258,7 @@ def open_runners(
         lowering: run the standard graph as it is lowered for TensorRT; only in a backend that runs graphs.
     """
     backend = find(DEFAULT_BACKEND) if backend is None else backend
-    options = SessionOptions(spin=False) if options is None else options
+    options = _without_spinning(backend) if options is None else options
     chosen = bundle.layout(layout)
     rewrite = _lowered if lowering else lambda model: ir.to_proto(model).SerializeToString()
     source = bundle.path / (chosen.file if lowering else backend.runs(chosen, options))
