@@ -33,7 +33,7 @@ if TYPE_CHECKING:  # what takes long to import is imported by the function that 
     from doge_deploy.bundle.opening import Bundle
     from doge_deploy.process.progress import Progress
     from doge_deploy.verify.parity import CaseResult
-    from doge_deploy.verify.run import Report
+    from doge_deploy.verify.report import Report
 
 __all__ = [
     "export",

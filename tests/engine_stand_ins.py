@@ -268,6 +268,7 @@ def held_runner(bundle: Bundle, *, records_itself: bool = False, **changes: Any)
         signature,
         max_length=bundle.manifest.max_length,
         last=bundle.manifest.last_logits,
+        whole_calls=bool(bundle.manifest.whole_calls),
     )
 
 

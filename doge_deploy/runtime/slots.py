@@ -266,7 +266,7 @@ def refusal(bundle: Bundle, slots: int) -> str | None:
             f"{bundle.path} has the growing layout only, whose rows grow together: export it with "
             "--kv-cache static for slots"
         )
-    if slots > 1 and facts.is_moe and manifest.options.routing == "reference":
+    if slots > 1 and manifest.routing_mixes:
         return (
             f"{bundle.path} routes experts as transformers does, which mixes the tokens of all rows of a call: export "
             "it with --routing per-token, or use one slot"

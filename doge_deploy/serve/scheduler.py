@@ -18,7 +18,8 @@ from typing import Protocol
 from doge_deploy.errors import DogeDeployError
 from doge_deploy.runtime.base import FloatArray
 from doge_deploy.runtime.logits import Logits
-from doge_deploy.serve.request import Finished, FinishReason, PromptScored, Request, Started, State, log_probabilities
+from doge_deploy.runtime.logprobs import log_probabilities
+from doge_deploy.serve.request import Finished, FinishReason, PromptScored, Request, Started, State
 from doge_deploy.serve.slots import Held, SlotTable, common_prefix
 from doge_deploy.serve.speculation import DraftLength, NgramIndex
 

@@ -35,6 +35,9 @@ DEFAULT_SLOTS = 8
 _FLUSH_SECONDS = 1.0
 """How long streams have to send their last event when the time to drain is over."""
 
+_OTHER_FILES = 256
+"""Files that are open beside connections, with room to spare."""
+
 _log = logging.getLogger("doge_deploy.serve")
 
 
@@ -194,13 +197,17 @@ def run(paths: Sequence[Path], options: ServeOptions) -> None:
     import uvicorn
 
     from doge_deploy.serve.http.app import create_app
+    from doge_deploy.serve.http.connections import Patience, patient, raise_file_limit
     from doge_deploy.serve.http.security import read_keys
 
     keys = read_keys(options.api_key_file) if options.api_key_file is not None else ()
     served = open_served(paths, options)
     app = create_app(served, api_keys=keys)
+    # beside connections there are files of libraries, and sockets that wait to be closed
+    files = raise_file_limit(Patience().connections + _OTHER_FILES)
     config = uvicorn.Config(
         app,
+        http=patient(Patience(connections=max(files - _OTHER_FILES, 1))),
         host=options.host,
         port=options.port,
         log_config=None,
@@ -251,12 +258,12 @@ def _make_server(config: uvicorn.Config, served: Served, drain_seconds: float) -
         async def _drain(self) -> None:
             _log.info("draining", extra={"fields": {"seconds": drain_seconds}})
             deadline = perf_counter() + drain_seconds
-            while _waiting(served) and perf_counter() < deadline:
+            while served.working and perf_counter() < deadline:
                 await asyncio.sleep(0.05)
             for inbox in served.inboxes.values():
                 inbox.fail("the server is shutting down")
             deadline = perf_counter() + _FLUSH_SECONDS
-            while _waiting(served) and perf_counter() < deadline:
+            while served.working and perf_counter() < deadline:
                 await asyncio.sleep(0.05)
             self.should_exit = True
 
@@ -270,7 +277,3 @@ def _make_server(config: uvicorn.Config, served: Served, drain_seconds: float) -
                 _log.info("serving", extra={"fields": {"address": f"http://{host}:{address[1]}", "models": names}})
 
     return DrainingServer(config)
-
-
-def _waiting(served: Served) -> int:
-    return sum(inbox.waiting for inbox in served.inboxes.values())

@@ -56,8 +56,7 @@ def open_runner(
     last = manifest.last_logits
     if chosen.signature.layout == "growing":
         return GrowingOrtRunner(session, chosen, max_length=manifest.max_length, last=last)
-    mixes = facts.is_moe and manifest.options.routing == "reference"
-    whole = mixes or facts.rope_changes(manifest.max_length)
+    whole = bool(manifest.whole_calls)
     if any(value.name == SLOT_INDICES for value in session.get_inputs()):
         return WindowOrtRunner(
             session,

@@ -46,7 +46,8 @@ def open_runner(bundle: Bundle, backend: Target, engine: str | None = None) -> T
     loaded = _LoadedEngine(trt, bundle.path / record.engine_file, device)
     loaded.check_aliases(record)
     last = manifest.last_logits
-    return TrtRunner(loaded, device, plan, signature, max_length=manifest.max_length, last=last)
+    whole = bool(manifest.whole_calls)
+    return TrtRunner(loaded, device, plan, signature, max_length=manifest.max_length, last=last, whole_calls=whole)
 
 
 def engines_for(bundle: Bundle, backend: Target, name: str | None = None) -> dict[str, EngineRecord]:

@@ -107,9 +107,18 @@ class TrtRunner(RowsRunner):
     """An engine of TensorRT or TensorRT-RTX."""
 
     def __init__(
-        self, engine: Engine, device: Device, plan: BindingPlan, signature: Signature, *, max_length: int, last: bool
+        self,
+        engine: Engine,
+        device: Device,
+        plan: BindingPlan,
+        signature: Signature,
+        *,
+        max_length: int,
+        last: bool,
+        whole_calls: bool,
     ) -> None:
         super().__init__(max_length=max_length, last_logits=last)
+        self.whole_calls = whole_calls
         self.device = device
         self.plan = plan
         self.signature = signature
