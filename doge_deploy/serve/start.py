@@ -263,6 +263,8 @@ def _make_server(config: uvicorn.Config, served: Served, drain_seconds: float) -
                 await asyncio.sleep(0.05)
             for inbox in served.inboxes.values():
                 inbox.fail("the server is shutting down")
+            for model in served.features.values():
+                model.stop()
             deadline = perf_counter() + _FLUSH_SECONDS
             while served.working and perf_counter() < deadline:
                 await asyncio.sleep(0.05)

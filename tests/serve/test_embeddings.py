@@ -98,13 +98,18 @@ def test_a_client_that_is_gone_has_no_more_texts_embedded(gated: tuple[Running, 
     assert float(counted.split()[-1]) > 0
 
 
-def test_sigterm_lets_embeddings_end(features_bundle: Path) -> None:
-    with serving(features_bundle) as (process, url), ThreadPoolExecutor() as pool:
-        texts = ["x = 1\n" * 60] * 1000
-        job = pool.submit(httpx.post, f"{url}/v1/embeddings", json={"input": texts}, timeout=120)
+@pytest.mark.parametrize(("seconds", "status"), [("600", 200), ("0", 503)])
+def test_sigterm_lets_embeddings_end_or_says_that_there_is_no_time(
+    features_bundle: Path, seconds: str, status: int
+) -> None:
+    with serving(features_bundle, "--drain-seconds", seconds) as (process, url), ThreadPoolExecutor() as pool:
+        texts = ["x = 1\n" * 60] * 300
+        job = pool.submit(httpx.post, f"{url}/v1/embeddings", json={"input": texts}, timeout=500)
         deadline = time.monotonic() + 60
         while 'running{model_name="doge-tiny"} 1.0' not in httpx.get(f"{url}/metrics").text:
             assert time.monotonic() < deadline and not job.done()
         process.send_signal(signal.SIGTERM)
-        assert len(job.result().json()["data"]) == 1000
+        found = job.result()
+        assert found.status_code == status, found.text
+        assert len(found.json().get("data", [])) == (300 if status == 200 else 0)
         assert process.wait(30) == 0

@@ -16,6 +16,7 @@ import numpy.typing as npt
 from doge_deploy.bundle.opening import Bundle
 from doge_deploy.errors import UnsupportedModelError, UsageError
 from doge_deploy.runtime.base import Runner
+from doge_deploy.serve.engine import EngineStoppedError
 from doge_deploy.serve.scheduler import QueueFullError
 from doge_deploy.text.tokenizer import Tokenizer
 
@@ -37,6 +38,7 @@ class FeatureModel:
         """Requests that are in work or wait."""
         self.tokens = 0
         """That were computed since the start."""
+        self._stopped = False
         self._runner = runner
         self._thread = ThreadPoolExecutor(1, "doge-embeddings")
 
@@ -62,20 +64,26 @@ class FeatureModel:
 
         Raises:
             QueueFullError: too many requests wait.
+            EngineStoppedError: `stop` was called.
             UnsupportedModelError: as `embed`.
         """
         if self.waiting >= self.max_waiting:
             raise QueueFullError(f"{self.waiting} requests for embeddings are waiting, which is the limit")
         self.waiting += 1
         try:
-            loop = asyncio.get_running_loop()
-            return [await loop.run_in_executor(self._thread, self.embed, ids) for ids in texts]
+            return [await self._embed_next(ids) for ids in texts]
         finally:
             self.waiting -= 1
 
+    async def _embed_next(self, ids: Sequence[int]) -> npt.NDArray[np.float32]:
+        if self._stopped:
+            raise EngineStoppedError("the server is shutting down")
+        return await asyncio.get_running_loop().run_in_executor(self._thread, self.embed, ids)
+
     def stop(self) -> None:
-        """End the thread when the text in work is done."""
-        self._thread.shutdown(wait=False, cancel_futures=True)
+        """End requests and the thread when the text in work is done."""
+        self._stopped = True
+        self._thread.shutdown(wait=False)
 
     def embed(self, ids: Sequence[int]) -> npt.NDArray[np.float32]:
         """`[H]`, of length 1; for one thread at a time.
