@@ -176,5 +176,6 @@ class Request:
         if self.constraint is not None and self.constraint.complete:
             return Finished("stop", self.text.flush())
         if self.produced >= self.max_new_tokens or len(self.context) > max_length:
-            return Finished("length", self.text.flush())
+            rest = self.text.flush()
+            return Finished("stop" if self.text.stopped else "length", rest)
         return None

@@ -19,7 +19,7 @@ def open_runner(
     layout: str | None = None,
     *,
     threads: int | None = None,
-    spin: bool = True,
+    spin: int | None = None,
     flush_denormals: bool = False,
     model: bytes | None = None,
     portable: bool = False,
