@@ -6,7 +6,7 @@ graph, in a lowered one and in an engine's. Marks are text in `NodeProto.metadat
 
     doge.point.<output>   the points that this output holds, side by side along its last axis
     doge.computes         points that a fused node computes inside, and does not show
-    doge.pass             the pass of a lowering that made the node
+    doge.pass             the pass of a lowering that made the node, after those that made what it was made of
 
 A point is `layers.<i>.<name>` or, outside the layers, `<name>`.
 """

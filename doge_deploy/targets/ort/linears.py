@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import onnx_ir as ir
 
-from doge_deploy.graph.stages import mark, move, points_of
+from doge_deploy.graph.stages import MADE_BY, mark, move, points_of
 from doge_deploy.targets.ort.matching import Emitter, Linear, attribute, expect, linear_of
 
 
@@ -55,7 +55,10 @@ def _pack(group: Sequence[Linear]) -> None:
     attributes = {name: value.value for name, value in product.attributes.items()}
     if quantized:
         attributes["N"] = sum(linear.width for linear in group)
-    packed = emit(product.op_type, group[0].x, *weights, domain=product.domain, name="product", **attributes).outputs[0]
+    made = emit(product.op_type, group[0].x, *weights, domain=product.domain, name="product", **attributes)
+    if MADE_BY in product.metadata_props:
+        made.metadata_props[MADE_BY] = product.metadata_props[MADE_BY]
+    packed = made.outputs[0]
     if group[0].bias is not None:
         bias = emit("Concat", *(linear.bias for linear in group), axis=0, name="bias").outputs[0]
         packed = emit("Add", packed, bias, name="sum").outputs[0]

@@ -77,7 +77,8 @@ def lower(model: ir.Model, passes: Sequence[type[ir.passes.PassBase]] = PASSES) 
                 applied.append(name)
             for node in model.graph:
                 if node not in before:
-                    node.metadata_props[MADE_BY] = name
+                    makers = [*node.metadata_props.get(MADE_BY, "").split(), name]
+                    node.metadata_props[MADE_BY] = " ".join(makers)
     model = common.CommonSubexpressionEliminationPass()(model).model
     model = common.RemoveUnusedFunctionsPass()(model).model  # type: ignore[no-untyped-call]
     model = common.RemoveUnusedOpsetsPass()(model).model

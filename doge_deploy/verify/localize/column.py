@@ -166,7 +166,7 @@ class CutSession:
             "position_ids": view.positions,
             PAST_ROPE: np.array([view.rope_length]),
         }
-        result = {}
+        result: dict[str, Array] = {}
         for name in self._types:
             if name in self.part.shapes:
                 array = np.zeros((*view.ids.shape, sum(self.column.widths(self.part.inputs[name]))))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from doge_deploy.errors import MismatchError
 from doge_deploy.graph.stages import LAST_POINTS, place, split_point, stage_of
 from doge_deploy.verify.compare import Difference
 from doge_deploy.verify.tolerance import AllowedDifference
@@ -143,6 +144,11 @@ class Localization:
     def passed(self) -> bool:
         return self.finding is None and not self.failures
 
+    def require_passed(self) -> None:
+        """Raises MismatchError with the finding, or with what `verify` found, where `passed` is false."""
+        if not self.passed:
+            raise MismatchError(str(self.finding) if self.finding else f"{self.case}: {'; '.join(self.failures)}")
+
     def errs(self) -> list[Reading]:
         """Readings of all stages that err by themselves, in order."""
         return sorted((reading for reading in self.readings if reading.errs), key=lambda reading: reading.order)
@@ -178,8 +184,11 @@ def _columns(bad: Sequence[str], known: Sequence[str]) -> str:
     return f"{' and '.join(bad)} graph" + (f"; the {' and '.join(good)} graph is within noise there" if good else "")
 
 
+_TWINS = {"rope_q": "q", "rope_k": "k", "mlp_residual": "mlp", "expert_selection": "experts"}
+
+
 def word(reading: Reading) -> str:
     """The stage of a reading; two stages of the same name are told apart by their point."""
     name = split_point(reading.point)[1]
     stage = stage_of(reading.point)
-    return stage if stage == name else f"{stage} ({name})"
+    return f"{stage} ({_TWINS[name]})" if name in _TWINS else stage

@@ -40,8 +40,8 @@ class Cut:
 
     def makers(self) -> list[str]:
         """Passes of a lowering that made what is left."""
-        made = (node.metadata_props.get(MADE_BY) for node in self.model.graph)
-        return list(dict.fromkeys(name for name in made if name))
+        made = (name for node in self.model.graph for name in node.metadata_props.get(MADE_BY, "").split())
+        return list(dict.fromkeys(made))
 
 
 def load(path: Path) -> ir.Model:
@@ -78,6 +78,11 @@ def _dtype(model: ir.Model, value: ir.Value) -> ir.DataType:
     return _FLOATS_OF_SCORES if dtype is None else dtype
 
 
+def _known(value: ir.Value) -> ir.DataType:
+    assert value.dtype is not None  # `load` sees to it
+    return value.dtype
+
+
 def selection_point(name: str) -> str | None:
     """The point of an output `kept.<i>` or `experts.<i>`; None for another name."""
     kind, _, layer = name.partition(".")
@@ -90,7 +95,7 @@ def tap(model: ir.Model, layers: Collection[int | None]) -> dict[str, tuple[str,
     Returns the points of each further output. What is an output already, such as a cache, is not tapped.
     """
     outputs = model.graph.outputs
-    kept = {}
+    kept: dict[str, tuple[str, ...]] = {}
     for value in list(outputs):
         point = selection_point(value.name or "")
         if point is None:
@@ -118,7 +123,7 @@ def cut(model: ir.Model, wanted: Collection[str]) -> Cut:
     inputs: dict[str, tuple[str, ...]] = {}
     outputs: list[tuple[ir.Value, tuple[str, ...]]] = []
     for value, names in points.items():
-        given = ir.Value(name=f"{INPUT}{value.name}", shape=value.shape, type=ir.TensorType(value.dtype))
+        given = ir.Value(name=f"{INPUT}{value.name}", shape=value.shape, type=ir.TensorType(_known(value)))
         for use in list(value.uses()):
             use.node.replace_input_with(use.idx, given)
         if given.uses():

@@ -82,7 +82,7 @@ class Context:
 
 def _heads(x: torch.Tensor, size: int) -> torch.Tensor:
     """`[B, Q, heads*D]` -> `[B, heads, Q, D]`."""
-    return x.unflatten(-1, (-1, size)).transpose(1, 2)
+    return x.reshape(*x.shape[:2], -1, size).transpose(1, 2)
 
 
 class Stages:
@@ -151,6 +151,7 @@ class Stages:
     @torch.no_grad()
     def stage(self, index: int, name: str, values: Values, context: Context) -> torch.Tensor:
         """One stage on given input."""
+        result: torch.Tensor
         layer = self.body.layers[index]
         attention: Any = layer.self_attn
         mlp: Any = layer.mlp
@@ -161,7 +162,7 @@ class Stages:
             case "q" | "k" | "v":
                 result = getattr(attention, f"{name}_proj")(values["input_norm"])
             case "q_norm" | "k_norm":
-                heads = values[name[0]].unflatten(-1, (-1, size))
+                heads = values[name[0]].reshape(*values[name[0]].shape[:2], -1, size)
                 result = getattr(attention, name)(heads).flatten(-2)
             case "rope_q" | "rope_k":
                 source = values.get(f"{name[-1]}_norm", values[name[-1]])
@@ -170,8 +171,7 @@ class Stages:
             case "score":
                 result = self._score(attention, values["v"], context)
             case "selection":
-                result = context.given.get("selection")
-                result = self._kept(values, context) if result is None else result
+                result = context.given["selection"] if name in context.given else self._kept(values, context)
             case "attention":
                 result = self._attention(values, context)
             case "o_proj":
@@ -189,8 +189,8 @@ class Stages:
             case "router":
                 result = mlp.router_gate(values["post_norm"])
             case "expert_selection":
-                result = context.given.get("expert_selection")
-                result = best_experts(*self.halves(values["router"]), mlp.top_k) if result is None else result
+                own = name not in context.given
+                result = best_experts(*self.halves(values["router"]), mlp.top_k) if own else context.given[name]
             case "experts":
                 result = values["down"] + self._routed(mlp, values)
             case "mlp_residual":

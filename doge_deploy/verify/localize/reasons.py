@@ -11,7 +11,7 @@ import onnx_ir as ir
 from doge_deploy.bundle.files import WEIGHTS_FILE
 from doge_deploy.bundle.opening import Bundle
 from doge_deploy.checkpoint.names import HEAD
-from doge_deploy.graph.stages import point_name, split_point
+from doge_deploy.graph.stages import computed, marked, point_name, split_point
 from doge_deploy.graph.weight_file import read_weight_file
 from doge_deploy.verify.compare import Array
 from doge_deploy.verify.localize.calls import CallView
@@ -105,6 +105,7 @@ class Examiner:
             if found.word == "wrong weight" and scanned is not None and scanned.word == "NaN origin":
                 return Reason(scanned.word, f"{scanned.detail}; {found.detail}")
             return found
+        assert isinstance(reading.own, Measure)
         scanned = self._scan(reading, column, part, view, caches, values)
         return scanned or Reason("other arithmetic", _pattern(reading.own))
 
@@ -142,7 +143,8 @@ class Examiner:
         layer, name = split_point(point)
         if name not in INPUTS:
             return None
-        if any(one != point for points in part.outputs.values() for one in points):
+        makers = [value.producer() for value, points in marked(part.model) if point in points]
+        if any(len(computed(node)) > 1 for node in makers if node is not None):
             return None  # computed together with others: what it reads is also theirs
         held = {one for name, points in part.inputs.items() if name not in part.shapes for one in points}
         own = {split_point(one)[1] for one in held if split_point(one)[0] == layer}
@@ -205,6 +207,7 @@ def _not_finite(value: ir.Value, array: Array, floats: Mapping[str, Array], dtyp
     place = tuple(int(i) for i in np.argwhere(~np.isfinite(array))[0])
     what = "NaN" if np.isnan(array[place]) else "infinite"
     node = value.producer()
+    assert node is not None
     sizes = [np.abs(floats[str(one.name)]).max() for one in node.inputs if one is not None and str(one.name) in floats]
     if dtype == "float16" and what == "infinite":
         size = f", whose inputs reach {max(map(float, sizes)):.3g}" if sizes else ""

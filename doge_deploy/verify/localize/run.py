@@ -13,12 +13,12 @@ from doge_deploy.bundle.opening import Bundle, open_bundle
 from doge_deploy.bundle.signature import UNCACHED
 from doge_deploy.diagnostics import suggest
 from doge_deploy.errors import UsageError
-from doge_deploy.graph.stages import MADE_BY, split_point, stage_of
+from doge_deploy.graph.stages import MADE_BY, point_name, split_point, stage_of
 from doge_deploy.graph.weight_formats import format_of
 from doge_deploy.options.backends import DEFAULT_BACKEND
 from doge_deploy.targets.backend import SessionOptions, find
 from doge_deploy.verify.cases import Case
-from doge_deploy.verify.compare import Array, difference
+from doge_deploy.verify.compare import Array
 from doge_deploy.verify.live import LiveOracle
 from doge_deploy.verify.localize.calls import view_calls
 from doge_deploy.verify.localize.column import Column
@@ -30,7 +30,6 @@ from doge_deploy.verify.localize.finding import (
     Localization,
     Measure,
     Reading,
-    word,
 )
 from doge_deploy.verify.localize.graphs import cut, load
 from doge_deploy.verify.localize.oracle import Stages
@@ -206,7 +205,7 @@ class _Search:
     def _conclude(self, found: Localization, walk: Walk, plain: list[Array]) -> None:
         """The finding, and whether watching changed anything."""
         first = self.columns[0].name
-        watched = difference([row.astype(np.float64) for row in walk.logits[first]], plain)
+        watched = _apart(walk.logits[first], plain)
         ends = [reading for reading in found.readings if reading.point in ("head", "norm") and reading.column == first]
         still = any(reading.inherited is not None and not reading.inherited.passed for reading in found.readings)
         errs = found.errs()
@@ -215,14 +214,15 @@ class _Search:
         elif found.failures:
             found.finding = self._without_a_stage(found, still)
         allowed = max((end.inherited.allowed.max_abs for end in ends if end.inherited is not None), default=0.0)
-        if found.failures and watched.max_abs > allowed and (errs or still):
+        if found.failures and watched > allowed and (errs or still):
             found.notes.append(
-                f"watched, the {first} graph gives other logits (by {watched.max_abs:.1e}): what it computes depends "
+                f"watched, the {first} graph gives other logits (by {watched:.1e}): what it computes depends "
                 "on which of its values are shown"
             )
 
     def _finding(self, found: Localization, errs: list[Reading], first: Reading, spot: Spot) -> Finding:
-        same_place = [one for one in errs if (one.call, one.point) == (first.call, first.point)]
+        both = _points_of_one_stage(first.point)
+        same_place = [one for one in errs if one.call == first.call and one.point in both]
         names = [column.name for column in self.columns]
         same_place.sort(key=lambda one: names.index(one.column))
         column = next(one for one in self.columns if one.name == first.column)
@@ -234,17 +234,16 @@ class _Search:
             error, noise = own.error, own.allowed.max_abs
             if own.error <= noise:  # the largest is within its limit, the root mean square is not
                 error, noise = own.difference.rms, own.allowed.rms
-        others = {one.point for one in errs} - {first.point}
-        same_layer = {one for one in others if split_point(one)[0] == layer}
+        others = {one.point for one in errs} - set(both)
         if others:
             shown = ", ".join(sorted(others)[:4]) + (f" and {len(others) - 4} more" if len(others) > 4 else "")
-            found.notes.append(f"further stages err by themselves: {shown}" if same_layer or others else "")
-        columns = tuple(one.column for one in same_place)
+            found.notes.append(f"further stages err by themselves: {shown}")
+        columns = tuple(dict.fromkeys(one.column for one in same_place))
         return Finding(
             found.case,
             first.call,
             layer,
-            word(first) if first.point.endswith("rope_q") else stage_of(first.point),
+            stage_of(first.point),
             columns,
             error,
             noise,
@@ -285,6 +284,23 @@ class _Search:
             f"{reading.inherited.allowed.max_abs:.1e})"
         )
         return Finding(found.case, reading.call, layer, "", (first,), 0.0, 0.0, NOISE, words, "noise, or the caches")
+
+
+def _points_of_one_stage(point: str) -> tuple[str, ...]:
+    """Queries and keys are rotated by one stage, and a fused node shows the keys alone."""
+    layer, name = split_point(point)
+    return tuple(point_name(layer, one) for one in ("rope_q", "rope_k")) if name.startswith("rope") else (point,)
+
+
+def _apart(one: Sequence[Array], two: Sequence[Array]) -> float:
+    """Largest difference of two runs of one graph; infinite where one gives a number and the other does not."""
+    worst = 0.0
+    for a, b in zip(one, two, strict=True):
+        known = np.isfinite(a)
+        if not np.array_equal(known, np.isfinite(b)):
+            return float("inf")
+        worst = max(worst, float(np.abs(a[known].astype(np.float64) - b[known]).max(initial=0.0)))
+    return worst
 
 
 def _as_it_is(model: ir.Model) -> ir.Model:

@@ -21,6 +21,7 @@ from doge_deploy.verify.localize.calls import CallView
 from doge_deploy.verify.localize.column import SETS, Column, Tapped
 from doge_deploy.verify.localize.finding import Choice, Measure, Reading
 from doge_deploy.verify.localize.oracle import Cache, Context, Stages, Values, best_experts, best_keys, to_array
+from doge_deploy.verify.localize.shapes import fitted, of_last
 from doge_deploy.verify.noise import DRAWS, MOST_BY_CHANCE, pool
 from doge_deploy.verify.tolerance import ULP, AllowedDifference, limit
 
@@ -441,27 +442,6 @@ def as_set(name: str, array: Array, view: CallView, *, static: bool) -> torch.Te
     else:  # a sliding cache has lost the first columns
         kept[..., columns - have :] = array
     return torch.from_numpy(kept)
-
-
-def of_last(array: Array, view: CallView) -> Array:
-    """Of a state the one token of each row that a head reads."""
-    return np.stack([array[b, n][None] for b, n in enumerate(view.last)])
-
-
-def fitted(values: Arrays, shown: Arrays, view: CallView) -> Arrays:
-    """States with as many tokens as the graph has there: after the last selection of tokens it has one a row, and a
-    sliding cache has lost the first keys.
-    """
-    result = {}
-    for name, array in values.items():
-        count = shown[name].shape[1] if name in shown and shown[name].ndim == 3 else array.shape[1]
-        if count == array.shape[1]:
-            result[name] = array
-        elif count == 1 and not name.endswith(".score"):
-            result[name] = of_last(array, view)
-        else:
-            result[name] = array[:, -count:]
-    return result
 
 
 def _padded(rows: Sequence[Array], view: CallView) -> Array:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from bundles import shared_bundle
 from localize_faults import ALWAYS, FAULTS, Fault
 from sweeps import cases
 
