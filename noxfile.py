@@ -126,6 +126,17 @@ def interop_node(session: nox.Session) -> None:
     session.run("python", "tests/interop/node_client.py", bundles, str(packages))
 
 
+@nox.session(name="ray")
+def ray_cluster(session: nox.Session) -> None:
+    """Two replicas in a local cluster of Ray, one of which is killed under load."""
+    install(session, "cpu,ray")
+    session.install("-c", CONSTRAINTS, "httpx")
+    bundle = Path(session.create_tmp(), "doge-tiny")
+    shutil.rmtree(bundle, ignore_errors=True)
+    session.run(sys.executable, "-m", "doge_deploy.cli", "export", "doge-tiny", "-o", str(bundle), external=True)
+    session.run("python", "tests/ray/cluster.py", str(bundle), *session.posargs, env={"RAY_USAGE_STATS_ENABLED": "0"})
+
+
 @nox.session
 def properties(session: nox.Session) -> None:
     """Random examples of the whole space of configs and calls:  nox -s properties -- --examples 300"""
