@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import shutil
+import statistics
 import sys
 from pathlib import Path
 
@@ -100,9 +102,30 @@ def interop_optimum(session: nox.Session) -> None:
 
 @nox.session(name="interop-genai")
 def interop_genai(session: nox.Session) -> None:
-    """Bundles in onnxruntime-genai: the same greedy tokens."""
+    """Bundles in onnxruntime-genai: the same greedy tokens.  Of BUNDLES that are given, the time of a step beside ours."""
     session.install("-r", "tests/interop/requirements-genai.txt")
-    session.run("python", "tests/interop/genai_client.py", interop_bundles(session))
+    if session.posargs:
+        print_steps(session)
+    else:
+        session.run("python", "tests/interop/genai_client.py", interop_bundles(session))
+
+
+def print_steps(session: nox.Session, rounds: int = 3) -> None:
+    """Milliseconds of a decode step in onnxruntime-genai and in our runner, in turns, and their ratios to static."""
+    times: dict[str, dict[str, list[float]]] = {name: {} for name in session.posargs}
+    for _ in range(rounds):
+        for what in ("static", "growing", "genai"):
+            python = "python" if what == "genai" else sys.executable
+            command = [python, "tests/interop/steps.py", what, *session.posargs]
+            found = json.loads(str(session.run(*command, external=True, silent=True)))
+            for name, values in found.items():
+                times[name].setdefault(what, []).append(statistics.median(values))
+    for name, kinds in times.items():
+        for what, values in kinds.items():
+            ratios = [value / static for value, static in zip(values, kinds["static"], strict=True)]
+            ratio = f"{statistics.median(values) / statistics.median(kinds['static']):.2f} times static"
+            spread = f"({min(ratios):.2f} to {max(ratios):.2f})"
+            print(f"{name} {what}: {statistics.median(values):.3f} ms, {ratio} {spread}")
 
 
 @nox.session(name="interop-openvino")

@@ -34,7 +34,7 @@ class OrtBackend(Backend["OrtRunner"]):
         ),
     )
     layouts = (*LAYOUTS, UNCACHED)
-    lowers = ("static",)
+    lowers = LAYOUTS
     session_options = frozenset({"portable", "threads"})
     runs_graphs = True
     shows_selections = True

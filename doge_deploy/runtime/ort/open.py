@@ -5,9 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 from doge_deploy.bundle.opening import Bundle
-from doge_deploy.bundle.signature import SLOT_INDICES, UNCACHED
+from doge_deploy.bundle.signature import SHARES_BUFFERS, SLOT_INDICES, UNCACHED
 from doge_deploy.devices.packages import require_graph_packages
 from doge_deploy.runtime.memory import check_memory
+from doge_deploy.runtime.ort.growing import InPlaceGrowingOrtRunner
 from doge_deploy.runtime.ort.runners import GrowingOrtRunner, OrtRunner, StaticOrtRunner, UncachedOrtRunner
 from doge_deploy.runtime.ort.session import graph_file, open_session
 from doge_deploy.runtime.ort.window import WindowOrtRunner
@@ -55,7 +56,9 @@ def open_runner(
         return UncachedOrtRunner(session, chosen, manifest.max_length, facts.pad_token_id)
     last = manifest.last_logits
     if chosen.signature.layout == "growing":
-        return GrowingOrtRunner(session, chosen, max_length=manifest.max_length, last=last)
+        in_place = SHARES_BUFFERS in session.get_modelmeta().custom_metadata_map
+        growing = InPlaceGrowingOrtRunner if in_place else GrowingOrtRunner
+        return growing(session, chosen, max_length=manifest.max_length, last=last)
     mixes = facts.is_moe and manifest.options.routing == "reference"
     whole = mixes or facts.rope_changes(manifest.max_length)
     if any(value.name == SLOT_INDICES for value in session.get_inputs()):
