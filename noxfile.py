@@ -102,7 +102,7 @@ def interop_optimum(session: nox.Session) -> None:
 
 @nox.session(name="interop-genai")
 def interop_genai(session: nox.Session) -> None:
-    """Bundles in onnxruntime-genai: the same greedy tokens.  Of BUNDLES that are given, the time of a step beside ours."""
+    """Bundles in onnxruntime-genai: the same greedy tokens.  With BUNDLES given: the time of a step, beside ours."""
     session.install("-r", "tests/interop/requirements-genai.txt")
     if session.posargs:
         print_steps(session)
@@ -117,7 +117,7 @@ def print_steps(session: nox.Session, rounds: int = 3) -> None:
         for what in ("static", "growing", "genai"):
             python = "python" if what == "genai" else sys.executable
             command = [python, "tests/interop/steps.py", what, *session.posargs]
-            found = json.loads(str(session.run(*command, external=True, silent=True)))
+            found = json.loads(str(session.run(*command, external=True, silent=True)).splitlines()[-1])
             for name, values in found.items():
                 times[name].setdefault(what, []).append(statistics.median(values))
     for name, kinds in times.items():
@@ -125,7 +125,7 @@ def print_steps(session: nox.Session, rounds: int = 3) -> None:
             ratios = [value / static for value, static in zip(values, kinds["static"], strict=True)]
             ratio = f"{statistics.median(values) / statistics.median(kinds['static']):.2f} times static"
             spread = f"({min(ratios):.2f} to {max(ratios):.2f})"
-            print(f"{name} {what}: {statistics.median(values):.3f} ms, {ratio} {spread}")
+            session.log(f"{name} {what}: {statistics.median(values):.3f} ms, {ratio} {spread}")
 
 
 @nox.session(name="interop-openvino")
