@@ -248,7 +248,7 @@ FAULTS: dict[str, Fault] = {
     ),
     "numbers-that-differ-exit-with-0": Fault(
         "verify",
-        Patch("doge_deploy/verify/run.py", "if not self.passed:", "if not self.weights.passed:"),
+        Patch("doge_deploy/verify/report.py", "if not self.passed:", "if not self.weights.passed:"),
         "verify ends with exit code 0 although the graph computes something else",
         ("test_teeth.py",),
         (Patch("doge_deploy/cli/verify.py", "if not report.passed:", "if not report.weights.passed:"),),

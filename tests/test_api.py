@@ -378,7 +378,8 @@ def test_keywords_are_the_fields_of_the_options(keywords: Any, options: Any) -> 
 
 def test_choices_are_all_that_a_text_can_be_generated_with() -> None:
     sampling = {spec.name for spec in dataclasses.fields(SamplingOptions)}
-    assert set(doge_deploy.TextChoices.__annotations__) == {*sampling, "max_new_tokens", "eos_token_id", "stop_strings"}
+    others = {"max_new_tokens", "eos_token_id", "stop_strings", "logprobs"}
+    assert set(doge_deploy.TextChoices.__annotations__) == {*sampling, *others}
 
 
 @pytest.mark.sweep

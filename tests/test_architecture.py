@@ -108,6 +108,11 @@ def test_the_runtime_needs_neither_torch_nor_transformers_nor_the_graph() -> Non
     assert not {"torch", "transformers", "onnx", "doge_deploy.graph", "doge_deploy.model"} & found
 
 
+def test_a_judge_needs_neither_torch_nor_transformers_nor_onnx() -> None:
+    found = modules_after("import doge_deploy.verify.run, doge_deploy.verify.files")
+    assert not {"torch", "transformers", "onnx", "onnx_ir", "safetensors", "doge_deploy.verify.live"} & found
+
+
 def test_the_page_has_a_line_for_every_file() -> None:
     text = architecture_page.PAGE.read_text(encoding="utf-8")
     assert text == architecture_page.page(text), "run python tests/architecture_page.py"

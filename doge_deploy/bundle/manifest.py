@@ -145,6 +145,22 @@ class Manifest:
         """Whether a call gives logits of each row's last token alone."""
         return self.options.logits == "last"
 
+    @property
+    def routing_mixes(self) -> bool:
+        """Whether experts are routed as transformers does it, which mixes the tokens of a call and of all its rows."""
+        return self.facts.is_moe and self.options.routing == "reference"
+
+    @property
+    def whole_calls(self) -> str:
+        """Why what a token gets depends on the tokens that come in the same call; empty where it does not, so that a
+        text may be cut into calls anyhow.
+        """
+        if self.routing_mixes:
+            return "routing=reference mixes the tokens of a call"
+        if self.facts.rope_changes(self.max_length):
+            return "its angles depend on the longest text of a call"
+        return ""
+
     def to_json(self) -> dict[str, Any]:
         """The document, in the order of its keys."""
         return {

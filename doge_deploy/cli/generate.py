@@ -5,6 +5,8 @@ What takes long to import is imported when it is needed: `--help` must not wait 
 
 from __future__ import annotations
 
+import json
+import math
 import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -20,6 +22,7 @@ from doge_deploy.options.backends import DEFAULT_BACKEND
 
 if TYPE_CHECKING:
     from doge_deploy.runtime.choices import TextChoices
+    from doge_deploy.runtime.logprobs import TokenLogprobs
     from doge_deploy.runtime.text_model import Prompt
 
 
@@ -37,12 +40,23 @@ if TYPE_CHECKING:
 @click.option("--temperature", type=float, help="Above 1 evens out the odds. Implies --sample.")
 @click.option("--top-k", type=int, metavar="N", help="Draw among the N likeliest, 0: all. Implies --sample.")
 @click.option("--top-p", type=float, help="Draw among the likeliest that reach it. Implies --sample.")
+@click.option("--min-p", type=float, help="Draw among those at least so likely beside the best. Implies --sample.")
 @click.option("--repetition-penalty", type=float, help="Above 1 makes tokens that were there less likely.")
+@click.option("--presence-penalty", type=float, help="-2 to 2: off the logit of each token of the output.")
+@click.option("--frequency-penalty", type=float, help="-2 to 2: the same, once for each time that it is there.")
+@click.option("--logit-bias", multiple=True, metavar="ID=NUMBER", help="Added to the logit of token ID; repeatable.")
 @click.option("--seed", type=int, metavar="N", help="The same seed draws the same text.")
 @click.option("--stop", "stop_strings", multiple=True, metavar="TEXT", help="End before TEXT; repeatable.")
+@click.option(
+    "--logprobs",
+    type=int,
+    metavar="N",
+    help="Behind the text, a JSON line for each token: its log probability, and those of the N likeliest.",
+)
 @click.option("--layout", metavar="static|growing", help="Graph to run; default: the bundle's first.")
 @click.option("--portable", is_flag=True, help="Run the standard graph, not the one lowered for ONNX Runtime.")
-@click.option("--threads", type=click.IntRange(min=1), metavar="N", help="At most one a CPU; default: all cores.")
+@click.option("--threads", type=click.IntRange(min=1), metavar="N", help="At most one a CPU; default: one a core.")
+@click.option("--spin", type=click.IntRange(min=0), metavar="US", help="How long idle threads wait before they sleep.")
 @click.option("--backend", type=BackendName(), default=DEFAULT_BACKEND, show_default=True, help="What runs the bundle.")
 @click.option("--engine", metavar="NAME", help="Which engine, where the backend has several.")
 @click.option("--quiet", is_flag=True, help="No statistics and no notes on standard error.")
@@ -54,6 +68,7 @@ def generate(
     layout: str | None,
     portable: bool,
     threads: int | None,
+    spin: int | None,
     backend: str,
     engine: str | None,
     quiet: bool,
@@ -73,7 +88,14 @@ def generate(
         click.echo(note, err=True)
     if prompt == "-":
         prompt = _decoded(sys.stdin.buffer.read()).removesuffix("\n")
-    runs = {"layout": layout, "portable": portable, "threads": threads, "backend": backend, "engine": engine}
+    runs = {
+        "layout": layout,
+        "portable": portable,
+        "threads": threads,
+        "spin": spin,
+        "backend": backend,
+        "engine": engine,
+    }
     session = _Session(bundle, asked, runs, quiet)
     messages = [] if system is None else [{"role": "system", "content": system}]
     if prompt is None:
@@ -92,11 +114,26 @@ def _asked(choices: Mapping[str, Any]) -> dict[str, Any]:
     """
     from doge_deploy.runtime.choices import without_effect
 
-    asked = {**choices, "stop_strings": choices["stop_strings"] or None}
+    asked = {
+        **choices,
+        "stop_strings": choices["stop_strings"] or None,
+        "logit_bias": dict(map(_bias, choices["logit_bias"])) or None,
+    }
     if idle := without_effect(asked):
         options = ", ".join(f"--{name.replace('_', '-')} {value}" for name, value in idle.items())
         raise UsageError(f"--greedy draws no token, so {options} would do nothing: drop one or the other")
     return asked
+
+
+def _bias(text: str) -> tuple[int, float]:
+    """`ID=NUMBER` as both."""
+    token, _, number = text.partition("=")
+    try:
+        return int(token), float(number)
+    except ValueError:
+        raise UsageError(
+            f"--logit-bias {text}: must be ID=NUMBER, a token's id and what is added to its logit, such as 42=-100"
+        ) from None
 
 
 class _Session:
@@ -129,9 +166,21 @@ class _Session:
         for piece in stream:
             _put(piece)
         _put("\n")
+        for entry in stream.logprobs:
+            click.echo(json.dumps(self._described(entry), ensure_ascii=False), err=True)
         self._note(stream.statistics.line(self._load_ms))
         self._load_ms = None  # of interest once
         return stream.text
+
+    def _described(self, entry: TokenLogprobs) -> dict[str, Any]:
+        """A line of `--logprobs`; the text of a token that is a part of a character is U+FFFD."""
+
+        def one(token: int, logprob: float) -> dict[str, Any]:
+            # JSON has no infinity: a token that is ruled out has none
+            known = logprob if math.isfinite(logprob) else None
+            return {"token": token, "text": self.model.tokenizer.text_of([token]), "logprob": known}
+
+        return {**one(entry.token, entry.logprob), "top": [one(*likely) for likely in entry.top]}
 
     def _note_load(self) -> None:
         """Take the time since the beginning when the model has just been loaded."""

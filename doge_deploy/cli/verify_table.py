@@ -15,7 +15,7 @@ from rich.text import Text
 if TYPE_CHECKING:
     from doge_deploy.verify.parity import CaseResult, Quantity
     from doge_deploy.verify.quality import QualityResult
-    from doge_deploy.verify.run import Report
+    from doge_deploy.verify.report import Report
 
 _WIDTH_WITHOUT_TERMINAL = 150
 _FAILURES_SHOWN = 3
@@ -146,7 +146,7 @@ def _mixing(report: Report) -> str:
 
 
 def _greedy(report: Report) -> str:
-    from doge_deploy.verify.parity import GREEDY
+    from doge_deploy.verify.cases import GREEDY
 
     rows = [result for result in report.results if result.case == GREEDY]
     return f"; greedy tokens equal: {', '.join(_greedy_row(row) for row in rows)}" if rows else ""

@@ -79,6 +79,8 @@ class SamplingOptions:
             value = getattr(self, name)
             if not (_is_number(value) and -2 <= value <= 2):
                 raise UsageError(f"{name}={value!r}: must be a number from -2 to 2 (0: no penalty)")
+        if not isinstance(self.logit_bias, Mapping):
+            raise UsageError(f"logit_bias={self.logit_bias!r}: must be a mapping of token ids to numbers")
         for token, bias in self.logit_bias.items():
             if not _is_count(token):
                 raise UsageError(f"logit_bias: {token!r} is not a token id, a whole number from 0 up")
@@ -108,7 +110,10 @@ _SAMPLING_NAMES = tuple(spec.name for spec in fields(SamplingOptions))
 ONLY_WHERE_SAMPLING = ("temperature", "top_k", "top_p", "min_p")
 """Names of `SamplingOptions` that mean nothing where the likeliest token is taken."""
 
-_WHOLE = ("top_k", "seed", "max_new_tokens", "eos_token_id")
+_WHOLE = ("top_k", "seed", "max_new_tokens", "eos_token_id", "logprobs")
+
+_NOT_OF_A_FILE = ("seed", "presence_penalty", "frequency_penalty", "logit_bias", "logprobs")
+"""What transformers' GenerationConfig does not know: there such keys of a file do nothing, and so they do here."""
 
 _NOT_DONE_HERE: dict[str, tuple[object, ...]] = {
     "num_beams": (1,),
@@ -157,12 +162,16 @@ class GenerationOptions:
     """Tokens that end a text."""
     stop: tuple[str, ...] = ()
     """Texts that end a text; the output holds none of them."""
+    logprobs: int | None = None
+    """Report the logarithm of each token's probability, and those of so many of the likeliest; None: report nothing."""
 
     def __post_init__(self) -> None:
         if not _is_whole(self.max_new_tokens) or self.max_new_tokens < 1:
             raise UsageError(f"max_new_tokens={self.max_new_tokens!r}: must be a whole number from 1 up")
         if not all(isinstance(text, str) and text for text in self.stop):
             raise UsageError(f"stop={list(self.stop)!r}: must be texts of at least one character")
+        if self.logprobs is not None and not _is_count(self.logprobs):
+            raise UsageError(f"logprobs={self.logprobs!r}: must be a whole number from 0 (that of each token alone) up")
 
     @classmethod
     def merged(cls, *layers: Mapping[str, Any]) -> GenerationOptions:
@@ -173,8 +182,8 @@ class GenerationOptions:
         written as 50.0.
 
         Args:
-            layers: looked at are the names of `SamplingOptions`, `max_new_tokens`, `eos_token_id` (an id or a list)
-                and `stop_strings` (a text or a list).
+            layers: looked at are the names of `SamplingOptions`, `max_new_tokens`, `eos_token_id` (an id or a list),
+                `stop_strings` (a text or a list) and `logprobs`.
 
         Raises:
             UsageError: a value is not legal.
@@ -193,29 +202,40 @@ class GenerationOptions:
             values.get("max_new_tokens", DEFAULT_MAX_NEW_TOKENS),
             frozenset(eos),
             _as_tuple(values.get("stop_strings", ())),
+            values.get("logprobs"),
         )
 
     @classmethod
     def with_file(
-        cls, config: Mapping[str, Any], asked: Mapping[str, Any], *, eos_ids: Collection[int], source: object
+        cls,
+        config: Mapping[str, Any],
+        asked: Mapping[str, Any],
+        *,
+        eos_ids: Collection[int],
+        source: object,
+        vocab_size: int,
     ) -> GenerationOptions:
         """Options of a bundle: what was asked for, then its generation_config.json, then defaults.
 
         Args:
-            config: generation_config.json.
-            asked: under the same names; None means not asked for.
+            config: generation_config.json; keys that transformers does not read there are not read here.
+            asked: under the names of `merged`; None means not asked for.
             eos_ids: what ends a text where neither says so.
             source: the file, for messages.
+            vocab_size: how many tokens the model knows.
 
         Raises:
             UsageError: a value that was asked for is not legal.
             BrokenBundleError: a value of the file is not legal, and none was asked for in its place.
         """
         given = {key: value for key, value in asked.items() if value is not None}
-        used = {key: value for key, value in config.items() if key not in given}
+        used = {key: value for key, value in config.items() if key not in given and key not in _NOT_OF_A_FILE}
         for problem in _problems(used, given.get("do_sample", config.get("do_sample"))):
             raise BrokenBundleError(f"{source}: {problem}; give another value, or mend the checkpoint's file")
-        return cls.merged({"eos_token_id": list(eos_ids)}, used, given)
+        options = cls.merged({"eos_token_id": list(eos_ids)}, used, given)
+        if unknown := [token for token in options.sampling.logit_bias if token >= vocab_size]:
+            raise UsageError(f"logit_bias: token {unknown[0]} is not in the model's vocabulary of {vocab_size}")
+        return options
 
 
 def illegal_settings(config: Mapping[str, Any]) -> tuple[str, ...]:
@@ -225,7 +245,7 @@ def illegal_settings(config: Mapping[str, Any]) -> tuple[str, ...]:
 
 def _problems(config: Mapping[str, Any], do_sample: object) -> Iterator[str]:
     for name in (*_SAMPLING_NAMES, "max_new_tokens", "eos_token_id", "stop_strings"):
-        if config.get(name) is None:
+        if config.get(name) is None or name in _NOT_OF_A_FILE:
             continue
         try:
             GenerationOptions.merged({"do_sample": do_sample is True}, {name: config[name]})

@@ -39,6 +39,8 @@ class TextChoices(TypedDict, total=False):
     """Tokens that end the text."""
     stop_strings: str | Sequence[str] | None
     """The text ends before the first of them."""
+    logprobs: int | None
+    """0 and up: report the logarithm of each token's probability, and those of so many of the likeliest tokens."""
 
 
 def without_effect(choices: Mapping[str, Any]) -> dict[str, Any]:

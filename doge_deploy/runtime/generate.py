@@ -15,6 +15,7 @@ import numpy as np
 from doge_deploy.errors import UsageError
 from doge_deploy.options.generation import GenerationOptions
 from doge_deploy.runtime.base import FloatArray, Runner
+from doge_deploy.runtime.logprobs import RecordingSampler, TokenLogprobs
 from doge_deploy.runtime.sampling import Context, Sampler
 from doge_deploy.runtime.tokenizer import Detokenizer, Tokenizer
 
@@ -287,6 +288,10 @@ class TextGenerator:
         """
         sampler = self._sampler if options is None else Sampler(options.sampling)
         options = options or self._options
+        entries: list[TokenLogprobs] = []
+        if options.logprobs is not None:
+            sampler = recording = RecordingSampler(sampler, options.logprobs)
+            entries = recording.entries
         cached = self._reusable(prompt_ids)
         tokens = generate(
             self._runner,
@@ -298,7 +303,7 @@ class TextGenerator:
         )
         self._begin(prompt_ids)
         statistics = Statistics(len(prompt_ids), cached)
-        return TextStream(self._kept(tokens, self._texts), self._tokenizer.detokenizer(), options, statistics)
+        return TextStream(self._kept(tokens, self._texts), self._tokenizer.detokenizer(), options, statistics, entries)
 
     def forget(self) -> None:
         """End the latest text and take nothing in the KV cache for known: someone else uses the runner."""
@@ -333,8 +338,10 @@ class TextStream(Iterator[str]):
         detokenizer: Detokenizer,
         options: GenerationOptions,
         statistics: Statistics,
+        entries: Sequence[TokenLogprobs] = (),
     ) -> None:
         self.statistics = statistics
+        self._entries = entries
         self.text = ""
         self._options = options
         self._tokens = tokens
@@ -346,6 +353,11 @@ class TextStream(Iterator[str]):
         piece = next(self._pieces)
         self.text += piece
         return piece
+
+    @property
+    def logprobs(self) -> tuple[TokenLogprobs, ...]:
+        """One entry for each token so far, the one that ended the text included; none where nobody asked for them."""
+        return tuple(self._entries[: self.statistics.new_tokens])  # the loop may be ahead of who reads the text
 
     def _run(self) -> Iterator[str]:
         reason: FinishReason = "max_length"

@@ -29,6 +29,7 @@ from doge_deploy.runtime.generate import (
     TextStream,
     check_prompt,
 )
+from doge_deploy.runtime.logprobs import TokenLogprobs
 from doge_deploy.runtime.tokenizer import TOKENIZER_FILE, Tokenizer
 
 Prompt: TypeAlias = str | Sequence[Mapping[str, str]]
@@ -49,6 +50,8 @@ class Generation:
     """`eos`, `stop` (a stop string), `max_new_tokens`, or `max_length` (the row is full)."""
     statistics: Statistics
     """Counts of tokens and times."""
+    logprobs: tuple[TokenLogprobs, ...] = ()
+    """With the choice `logprobs`: one entry for each token, the one that ended the text included."""
 
 
 class TextModel:
@@ -66,6 +69,7 @@ class TextModel:
         layout: str | None = None,
         portable: bool = False,
         threads: int | None = None,
+        spin: int | None = None,
         engine: str | None = None,
         flush_denormals: bool = False,
         defaults: TextChoices | None = None,
@@ -81,6 +85,7 @@ class TextModel:
             "layout": layout,
             "portable": portable,
             "threads": threads,
+            "spin": spin,
             "engine": engine,
             "flush_denormals": flush_denormals,
         }
@@ -131,6 +136,7 @@ class TextModel:
             {**self._defaults, **resolve_choices(choices)},
             eos_ids=self.manifest.facts.eos_token_ids,
             source=self._bundle.path / GENERATION_CONFIG,
+            vocab_size=self.manifest.facts.vocab_size,
         )
 
     def encode(self, prompt: Prompt) -> list[int]:
@@ -167,7 +173,7 @@ class TextModel:
         """Begin a text, and give it out piece by piece; see `generate`.
 
         Returns:
-            An iterator of pieces of text, none of them empty. Its `text` and `statistics` grow with them;
+            An iterator of pieces of text, none of them empty. Its `text`, `statistics` and `logprobs` grow with them;
             `statistics.finish_reason` is None until it ends. It can be read until the next text is begun.
         """
         if options is not None and choices:
@@ -206,7 +212,7 @@ class TextModel:
             pass
         reason = stream.statistics.finish_reason
         assert reason is not None  # it was read to its end
-        return Generation(stream.text, reason, stream.statistics)
+        return Generation(stream.text, reason, stream.statistics, stream.logprobs)
 
     def logits(self, ids: Sequence[int] | npt.NDArray[np.integer]) -> npt.NDArray[np.float32]:
         """Logits behind every token of a fresh row; what the row held before is forgotten.
@@ -235,7 +241,7 @@ class TextModel:
         self.open()
         runner = self._runner
         assert runner is not None
-        if runner.last_logits and len(row) > 1 and (reason := self._depends_on_calls()):
+        if runner.last_logits and len(row) > 1 and (reason := self.manifest.whole_calls):
             raise UsageError(
                 f"{self._bundle.path} gives logits of the last token of a call, and {reason}: export it with logits=all"
             )
@@ -244,15 +250,6 @@ class TextModel:
         runner.reset()
         calls = np.split(row, len(row)) if runner.last_logits else [row]
         return np.concatenate([runner.run(call[None].astype(np.int64))[0] for call in calls]).astype(np.float32)
-
-    def _depends_on_calls(self) -> str:
-        """Why a token's logits depend on which tokens are fed together, empty where they do not."""
-        facts = self.manifest.facts
-        if facts.is_moe and self.manifest.options.routing == "reference":
-            return "routing=reference mixes the tokens of a call"
-        if facts.rope_changes(self.manifest.max_length):
-            return "its angles depend on the longest text of a call"
-        return ""
 
     def close(self) -> None:
         """Give the model's memory back. Reading a stream, generating and logits raise UsageError from now on."""

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 from doge_deploy.serve.request import Event, Request
-from doge_deploy.serve.scheduler import Scheduler
+from doge_deploy.serve.scheduler import Limits, Scheduler
 
 Deliver = Callable[[list[tuple[str, Event]]], None]
 """Takes the events of a step, each with its request's id, in order; called in the engine's thread."""
@@ -60,9 +60,19 @@ class Engine:
         self.failure: BaseException | None = None
         """What ended the thread, if it was not asked to end: nothing can be served then."""
 
+    @property
+    def scheduler(self) -> Scheduler:
+        """Only single numbers of it may be read while the thread runs."""
+        return self._scheduler
+
     def start(self) -> None:
         """Begin; to be called once."""
         self._thread.start()
+
+    @property
+    def limits(self) -> Limits:
+        """How much is taken on; they do not change."""
+        return self._scheduler.limits
 
     @property
     def alive(self) -> bool:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-from doge_deploy.errors import BrokenBundleError, MissingDependencyError, UnsupportedModelError, UsageError
+from doge_deploy.errors import BrokenBundleError, MissingDependencyError, UsageError
 
 if TYPE_CHECKING:
     from llguidance import LLMatcher, LLTokenizer
@@ -22,6 +22,9 @@ Kind = Literal["json_object", "json_schema", "regex", "choice", "grammar"]
 
 MAX_GRAMMAR_CHARACTERS = 64 * 1024
 """Of a schema or grammar as text: compiling takes time that grows with it."""
+
+LEXER_FUEL = 200_000
+"""Of llguidance's work; a fifth of its default, under which `(a{1000}){1000}` takes seconds for one token."""
 
 
 class GrammarCompiler:
@@ -65,7 +68,7 @@ class GrammarCompiler:
         Raises:
             UsageError: it is not valid, too large, or cannot be enforced.
         """
-        from llguidance import LLMatcher
+        from llguidance import LLMatcher, LLParserLimits
 
         text = source if isinstance(source, str) else json.dumps(source)
         if len(text) > MAX_GRAMMAR_CHARACTERS:
@@ -82,11 +85,22 @@ class GrammarCompiler:
                 grammar = LLMatcher.grammar_from_lark(text)
         except ValueError as error:
             raise UsageError(f"{kind}: {_one_line(error)}") from error
-        failed, messages = LLMatcher.validate_grammar_with_warnings(grammar, self.tokenizer)
+        limits = LLParserLimits(
+            initial_lexer_fuel=LEXER_FUEL,
+            step_lexer_fuel=LEXER_FUEL // 4,
+            step_max_items=20_000,
+            max_lexer_states=50_000,
+            max_grammar_size=100_000,
+            verbose_errors=False,
+        )
+        failed, messages = LLMatcher.validate_grammar_with_warnings(grammar, self.tokenizer, limits=limits)
         # A warning says that a part of the schema is not enforced: what was asked for would not be done.
         if failed or messages:
             raise UsageError(f"{kind}: {_one_line(messages[0])}")
-        matcher = LLMatcher(self.tokenizer, grammar, log_level=0)
+        matcher = LLMatcher(self.tokenizer, grammar, log_level=0, limits=limits)
+        # The first tokens that are allowed, found out here: what takes long at the beginning of a text, or cannot be
+        # followed at all, shows before the request has a slot. Copies know it already.
+        matcher.compute_bitmask()
         if matcher.is_error():
             raise UsageError(f"{kind}: {_one_line(matcher.get_error())}")
         return Grammar(matcher, self._vocab_size)
@@ -107,7 +121,7 @@ class Grammar:
         """`logits` `[V]` with -inf at tokens that may not come; a new array.
 
         Raises:
-            UnsupportedModelError: the grammar has become too complex to follow.
+            UsageError: the grammar has become too complex to follow.
         """
         bits = np.frombuffer(self._matcher.compute_bitmask(), np.uint8)
         self._require_sound()
@@ -118,7 +132,7 @@ class Grammar:
         """`token` was chosen.
 
         Raises:
-            UnsupportedModelError: the grammar does not allow it.
+            UsageError: the grammar does not allow it.
         """
         self._matcher.consume_token(token)
         self._require_sound()
@@ -130,7 +144,7 @@ class Grammar:
 
     def _require_sound(self) -> None:
         if self._matcher.is_error():
-            raise UnsupportedModelError(f"structured output failed: {_one_line(self._matcher.get_error())}")
+            raise UsageError(f"structured output failed: {_one_line(self._matcher.get_error())}")
 
 
 def _alternatives(choices: object) -> str:

@@ -80,7 +80,9 @@ class ServedText:
 
     def _merged(self, asked: Mapping[str, Any]) -> GenerationOptions:
         facts, file = self.bundle.manifest.facts, self.bundle.path / GENERATION_CONFIG
-        return GenerationOptions.with_file(self._config, asked, eos_ids=facts.eos_token_ids, source=file)
+        return GenerationOptions.with_file(
+            self._config, asked, eos_ids=facts.eos_token_ids, source=file, vocab_size=facts.vocab_size
+        )
 
     def check_prompt(self, ids: Sequence[int]) -> None:
         """Whether a prompt can be answered.
@@ -95,10 +97,7 @@ class ServedText:
                 f"the prompt has {len(ids)} tokens, and this model takes at most {self.max_length} tokens of prompt "
                 "and answer together"
             )
-        vocab_size = self.bundle.manifest.facts.vocab_size
-        wrong = next((token for token in ids if not 0 <= token < vocab_size), None)
-        if wrong is not None:
-            raise UsageError(f"token {wrong} is not in the model's vocabulary of {vocab_size}")
+        self.tokenizer.check_ids(ids)
 
     def request(self, name: str, prompt_ids: Sequence[int], answering: Answering, choice: int = 0) -> Request:
         """A request for one choice; each has random numbers of its own."""

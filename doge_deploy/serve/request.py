@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from doge_deploy.runtime.base import FloatArray
+from doge_deploy.runtime.logprobs import TokenLogprobs, log_probabilities
 from doge_deploy.runtime.sampling import Context, Sampler
 
 FinishReason = Literal["stop", "length", "cancelled", "error"]
@@ -28,16 +29,6 @@ class State(Enum):
     PREFILL = "prefill"
     DECODE = "decode"
     DONE = "done"
-
-
-@dataclass(frozen=True)
-class TokenLogprobs:
-    """Natural logarithms of probabilities, of the distribution before temperature and truncation."""
-
-    token: int
-    logprob: float
-    top: tuple[tuple[int, float], ...]
-    """The likeliest tokens, best first; of equals the lowest id first."""
 
 
 @dataclass(frozen=True)
@@ -185,24 +176,6 @@ class Request:
         if self.constraint is not None and self.constraint.complete:
             return Finished("stop", self.text.flush())
         if self.produced >= self.max_new_tokens or len(self.context) > max_length:
-            return Finished("length", self.text.flush())
+            rest = self.text.flush()
+            return Finished("stop" if self.text.stopped else "length", rest)
         return None
-
-
-def log_probabilities(logits: npt.NDArray[np.float32], token: int, top: int) -> TokenLogprobs:
-    """Logprobs of `token` and of the `top` likeliest tokens under `logits` `[V]`, computed in float64.
-
-    Reference: `logprobs` of https://platform.openai.com/docs/api-reference/chat/object.
-    """
-    scores = logits.astype(np.float64)
-    scores -= scores.max()
-    scores -= np.log(np.exp(scores).sum())
-    best: tuple[tuple[int, float], ...] = ()
-    if top:
-        candidates = np.argpartition(-scores, top - 1)[:top] if top < len(scores) else np.arange(len(scores))
-        # argpartition may leave out a lower id among equals of the last place
-        last = scores[candidates].min()
-        candidates = np.flatnonzero(scores >= last)
-        ordered = candidates[np.argsort(-scores[candidates], kind="stable")][:top]
-        best = tuple((int(one), float(scores[one])) for one in ordered)
-    return TokenLogprobs(token, float(scores[token]), best)

@@ -15,6 +15,7 @@ class StreamedText:
 
     def __init__(self, detokenizer: Detokenizer, stop: Sequence[str] = ()) -> None:
         self._detokenizer = detokenizer
+        self._looks = bool(stop)
         self._stop = StopStrings(stop)
 
     @property
@@ -24,7 +25,10 @@ class StreamedText:
 
     def push(self, token: int) -> str:
         """The text that is certain after `token`."""
-        return self._stop.push(self._detokenizer.push(token))
+        piece = self._detokenizer.push(token)
+        if not self._looks:
+            return piece
+        return self._stop.push(piece, self._detokenizer.special_text(token), self._detokenizer.pending())
 
     def flush(self) -> str:
         """What was withheld; an incomplete character becomes U+FFFD. To be called once, at the end."""

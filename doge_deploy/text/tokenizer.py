@@ -24,6 +24,9 @@ if TYPE_CHECKING:
 
     from doge_deploy.text.templates import ChatTemplate
 
+_IDS = 2**32
+"""Ids that the library can be asked for are below it."""
+
 
 class Tokenizer:
     """A bundle's tokenizer: `encode` and `render_chat` in, `detokenizer` out."""
@@ -126,17 +129,21 @@ class Tokenizer:
             ids: list[int] = self._backend.encode(text, add_special_tokens=add_special_tokens).ids
         except Exception as error:  # of a tokenizer without a token for what it does not know
             raise UsageError(f"the tokenizer cannot encode the text: {_one_line(error)}") from error
-        self._check_known(ids)
+        self.check_ids(ids)
         return ids
 
-    def _check_known(self, ids: Sequence[int]) -> None:
-        if self._vocab_size is not None and ids and max(ids) >= self._vocab_size:
-            unknown = next(token for token in ids if token >= self._vocab_size)
-            raise UsageError(
-                f"the prompt holds the token {self._backend.id_to_token(unknown)!r} with id {unknown}, and the model's "
-                f"vocab_size is {self._vocab_size}: the checkpoint's tokenizer is larger than its embedding; leave the "
-                "token out"
-            )
+    def check_ids(self, ids: Sequence[int]) -> None:
+        """Raises UsageError where the model has no embedding for one of `ids`, whether they come from a text or not."""
+        if self._vocab_size is None or not ids or (min(ids) >= 0 and max(ids) < self._vocab_size):
+            return
+        unknown = next(token for token in ids if not 0 <= token < self._vocab_size)
+        text = self._backend.id_to_token(unknown) if 0 <= unknown < _IDS else None
+        if text is None:
+            raise UsageError(f"token {unknown} is not in the model's vocabulary of {self._vocab_size}")
+        raise UsageError(
+            f"the prompt holds the token {text!r} with id {unknown}, and the model's vocab_size is {self._vocab_size}: "
+            "the checkpoint's tokenizer is larger than its embedding; leave the token out"
+        )
 
     def render_chat(self, messages: Sequence[Mapping[str, str]], *, literal: bool = False) -> list[int]:
         """Ids of a conversation up to where the assistant's answer begins.
@@ -161,7 +168,7 @@ class Tokenizer:
         if self._literals.ids(plain, mark) != self.ids(plain, add_special_tokens=False):
             raise UsageError(f"the text holds {typed!r}, a special token of this model; leave it out")
         ids = self._literals.ids(self.chat_text(marked), mark)
-        self._check_known(ids)
+        self.check_ids(ids)
         return ids
 
     @cached_property

@@ -13,6 +13,12 @@ import numpy as np
 from doge_deploy.config.model import DogeFacts
 from doge_deploy.runtime.base import IntArray
 
+GREEDY = "greedy"
+NATURAL = "natural text"
+
+SEEDS = (0, 100, 200, 300)
+"""Tried in turn until an exactness case has wide margins in the reference."""
+
 
 @dataclass(frozen=True)
 class Call:
@@ -118,6 +124,15 @@ def exact_cases(limits: Limits, seed: int) -> Iterator[Case]:
         yield Case("batch of 3", chunk(rows, [[length, length // 2 + 1, 1]]), exact=True)
 
 
+def exact_case(limits: Limits, seed: int, name: str) -> Case:
+    """The one of `exact_cases` that is called `name`.
+
+    Raises:
+        StopIteration: there is none.
+    """
+    return next(case for case in exact_cases(limits, seed) if case.name == name)
+
+
 def _cached_cases(limits: Limits, seed: int) -> Iterator[Case]:
     length = min(48, limits.max_length)
     row = distinct_ids(limits, length, seed)
@@ -212,4 +227,4 @@ def natural_case(limits: Limits, text_ids: IntArray) -> Case:
     length = beyond if beyond <= limits.max_length else min(96, limits.max_length)
     row = np.resize(text_ids, length)
     steps = min(8, length - 1) if limits.task == "causal-lm" else 0
-    return Case("natural text", chunk([row], [[length - steps]] + [[1]] * steps), exact=False)
+    return Case(NATURAL, chunk([row], [[length - steps]] + [[1]] * steps), exact=False)

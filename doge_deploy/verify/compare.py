@@ -75,16 +75,62 @@ def difference(candidate: list[Array], reference: list[Array]) -> Difference:
     )
 
 
-def kl_divergence(candidate: Array, reference: Array) -> float:
-    """Largest KL(reference || candidate), in nats, of the distributions of logits `[T, V]`."""
-    p, q = log_softmax(reference), log_softmax(candidate)
-    return float((np.exp(p) * (p - q)).sum(axis=-1).max()) if len(p) else 0.0
+@dataclass(frozen=True)
+class Distribution:
+    """What is known of the reference's distributions of tokens; axes: T positions, m tokens that are known of each."""
+
+    ids: Array
+    """`[T, m]` int64: the likeliest token is among them, and no token twice."""
+    logits: Array
+    """`[T, m]`."""
+    weights: Array
+    """`[T, m]`: how many tokens of the vocabulary each stands for; 1 where all are known."""
+    normalizer: Array
+    """`[T]`: logarithm of the sum of the exponentials of all logits."""
+
+    @classmethod
+    def whole(cls, logits: Array) -> Distribution:
+        """Of logits `[T, V]`: everything is known."""
+        ids = np.broadcast_to(np.arange(logits.shape[1]), logits.shape)
+        return cls(ids, logits, np.ones((1, 1)), _log_sum_exp(logits))
+
+    @property
+    def best(self) -> Array:
+        """`[T]`: the likeliest token, the lowest of equals."""
+        tied = self.logits == self.logits.max(axis=1, keepdims=True)
+        result: Array = np.where(tied, self.ids, np.iinfo(np.int64).max).min(axis=1)
+        return result
+
+    def logit(self, tokens: Array) -> Array:
+        """`[T]`: logits of `tokens` `[T]`; of a token that is not known the least of those that are, which it may be
+        below.
+        """
+        known = self.ids == tokens[:, None]
+        found = np.where(known, self.logits, -np.inf).max(axis=1)
+        result: Array = np.where(known.any(axis=1), found, self.logits.min(axis=1))
+        return result
 
 
-def log_softmax(logits: Array) -> Array:
-    """Log probabilities of logits `[T, V]`."""
-    shifted = logits.astype(np.float64) - logits.max(axis=-1, keepdims=True)
-    result: Array = shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
+def divergences(candidate: Array, reference: Distribution) -> Array:
+    """KL(reference || candidate) of every position `[T]`, in nats, of logits `[T, V]`.
+
+    Where the reference is known in part, tokens stand for others, and the sum is an estimate of that of all.
+    """
+    p = reference.logits.astype(np.float64) - reference.normalizer[:, None]
+    q = np.take_along_axis(candidate.astype(np.float64), reference.ids, axis=1) - _log_sum_exp(candidate)[:, None]
+    result: Array = (reference.weights * np.exp(p) * (p - q)).sum(axis=-1)
+    return result
+
+
+def kl_divergence(candidate: Array, reference: Distribution) -> float:
+    """The largest of `divergences`."""
+    return float(divergences(candidate, reference).max()) if len(candidate) else 0.0
+
+
+def _log_sum_exp(logits: Array) -> Array:
+    wide = logits.astype(np.float64)
+    largest = wide.max(axis=-1, initial=-np.inf)
+    result: Array = largest + np.log(np.exp(wide - largest[:, None]).sum(axis=-1))
     return result
 
 
@@ -100,12 +146,12 @@ class Top1:
     """There: the reference's logit of its own token minus that of the candidate's token."""
 
 
-def top1(candidate: Array, reference: Array) -> Top1:
+def top1(candidate: Array, reference: Distribution) -> Top1:
     """Compare the argmax of logits `[T, V]`, lowest index among equals."""
-    a, b = candidate.argmax(axis=-1), reference.argmax(axis=-1)
+    a, b = candidate.argmax(axis=-1), reference.best
     differing = np.flatnonzero(a != b)
     if not len(differing):
         return Top1(len(a), len(a), None, None)
     # The worst margin decides, the first position is what a user looks at.
-    margins = reference[differing, b[differing]].astype(np.float64) - reference[differing, a[differing]]
+    margins = (reference.logit(b) - reference.logit(a))[differing].astype(np.float64)
     return Top1(len(a) - len(differing), len(a), int(differing[0]), float(margins.max()))

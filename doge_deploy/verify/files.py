@@ -14,7 +14,7 @@ from typing import Any
 from doge_deploy.errors import UsageError
 from doge_deploy.graph.weight_formats import weight_formats
 from doge_deploy.verify.parity import CaseResult
-from doge_deploy.verify.run import Report
+from doge_deploy.verify.report import Report
 from doge_deploy.verify.tolerance import TOLERANCES
 
 

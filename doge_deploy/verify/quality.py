@@ -9,20 +9,16 @@ Axes: T positions, V vocabulary.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import partial
 
 import numpy as np
-import torch
 
-from doge_deploy.bundle.opening import Bundle
-from doge_deploy.checkpoint import Checkpoint
-from doge_deploy.graph.weight_file import read_weight_file
-from doge_deploy.graph.weight_formats import Quality, WeightFormat
+from doge_deploy.graph.weight_formats import Quality
 from doge_deploy.runtime.base import BundleRunner, IntArray
 from doge_deploy.verify.cases import Case, chunk
-from doge_deploy.verify.compare import Array, log_softmax
-from doge_deploy.verify.reference import Reference, Weights
+from doge_deploy.verify.compare import Array, Distribution, divergences
+from doge_deploy.verify.oracle import HeldOut
 from doge_deploy.verify.replay import Replay
 
 SURE = 0.5
@@ -33,18 +29,6 @@ FEWEST_SURE = 10
 
 ROW_TOKENS = 128
 """Tokens of the text in one row."""
-
-
-def stored_weights(bundle: Bundle, checkpoint: Checkpoint, weight_format: WeightFormat) -> Weights:
-    """What a bundle stores of its checkpoint's weights: per tensor in the format, the numbers that its graph makes."""
-
-    def dequantized(name: str, _weight: torch.Tensor) -> torch.Tensor:
-        return weight_format.dequantized(checkpoint.read(name))
-
-    found = (weight_format.part_of(name, info.dtype) for name, info in read_weight_file(bundle.path).items())
-    names = sorted({part.tensor for part in found if part is not None and part.tensor})
-    # another tensor is a finding of `compare_weights`
-    return {name: partial(dequantized, name) for name in names if name in checkpoint.tensors}
 
 
 @dataclass(frozen=True)
@@ -72,56 +56,66 @@ class QualityResult:
         return not self.failures
 
 
+def held_out_cases(text_ids: IntArray, max_length: int) -> list[tuple[Case, IntArray]]:
+    """The text `[T]` in rows, each as calls: half of it as a prefill, then token by token; and the row."""
+    width = min(ROW_TOKENS, max_length)
+    cases = []
+    for start in range(0, max(1, len(text_ids) - width + 1), width):
+        row = text_ids[start : start + width]
+        half = max(1, len(row) // 2)
+        cases.append((Case("held-out text", chunk([row], [[half]] + [[1]] * (len(row) - half)), exact=False), row))
+    return cases
+
+
+def predicted(row: IntArray, logits: Sequence[Array]) -> tuple[Array, IntArray]:
+    """Logits `[T, V]` of a row's positions that predict one of its own tokens, and these tokens `[T]`."""
+    found = np.concatenate(logits)
+    targets = row[len(row) - len(found) + 1 :]
+    return found[: len(targets)], targets
+
+
 def judge_quality(
-    layout: str, limits: Quality, runner: BundleRunner, reference: Reference, replay: Replay, text_ids: IntArray
+    layout: str, limits: Quality, runner: BundleRunner, rows: Sequence[HeldOut], replay: Replay
 ) -> QualityResult:
-    """Feed text to both sides, in rows: half a row as a prefill, then token by token.
+    """Feed the text to a bundle and compare its predictions with the reference's.
 
     Args:
         layout: of the runner.
         limits: what rounding may cost in the format of the weights.
         runner: the graph that is served.
-        reference: with the checkpoint's own weights, in float32.
-        replay: how the layout's calls are made in the reference.
-        text_ids: `[T]`.
+        rows: the text, and what the reference makes of it with the checkpoint's own weights, in float32.
+        replay: how the layout's calls are made.
     """
-    width = min(ROW_TOKENS, runner.max_length)
-    found, expected, targets = [], [], []
-    for start in range(0, max(1, len(text_ids) - width + 1), width):
-        row = text_ids[start : start + width]
-        half = max(1, len(row) // 2)
-        case = Case("held-out text", chunk([row], [[half]] + [[1]] * (len(row) - half)), exact=False)
-        found.append(_logits(replay.feed(runner, case).logits))
-        expected.append(_logits(replay.run(reference, case).logits))
-        given = len(row) - len(found[-1]) + 1  # tokens before the first that is predicted
-        targets.append(row[given:])
-        found[-1], expected[-1] = found[-1][: len(targets[-1])], expected[-1][: len(targets[-1])]
-    return _compare(layout, limits, *(np.concatenate(parts) for parts in (found, expected, targets)))
+    kl, same, sure, q, p = [], [], [], [], []
+    finite = True
+    for row in rows:
+        logits = np.concatenate(replay.feed(runner, row.case).logits)[: len(row.targets)]
+        finite = finite and bool(np.isfinite(logits).all())
+        expected, found = row.expected, Distribution.whole(logits)
+        kl.append(divergences(logits, expected))
+        best = expected.best
+        same.append(logits.argmax(axis=-1) == best)
+        sure.append(expected.logit(best) - expected.normalizer >= np.log(SURE))
+        q.append(found.logit(row.targets) - found.normalizer)
+        p.append(expected.logit(row.targets) - expected.normalizer)
+    return _result(layout, limits, finite, *(np.concatenate(parts) for parts in (kl, same, sure, q, p)))
 
 
-def _logits(parts: list[Array]) -> Array:
-    return np.concatenate(parts)
-
-
-def _compare(layout: str, limits: Quality, found: Array, expected: Array, targets: Array) -> QualityResult:
-    p, q = log_softmax(expected), log_softmax(found)
-    kl = (np.exp(p) * (p - q)).sum(axis=-1)
-    best = p.argmax(axis=-1)
-    same = q.argmax(axis=-1) == best
-    sure = p.max(axis=-1) >= np.log(SURE)
-    rows = np.arange(len(targets))
+def _result(
+    layout: str, limits: Quality, finite: bool, kl: Array, same: Array, sure: Array, q: Array, p: Array
+) -> QualityResult:
     result = QualityResult(
         layout,
-        len(targets),
+        len(kl),
         float(kl.mean()),
         float(kl.max()),
         float(same.mean()),
         int(sure.sum()),
         float(same[sure].mean()) if sure.sum() >= FEWEST_SURE else None,
-        float(np.exp(-q[rows, targets].mean())),
-        float(np.exp(-p[rows, targets].mean())),
+        float(np.exp(-q.mean())),
+        float(np.exp(-p.mean())),
     )
-    result.failures.extend(_failures(result, limits, bool(np.isfinite(found).all())))
+    result.failures.extend(_failures(result, limits, finite))
     return result
 
 

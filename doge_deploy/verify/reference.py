@@ -30,15 +30,13 @@ from doge_deploy.runtime.base import IntArray
 from doge_deploy.runtime.padding import left_padded
 from doge_deploy.verify.compare import Array
 from doge_deploy.verify.legacy_reference import load_legacy_model
+from doge_deploy.verify.replay import Selections
 
 if TYPE_CHECKING:
     from transformers.cache_utils import DynamicLayer
 
 SMALL_PARAMETERS = 4_000_000
 """Below this, one thread is faster: an operator is over before a second thread has woken up."""
-
-Selections = Mapping[str, Array]
-"""`kept.<layer>` `[B, S, Q, K]` bool in the reference's columns, `experts.<layer>` `[N, k]` int64."""
 
 
 @dataclass
@@ -57,6 +55,11 @@ class Watch:
     """Per `kept.<layer>` / `experts.<layer>`: how far a given selection is from being a best one; inf if it is none."""
     differing: int = 0
     """Rows whose given selection is another set than the reference's own."""
+    choices: dict[str, tuple[Array, Array]] = field(default_factory=dict)
+    """Where they are asked for: the reference's own selections, named and shaped as in `Selections`; and which of their
+    rows `[B, Q]`, tokens `[N]` of experts, are judged."""
+    held: int = 0
+    """Columns of the text so far, those included that a sliding cache has lost."""
 
 
 @dataclass(frozen=True)
@@ -71,6 +74,8 @@ class Call:
     """`[B, Q]`: the rows in which selections are judged; all where None."""
     longest: int | None
     """RoPE takes the call for a part of one that reaches that many tokens."""
+    note_choices: bool = False
+    """Whether the reference's own selections are noted."""
     watch: Watch = field(default_factory=Watch)
 
 
@@ -100,6 +105,7 @@ class Reference:
         # Configs were read strictly by us; transformers' remarks on them are noise here.
         logging.set_verbosity_error()  # type: ignore[no-untyped-call]
         self.task = task
+        self.dtype = dtype
         self.facts = checkpoint.facts
         self.model = _load_model(checkpoint, getattr(torch, dtype)).eval()
         self.body = getattr(self.model, "model", self.model)
@@ -120,12 +126,13 @@ class Reference:
         use_given: bool = True,
         real_rows: Array | None = None,
         longest: int | None = None,
+        note_choices: bool = False,
     ) -> tuple[torch.Tensor, Watch]:
         """One call: `input_ids` and `position_ids` `[B, Q]`, `attention_mask` `[B, T]`, or `[B, 1, Q, K]`, true
         where visible; `cache` is updated. The others are fields of `Call`.
         """
         rows = None if real_rows is None else torch.from_numpy(real_rows)
-        call = Call(given or {}, use_given, rows, longest)
+        call = Call(given or {}, use_given, rows, longest, note_choices)
         called = self.body if self.task == "features" else self.model
         with self._watched(call):
             output = called(
@@ -205,6 +212,9 @@ def _mask(
     last = torch.topk(bias, keep_window_size, dim=-1).values.amin(-1, keepdim=True)
     own = mask > lowest
     _note_gap(call, bias, own, last, visible)
+    if call.note_choices:
+        judged = np.ones(own.shape[:1] + own.shape[2:3], bool) if call.real_rows is None else call.real_rows.numpy()
+        call.watch.choices[f"kept.{index}"] = own.numpy(), judged
     used = _choose(call, f"kept.{index}", own, bias, visible, last)
     return _for_float32_softmax(mask if used is own else bias.masked_fill(~used, lowest))
 
@@ -246,6 +256,8 @@ def _experts(
     own, last = best.indices[:, : mlp.top_k], best.values[:, mlp.top_k - 1 : mlp.top_k]
     if best.values.shape[1] > mlp.top_k:
         call.watch.gap = min(call.watch.gap, float((last - best.values[:, mlp.top_k :]).amin()))
+    if call.note_choices:
+        call.watch.choices[f"experts.{index}"] = own.numpy(), np.ones(tokens, bool)
     used = _choose_experts(call, f"experts.{index}", own, sums, last)
     if used is own:
         result: tuple[torch.Tensor, torch.Tensor] = original(hidden_states, **kwargs)
@@ -364,12 +376,16 @@ class ReferenceRows:
         "masked" (on the right and never seen).
         ragged: some call pads a row on the right. transformers' sliding window would count that padding, a static cache
         does not have it: the window is then given as a mask of slots, on a cache that keeps everything.
+        note_choices: note the reference's own selections in `Watch.choices`.
     """
 
-    def __init__(self, reference: Reference, batch: int, padding: str, *, ragged: bool = False) -> None:
+    def __init__(
+        self, reference: Reference, batch: int, padding: str, *, ragged: bool = False, note_choices: bool = False
+    ) -> None:
         from transformers import DynamicCache
 
         self.reference = reference
+        self.note_choices = note_choices
         self.padding = padding
         self.sliding_by_slot = reference.facts.sliding_window if ragged and padding == "right" else None
         self.cache = DynamicCache() if self.sliding_by_slot else DynamicCache(config=reference.model.config)
@@ -418,8 +434,10 @@ class ReferenceRows:
             use_given=use_given,
             real_rows=judged,
             longest=longest,
+            note_choices=self.note_choices,
         )
         self.real = np.concatenate((self.real, rows), axis=1)
+        watch.held = self.real.shape[1]
         watch.classes = [row[torch.from_numpy(real)] for row, real in zip(watch.classes, rows, strict=False)]
         if logits.ndim == 2:  # one set of class logits for a row
             return [logits[b][None] for b in range(len(rows))], watch

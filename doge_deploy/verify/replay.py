@@ -1,20 +1,63 @@
-"""The same calls on both sides, and everything that is compared afterwards.
+"""How the calls of a case are made, and what a bundle answers; `reference_run.py` makes the same in the reference.
 
-Axes: B rows, Q tokens of a call, K cached keys after it, V vocabulary, N = B*Q.
+Axes: B rows, Q tokens of a call, K cached keys after it, V vocabulary, N = B*Q, S heads of the score, k experts.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import hashlib
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
-import torch
 
 from doge_deploy.runtime.base import BundleRunner, FloatArray, IntArray
 from doge_deploy.verify.cases import Call, Case
 from doge_deploy.verify.compare import Array
-from doge_deploy.verify.reference import Reference, ReferenceRows, Selections, Watch
+
+Selections = Mapping[str, Array]
+"""`kept.<layer>` `[B, S, Q, K]` bool in the reference's columns, `experts.<layer>` `[N, k]` int64."""
+
+
+@dataclass(frozen=True)
+class Choices:
+    """What the reference itself selected in one call."""
+
+    own: dict[str, Array]
+    """As `Selections`; only where there was something to choose."""
+    judged: dict[str, Array]
+    """`[B, Q]` bool for keys, `[N]` for experts: the rows in which a bundle must choose the same."""
+
+    def digests(self) -> dict[str, Array]:
+        """The digest of every set of `own`, 0 where it is not judged; see `digests_of`."""
+        result = {}
+        for name, own in self.own.items():
+            judged = self.judged[name][:, None] if name.startswith("kept.") else self.judged[name]
+            result[name] = np.where(judged, digests_of(name, own), np.uint64(0))
+        return result
+
+
+def digests_of(name: str, selection: Array) -> Array:
+    """A number for each set of a selection, the same for equal sets and else another, never 0.
+
+    Args:
+        name: `kept.<layer>` or `experts.<layer>`.
+        selection: `[B, S, Q, K]` bool or `[N, k]` int64, see `Selections`.
+
+    Returns:
+        uint64 `[B, S, Q]` or `[N]`; of 64 bits, so that two sets have the same by chance once in 10^19.
+    """
+    if name.startswith("kept."):
+        rows, shape = np.packbits(selection, axis=-1, bitorder="little"), selection.shape[:-1]
+    else:
+        rows, shape = np.sort(selection, axis=-1).astype("<i8"), selection.shape[:-1]
+    flat = rows.reshape(-1, rows.shape[-1])
+    # A set of keys does not depend on how many columns come after its last key.
+    texts = (row.tobytes() for row in flat)
+    if name.startswith("kept."):
+        texts = (text.rstrip(b"\0") for text in texts)
+    found = (int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little") | 1 for text in texts)
+    return np.fromiter(found, np.uint64, len(flat)).reshape(shape)
 
 
 @dataclass
@@ -38,29 +81,6 @@ class CandidateTrace:
         return [np.take_along_axis(row, held[..., None], axis=1) for row, held in zip(rows, positions, strict=True)]
 
 
-@dataclass
-class ReplayTrace:
-    """The reference's run of the same case; fields as in `CandidateTrace` and `Watch`."""
-
-    logits: list[Array] = field(default_factory=list)
-    present: dict[str, list[Array]] = field(default_factory=dict)
-    router: dict[int, list[Array]] = field(default_factory=dict)
-    violation: dict[str, float] = field(default_factory=dict)
-    classes: list[Array] = field(default_factory=list)
-    gap: float = float("inf")
-    differing: int = 0
-
-    def note(self, watch: Watch) -> None:
-        """Take over what was seen in one call."""
-        self.gap = min(self.gap, watch.gap)
-        self.differing += watch.differing
-        self.classes += [row.double().numpy() for row in watch.classes]
-        for name, value in watch.violation.items():
-            self.violation[name] = max(self.violation.get(name, 0.0), value)
-        for layer, halves in watch.router.items():
-            self.router.setdefault(layer, []).append(halves.double().numpy())
-
-
 @dataclass(frozen=True)
 class Replay:
     """How one layout's calls are made in the reference."""
@@ -74,7 +94,7 @@ class Replay:
     last_logits: bool
     sliding_window: int | None = None
 
-    def _held(self, rows: list[Array]) -> list[Array]:
+    def held_slots(self, rows: list[Array]) -> list[Array]:
         """Of present rows `[Hkv, n, D]` what a sliding cache keeps: a static one has all of them."""
         return rows if self.sliding_window is None else [row[:, -(self.sliding_window - 1) :] for row in rows]
 
@@ -89,7 +109,7 @@ class Replay:
             columns = [self._columns(*rows) for rows in zip(before, real, strict=True)]
             trace.selections.append(_selections(runner, columns, real.shape[1]))
         signature = {spec.name for spec in runner.signature.outputs}
-        trace.present = {name: self._held(rows) for name, rows in runner.cache().items() if name in signature}
+        trace.present = {name: self.held_slots(rows) for name, rows in runner.cache().items() if name in signature}
         trace.positions = runner.held_positions()
         return trace
 
@@ -112,75 +132,6 @@ class Replay:
         lengths = call.lengths[:, None]
         real: Array = columns >= width - lengths if self.padding == "left" else columns < lengths
         return real
-
-    def run(
-        self, reference: Reference, case: Case, given: Sequence[Selections] | None = None, *, use_given: bool = True
-    ) -> ReplayTrace:
-        """Run `case` on the reference; `given[c]` are selections for call c, see `Reference.__call__`."""
-        batch = len(case.calls[0].lengths)
-        single = self.tokenwise
-        ragged = not single and any(call.lengths.min() < call.input_ids.shape[1] for call in case.calls)
-        rows = [
-            ReferenceRows(reference, 1 if single else batch, self.padding, ragged=ragged)
-            for _ in range(batch if single else 1)
-        ]
-        trace = ReplayTrace()
-        scores: list[dict[int, torch.Tensor]] = [{} for _ in rows]
-        for index, call in enumerate(case.calls):
-            selected = given[index] if given is not None else None
-            if single:
-                logits = self._run_tokenwise(rows, call, selected, use_given, trace, scores)
-            else:
-                logits, watch = rows[0].run(call.input_ids, call.lengths, selected, use_given=use_given)
-                trace.note(watch)
-                scores[0] = watch.scores
-            trace.logits += [(row[-1:] if self.last_logits else row).double().numpy() for row in logits]
-        for row, row_scores in zip(rows, scores, strict=True):
-            for name, tensors in row.present(row_scores).items():
-                held = self._held([tensor.double().numpy() for tensor in tensors])
-                trace.present.setdefault(name, []).extend(held)
-        return trace
-
-    def _run_tokenwise(
-        self,
-        rows: Sequence[ReferenceRows],
-        call: Call,
-        given: Selections | None,
-        use_given: bool,
-        trace: ReplayTrace,
-        scores: list[dict[int, torch.Tensor]],
-    ) -> list[torch.Tensor]:
-        width = call.input_ids.shape[1]
-        lengths = [int(length) for length in call.lengths]
-        # Padding on the left takes up slots of the cache: it is fed too. That on the right is overwritten.
-        added = lengths if self.padding == "left" else [width] * len(rows)
-        longest = max(int(row.real.sum()) + count for row, count in zip(rows, added, strict=True))
-        logits = []
-        for b, row in enumerate(rows):
-            offset = width - lengths[b] if self.padding == "left" else 0
-            outputs = []
-            for column in range(offset + lengths[b]):
-                part = _of_token(given, b, column, width, row.real.shape[1] + 1) if given else None
-                q = max(column - offset, 0)
-                real = np.array([int(column >= offset)])
-                ids = call.input_ids[b : b + 1, q : q + 1]
-                (output,), watch = row.run(ids, real, part, use_given=use_given, longest=longest)
-                if real:
-                    outputs.append(output)
-                    trace.note(watch)
-                scores[b] = watch.scores
-            logits.append(torch.cat(outputs))
-        return logits
-
-
-def _of_token(given: Selections, row: int, token: int, width: int, held: int) -> Selections:
-    """The part of a call's selections that belongs to one token, which sees `held` keys."""
-    return {
-        name: selection[row : row + 1, :, token : token + 1, :held]
-        if name.startswith("kept.")
-        else selection[row * width + token][None]
-        for name, selection in given.items()
-    }
 
 
 def feed_call(runner: BundleRunner, call: Call) -> list[Array]:

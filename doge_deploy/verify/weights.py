@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from safetensors import safe_open
 
@@ -15,20 +13,7 @@ from doge_deploy.graph.weight_file import TRANSPOSED_SUFFIX, read_weight_file
 from doge_deploy.graph.weight_formats import format_of
 from doge_deploy.graph.weights import TensorSources
 from doge_deploy.model.rope import rope_tensors
-
-
-@dataclass(frozen=True)
-class WeightsResult:
-    """What the comparison found."""
-
-    compared: int
-    """Tensors of the weight file."""
-    failures: tuple[str, ...]
-    """A line per tensor that differs or is missing."""
-
-    @property
-    def passed(self) -> bool:
-        return not self.failures
+from doge_deploy.verify.oracle import WeightsResult
 
 
 def compare_weights(bundle: Bundle, checkpoint: Checkpoint) -> WeightsResult:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import shutil
 import subprocess
@@ -148,6 +149,42 @@ class TestPrompt:
         result = invoke(saying(tokenizer, prompt, "漢字"), bundle, *options, "--max-new-tokens", 3)
         assert result.stdout == "漢\n"
 
+    def test_biases_and_penalties(self, invoke: Invoke, bundle: Path) -> None:
+        """The script's token leads by 9: what is taken off it, or added to another, decides."""
+
+        def text(*options: object) -> str:
+            runner = ScriptedRunner(lambda history: LETTER_A, vocab_size=1024, max_length=MAX_LENGTH)
+            return invoke(runner, bundle, "--prompt", "Say", "--max-new-tokens", 6, "--quiet", *options).stdout
+
+        assert text() == "aaaaaa\n"
+        assert text("--logit-bias", f"{LETTER_A + 1}=8.5") == "aaaaaa\n"
+        assert text("--logit-bias", f"{LETTER_A + 1}=9.5", "--logit-bias", "4=-100") == "bbbbbb\n"
+        bias = ("--logit-bias", f"{LETTER_A + 1}=8.5")
+        assert text(*bias, "--presence-penalty", 1).startswith("ab")
+        assert text("--logit-bias", f"{LETTER_A + 1}=6.5", "--frequency-penalty", 1).startswith("aaab")
+
+    def test_min_p_draws_among_the_likely(self, invoke: Invoke, bundle: Path) -> None:
+        runner = ScriptedRunner(lambda history: LETTER_A, vocab_size=1024, max_length=MAX_LENGTH)
+        options = ["--temperature", 50, "--top-k", 0, "--top-p", 1, "--max-new-tokens", 20, "--min-p", 0.9]
+        assert invoke(runner, bundle, "--prompt", "Say", *options).stdout == "a" * 20 + "\n"
+
+    @pytest.mark.parametrize("quiet", [(), ("--quiet",)], ids=["with statistics", "alone"])
+    def test_logprobs_are_lines_of_json(self, invoke: Invoke, bundle: Path, tokenizer: Tokenizer, quiet: Any) -> None:
+        runner = saying(tokenizer, tokenizer.encode("Say"), "one two")
+        result = invoke(runner, bundle, "--prompt", "Say", "--logprobs", 2, *quiet)
+        assert result.stdout == "one two\n"
+        lines = result.stderr.splitlines()
+        entries = [json.loads(line) for line in (lines if quiet else lines[:-1])]
+        assert [entry["token"] for entry in entries] == [*tokenizer.encode("one two")[1:], EOT]
+        assert "".join(entry["text"] for entry in entries[:-1]) == "one two"
+        assert entries[-1]["text"] == "<|eot_id|>"
+        likely = math.log(math.exp(9) / (math.exp(9) + 1023))
+        for entry in entries:
+            assert entry["logprob"] == pytest.approx(likely)
+            best, second = entry["top"]
+            assert best == {name: entry[name] for name in ("token", "text", "logprob")}
+            assert second["token"] == 0 and second["logprob"] == pytest.approx(likely - 9)
+
     def test_seed_draws_the_same_text(self, invoke: Invoke, bundle: Path) -> None:
         def text(seed: int) -> str:
             runner = ScriptedRunner(lambda history: LETTER_A, vocab_size=1024, max_length=MAX_LENGTH)
@@ -220,6 +257,16 @@ class TestErrors:
             (["--prompt", "a", "--seed", "-1"], "seed=-1: must be"),
             (["--prompt", "a", "--max-new-tokens", "0"], "max_new_tokens=0: must be"),
             (["--prompt", "a", "--stop", ""], "stop=['']: must be"),
+            (["--prompt", "a", "--greedy", "--min-p", "0.1"], "--min-p 0.1 would do nothing"),
+            (["--prompt", "a", "--min-p", "-0.5"], "min_p=-0.5: must be"),
+            (["--prompt", "a", "--presence-penalty", "2.5"], "presence_penalty=2.5: must be a number from -2 to 2"),
+            (["--prompt", "a", "--frequency-penalty", "nan"], "frequency_penalty=nan: must be"),
+            (["--prompt", "a", "--logit-bias", "5"], "--logit-bias 5: must be ID=NUMBER"),
+            (["--prompt", "a", "--logit-bias", "the=1"], "--logit-bias the=1: must be ID=NUMBER"),
+            (["--prompt", "a", "--logit-bias", "5=101"], "logit_bias: 101.0 for token 5: must be"),
+            (["--prompt", "a", "--logit-bias", "-5=1"], "logit_bias: -5 is not a token id"),
+            (["--prompt", "a", "--logit-bias", "1024=1"], "token 1024 is not in the model's vocabulary of 1024"),
+            (["--prompt", "a", "--logprobs", "-1"], "logprobs=-1: must be a whole number from 0"),
             (["--prompt", "漢" * 99], "prompt has 298 tokens and the bundle's max_length is 128"),
             (["--chat", "--prompt", "漢" * 99], "max_length is 128"),
         ],

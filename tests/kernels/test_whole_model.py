@@ -17,9 +17,10 @@ from sweeps import cases
 
 from doge_deploy.bundle.opening import Bundle, open_bundle
 from doge_deploy.checkpoint import open_checkpoint
-from doge_deploy.verify.cases import Case, Limits, exact_cases, natural_case, repeating_ids
-from doge_deploy.verify.parity import Judge, References, Runners
-from doge_deploy.verify.reference import Reference
+from doge_deploy.verify.cases import Case, Limits, exact_case, natural_case, repeating_ids
+from doge_deploy.verify.live import LiveOracle
+from doge_deploy.verify.parity import Judge
+from doge_deploy.verify.runners import Runners
 
 SWEEP = os.environ.get("DOGE_KERNEL_SWEEP") == "1"
 
@@ -48,8 +49,7 @@ def judge(tiny_bundle: Path, tiny_moe_bundle: Path) -> Callable[[str], Judge]:
     def make(model: str) -> Judge:
         bundle, checkpoint = open_bundle(bundles[model]), open_checkpoint(model)
         runner = InterpreterRunner(bundle)
-        references = References(Reference(checkpoint, "float32"), Reference(checkpoint, "float64"))
-        return Judge(bundle, "static", Runners(runner, runner), references)
+        return Judge(bundle, "static", Runners(runner, runner), LiveOracle(bundle, checkpoint))
 
     return make
 
@@ -62,7 +62,8 @@ def limits(bundle: Bundle) -> Limits:
 def find(judge: Judge, name: str, bounds: Limits) -> Case:
     if name == "natural text":
         return natural_case(bounds, repeating_ids(bounds, 256))
-    return judge.widest(lambda seed: next(case for case in exact_cases(bounds, seed) if case.name == name))
+    assert isinstance(judge.oracle, LiveOracle)
+    return judge.oracle.widest(judge, lambda seed: exact_case(bounds, seed, name))
 
 
 @pytest.mark.parametrize(

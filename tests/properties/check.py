@@ -13,11 +13,9 @@ from random_doge import save_random_doge
 from doge_deploy.bundle.opening import open_bundle
 from doge_deploy.checkpoint import open_checkpoint
 from doge_deploy.verify.cases import Case, Limits, chunk, distinct_ids
-from doge_deploy.verify.parity import Judge, References
-from doge_deploy.verify.reference import Reference
-from doge_deploy.verify.run import open_runners
-from doge_deploy.verify.tolerance import WIDER
-from doge_deploy.verify.weights import compare_weights
+from doge_deploy.verify.live import LiveOracle
+from doge_deploy.verify.parity import Judge
+from doge_deploy.verify.runners import open_runners
 from properties.space import VOCABULARY, Example
 
 
@@ -47,11 +45,12 @@ def check(example: Example, seconds: dict[str, float] | None = None) -> list[str
         bundle = open_bundle(make_bundle(path, Path(folder) / "bundle", **example.options))
         now = spent("export", now)
         checkpoint, manifest = open_checkpoint(str(path)), bundle.manifest
-        failures = list(compare_weights(bundle, checkpoint).failures)
-        same, wider = (Reference(checkpoint, dtype, manifest.task) for dtype in (manifest.dtype, WIDER[manifest.dtype]))
+        oracle = LiveOracle(bundle, checkpoint)
+        failures = list(oracle.weights(bundle).failures)
+        oracle.forget()
         now = spent("load reference", now)
         (layout,) = manifest.layouts
-        judge = Judge(bundle, layout, open_runners(bundle, layout), References(same, wider))
+        judge = Judge(bundle, layout, open_runners(bundle, layout), oracle)
         now = spent("open bundle", now)
         limits = Limits.of(manifest.facts, manifest.max_length, manifest.task)
         failures += judge.judge(make_case(example, limits)).failures

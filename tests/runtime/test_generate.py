@@ -20,6 +20,7 @@ from doge_deploy.options.generation import (
     DEFAULT_MAX_NEW_TOKENS,
     GenerationOptions,
     SamplingOptions,
+    illegal_settings,
     settings_not_done,
 )
 from doge_deploy.runtime.generate import Statistics, StopStrings, TextGenerator, check_prompt, generate
@@ -250,6 +251,8 @@ class TestOptions:
             {"stop_strings": 3},
             {"do_sample": True, "temperature": 0.0},
             {"do_sample": "yes"},
+            {"logprobs": -1},
+            {"logprobs": 1.5},
         ],
         ids=json.dumps,
     )
@@ -257,6 +260,31 @@ class TestOptions:
         with pytest.raises(UsageError, match="must be") as error:
             GenerationOptions.merged(config)
         assert "\n" not in str(error.value)
+
+    def test_a_file_says_what_transformers_reads_there_and_nothing_else(self) -> None:
+        from transformers import GenerationConfig
+
+        known = vars(GenerationConfig())
+        file = {
+            "do_sample": True,
+            "min_p": 0.25,
+            "presence_penalty": 9,
+            "frequency_penalty": "x",
+            "logit_bias": {"5": 1},
+        }
+        file |= {"seed": -1, "logprobs": "many"}
+        assert {name for name in file if name in known} == {"do_sample", "min_p"}
+        assert illegal_settings(file) == ()
+        options = GenerationOptions.with_file(file, {}, eos_ids=(), source="file", vocab_size=9)
+        assert options == GenerationOptions(SamplingOptions(do_sample=True, min_p=0.25))
+        asked = {"min_p": 0.5, "presence_penalty": 1.0, "logit_bias": {8: 1.0}, "logprobs": 3, "seed": 4}
+        options = GenerationOptions.with_file(file, asked, eos_ids=(), source="file", vocab_size=9)
+        sampling = SamplingOptions(True, min_p=0.5, presence_penalty=1.0, logit_bias={8: 1.0}, seed=4)
+        assert options == GenerationOptions(sampling, logprobs=3)
+
+    def test_a_bias_of_a_token_that_is_none(self) -> None:
+        with pytest.raises(UsageError, match="logit_bias: token 9 is not in the model's vocabulary of 9"):
+            GenerationOptions.with_file({}, {"logit_bias": {9: 1.0}}, eos_ids=(), source="file", vocab_size=9)
 
     def test_settings_that_are_not_done_are_named(self) -> None:
         config = {"num_beams": 4, "top_h": 0.05, "typical_p": 1.0, "min_length": None, "temperature": 0.5}

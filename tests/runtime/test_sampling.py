@@ -13,6 +13,7 @@ from transformers.generation.logits_process import (
     LogitsProcessor,
     MinPLogitsWarper,
     RepetitionPenaltyLogitsProcessor,
+    SequenceBiasLogitsProcessor,
     TemperatureLogitsWarper,
     TopKLogitsWarper,
     TopPLogitsWarper,
@@ -34,6 +35,7 @@ from doge_deploy.runtime.sampling import (
 
 SEEDS = st.integers(0, 2**32 - 1)
 SIZES = st.integers(1, 63)
+BIASES = st.dictionaries(st.integers(0, 62), st.floats(-100, 100, width=32).filter(bool), max_size=4)
 
 
 def draw_logits(seed: int, size: int, *, ties: bool) -> np.ndarray[Any, np.dtype[np.float32]]:
@@ -101,22 +103,32 @@ class TestAgainstTransformers:
         assert top_p_ids(scores, 0.65).tolist() == [3, 1, 2]
 
     @settings(deadline=None)
-    @given(SEEDS, st.integers(2, 63), st.floats(0.05, 5), st.integers(0, 63), st.floats(0.05, 1))
+    @given(
+        SEEDS, st.integers(2, 63), st.floats(0.05, 5), st.integers(0, 63), st.floats(0.05, 1), st.floats(0, 0.9), BIASES
+    )
     def test_the_whole_chain_has_the_same_distribution(
-        self, seed: int, size: int, temperature: float, top_k: int, top_p: float
+        self, seed: int, size: int, temperature: float, top_k: int, top_p: float, min_p: float, biases: dict[int, float]
     ) -> None:
         logits = draw_logits(seed, size, ties=False)
         context = [0, size - 1]
-        twin = run_twin(RepetitionPenaltyLogitsProcessor(1.3), logits, context).astype(np.float64)
+        biases = {token: bias for token, bias in biases.items() if token < size}
+        twin = logits
+        if biases:
+            twin = run_twin(SequenceBiasLogitsProcessor({(token,): bias for token, bias in biases.items()}), twin)
+        twin = run_twin(RepetitionPenaltyLogitsProcessor(1.3), twin, context).astype(np.float64)
         for processor in (
             TemperatureLogitsWarper(temperature),
             *([TopKLogitsWarper(top_k)] if top_k else []),
             *([TopPLogitsWarper(top_p)] if top_p < 1 else []),
+            *([MinPLogitsWarper(min_p)] if min_p else []),
         ):
             before = softmax(twin)
             twin = run_twin(processor, twin)
-        assume(top_p == 1 or np.abs(np.cumsum(np.sort(before)[::-1]) - top_p).min() > 1e-9)
-        sampler = Sampler(SamplingOptions(True, temperature, top_k, top_p, 1.3))
+            if isinstance(processor, TopPLogitsWarper):
+                assume(np.abs(np.cumsum(np.sort(before)[::-1]) - top_p).min() > 1e-9)
+            if isinstance(processor, MinPLogitsWarper):
+                assume(np.abs(before / before.max() - min_p).min() > 1e-9)
+        sampler = Sampler(SamplingOptions(True, temperature, top_k, top_p, 1.3, min_p=min_p, logit_bias=biases))
         ids, probabilities = sampler.distribution(logits, context)
         distribution = np.zeros(size)
         distribution[ids] = probabilities
@@ -291,6 +303,7 @@ class TestOpenAIsRules:
             ({"presence_penalty": 3}, "presence_penalty=3: must be a number from -2 to 2"),
             ({"frequency_penalty": float("nan")}, "frequency_penalty=nan: must be a number from -2 to 2"),
             ({"logit_bias": {-1: 0}}, "logit_bias: -1 is not a token id"),
+            ({"logit_bias": [1, 2]}, "logit_bias=[1, 2]: must be a mapping"),
             ({"logit_bias": {1: 101}}, "logit_bias: 101 for token 1: must be a number from -100 to 100"),
         ],
     )

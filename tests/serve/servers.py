@@ -19,6 +19,7 @@ from scripted_slots import ScriptedSlots
 from doge_deploy.bundle.opening import open_bundle
 from doge_deploy.serve.engine import Engine
 from doge_deploy.serve.http.app import Served, create_app
+from doge_deploy.serve.http.connections import Patience, patient
 from doge_deploy.serve.http.inbox import Inbox
 from doge_deploy.serve.http.metrics import Metrics
 from doge_deploy.serve.model import ServedText
@@ -94,9 +95,16 @@ def of_bundle(*paths: Path, **options: Any) -> Served:
 
 
 @contextlib.contextmanager
-def running(served: Served, **options: Any) -> Iterator[Running]:
+def running(served: Served, *, patience: Patience | None = None, **options: Any) -> Iterator[Running]:
     """Serve on a free port until the block ends."""
-    config = uvicorn.Config(create_app(served, **options), port=0, log_config=None, access_log=False, lifespan="on")
+    config = uvicorn.Config(
+        create_app(served, **options),
+        port=0,
+        http=patient(patience or Patience()),
+        log_config=None,
+        access_log=False,
+        lifespan="on",
+    )
     server = uvicorn.Server(config)
     thread = threading.Thread(target=lambda: asyncio.run(server.serve()), daemon=True)
     thread.start()

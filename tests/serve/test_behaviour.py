@@ -103,6 +103,17 @@ class TestText:
                 chunks = server.stream("/v1/completions", prompt=prompt, max_tokens=len(ids), stop=stop)
                 assert "".join(chunk["choices"][0]["text"] for chunk in chunks) == answer["text"]
 
+    def test_a_stop_text_may_be_that_of_a_special_token(self, tiny_bundle: Path) -> None:
+        prompt = words(tiny_bundle, "a")
+        tokenizer = Tokenizer.from_directory(tiny_bundle)
+        special = next(token for token in range(3, 70) if tokenizer.text_of([token]).startswith("<|"))
+        ids = [*tokenizer.ids("one", add_special_tokens=False), special, *words(tiny_bundle, "b")]
+        with running(scripted(tiny_bundle, slots_saying(tiny_bundle, ids, len(prompt)))) as server:
+            whole = server.complete(prompt, max_tokens=len(ids))["choices"][0]
+            assert whole["text"] == "oneb" and whole["finish_reason"] == "length"
+            answer = server.complete(prompt, max_tokens=len(ids), stop=[tokenizer.text_of([special])])["choices"][0]
+            assert answer["text"] == "one" and answer["finish_reason"] == "stop"
+
     def test_no_more_is_withheld_than_what_may_be_a_stop_text(self, tiny_bundle: Path) -> None:
         prompt = words(tiny_bundle, "a")
         ids = Tokenizer.from_directory(tiny_bundle).ids("one two", add_special_tokens=False)
@@ -295,6 +306,8 @@ ILLEGAL = [
     ('{"prompt": "a", "temperature": -1}', "temperature"),
     ('{"prompt": "a", "temperature": 1e999}', "temperature"),
     ('{"prompt": "a", "temperature": "hot"}', "temperature"),
+    ('{"prompt": "a", "temperature": "0.5"}', "temperature"),
+    ('{"prompt": "a", "temperature": true}', "temperature"),
     ('{"prompt": "a", "top_p": 2}', "top_p"),
     ('{"prompt": "a", "top_k": 1.5}', "top_k"),
     ('{"prompt": "a", "max_tokens": -5}', "max_tokens"),
@@ -333,6 +346,15 @@ ILLEGAL = [
     ('{"prompt": "a", "guided_choice": ["a"], "guided_regex": "b"}', "cannot both"),
     ('{"prompt": "a", "response_format": {"type": "json_schema"}}', "json_schema"),
     ('{"prompt": "a", "guided_json": {"type": "nonsense"}}', "json_schema"),
+    ('{"prompt": "a", "guided_json": {"$ref": "#"}}', "json_schema"),
+    ('{"prompt": "a", "guided_json": {"$ref": "http://127.0.0.1:9/x"}}', "json_schema"),
+    # what is wrong with each of a million entries is not told for each
+    ('{"prompt": [' + '"",' * 400_000 + '""]}', "at most 64"),
+    ('{"prompt": [' + "0.5," * 400_000 + "1]}", "at most 64"),
+    ('{"prompt": [' + "5," * 1_100_000 + '5], "max_tokens": 1}', "at most"),
+    ('{"prompt": "a", "logit_bias": {' + ",".join(f'"{n}": 200' for n in range(50_000)) + "}}", "at most 1024"),
+    ('{"prompt": "a", "guided_choice": [' + '"",' * 400_000 + '""]}', "at most 4096"),
+    ("{" + ",".join(f'"f{n}": 1' for n in range(50_000)) + "}", "at most 128"),
 ]
 
 
@@ -358,10 +380,16 @@ class TestIllegal:
             {"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]},
             {"role": "", "content": "a"},
             {"role": "user", "content": "a", "tool_calls": [{"id": 1}]},
+            {"role": "user", "content": [{"type": "text"}] * 2000},
         ],
     )
     def test_a_message(self, server: Running, message: Any) -> None:
         assert "messages" in server.post("/v1/chat/completions", 400, messages=[message])["error"]["message"]
+
+    def test_a_grammar_that_takes_long_is_stopped(self, server: Running) -> None:
+        """With llguidance's own limits it takes seconds for a token, in which nobody else gets one."""
+        answer = server.client.post("/v1/completions", json={"prompt": "a", "guided_regex": "(a{1000}){1000}"})
+        assert answer.status_code == 400 and "structured output failed" in answer.json()["error"]["message"]
 
     def test_a_null_character_is_text(self, server: Running) -> None:
         assert server.complete("a\x00b", max_tokens=1)["usage"]["completion_tokens"] == 1

@@ -276,3 +276,21 @@ class TestDetokenizer:
             assert first.push(token) == ""
         assert second.push(last) == ""
         assert first.push(last) == "漢"
+
+
+class TestIds:
+    """Ids that are no text's: those that a client sends."""
+
+    @pytest.mark.parametrize("unknown", [-1, 1000, 1023, 2**31, 2**32, 2**70])
+    def test_of_no_embedding(self, unknown: int) -> None:
+        tokenizer = Tokenizer.from_directory(DOGE_TINY, vocab_size=1000)
+        with pytest.raises(UsageError, match=rf"{unknown}.*\b1000\b") as error:
+            tokenizer.check_ids([5, 999, unknown, 2000])
+        assert "\n" not in str(error.value)
+        named = "the prompt holds the token" in str(error.value)
+        assert named == (unknown in (1000, 1023)), "a token of the tokenizer is named by its text"
+
+    def test_that_are_known(self) -> None:
+        Tokenizer.from_directory(DOGE_TINY, vocab_size=1000).check_ids([0, 999])
+        Tokenizer.from_directory(DOGE_TINY, vocab_size=1000).check_ids([])
+        Tokenizer.from_directory(DOGE_TINY).check_ids([2000])

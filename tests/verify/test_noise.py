@@ -17,11 +17,13 @@ from doge_deploy.bundle.opening import open_bundle
 from doge_deploy.checkpoint import open_checkpoint
 from doge_deploy.verify.cases import Case, chunk
 from doge_deploy.verify.compare import Array, difference
-from doge_deploy.verify.noise import MOST_BY_CHANCE, pool, rounded_once_more
-from doge_deploy.verify.parity import CaseResult, Judge, References
-from doge_deploy.verify.reference import Reference
-from doge_deploy.verify.replay import CandidateTrace, Replay, ReplayTrace
-from doge_deploy.verify.run import open_runners
+from doge_deploy.verify.live import LiveExpected, LiveOracle
+from doge_deploy.verify.noise import MOST_BY_CHANCE, pool
+from doge_deploy.verify.parity import CaseResult, Judge
+from doge_deploy.verify.reference_run import ReplayTrace
+from doge_deploy.verify.replay import CandidateTrace, Replay
+from doge_deploy.verify.rounding import rounded_once_more
+from doge_deploy.verify.runners import open_runners
 
 
 def test_a_pool_is_the_sample_that_its_draws_make_together() -> None:
@@ -69,8 +71,7 @@ def judge(tmp_path_factory: pytest.TempPathFactory) -> Judge:
     path = save_random_doge(folder / "checkpoint")
     bundle = open_bundle(make_bundle(path, folder / "bundle", logits="all"))
     checkpoint = open_checkpoint(str(path))
-    references = References(Reference(checkpoint, "float32"), Reference(checkpoint, "float64"))
-    return Judge(bundle, "static", open_runners(bundle, "static"), references)
+    return Judge(bundle, "static", open_runners(bundle, "static"), LiveOracle(bundle, checkpoint))
 
 
 CASE = Case("prefill", chunk([np.arange(3, 15)], [[12]]), exact=True)
@@ -78,16 +79,15 @@ CASE = Case("prefill", chunk([np.arange(3, 15)], [[12]]), exact=True)
 
 def first_draw(judge: Judge) -> tuple[list[Array], float]:
     """Logits of the reference, and their largest noise."""
-    same, wider = (
-        judge.references.run(one, judge.replay, CASE) for one in (judge.references.same, judge.references.wider)
-    )
-    return same.logits, difference(same.logits, wider.logits).max_abs
+    expected = judge.oracle.expected("static", judge.replay, CASE, None)
+    assert isinstance(expected, LiveExpected)
+    return expected.same.logits, difference(expected.same.logits, expected.wider.logits).max_abs
 
 
 def judged(judge: Judge, monkeypatch: pytest.MonkeyPatch, times: float) -> tuple[CaseResult, int]:
     """The case with one logit off by `times` the largest noise; and how many more draws were made."""
     logits, noise = first_draw(judge)
-    feed, draw, draws = Replay.feed, Judge._draw, []
+    feed, draw, draws = Replay.feed, LiveExpected._draw, []
 
     def off(self: Replay, *arguments: Any) -> CandidateTrace:
         trace = feed(self, *arguments)
@@ -95,12 +95,12 @@ def judged(judge: Judge, monkeypatch: pytest.MonkeyPatch, times: float) -> tuple
         trace.logits[0][5, 7] += times * noise
         return trace
 
-    def counted(self: Judge, *arguments: Any) -> Any:
+    def counted(self: LiveExpected, *arguments: Any) -> Any:
         draws.append(arguments)
         return draw(self, *arguments)
 
     monkeypatch.setattr(Replay, "feed", off)
-    monkeypatch.setattr(Judge, "_draw", counted)
+    monkeypatch.setattr(LiveExpected, "_draw", counted)
     return judge.judge(CASE), len(draws)
 
 
@@ -125,7 +125,7 @@ def test_without_more_draws_a_sound_bundle_is_refused(
 ) -> None:
     """The slow twin of the shortcut: a first draw that happens to be 12 times smaller than others and the bundle's."""
     logits, noise = first_draw(judge)
-    feed, draw = Replay.feed, Judge._draw
+    feed, draw = Replay.feed, LiveExpected._draw
 
     def drawn(seed: int) -> list[Array]:
         random = np.random.default_rng(seed)
@@ -136,10 +136,10 @@ def test_without_more_draws_a_sound_bundle_is_refused(
         trace.logits[:] = drawn(100)
         return trace
 
-    def of_the_reference(self: Judge, case: Case, given: Any, seed: int) -> ReplayTrace:
-        return replace(draw(self, case, given, seed), logits=drawn(seed))
+    def of_the_reference(self: LiveExpected, seed: int) -> ReplayTrace:
+        return replace(draw(self, seed), logits=drawn(seed))
 
     monkeypatch.setattr(Replay, "feed", of_the_bundle)
-    monkeypatch.setattr(Judge, "_draw", of_the_reference)
+    monkeypatch.setattr(LiveExpected, "_draw", of_the_reference)
     monkeypatch.setattr("doge_deploy.verify.parity.MOST_BY_CHANCE", most)
     assert judge.judge(CASE).passed == bool(most)

@@ -14,7 +14,8 @@ from random_doge import DYNAMIC, LONGROPE, SMALL, SMALL_MOE, save_random_doge
 from sweeps import cases
 
 from doge_deploy.cli.main import run_command
-from doge_deploy.verify.run import Report, verify
+from doge_deploy.verify.report import Report
+from doge_deploy.verify.run import verify
 
 BOTH = ("static", "growing")
 

@@ -18,7 +18,8 @@ from safetensors import safe_open
 from doge_deploy.bundle.opening import open_bundle
 from doge_deploy.cli.main import run_command
 from doge_deploy.runtime.ort import open_runner
-from doge_deploy.verify.run import Report, verify
+from doge_deploy.verify.report import Report
+from doge_deploy.verify.run import verify
 
 
 @pytest.fixture

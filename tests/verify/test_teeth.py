@@ -21,7 +21,7 @@ from doge_deploy.graph.schemas import CDMOE, ROUTED_EXPERTS
 from doge_deploy.model.attention import hidden_bias
 from doge_deploy.verify.cases import Limits, exact_cases
 from doge_deploy.verify.replay import Replay
-from doge_deploy.verify.run import open_runners
+from doge_deploy.verify.runners import open_runners
 
 
 def one_percent(tensor: torch.Tensor) -> None:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from onnx import parser
 
-from doge_deploy.verify.compare import difference, kl_divergence, top1
+from doge_deploy.verify.compare import Distribution, difference, kl_divergence, top1
 from doge_deploy.verify.tolerance import TOLERANCES, AllowedDifference, limit, small_sample_factor
 
 
@@ -63,13 +63,13 @@ def test_shapes_must_agree() -> None:
 
 def test_divergence_of_equal_and_shifted_logits_is_zero() -> None:
     logits = np.random.default_rng(0).normal(size=(4, 9))
-    assert kl_divergence(logits + 5, logits) == pytest.approx(0, abs=1e-12)
-    assert kl_divergence(-logits, logits) > 0.1
+    assert kl_divergence(logits + 5, Distribution.whole(logits)) == pytest.approx(0, abs=1e-12)
+    assert kl_divergence(-logits, Distribution.whole(logits)) > 0.1
 
 
 def test_top1_reports_position_and_margin() -> None:
     reference = np.array([[0.0, 1.0], [3.0, 1.0]])
-    found = top1(np.array([[0.0, 1.0], [0.0, 1.0]]), reference)
+    found = top1(np.array([[0.0, 1.0], [0.0, 1.0]]), Distribution.whole(reference))
     assert (found.agreeing, found.total, found.first_divergence, found.margin) == (1, 2, 1, 2.0)
 
 

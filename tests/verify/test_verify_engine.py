@@ -16,7 +16,7 @@ from doge_deploy.runtime.base import FloatArray, IntArray
 from doge_deploy.runtime.trt.backend import TrtBackend
 from doge_deploy.runtime.trt.runner import TrtRunner
 from doge_deploy.verify import run
-from doge_deploy.verify.run import Report
+from doge_deploy.verify.report import Report
 
 ALL_CASES = 12
 

@@ -12,6 +12,7 @@ from doge_deploy.runtime.ort.growing import InPlaceGrowingOrtRunner
 from doge_deploy.runtime.ort.runners import GrowingOrtRunner, OrtRunner, StaticOrtRunner, UncachedOrtRunner
 from doge_deploy.runtime.ort.session import graph_file, open_session
 from doge_deploy.runtime.ort.window import WindowOrtRunner
+from doge_deploy.runtime.rows import ChangingAngles
 
 
 def open_runner(
@@ -19,7 +20,7 @@ def open_runner(
     layout: str | None = None,
     *,
     threads: int | None = None,
-    spin: bool = True,
+    spin: int | None = None,
     flush_denormals: bool = False,
     model: bytes | None = None,
     portable: bool = False,
@@ -59,8 +60,7 @@ def open_runner(
         in_place = SHARES_BUFFERS in session.get_modelmeta().custom_metadata_map
         growing = InPlaceGrowingOrtRunner if in_place else GrowingOrtRunner
         return growing(session, chosen, max_length=manifest.max_length, last=last)
-    mixes = facts.is_moe and manifest.options.routing == "reference"
-    whole = mixes or facts.rope_changes(manifest.max_length)
+    whole, angles = bool(manifest.whole_calls), ChangingAngles.in_bundle(manifest)
     if any(value.name == SLOT_INDICES for value in session.get_inputs()):
         return WindowOrtRunner(
             session,
@@ -68,6 +68,7 @@ def open_runner(
             max_length=manifest.max_length,
             last=last,
             whole_calls=whole,
+            angles=angles,
             window=facts.keep_window_size,
         )
-    return StaticOrtRunner(session, chosen, max_length=manifest.max_length, last=last, whole_calls=whole)
+    return StaticOrtRunner(session, chosen, max_length=manifest.max_length, last=last, whole_calls=whole, angles=angles)

@@ -25,7 +25,7 @@ from doge_deploy.serve.http.generation import ChatForm, TextForm, answer, new_na
 from doge_deploy.serve.http.inbox import Inbox
 from doge_deploy.serve.http.metrics import Metrics
 from doge_deploy.serve.http.requests import ChatBody, CompletionBody, DetokenizeBody, EmbeddingBody, TokenizeBody
-from doge_deploy.serve.http.security import MAX_BODY_BYTES, Gate
+from doge_deploy.serve.http.security import MAX_BODY_BYTES, MAX_HELD_BYTES, Gate
 from doge_deploy.serve.model import ServedText
 
 PAGE = Path(__file__).parent.parent / "page"
@@ -49,6 +49,8 @@ class Served:
     created: int = field(default_factory=lambda: int(time.time()))
     draining: bool = False
     """No new work is taken; what runs is finished."""
+    working: int = 0
+    """Requests for texts and embeddings that are being answered, from their first byte to the last of the answer."""
 
     @property
     def ready(self) -> bool:
@@ -85,13 +87,20 @@ class Served:
         )
 
 
-def create_app(served: Served, *, api_keys: Collection[bytes] = (), max_body_bytes: int = MAX_BODY_BYTES) -> FastAPI:
+def create_app(
+    served: Served,
+    *,
+    api_keys: Collection[bytes] = (),
+    max_body_bytes: int = MAX_BODY_BYTES,
+    max_held_bytes: int = MAX_HELD_BYTES,
+) -> FastAPI:
     """The ASGI application; engines are started with it and stopped with it.
 
     Args:
         served: the models.
         api_keys: who may use it; everybody where there are none.
         max_body_bytes: of a request.
+        max_held_bytes: of all requests together that are being received or answered.
     """
     pool = ThreadPoolExecutor(_TOKENIZER_THREADS, "doge-tokenizer")
 
@@ -126,17 +135,14 @@ def create_app(served: Served, *, api_keys: Collection[bytes] = (), max_body_byt
     errors.install(app)
     _add_operations(app, served, offload)
     _add_generation(app, served, offload)
-    app.add_middleware(Gate, keys=tuple(api_keys), max_body_bytes=max_body_bytes)
+    app.add_middleware(WorkCount, served=served)
+    app.add_middleware(Gate, keys=tuple(api_keys), max_body_bytes=max_body_bytes, max_held_bytes=max_held_bytes)
     app.add_middleware(RequestIds)
     app.openapi = lambda: _openapi(app)  # type: ignore[method-assign]
     return app
 
 
 def _add_generation(app: FastAPI, served: Served, offload: Any) -> None:
-    def take_work() -> None:
-        if served.draining:
-            raise ApiError(503, "the server is shutting down", code="shutting_down")
-
     busy: dict[int | str, dict[str, Any]] = {
         404: {"description": "No such model."},
         429: {"description": "Too many requests are waiting; try again after Retry-After seconds."},
@@ -146,7 +152,6 @@ def _add_generation(app: FastAPI, served: Served, offload: Any) -> None:
     @app.post("/v1/chat/completions", responses=busy)
     async def chat(body: ChatBody, http: Request) -> Response:
         """The answer to a conversation, whole or as a stream of server-sent events."""
-        take_work()
         model = served.text(body.model)
         plan = await plan_chat(body, model, new_name("chatcmpl"), offload)
         return await answer(plan, ChatForm(), served.inboxes[model.name], http)
@@ -154,7 +159,6 @@ def _add_generation(app: FastAPI, served: Served, offload: Any) -> None:
     @app.post("/v1/completions", responses=busy)
     async def completions(body: CompletionBody, http: Request) -> Response:
         """The continuation of texts or of token ids."""
-        take_work()
         model = served.text(body.model)
         plan = await plan_completion(body, model, new_name("cmpl"), offload)
         return await answer(plan, TextForm(), served.inboxes[model.name], http)
@@ -162,7 +166,6 @@ def _add_generation(app: FastAPI, served: Served, offload: Any) -> None:
     @app.post("/v1/embeddings", responses=busy)
     async def embeddings(body: EmbeddingBody) -> JSONResponse:
         """A vector for each text, of a bundle that was exported with `--task features`."""
-        take_work()
         model = served.feature(body.model)
 
         def work() -> tuple[list[Any], int]:
@@ -268,6 +271,30 @@ def _card(served: Served, model: ServedText | FeatureModel) -> dict[str, Any]:
             "all_logits": isinstance(model, ServedText) and model.all_logits,
         },
     }
+
+
+WORK_PATHS = frozenset({"/v1/chat/completions", "/v1/completions", "/v1/embeddings"})
+
+
+class WorkCount:
+    """Counts requests that take work, so that the server does not end before they do; takes none while it drains."""
+
+    def __init__(self, app: Any, served: Served) -> None:
+        self._app, self._served = app, served
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        if scope["type"] != "http" or scope["path"] not in WORK_PATHS or scope["method"] != "POST":
+            await self._app(scope, receive, send)
+            return
+        if self._served.draining:
+            error = ApiError(503, "the server is shutting down", code="shutting_down")
+            await errors.response(error)(scope, receive, send)
+            return
+        self._served.working += 1
+        try:
+            await self._app(scope, receive, send)
+        finally:
+            self._served.working -= 1
 
 
 class RequestIds:

@@ -29,7 +29,7 @@ class FeatureModel:
 
     def __init__(self, name: str, bundle: Bundle, runner: Runner) -> None:
         self.name, self.bundle = name, bundle
-        self.tokenizer = Tokenizer.from_directory(bundle.path)
+        self.tokenizer = Tokenizer.from_directory(bundle.path, vocab_size=bundle.manifest.facts.vocab_size)
         self._runner = runner
         self._lock = threading.Lock()
 
@@ -45,12 +45,9 @@ class FeatureModel:
             UsageError: it is empty, too long, or holds a token that the model has not.
         """
         ids = self.tokenizer.encode(text) if isinstance(text, str) else list(text)
-        vocab_size = self.bundle.manifest.facts.vocab_size
         if not ids or len(ids) > self.max_length:
             raise UsageError(f"a text of {len(ids)} tokens; must be 1 to {self.max_length}")
-        wrong = next((token for token in ids if token >= vocab_size), None)
-        if wrong is not None:
-            raise UsageError(f"token {wrong} is not in the model's vocabulary of {vocab_size}")
+        self.tokenizer.check_ids(ids)
         return ids
 
     def embed(self, ids: Sequence[int]) -> npt.NDArray[np.float32]:

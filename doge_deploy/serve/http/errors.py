@@ -5,7 +5,7 @@ Reference: https://platform.openai.com/docs/guides/error-codes
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -67,9 +67,9 @@ def response(error: ApiError) -> JSONResponse:
 
 
 def validation_error(error: RequestValidationError) -> ApiError:
-    """The first finding, with the field and what is legal; 400 as OpenAI's API has it, not FastAPI's 422."""
-    finding: Mapping[str, Any] = error.errors()[0]
-    place = [str(part) for part in finding["loc"] if part not in ("body", "query", "path")]
+    """One finding of the first field, with what is legal; 400 as OpenAI's API has it, not FastAPI's 422."""
+    finding = _most_telling(error.errors())
+    place = [str(part) for part in finding["loc"] if part not in ("body", "query", "path", "str")]
     # parts of a union's own names, such as `list[str]`, say nothing to a client
     field = ".".join(part for part in place if part.replace("_", "").isalnum()) or None
     if finding["type"] == "json_invalid":
@@ -78,6 +78,15 @@ def validation_error(error: RequestValidationError) -> ApiError:
         return ApiError(400, f"{field}: not supported by this server", param=field, code="unsupported_parameter")
     message = str(finding["msg"]).removeprefix("Value error, ")
     return ApiError(400, f"{field}: {message}" if field else message, param=field)
+
+
+def _most_telling(findings: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
+    """Where a field may be of several types there is a finding for each: what is wrong with a value of the right type
+    says more than that it has not another type, and what is wrong deep within it more than what is wrong outside.
+    """
+    field = findings[0]["loc"][:2]
+    of_field = [finding for finding in findings if finding["loc"][:2] == field]
+    return max(of_field, key=lambda finding: (not finding["type"].endswith("_type"), len(finding["loc"])))
 
 
 def install(app: FastAPI) -> None:

@@ -16,13 +16,14 @@ from fastapi.responses import JSONResponse, Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from doge_deploy.errors import DogeDeployError
+from doge_deploy.runtime.logprobs import TokenLogprobs
 from doge_deploy.serve.grammar import Grammar
 from doge_deploy.serve.http.errors import ApiError, as_api_error, error_body
 from doge_deploy.serve.http.inbox import Inbox
 from doge_deploy.serve.http.requests import ChatBody, CompletionBody, GenerationBody
 from doge_deploy.serve.http.responses import DONE, CompletionLogprobs, Json, Usage, chat_logprobs, event
 from doge_deploy.serve.model import Answering, ServedText
-from doge_deploy.serve.request import Event, Finished, Produced, PromptScored, Request, Started, TokenLogprobs
+from doge_deploy.serve.request import Event, Finished, Produced, PromptScored, Request, Started
 from doge_deploy.text.tokenizer import Tokenizer
 
 _Result = TypeVar("_Result")
@@ -221,8 +222,28 @@ async def _plan(
     offload: Offload[Any],
     echo: bool = False,
 ) -> Plan:
-    asked = _asked(body, length)
+    if (number := len(prompts) * (body.n or 1)) > (limit := model.engine.limits.queue_requests):
+        raise ApiError(400, f"n: {number} texts in one request; this server takes at most {limit}", param="n")
     grammar = await offload(lambda: _grammar(body, model))
+    # a request looks at each token of its prompt, and there may be many of both
+    plan: Plan = await offload(
+        lambda: _planned(body, model, name, prompts, length, default_length, logprobs, grammar, echo)
+    )
+    return plan
+
+
+def _planned(
+    body: GenerationBody,
+    model: ServedText,
+    name: str,
+    prompts: Sequence[tuple[list[int], str | None]],
+    length: int | None,
+    default_length: int | None,
+    logprobs: int | None,
+    grammar: Grammar | None,
+    echo: bool,
+) -> Plan:
+    asked = _asked(body, length)
     choices: list[Choice] = []
     requests: list[Request] = []
     answering: Answering | None = None
@@ -409,11 +430,12 @@ async def _merged(streams: Sequence[AsyncIterator[Event]]) -> AsyncIterator[tupl
         async for found in streams[0]:
             yield 0, found
         return
-    merged: asyncio.Queue[tuple[int, Event]] = asyncio.Queue()
+    # short: what waits for a client that does not read is counted where it came from
+    merged: asyncio.Queue[tuple[int, Event]] = asyncio.Queue(1)
 
     async def read(index: int, stream: AsyncIterator[Event]) -> None:
         async for found in stream:
-            merged.put_nowait((index, found))
+            await merged.put((index, found))
 
     tasks = [asyncio.ensure_future(read(index, stream)) for index, stream in enumerate(streams)]
     try:

@@ -8,16 +8,24 @@ from collections.abc import AsyncIterator, Sequence
 from time import perf_counter
 
 from doge_deploy.serve.engine import Engine, EngineStoppedError
+from doge_deploy.serve.http.errors import ApiError
 from doge_deploy.serve.http.metrics import Metrics
 from doge_deploy.serve.request import Event, Finished, Produced, Request, Started
 
+MAX_UNREAD = 1024
+"""Events of one request that wait to be sent: a client that does not read its stream loses it, and its slot is free."""
+
 
 class _Waiter:
-    def __init__(self) -> None:
+    def __init__(self, engine: Engine) -> None:
+        self.engine = engine
         self.events: asyncio.Queue[Event] = asyncio.Queue()
         self.arrived = perf_counter()
         self.last: float | None = None
         self.ended = False
+        """The engine is done with it."""
+        self.closed = False
+        """Nothing more is put into `events`."""
 
 
 class Inbox:
@@ -46,9 +54,15 @@ class Inbox:
     def _sort(self, events: list[tuple[str, Event]]) -> None:
         now = perf_counter()
         for name, event in events:
-            if waiter := self._waiters.get(name):
-                self._time(waiter, event, now)
-                waiter.events.put_nowait(event)
+            waiter = self._waiters.get(name)
+            if waiter is None or waiter.closed:
+                continue
+            self._time(waiter, event, now)
+            waiter.events.put_nowait(event)
+            if waiter.events.qsize() > MAX_UNREAD and not waiter.ended:
+                waiter.closed = True
+                waiter.engine.cancel(name)
+                waiter.events.put_nowait(Finished("error", "", _not_read()))
 
     def _time(self, waiter: _Waiter, event: Event, now: float) -> None:
         if isinstance(event, Started):
@@ -73,7 +87,7 @@ class Inbox:
         """
         try:
             for request in requests:
-                self._waiters[request.id] = _Waiter()
+                self._waiters[request.id] = _Waiter(engine)
                 await asyncio.wrap_future(engine.submit(request))
             yield [self._events(request.id) for request in requests]
         finally:
@@ -93,9 +107,15 @@ class Inbox:
     def fail(self, message: str) -> None:
         """End everything that waits with an error: the engine will send nothing more."""
         for waiter in self._waiters.values():
-            waiter.events.put_nowait(Finished("error", "", EngineStoppedError(message)))
+            if not (waiter.ended or waiter.closed):
+                waiter.closed = True
+                waiter.events.put_nowait(Finished("error", "", EngineStoppedError(message)))
 
     @property
     def waiting(self) -> int:
         """Requests that have not ended."""
         return len(self._waiters)
+
+
+def _not_read() -> ApiError:
+    return ApiError(408, f"the stream was not read: {MAX_UNREAD} tokens waited", code="stream_not_read")

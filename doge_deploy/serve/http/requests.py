@@ -9,19 +9,59 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StrictBool, StrictInt, StrictStr, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    StrictBool,
+    StrictInt,
+    StrictStr,
+    WithJsonSchema,
+    model_validator,
+)
 
 MAX_CHOICES = 16
 MAX_PROMPTS = 64
 """Prompts of one completion request."""
 MAX_STOP_TEXTS = 4
 MAX_TOP_LOGPROBS = 20
+MAX_MESSAGES = 4096
+MAX_PARTS = 1024
+"""Parts of one message."""
+MAX_BIASES = 1024
+MAX_GUIDED_CHOICES = 4096
+MAX_TOKEN_IDS = 2**20
+"""Of one prompt, before it is held against the model's own limit."""
+MAX_FIELDS = 128
+"""Of a body or of an object in it, those that are refused by name included."""
 
-_NUMBER = {"allow_inf_nan": False}
+_NUMBER = {"allow_inf_nan": False, "strict": True}
+"""Strict: a text of digits and a boolean are no numbers."""
+
+
+def _at_most(limit: int) -> BeforeValidator:
+    """Refuses a long list or mapping before its items are looked at: what is wrong with each of a million would take
+    seconds and gigabytes to say.
+    """
+
+    def check(value: object) -> object:
+        if isinstance(value, list | dict) and len(value) > limit:
+            raise ValueError(f"{len(value)} entries; at most {limit} are taken")
+        return value
+
+    return BeforeValidator(check)
 
 
 class _Body(BaseModel):
     model_config = ConfigDict(extra="forbid")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _has_few_fields(cls, value: object) -> object:
+        if isinstance(value, dict) and len(value) > MAX_FIELDS:
+            raise ValueError(f"{len(value)} fields; at most {MAX_FIELDS} are taken")
+        return value
 
 
 def _neutral(*values: object) -> Any:
@@ -33,19 +73,31 @@ def _neutral(*values: object) -> Any:
             raise ValueError(f"not supported by this server; {legal} is accepted")
         return value
 
-    return Annotated[Any, BeforeValidator(check)]
+    return Annotated[Any, BeforeValidator(check), WithJsonSchema({"enum": [None, *values]})]
 
 
 def _as_texts(value: object) -> object:
     return [value] if isinstance(value, str) else value
 
 
-Number = Annotated[float, Field(**_NUMBER)]
+_STOP_TEXT = {"type": "string", "minLength": 1, "maxLength": 256}
 StopTexts = Annotated[
     list[Annotated[StrictStr, Field(min_length=1, max_length=256)]],
-    BeforeValidator(_as_texts),
     Field(max_length=MAX_STOP_TEXTS),
+    BeforeValidator(_as_texts),
+    _at_most(MAX_STOP_TEXTS),
+    WithJsonSchema({"anyOf": [_STOP_TEXT, {"type": "array", "items": _STOP_TEXT, "maxItems": MAX_STOP_TEXTS}]}),
 ]
+
+TokenId = Annotated[StrictInt, Field(ge=0, lt=2**31)]
+_TokenIds = Annotated[list[TokenId], Field(fail_fast=True, min_length=1, max_length=MAX_TOKEN_IDS)]
+_Texts = (
+    StrictStr
+    | Annotated[list[StrictStr], Field(fail_fast=True, min_length=1, max_length=MAX_PROMPTS), _at_most(MAX_PROMPTS)]
+    | _TokenIds
+    | Annotated[list[_TokenIds], Field(fail_fast=True, min_length=1, max_length=MAX_PROMPTS), _at_most(MAX_PROMPTS)]
+)
+"""One text or several, as text or as token ids."""
 
 
 class StreamOptions(_Body):
@@ -92,9 +144,14 @@ class GenerationBody(_Body):
     repetition_penalty: Annotated[float, Field(gt=0, le=100, **_NUMBER)] | None = None
     presence_penalty: Annotated[float, Field(ge=-2, le=2, **_NUMBER)] | None = None
     frequency_penalty: Annotated[float, Field(ge=-2, le=2, **_NUMBER)] | None = None
-    logit_bias: dict[Annotated[str, Field(pattern=r"^\d{1,9}$")], Annotated[float, Field(ge=-100, le=100)]] | None = (
-        None
-    )
+    logit_bias: (
+        Annotated[
+            dict[Annotated[str, Field(pattern=r"^[0-9]{1,9}$")], Annotated[float, Field(ge=-100, le=100, **_NUMBER)]],
+            Field(max_length=MAX_BIASES),
+            _at_most(MAX_BIASES),
+        ]
+        | None
+    ) = None
     """Token id to what is added to its logit."""
     seed: Annotated[StrictInt, Field(ge=-(2**63), lt=2**64)] | None = None
     stop: StopTexts | None = None
@@ -103,7 +160,14 @@ class GenerationBody(_Body):
     stream_options: StreamOptions | None = None
     response_format: ResponseFormat | None = None
     guided_regex: Annotated[StrictStr, Field(min_length=1)] | None = None
-    guided_choice: Annotated[list[Annotated[StrictStr, Field(min_length=1)]], Field(min_length=1)] | None = None
+    guided_choice: (
+        Annotated[
+            list[Annotated[StrictStr, Field(min_length=1)]],
+            Field(fail_fast=True, min_length=1, max_length=MAX_GUIDED_CHOICES),
+            _at_most(MAX_GUIDED_CHOICES),
+        ]
+        | None
+    ) = None
     guided_grammar: Annotated[StrictStr, Field(min_length=1)] | None = None
     guided_json: dict[str, Any] | None = None
     user: StrictStr | None = None
@@ -140,7 +204,7 @@ class Message(_Body):
     """One message of a conversation."""
 
     role: Annotated[StrictStr, Field(min_length=1, max_length=64)]
-    content: StrictStr | list[TextPart]
+    content: StrictStr | Annotated[list[TextPart], Field(fail_fast=True, max_length=MAX_PARTS), _at_most(MAX_PARTS)]
     name: StrictStr | None = None
     tool_calls: _neutral([]) = None  # type: ignore[valid-type]
     refusal: _neutral() = None  # type: ignore[valid-type]
@@ -154,10 +218,15 @@ class Message(_Body):
         return self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
 
 
+_Messages = Annotated[
+    list[Message], Field(fail_fast=True, min_length=1, max_length=MAX_MESSAGES), _at_most(MAX_MESSAGES)
+]
+
+
 class ChatBody(GenerationBody):
     """`POST /v1/chat/completions`."""
 
-    messages: Annotated[list[Message], Field(min_length=1)]
+    messages: _Messages
     max_tokens: Annotated[StrictInt, Field(ge=1)] | None = None
     max_completion_tokens: Annotated[StrictInt, Field(ge=1)] | None = None
     logprobs: StrictBool | None = None
@@ -184,18 +253,10 @@ class ChatBody(GenerationBody):
         return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
 
 
-TokenId = Annotated[StrictInt, Field(ge=0, lt=2**31)]
-
-
 class CompletionBody(GenerationBody):
     """`POST /v1/completions`."""
 
-    prompt: (
-        StrictStr
-        | Annotated[list[StrictStr], Field(min_length=1, max_length=MAX_PROMPTS)]
-        | Annotated[list[TokenId], Field(min_length=1)]
-        | Annotated[list[Annotated[list[TokenId], Field(min_length=1)]], Field(min_length=1, max_length=MAX_PROMPTS)]
-    )
+    prompt: _Texts
     max_tokens: Annotated[StrictInt, Field(ge=0)] | None = None
     """0 only with `echo`: the prompt's own logprobs and nothing new."""
     logprobs: Annotated[StrictInt, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
@@ -222,12 +283,7 @@ class EmbeddingBody(_Body):
     """`POST /v1/embeddings`."""
 
     model: StrictStr | None = None
-    input: (
-        StrictStr
-        | Annotated[list[StrictStr], Field(min_length=1, max_length=MAX_PROMPTS)]
-        | Annotated[list[TokenId], Field(min_length=1)]
-        | Annotated[list[Annotated[list[TokenId], Field(min_length=1)]], Field(min_length=1, max_length=MAX_PROMPTS)]
-    )
+    input: _Texts
     encoding_format: Literal["float", "base64"] | None = None
     dimensions: _neutral() = None  # type: ignore[valid-type]
     user: StrictStr | None = None
@@ -246,7 +302,7 @@ class TokenizeBody(_Body):
 
     model: StrictStr | None = None
     prompt: StrictStr | None = None
-    messages: Annotated[list[Message], Field(min_length=1)] | None = None
+    messages: _Messages | None = None
     add_special_tokens: StrictBool = True
     """With `prompt`: put bos in front where the tokenizer does."""
 
@@ -261,4 +317,4 @@ class DetokenizeBody(_Body):
     """`POST /detokenize`."""
 
     model: StrictStr | None = None
-    tokens: list[TokenId]
+    tokens: Annotated[list[TokenId], Field(fail_fast=True, max_length=MAX_TOKEN_IDS)]

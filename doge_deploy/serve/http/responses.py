@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from doge_deploy.serve.request import TokenLogprobs
+from doge_deploy.runtime.logprobs import TokenLogprobs
 from doge_deploy.serve.tokens import TokenTexts
 
 Json = dict[str, Any]

@@ -14,7 +14,10 @@ from doge_deploy.serve.http.errors import ApiError, response
 OPEN_PATHS = frozenset({"/", "/health", "/ready", "/openapi.json"})
 """What needs no key: nothing of it shows a prompt or takes work."""
 
-MAX_BODY_BYTES = 8 * 1024 * 1024
+MAX_BODY_BYTES = 4 * 1024 * 1024
+
+MAX_HELD_BYTES = 64 * 1024 * 1024
+"""Of all bodies together that are being received or worked on."""
 
 
 def read_keys(file: Path) -> tuple[bytes, ...]:
@@ -34,10 +37,17 @@ def read_keys(file: Path) -> tuple[bytes, ...]:
 
 
 class Gate:
-    """Refuses requests without a key, and bodies that are too large, whatever their headers say."""
+    """Refuses requests without a key, and bodies that are too large, alone or all together, whatever headers say."""
 
-    def __init__(self, app: ASGIApp, keys: Collection[bytes] = (), max_body_bytes: int = MAX_BODY_BYTES) -> None:
-        self._app, self._keys, self._limit = app, tuple(keys), max_body_bytes
+    def __init__(
+        self,
+        app: ASGIApp,
+        keys: Collection[bytes] = (),
+        max_body_bytes: int = MAX_BODY_BYTES,
+        max_held_bytes: int = MAX_HELD_BYTES,
+    ) -> None:
+        self._app, self._keys, self._limit, self._held_limit = app, tuple(keys), max_body_bytes, max_held_bytes
+        self._held = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -50,7 +60,7 @@ class Gate:
             return
         length = headers.get(b"content-length", b"0")
         if length.isdigit() and int(length) > self._limit:
-            await self._too_large()(scope, receive, send)
+            await response(self._too_large())(scope, receive, send)
             return
         await self._counted(scope, receive, send)
 
@@ -60,28 +70,41 @@ class Gate:
         found = [hmac.compare_digest(given.strip(), key) for key in self._keys]
         return kind.lower() == b"bearer" and any(found)
 
-    def _too_large(self) -> ASGIApp:
-        return response(ApiError(413, f"the body is larger than {self._limit} bytes"))
+    def _too_large(self) -> ApiError:
+        return ApiError(413, f"the body is larger than {self._limit} bytes")
 
     async def _counted(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """For bodies that come in chunks: they do not say how long they are."""
-        received, refused = 0, False
+        """What is read of a body is counted, since headers need not say how long it is; it is held until the answer's
+        end.
+        """
+        received = 0
+        refusal: ApiError | None = None
+        told = False
 
         async def counting() -> Message:
-            nonlocal received
+            nonlocal received, refusal
             message = await receive()
-            received += len(message.get("body", b""))
+            size = len(message.get("body", b""))
+            received += size
+            self._held += size
             if received > self._limit:
+                refusal = self._too_large()
+            elif size and self._held > self._held_limit:
+                refusal = ApiError(429, f"the server is busy: bodies of {self._held_limit} bytes are being worked on")
+            if refusal is not None and message["type"] == "http.request":
                 # an empty end: what is made of it is not sent
                 return {"type": "http.request", "body": b"", "more_body": False}
             return message
 
         async def replacing(message: Message) -> None:
-            nonlocal refused
-            if received <= self._limit:
+            nonlocal told
+            if refusal is None:
                 await send(message)
-            elif not refused:
-                refused = True
-                await self._too_large()(scope, receive, send)
+            elif not told:
+                told = True
+                await response(refusal)(scope, receive, send)
 
-        await self._app(scope, counting, replacing)
+        try:
+            await self._app(scope, counting, replacing)
+        finally:
+            self._held -= received

@@ -1,0 +1,142 @@
+"""Connections on which nothing moves are closed: whoever is gone, or does not read, must not hold memory for ever.
+
+Four rules, beside uvicorn's own time for a connection that waits for its next request:
+
+- a request must be there whole `receive_seconds` after its first byte, and the first one so long after the connection
+  was opened: headers that come one byte a second hold a connection no longer than that;
+- a client that takes nothing of what was sent to it for `read_seconds` is cut off. While it reads, however slowly, it
+  is not; what is written to it waits meanwhile, since uvicorn writes no more than a buffer ahead;
+- the system asks after clients that are silent (keep-alive probes), so that one that lost its power is noticed;
+- beyond `connections` at once a new one is closed at once: the others need their files.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+import sys
+from dataclasses import dataclass
+
+import h11
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+_SEND_BUFFER_BYTES = 256 * 1024
+"""Of the system, for each connection: without a limit it grows to megabytes for a client that does not read."""
+
+_PROBES = {"TCP_KEEPIDLE": 30, "TCP_KEEPINTVL": 10, "TCP_KEEPCNT": 3}
+"""After so many seconds of silence a probe, the next so many seconds later, and so many of them."""
+
+
+@dataclass(frozen=True)
+class Patience:
+    """How long a connection may stand still, and how many there may be."""
+
+    receive_seconds: float = 60.0
+    read_seconds: float = 60.0
+    connections: int = 4096
+
+
+class PatientProtocol(H11Protocol):
+    """uvicorn's HTTP/1.1, which closes connections as the module says."""
+
+    patience = Patience()
+
+    _refused = False
+    _receiving: asyncio.TimerHandle | None = None
+    """Runs while a request is not there whole."""
+    _unread: asyncio.TimerHandle | None = None
+    """Runs while the client has not read something that was sent."""
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        """A client is there."""
+        if len(self.connections) >= self.patience.connections:
+            self._refused = True
+            transport.abort()
+            return
+        super().connection_made(transport)
+        _watch_peer(transport.get_extra_info("socket"), self.patience.read_seconds)
+        self._receiving = self.loop.call_later(self.patience.receive_seconds, transport.abort)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """It is gone, or was closed from here."""
+        for timer in (self._receiving, self._unread):
+            if timer is not None:
+                timer.cancel()
+        if not self._refused:
+            super().connection_lost(exc)
+
+    def data_received(self, data: bytes) -> None:
+        """More of a request."""
+        if self._refused:
+            return
+        super().data_received(data)
+        if self.conn.their_state in (h11.IDLE, h11.SEND_BODY):
+            if self._receiving is None:
+                self._receiving = self.loop.call_later(self.patience.receive_seconds, self.transport.abort)
+        elif self._receiving is not None:
+            self._receiving.cancel()
+            self._receiving = None
+
+    def pause_writing(self) -> None:
+        """More waits for the client than is held for it: nothing is written until it has read."""
+        super().pause_writing()
+        self._watch_reader()
+
+    def resume_writing(self) -> None:
+        """The client has read most of it."""
+        super().resume_writing()
+        if self._unread is not None:
+            self._unread.cancel()
+            self._unread = None
+        if self.cycle is not None and self.cycle.response_complete:
+            self._watch_reader()
+
+    def on_response_complete(self) -> None:
+        """The answer is written, which does not mean that it was read."""
+        super().on_response_complete()
+        self._watch_reader()
+
+    def _watch_reader(self) -> None:
+        waiting = self.transport.get_write_buffer_size()
+        if waiting and self._unread is None:
+            self._unread = self.loop.call_later(self.patience.read_seconds, self._check_reader, waiting)
+
+    def _check_reader(self, before: int) -> None:
+        self._unread = None
+        if self.transport.get_write_buffer_size() >= before:
+            self.transport.abort()
+        else:
+            self._watch_reader()
+
+
+def patient(patience: Patience) -> type[PatientProtocol]:
+    """The protocol for `uvicorn.Config(http=...)` with these numbers."""
+    return type("PatientProtocol", (PatientProtocol,), {"patience": patience})
+
+
+def _watch_peer(connection: socket.socket | None, read_seconds: float) -> None:
+    if connection is None or connection.family not in (socket.AF_INET, socket.AF_INET6):
+        return
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SEND_BUFFER_BYTES)
+    options = {**_PROBES, "TCP_USER_TIMEOUT": int(read_seconds * 1000)}
+    for name, value in options.items():
+        if hasattr(socket, name):  # not every system has all of them
+            connection.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
+
+
+def raise_file_limit(wanted: int) -> int:
+    """Let this process open more files, as far as the system allows; how many it may open then.
+
+    A connection is a file, and many systems allow 1,024 where nobody asks for more.
+    """
+    if sys.platform == "win32":
+        return wanted
+    import resource
+
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft == resource.RLIM_INFINITY or soft >= wanted:
+        return wanted
+    allowed = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (allowed, hard))
+    return allowed

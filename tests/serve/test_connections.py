@@ -1,0 +1,193 @@
+"""Clients that are slow, silent or gone: what they hold is given back, and nobody else notices."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import socket
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+from scripted_slots import ScriptedSlots
+from servers import NAME, Running, SlowSlots, running, scripted
+
+from doge_deploy.bundle.opening import open_bundle
+from doge_deploy.serve.http import connections, inbox
+from doge_deploy.serve.http.connections import Patience
+from doge_deploy.serve.scheduler import Limits
+
+SHORT = Patience(receive_seconds=0.6, read_seconds=0.6)
+
+
+def endless(tiny_bundle: Path, slots: int = 4, seconds: float = 0.0) -> ScriptedSlots:
+    """Slots whose texts do not end by themselves."""
+    vocab = open_bundle(tiny_bundle).manifest.facts.vocab_size
+    return SlowSlots(slots, rule=lambda history: 70, vocab=vocab, max_length=512, seconds=seconds)
+
+
+def connect(server: Running, *, receive_bytes: int | None = None) -> socket.socket:
+    host, port = server.url.removeprefix("http://").split(":")
+    connection = socket.socket()
+    if receive_bytes is not None:
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_bytes)
+    connection.connect((host, int(port)))
+    connection.settimeout(20)
+    return connection
+
+
+def post(body: dict[str, Any], length: int | None = None) -> bytes:
+    content = json.dumps(body).encode()
+    head = "POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: "
+    return f"{head}{len(content) if length is None else length}\r\n\r\n".encode() + content
+
+
+def closed_after(connection: socket.socket, trickle: Iterator[bytes] | None = None) -> float:
+    """Seconds until the server closed the connection, while bytes of `trickle` are sent one after another."""
+    start = time.monotonic()
+    connection.settimeout(0.05 if trickle else 20)
+    while True:
+        try:
+            if trickle is not None:
+                connection.sendall(next(trickle))
+            if not connection.recv(65536):
+                break
+        except TimeoutError:
+            assert trickle is not None and time.monotonic() - start < 20, "it was not closed"
+        except OSError:  # reset
+            break
+    return time.monotonic() - start
+
+
+@pytest.mark.parametrize(
+    "begun",
+    [b"", b"POST /v1/completions HT", b"POST /v1/completions HTTP/1.1\r\nHost: x\r\n", post({"prompt": "a"}, 5000)],
+    ids=["nothing", "part of a line", "part of the head", "part of the body"],
+)
+def test_a_request_that_does_not_come_is_not_waited_for(tiny_bundle: Path, begun: bytes) -> None:
+    with running(scripted(tiny_bundle, endless(tiny_bundle)), patience=SHORT) as server, connect(server) as connection:
+        connection.sendall(begun)
+        assert closed_after(connection) >= 0.3
+        server.wait_until(lambda: server.served.working == 0)
+        assert server.complete([7], max_tokens=3)["choices"]
+
+
+def test_headers_that_come_byte_by_byte_are_not_waited_for(tiny_bundle: Path) -> None:
+    def letters() -> Iterator[bytes]:
+        yield b"GET /health HTTP/1.1\r\nX-Slow: "
+        while True:
+            yield b"a"
+
+    with running(scripted(tiny_bundle, endless(tiny_bundle)), patience=SHORT) as server, connect(server) as connection:
+        assert closed_after(connection, letters()) < 10
+
+
+def test_a_connection_may_wait_for_its_next_request(tiny_bundle: Path) -> None:
+    with running(scripted(tiny_bundle, endless(tiny_bundle)), patience=SHORT) as server, connect(server) as connection:
+        for _ in range(2):
+            connection.sendall(post({"prompt": [7], "max_tokens": 2}))
+            received = b""
+            while b'"usage"' not in received:
+                piece = connection.recv(65536)
+                assert piece, "it was closed"
+                received += piece
+            time.sleep(1.0)
+
+
+def test_a_long_answer_takes_longer_than_a_request_may(tiny_bundle: Path) -> None:
+    with running(scripted(tiny_bundle, endless(tiny_bundle, seconds=0.02)), patience=SHORT) as server:
+        assert server.complete([7], max_tokens=60)["usage"]["completion_tokens"] == 60
+
+
+WIDE = {"prompt": [7], "max_tokens": 500, "n": 4, "stream": True, "logprobs": 20}
+"""An answer of about two megabytes: more than is held for a connection."""
+
+
+class TestReaders:
+    @pytest.fixture(autouse=True)
+    def small_buffers(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(connections, "_SEND_BUFFER_BYTES", 8192)
+
+    def test_one_that_does_not_read_is_cut_off(self, tiny_bundle: Path) -> None:
+        served = scripted(tiny_bundle, endless(tiny_bundle, slots=5))
+        with running(served, patience=SHORT) as server, ThreadPoolExecutor() as pool:
+            with connect(server, receive_bytes=4096) as connection:
+                connection.sendall(post(WIDE))
+                server.wait_until(lambda: server.scheduler.running == 4)
+                other = pool.submit(server.complete, [8], max_tokens=400)
+                server.wait_until(lambda: server.served.working == 1 or other.done())
+                server.wait_until(lambda: server.served.working == 0)
+                received = 0
+                with contextlib.suppress(OSError):
+                    while piece := connection.recv(65536):
+                        received += len(piece)
+                assert received < 1_000_000  # it has got what was under way, and no more
+            assert other.result()["usage"]["completion_tokens"] == 400
+            assert server.scheduler.idle and server.scheduler.table.busy == 0
+
+    def test_one_that_reads_slowly_gets_everything(self, tiny_bundle: Path) -> None:
+        patience = Patience(read_seconds=0.6)
+        with running(scripted(tiny_bundle, endless(tiny_bundle)), patience=patience) as server:
+            with connect(server, receive_bytes=65536) as connection:
+                connection.sendall(post(WIDE | {"n": 1}).replace(b"Host: x", b"Host: x\r\nConnection: close"))
+                received = b""
+                while piece := connection.recv(16384):
+                    received += piece
+                    time.sleep(0.02)
+            assert received.count(b'"finish_reason":"length"') == 1 and b"[DONE]" in received
+
+    @pytest.mark.parametrize("n", [1, 3])
+    def test_what_waits_for_one_is_bounded(self, tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch, n: int) -> None:
+        monkeypatch.setattr(inbox, "MAX_UNREAD", 20)
+        served = scripted(tiny_bundle, endless(tiny_bundle, slots=n + 1))
+        with running(served, patience=Patience()) as server, connect(server, receive_bytes=4096) as connection:
+            connection.sendall(post(WIDE | {"n": n}).replace(b"Host: x", b"Host: x\r\nConnection: close"))
+            server.wait_until(lambda: server.scheduler.running == n)
+            server.wait_until(lambda: server.scheduler.running == 0)  # though nothing was read yet
+            assert server.scheduler.counters.finished["cancelled"] >= 1
+            received = b""
+            while piece := connection.recv(65536):
+                received += piece
+        assert b'"code":"stream_not_read"' in received.replace(b": ", b":") and received.count(b"[DONE]") == 1
+        assert server.served.inboxes[NAME].waiting == 0
+
+
+def test_more_connections_than_are_taken_are_closed_at_once(tiny_bundle: Path) -> None:
+    patience = Patience(connections=4)
+    with (
+        running(scripted(tiny_bundle, endless(tiny_bundle)), patience=patience) as server,
+        contextlib.ExitStack() as opened,
+    ):
+        held = [opened.enter_context(connect(server)) for _ in range(4)]
+        for connection in held:
+            connection.sendall(b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n")
+            assert connection.recv(65536).startswith(b"HTTP/1.1 200")
+        with connect(server) as late:
+            assert closed_after(late) < 5
+        held[0].close()
+        time.sleep(0.2)
+        assert server.complete([7], max_tokens=2)["choices"]
+
+
+def test_bodies_together_are_bounded(tiny_bundle: Path) -> None:
+    served = scripted(tiny_bundle, endless(tiny_bundle))
+    with running(served, max_held_bytes=100_000) as server, connect(server) as connection:
+        connection.sendall(post({"prompt": "a" * 90_000}, 95_000))  # the last bytes do not come
+        server.wait_until(lambda: server.served.working == 1)
+        time.sleep(0.2)
+        response = server.client.post("/v1/completions", json={"prompt": "b" * 20_000})
+        assert response.status_code == 429 and int(response.headers["retry-after"]) >= 1
+        assert server.complete([7], max_tokens=2)["choices"]
+        connection.close()
+        server.wait_until(lambda: server.served.working == 0)
+        assert server.client.post("/v1/completions", json={"prompt": "b" * 20_000}).status_code == 400
+
+
+def test_a_request_that_can_never_be_queued_is_not_told_to_come_again(tiny_bundle: Path) -> None:
+    served = scripted(tiny_bundle, endless(tiny_bundle), Limits(queue_requests=8))
+    with running(served) as server:
+        error = server.post("/v1/completions", 400, prompt=["a", "b", "c"], n=3)["error"]
+        assert "9 texts in one request; this server takes at most 8" in error["message"] and error["param"] == "n"
