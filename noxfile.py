@@ -80,11 +80,16 @@ def typing(session: nox.Session) -> None:
 _interop: dict[str, str] = {}
 
 
+def require_project(session: nox.Session) -> None:
+    """nox must run in the environment of `make setup`, which exports and serves."""
+    if importlib.util.find_spec("doge_deploy") is None:
+        session.error("run .venv/bin/nox: the environment of `make setup` exports bundles and serves them")
+
+
 def interop_bundles(session: nox.Session) -> str:
     """A directory of bundles and of what `doge-deploy generate` makes of them, written once for all sessions."""
     if "bundles" not in _interop:
-        if importlib.util.find_spec("doge_deploy") is None:
-            session.error("run .venv/bin/nox: the environment of `make setup` exports the bundles")
+        require_project(session)
         _interop["bundles"] = session.create_tmp()
         shutil.rmtree(_interop["bundles"])
         session.run(sys.executable, "tests/interop/prepare.py", _interop["bundles"], external=True)
@@ -124,6 +129,22 @@ def interop_node(session: nox.Session) -> None:
     # the install scripts would fetch libraries for CUDA; the CPU provider is in the package
     session.run("npm", "ci", "--ignore-scripts", "--no-audit", "--no-fund", "--prefix", str(packages), external=True)
     session.run("python", "tests/interop/node_client.py", bundles, str(packages))
+
+
+@nox.session(name="serve-fuzz")
+def serve_fuzz(session: nox.Session) -> None:
+    """schemathesis against a running server:  nox -s serve-fuzz -- --requests 5000"""
+    require_project(session)
+    session.install("-r", "tests/serve/fuzz/requirements.txt")
+    command = str(Path(session.bin, "schemathesis"))
+    session.run(sys.executable, "tests/serve/fuzz/fuzz.py", "--schemathesis", command, *session.posargs, external=True)
+
+
+@nox.session(name="serve-hour", venv_backend="none")
+def serve_hour(session: nox.Session) -> None:
+    """An hour of mixed load on a server: memory, files and threads must not grow."""
+    require_project(session)
+    session.run(sys.executable, "tests/serve/load/hour.py", *session.posargs)
 
 
 @nox.session
