@@ -194,6 +194,7 @@ def load(
     layout: str | None = None,
     portable: bool = False,
     threads: int | None = None,
+    spin: int | None = None,
     engine: str | None = None,
     flush_denormals: bool = False,
     defaults: TextChoices | None = None,
@@ -205,7 +206,8 @@ def load(
         backend: `ort`, ONNX Runtime on the CPU; or `trt-rtx` or `trt`, an engine that `build` made.
         layout: of ONNX Runtime: "static" or "growing"; the bundle's first where None.
         portable: of ONNX Runtime: run the standard graph, not the one lowered for it.
-        threads: of ONNX Runtime: CPU threads; all cores where None.
+        threads: of ONNX Runtime: CPU threads, at most one a CPU; one a core where None.
+        spin: of ONNX Runtime: microseconds that an idle thread waits for work before it sleeps; 50 where None.
         engine: the name of an engine, where several fit.
         flush_denormals: of ONNX Runtime: take numbers below 1.2e-38 for zero, which is faster on processors of Intel.
             If this is the first session of the process, ONNX Runtime sets that mode for the calling thread too, for
@@ -227,6 +229,7 @@ def load(
         layout=layout,
         portable=portable,
         threads=threads,
+        spin=spin,
         engine=engine,
         flush_denormals=flush_denormals,
         defaults=defaults,

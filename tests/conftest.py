@@ -45,8 +45,12 @@ def _one_thread_a_session() -> Iterator[None]:
             super().__init__()
             self.intra_op_num_threads = 1
 
+    from doge_deploy.devices.host import usable_threads
+    from doge_deploy.runtime.ort import session
+
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(onnxruntime, "SessionOptions", OneThread)
+        patch.setattr(session, "usable_threads", lambda asked: usable_threads(asked or 1))
         yield
 
 

@@ -44,6 +44,8 @@ class Candidate:
     """Of a bundle: what runs it."""
     last_logits: bool = True
     """Whether a call gives logits of the last token alone."""
+    spin: int | None = None
+    """Of a bundle: microseconds that idle threads wait for work, see `SessionOptions`."""
     num_layers: int | None = None
     """Of transformers: only so many layers; all where None."""
 
@@ -72,6 +74,7 @@ def open_candidate(candidate: Candidate, threads: int) -> Runner:
             candidate.backend,
             layout=candidate.layout,
             threads=threads if takes_threads else None,
+            spin=candidate.spin,
             flush_denormals=True,
             portable=candidate.portable,
         )

@@ -19,7 +19,7 @@ from doge_deploy.bench.schedule import rotated
 from doge_deploy.bench.workload import Workload
 from doge_deploy.bundle.opening import Bundle, open_bundle
 from doge_deploy.checkpoint import Checkpoint
-from doge_deploy.devices.host import available_cpus
+from doge_deploy.devices.host import usable_threads
 from doge_deploy.devices.packages import require_export_packages
 from doge_deploy.errors import UsageError
 from doge_deploy.graph.decode_traffic import bundle_traffic
@@ -46,7 +46,9 @@ class BenchOptions:
     rounds: int = 8
     loads: int = 3
     threads: int | None = None
-    """All available CPUs where None."""
+    """Those of `usable_threads` where None."""
+    spins: tuple[int, ...] = ()
+    """Of bundles whose backend takes it, each a candidate: see `SessionOptions`; the backend's choice where empty."""
     layouts: tuple[str, ...] = ()
     """Of every bundle; its first where empty."""
     portable: bool = False
@@ -103,7 +105,7 @@ def bench(
     opened = [open_bundle(path) for path in paths]
     bundles = _bundle_candidates(opened, options)
     _check_lengths(list(bundles), options.workloads())
-    threads = min(options.threads or available_cpus(), available_cpus())
+    threads = usable_threads(options.threads)
     baselines = _baselines(opened, options, threads, started) if options.against else []
     candidates = [*bundles, *baselines]
     settings = Settings(threads, options.rounds, options.loads, tuple(argv))
@@ -134,12 +136,13 @@ def _bundle_candidates(bundles: Sequence[Bundle], options: BenchOptions) -> dict
         manifest = bundle.manifest
         graphs = list(_graphs(bundle, options))
         layouts_of = {backend: {one[1] for one in graphs if one[0] == backend} for backend in options.backends}
-        for backend, layout, portable in graphs:
+        for (backend, layout, portable), spin in _with_spins(graphs, options):
             parts = [
                 name if unique else str(bundle.path),
                 *([layout] if len(layouts_of[backend]) > 1 else []),
                 *(["portable"] if portable else []),
                 *([backend] if backend != DEFAULT_BACKEND else []),
+                *([f"spin {spin}"] if spin is not None else []),
             ]
             candidate = Candidate(
                 name=" ".join(parts),
@@ -152,11 +155,22 @@ def _bundle_candidates(bundles: Sequence[Bundle], options: BenchOptions) -> dict
                 portable=portable,
                 backend=backend,
                 last_logits=manifest.last_logits,
+                spin=spin,
             )
             if candidate in candidates:
                 raise UsageError(f"{candidate.name} is named twice")
             candidates[candidate] = bundle
     return candidates
+
+
+def _with_spins(
+    graphs: Sequence[tuple[str, str, bool]], options: BenchOptions
+) -> Iterator[tuple[tuple[str, str, bool], int | None]]:
+    """Each graph with each number of microseconds that was asked for, where its backend takes one."""
+    for graph in graphs:
+        takes = "spin" in find(graph[0]).session_options
+        for spin in (options.spins if takes else ()) or (None,):
+            yield graph, spin
 
 
 def _graphs(bundle: Bundle, options: BenchOptions) -> Iterator[tuple[str, str, bool]]:

@@ -87,7 +87,15 @@ def _parts(values: tuple[str, ...]) -> list[str]:
     metavar="N",
     help="Fresh processes, for load time and memory.",
 )
-@click.option("--threads", type=click.IntRange(min=1), metavar="N", help="Of every candidate; default: all CPUs.")
+@click.option("--threads", type=click.IntRange(min=1), metavar="N", help="Of every candidate; default: one a core.")
+@click.option(
+    "--spin",
+    "spins",
+    multiple=True,
+    callback=_numbers(0),
+    metavar="US,...",
+    help="How long idle threads of a bundle wait before they sleep; repeatable, each is a candidate.",
+)
 @click.option("--layout", "layouts", multiple=True, metavar="static|growing", help="Default: the first; repeatable.")
 @click.option("--portable", is_flag=True, help="Also time the standard graph, beside the one lowered for ONNX Runtime.")
 @click.option(

@@ -134,6 +134,30 @@ def _notes(report: Report, result: WorkloadResult) -> list[str]:
     else:
         warning = "; too much to trust these times" if others > NOTABLE_NEIGHBOURS else ""
         lines.append(f"other processes used {others:.1%} of the CPUs during timed rounds{warning}")
+        lines += _waiting_lines(report, result, others)
+    return lines
+
+
+_WAITING = 1.4
+"""Of the slow steps over the median: beyond it threads waited for one that had no core."""
+
+
+def _waiting_lines(report: Report, result: WorkloadResult, others: float) -> list[str]:
+    """Bundles whose steps stalled while others used the machine: what spinning threads do there."""
+    if others <= NOTABLE_NEIGHBOURS or report.settings.threads == 1:
+        return []
+    kinds = {candidate.name: candidate.kind for candidate in report.candidates}
+    lines = []
+    for found in result.measurements:
+        if kinds[found.candidate] != "bundle" or not found.rounds:
+            continue
+        times = figures(result, found)["decode_step_ms"]
+        ratio = times["p90"] / times["median"]
+        if ratio > _WAITING:
+            lines.append(
+                f"{found.candidate}: the slowest tenth of the steps took {ratio:.1f} times the median or more: threads "
+                "waited, spinning, for one that had no core; compare --spin 0,50 and --threads 1"
+            )
     return lines
 
 

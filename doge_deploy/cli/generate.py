@@ -55,7 +55,8 @@ if TYPE_CHECKING:
 )
 @click.option("--layout", metavar="static|growing", help="Graph to run; default: the bundle's first.")
 @click.option("--portable", is_flag=True, help="Run the standard graph, not the one lowered for ONNX Runtime.")
-@click.option("--threads", type=click.IntRange(min=1), metavar="N", help="At most one a CPU; default: all cores.")
+@click.option("--threads", type=click.IntRange(min=1), metavar="N", help="At most one a CPU; default: one a core.")
+@click.option("--spin", type=click.IntRange(min=0), metavar="US", help="How long idle threads wait before they sleep.")
 @click.option("--backend", type=BackendName(), default=DEFAULT_BACKEND, show_default=True, help="What runs the bundle.")
 @click.option("--engine", metavar="NAME", help="Which engine, where the backend has several.")
 @click.option("--quiet", is_flag=True, help="No statistics and no notes on standard error.")
@@ -67,6 +68,7 @@ def generate(
     layout: str | None,
     portable: bool,
     threads: int | None,
+    spin: int | None,
     backend: str,
     engine: str | None,
     quiet: bool,
@@ -86,7 +88,14 @@ def generate(
         click.echo(note, err=True)
     if prompt == "-":
         prompt = _decoded(sys.stdin.buffer.read()).removesuffix("\n")
-    runs = {"layout": layout, "portable": portable, "threads": threads, "backend": backend, "engine": engine}
+    runs = {
+        "layout": layout,
+        "portable": portable,
+        "threads": threads,
+        "spin": spin,
+        "backend": backend,
+        "engine": engine,
+    }
     session = _Session(bundle, asked, runs, quiet)
     messages = [] if system is None else [{"role": "system", "content": system}]
     if prompt is None:

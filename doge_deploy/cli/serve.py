@@ -20,7 +20,9 @@ from doge_deploy.options.backends import DEFAULT_BACKEND
     "--backend", type=BackendName(), default=DEFAULT_BACKEND, show_default=True, help="What runs the bundles."
 )
 @click.option("--engine", metavar="NAME", help="Which engine, where the backend has several.")
-@click.option("--threads", type=click.IntRange(min=1), metavar="N", help="CPU threads; default: all cores.")
+@click.option("--threads", type=click.IntRange(min=1), metavar="N", help="At most one a CPU; default: one a core.")
+@click.option("--spin", type=click.IntRange(min=0), metavar="US", help="How long idle threads wait before they sleep.")
+@click.option("--speculate/--no-speculate", default=True, show_default=True, help="Guess tokens where that pays.")
 @click.option(
     "--served-model-name", "names", multiple=True, metavar="NAME", help="What clients call the bundle; once for each."
 )
@@ -61,6 +63,8 @@ def serve(
     backend: str,
     engine: str | None,
     threads: int | None,
+    spin: int | None,
+    speculate: bool,
     names: tuple[str, ...],
     api_key_file: Path | None,
     no_auth: bool,
@@ -88,6 +92,8 @@ def serve(
         backend=backend,
         engine=engine,
         threads=threads,
+        spin=spin,
+        speculate=speculate,
         names=names,
         api_key_file=api_key_file,
         no_auth=no_auth,

@@ -69,26 +69,34 @@ def peak_memory_bytes() -> int | None:
 
 def available_cpus(root: Path = ROOT) -> int:
     """CPUs that this process may use: what `taskset` and the CPU quota of its container left of them, at least 1."""
-    count, quota = _affine_cpus(), cpu_quota(root)
+    count, quota = len(_affine_cpus()), cpu_quota(root)
     return count if quota is None else max(1, min(count, math.ceil(quota)))
 
 
-def _affine_cpus() -> int:
+def _affine_cpus() -> set[int]:
     if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+        return os.sched_getaffinity(0)
+    return set(range(os.cpu_count() or 1))
 
 
-def usable_threads(asked: int | None, root: Path = ROOT) -> int | None:
-    """How many threads to give a library that counts CPUs itself, but knows nothing of quotas.
+def usable_threads(asked: int | None, root: Path = ROOT) -> int:
+    """How many threads to give a library that computes.
 
     `asked`, but no more than there are CPUs for: ONNX Runtime with hundreds of threads too many waits for itself and
-    does not end. None, the library's own choice, where nothing was asked for and no quota holds.
+    does not end. Where nothing was asked for, one for each core that this process may use: the CPUs of one core share
+    what it computes with. A library's own choice knows nothing of quotas, and ONNX Runtime's ties each thread to a
+    core, so that one that somebody else uses holds up every step.
     """
-    limit = available_cpus(root)
-    if asked is not None:
-        return min(asked, limit)
-    return limit if limit < _affine_cpus() else None
+    return min(available_cpus(root), _affine_cores(root) if asked is None else asked)
+
+
+def _affine_cores(root: Path) -> int:
+    """Cores with a CPU that this process may use; a CPU of which nothing is known counts as a core.
+
+    Reference: topology/thread_siblings_list of sysfs, in the kernel's admin guide (cputopology).
+    """
+    siblings = "sys/devices/system/cpu/cpu{}/topology/thread_siblings_list"
+    return len({read_text(root / siblings.format(cpu)) or cpu for cpu in _affine_cpus()})
 
 
 def cpu_quota(root: Path = ROOT) -> float | None:

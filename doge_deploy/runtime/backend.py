@@ -15,6 +15,7 @@ def open_backend(
     layout: str | None = None,
     portable: bool = False,
     threads: int | None = None,
+    spin: int | None = None,
     flush_denormals: bool = False,
     engine: str | None = None,
 ) -> BundleRunner:
@@ -24,7 +25,7 @@ def open_backend(
         bundle: an opened bundle.
         backend: the name of an installed backend, such as `ort`, `trt` or `trt-rtx`.
         layout: the bundle's first that the backend runs, where None.
-        portable, threads, flush_denormals, engine: see `SessionOptions`.
+        portable, threads, spin, flush_denormals, engine: see `SessionOptions`.
 
     Raises:
         UsageError: an option of one backend was given for another, or there is no such backend, layout or engine.
@@ -32,7 +33,7 @@ def open_backend(
         BrokenBundleError, UnsupportedModelError: the library refuses the graph or the engine.
     """
     found = find(backend)
-    options = SessionOptions(portable, threads, engine, flush_denormals)
+    options = SessionOptions(portable, threads, engine, flush_denormals, spin)
     found.check_options(options)
     chosen = found.choose_layout(bundle, layout)
     found.require(bundle)

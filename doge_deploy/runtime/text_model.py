@@ -69,6 +69,7 @@ class TextModel:
         layout: str | None = None,
         portable: bool = False,
         threads: int | None = None,
+        spin: int | None = None,
         engine: str | None = None,
         flush_denormals: bool = False,
         defaults: TextChoices | None = None,
@@ -84,6 +85,7 @@ class TextModel:
             "layout": layout,
             "portable": portable,
             "threads": threads,
+            "spin": spin,
             "engine": engine,
             "flush_denormals": flush_denormals,
         }

@@ -60,6 +60,11 @@ class Engine:
         self.failure: BaseException | None = None
         """What ended the thread, if it was not asked to end: nothing can be served then."""
 
+    @property
+    def scheduler(self) -> Scheduler:
+        """Only single numbers of it may be read while the thread runs."""
+        return self._scheduler
+
     def start(self) -> None:
         """Begin; to be called once."""
         self._thread.start()

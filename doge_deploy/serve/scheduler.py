@@ -109,6 +109,8 @@ class Scheduler:
         self.table = SlotTable([runner.acquire() for _ in range(runner.slots)])
         self.counters = Counters()
         self.waiting: deque[Request] = deque()
+        self.waiting_tokens = 0
+        """Prompt tokens of the requests that wait; a running count, since a burst asks for it with every request."""
         self.prefilling: list[Request] = []
         self.decoding: list[Request] = []
         self._ngrams: dict[Request, NgramIndex] = {}
@@ -137,11 +139,6 @@ class Scheduler:
         used = sum(request.fed for request in self.active)
         return used / (self.runner.slots * self.runner.max_length)
 
-    @property
-    def waiting_tokens(self) -> int:
-        """Prompt tokens of the requests that wait."""
-        return sum(len(request.prompt_ids) for request in self.waiting)
-
     def submit(self, request: Request) -> None:
         """Put a request into the queue.
 
@@ -157,6 +154,7 @@ class Scheduler:
         if self.waiting and tokens > self.limits.queue_tokens:
             raise QueueFullError(f"{tokens} prompt tokens would be waiting; the limit is {self.limits.queue_tokens}")
         self.waiting.append(request)
+        self.waiting_tokens = tokens
 
     def cancel(self, request_id: str) -> bool:
         """End a request wherever it is; its slot is free at once. False where no request has that id."""
@@ -189,6 +187,7 @@ class Scheduler:
         """
         while self.waiting and (free := self.table.free()):
             request = self.waiting.popleft()
+            self.waiting_tokens -= len(request.prompt_ids)
             match = self.table.best_match(request.prompt_ids, free)
             keeps = match is not None and 2 * match.tokens >= len(match.held.tokens)
             held = match.held if match is not None and keeps else free[0]
@@ -226,9 +225,13 @@ class Scheduler:
         return tokens == len(source.tokens) or self.runner.can_cut(source.slot)
 
     def _finish(self, request: Request, finished: Finished) -> None:
-        for requests in (self.waiting, self.prefilling, self.decoding):
-            if request in requests:
-                requests.remove(request)
+        if request.state is State.QUEUED:
+            self.waiting.remove(request)
+            self.waiting_tokens -= len(request.prompt_ids)
+        elif request in self.prefilling:
+            self.prefilling.remove(request)
+        elif request in self.decoding:
+            self.decoding.remove(request)
         if request.slot is not None:
             held = self.table[request.slot]
             if finished.reason == "error":  # what it holds is not to be trusted

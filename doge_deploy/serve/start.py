@@ -24,7 +24,9 @@ from doge_deploy.serve.speculation import DRAFTS
 if TYPE_CHECKING:
     import uvicorn
 
+    from doge_deploy.serve.engine import Deliver
     from doge_deploy.serve.http.app import Served
+    from doge_deploy.serve.model import ServedText
 
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
 
@@ -54,6 +56,11 @@ class ServeOptions:
     backend: str = DEFAULT_BACKEND
     engine: str | None = None
     threads: int | None = None
+    """Of the backend; see `doge_deploy.devices.host.usable_threads`."""
+    spin: int | None = None
+    """Microseconds that an idle thread of the backend waits for work; its own choice where None."""
+    speculate: bool = True
+    """Guess tokens from the text where that is exact and pays."""
     names: tuple[str, ...] = ()
     """What clients call the bundles, in their order; their own names where there are none."""
     api_key_file: Path | None = None
@@ -98,12 +105,10 @@ def open_served(paths: Sequence[Path], options: ServeOptions) -> Served:
         UsageError, UnsupportedModelError, BrokenBundleError, MissingDependencyError: one of them cannot be served.
     """
     from doge_deploy.runtime.backend import open_backend
-    from doge_deploy.serve.engine import Engine
     from doge_deploy.serve.http.app import Served
     from doge_deploy.serve.http.embeddings import FeatureModel
     from doge_deploy.serve.http.inbox import Inbox
     from doge_deploy.serve.http.metrics import Metrics
-    from doge_deploy.serve.model import ServedText
 
     bundles = [open_bundle(path) for path in paths]
     names = list(options.names) or [model_name(bundle) for bundle in bundles]
@@ -115,33 +120,55 @@ def open_served(paths: Sequence[Path], options: ServeOptions) -> Served:
     for name, bundle in zip(names, bundles, strict=True):
         task = bundle.manifest.task
         if task == "features":
-            runner = open_backend(bundle, options.backend, threads=options.threads, engine=options.engine)
-            features[name] = FeatureModel(name, bundle, runner)
+            runner = open_backend(
+                bundle, options.backend, threads=options.threads, spin=options.spin, engine=options.engine
+            )
+            features[name] = FeatureModel(name, bundle, runner, options.limits.queue_requests)
+            metrics.watch_features(name, features[name])
             continue
         if task != "causal-lm":
             raise UsageError(f"{bundle.path} is a bundle for task={task}; causal-lm and features can be served")
-        slots = open_slots(
-            bundle,
-            options.slots,
-            options.backend,
-            threads=options.threads,
-            engine=options.engine,
-            flush_denormals=True,
-        )
         inboxes[name] = Inbox(name, metrics)
-        scheduler = make_scheduler(bundle, slots, options.limits)
-        metrics.watch(name, scheduler)
-        texts[name] = ServedText(name, bundle, Engine(scheduler, inboxes[name].deliver), all_logits=slots.all_logits)
+        texts[name] = open_text(bundle, name, options, inboxes[name].deliver)
+        metrics.watch(name, texts[name].engine.scheduler)
     return Served(texts, features, metrics, inboxes)
 
 
-def make_scheduler(bundle: Bundle, slots: SlotRunner, limits: Limits) -> Scheduler:
-    """A scheduler that guesses where that is exact and pays."""
+def open_text(bundle: Bundle, name: str, options: ServeOptions, deliver: Deliver) -> ServedText:
+    """A bundle for text with its engine, ready to be started.
+
+    Args:
+        bundle: of task causal-lm.
+        name: what clients call it.
+        options: those of slots, backend, threads and scheduler are looked at.
+        deliver: gets the events of the engine.
+
+    Raises:
+        UsageError, UnsupportedModelError, BrokenBundleError, MissingDependencyError: it cannot be served.
+    """
+    from doge_deploy.serve.engine import Engine
+    from doge_deploy.serve.model import ServedText
+
+    slots = open_slots(
+        bundle,
+        options.slots,
+        options.backend,
+        threads=options.threads,
+        spin=options.spin,
+        engine=options.engine,
+        flush_denormals=True,
+    )
+    scheduler = make_scheduler(bundle, slots, options.limits, speculate=options.speculate)
+    return ServedText(name, bundle, Engine(scheduler, deliver), all_logits=slots.all_logits)
+
+
+def make_scheduler(bundle: Bundle, slots: SlotRunner, limits: Limits, *, speculate: bool = True) -> Scheduler:
+    """A scheduler that guesses where that is asked for, exact and pays."""
     facts, length = bundle.manifest.facts, bundle.manifest.max_length
     exact = facts.keep_window_size if facts.keep_window(length) else length
     if facts.sliding_window is not None:
         exact = min(exact, facts.sliding_window - 1)
-    costs = measure_step_costs(slots) if slots.all_logits and not slots.whole_prompts else None
+    costs = measure_step_costs(slots) if speculate and slots.all_logits and not slots.whole_prompts else None
     return Scheduler(slots, limits, costs, exact)
 
 
@@ -236,6 +263,8 @@ def _make_server(config: uvicorn.Config, served: Served, drain_seconds: float) -
                 await asyncio.sleep(0.05)
             for inbox in served.inboxes.values():
                 inbox.fail("the server is shutting down")
+            for model in served.features.values():
+                model.stop()
             deadline = perf_counter() + _FLUSH_SECONDS
             while served.working and perf_counter() < deadline:
                 await asyncio.sleep(0.05)

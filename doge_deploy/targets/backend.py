@@ -65,8 +65,8 @@ class SessionOptions:
     """The name of an engine, where the bundle holds several."""
     flush_denormals: bool = False
     """A hint: numbers below 1.2e-38 may count as zero."""
-    spin: bool = True
-    """A hint: idle threads may spin; False where another library computes between the calls."""
+    spin: int | None = None
+    """Microseconds that an idle CPU thread waits for work before it sleeps; the backend's own choice where None."""
 
     def given(self) -> dict[str, Any]:
         """The options that a user gave, by name; hints are not among them."""
@@ -77,7 +77,7 @@ class SessionOptions:
         }
 
 
-HINTS = frozenset({"flush_denormals", "spin"})
+HINTS = frozenset({"flush_denormals"})
 """Options that a backend may ignore without a word."""
 
 

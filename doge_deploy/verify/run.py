@@ -17,7 +17,7 @@ from doge_deploy.verify.oracle import Oracle
 from doge_deploy.verify.parity import CaseResult, make_replay, verify_layouts
 from doge_deploy.verify.quality import QualityResult, judge_quality
 from doge_deploy.verify.report import Report
-from doge_deploy.verify.runners import LOWERED_LAYOUT, describe_lowered, open_runners
+from doge_deploy.verify.runners import LOWERED_LAYOUT, describe_lowered, open_runners, without_spinning
 
 
 def verify(
@@ -61,7 +61,7 @@ def verify(
     bundle = open_bundle(path)
     checkpoint = open_reference(bundle, reference, adapter)
     runs = _backend(backend, checkpoint)
-    options = SessionOptions(portable=portable, engine=engine, spin=False)
+    options = replace(without_spinning(runs), portable=portable, engine=engine)
     oracle = LiveOracle(bundle, checkpoint, greedy_steps=greedy_steps, started=started)
     return judge_bundle(bundle, oracle, runs, options, layouts, lowering=lowering, started=started, finished=finished)
 

@@ -69,6 +69,11 @@ def _bytes(model: ir.Model) -> bytes:
     return data
 
 
+def without_spinning(backend: Backend[Any]) -> SessionOptions:
+    """Options for runners that take turns with torch, whose threads would wait for those that spin."""
+    return SessionOptions(spin=0) if "spin" in backend.session_options else SessionOptions()
+
+
 def open_runners(
     bundle: Bundle,
     layout: str,
@@ -87,7 +92,7 @@ def open_runners(
         lowering: run the standard graph as it is lowered for TensorRT; only in a backend that runs graphs.
     """
     backend = find(DEFAULT_BACKEND) if backend is None else backend
-    options = SessionOptions(spin=False) if options is None else options
+    options = without_spinning(backend) if options is None else options
     chosen = bundle.layout(layout)
     if lowering:
         require_graph_packages("verify --lowering")

@@ -101,6 +101,11 @@ def test_the_standard_graph_is_a_candidate_of_its_own(tiny_bundle: Path, scripte
     assert [(c.name, c.portable) for c in report.candidates] == [("doge-tiny", False), ("doge-tiny portable", True)]
 
 
+def test_each_time_to_spin_is_a_candidate_of_its_own(tiny_bundle: Path, scripted: type[ScriptedProcess]) -> None:
+    report = bench([tiny_bundle], BenchOptions((16,), decode_steps=4, rounds=2, loads=1, spins=(0, 50)))
+    assert [(c.name, c.spin) for c in report.candidates] == [("doge-tiny spin 0", 0), ("doge-tiny spin 50", 50)]
+
+
 def test_an_engine_is_a_candidate_of_its_own(
     tiny_bundle: Path, scripted: type[ScriptedProcess], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -126,8 +131,8 @@ def test_an_engine_is_opened_by_its_backend(tiny_bundle: Path, monkeypatch: pyte
     open_candidate(candidate, threads=3)
     open_candidate(replace(candidate, backend="ort"), threads=3)
     assert asked == [
-        (("trt-rtx",), {"layout": "static", "threads": None, "flush_denormals": True, "portable": False}),
-        (("ort",), {"layout": "static", "threads": 3, "flush_denormals": True, "portable": False}),
+        (("trt-rtx",), {"layout": "static", "threads": None, "spin": None, "flush_denormals": True, "portable": False}),
+        (("ort",), {"layout": "static", "threads": 3, "spin": None, "flush_denormals": True, "portable": False}),
     ]
 
 

@@ -32,10 +32,10 @@ def test_what_is_printed(capfd: pytest.CaptureFixture[str]) -> None:
         Measurements(
             name,
             [Load(900_000_000, 1, 100_000_000 * times, 100_000_000, 1, 50_000_000, 1, 150_000_000 * times)],
-            [RoundTimes([64_000_000 * times], [2_000_000 * times] * 2, 0.2)],
+            [RoundTimes([64_000_000 * times], [2_000_000 * times] * 8 + [slowest * times] * 2, 0.2)],
             [[1], [2]],
         )
-        for name, times in (("doge", 1), ("transformers", 3))
+        for name, times, slowest in (("doge", 1, 6_000_000), ("transformers", 3, 2_000_000))
     ]
     found[0].traffic = Traffic(59_000_000, 1_000_000)
     result = WorkloadResult(workload, found, sweeps_ns=[[25_000_000]], probe_bytes=1_000_000_000)
@@ -60,5 +60,6 @@ def test_what_is_printed(capfd: pytest.CaptureFixture[str]) -> None:
         "must read 60.0 MB: 75% of the bandwidth",
         "stays in the 32 MiB cache",
         "other processes used 20.0% of the CPUs during timed rounds; too much",
+        "doge: the slowest tenth of the steps took 3.0 times the median or more: threads waited",
     ):
         assert expected in printed

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from pathlib import Path
 from typing import Any
@@ -71,11 +72,22 @@ def test_cpu_quota(tmp_path: Path, files: dict[str, str], quota: float | None) -
 
 @pytest.mark.parametrize(("quota", "cpus"), [("max", 8), ("50000", 1), ("100000", 1), ("150000", 2), ("9900000", 8)])
 def test_a_quota_counts_as_so_many_cpus(tmp_path: Path, quota: str, cpus: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(host, "_affine_cpus", lambda: 8)
+    monkeypatch.setattr(host, "_affine_cpus", lambda: set(range(8)))
     root = pretend(tmp_path, {"proc/self/cgroup": "0::/", f"{V2}/cpu.max": f"{quota} 100000"})
     assert available_cpus(root) == cpus
-    assert usable_threads(None, root) == (None if cpus == 8 else cpus)
+    assert usable_threads(None, root) == cpus
     assert [usable_threads(asked, root) for asked in (1, 512)] == [1, cpus]
+
+
+def test_a_thread_for_each_core_and_not_for_each_of_its_cpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    topology = {
+        f"sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list": f"{cpu % 4},{cpu % 4 + 4}" for cpu in range(8)
+    }
+    root = pretend(tmp_path, topology)
+    for allowed, threads in ((range(8), 4), ((0, 4, 1), 2), ((3,), 1)):
+        monkeypatch.setattr(host, "_affine_cpus", lambda allowed=allowed: set(allowed))
+        assert usable_threads(None, root) == threads
+        assert usable_threads(8, root) == len(allowed), "who asks gets one a CPU"
 
 
 MEMORY: dict[str, tuple[dict[str, str], int | None]] = {
@@ -160,6 +172,38 @@ def test_generate_says_it_with_exit_code_4(
     assert run_command(["generate", str(tiny_bundle), "--prompt", "x"]) == 4
     error = capfd.readouterr().err
     assert error.count("\n") == 1 and "has 1.0 MB left" in error
+
+
+@pytest.mark.parametrize(
+    ("options", "allowed", "duration"),
+    [((), None, "50"), (("--spin", "0"), "0", None), (("--spin", "700"), None, "700")],
+    ids=["default", "asleep-at-once", "longer"],
+)
+def test_threads_spin_for_a_bounded_time(
+    tiny_bundle: Path,
+    options: tuple[str, ...],
+    allowed: str | None,
+    duration: str | None,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    import onnxruntime
+
+    from doge_deploy.cli.main import run_command
+
+    given: list[dict[str, str]] = []
+    session = onnxruntime.InferenceSession
+
+    def watched(model: Any, options: Any, **more: Any) -> Any:
+        entries = {}
+        for name in ("allow_spinning", "spin_duration_us"):
+            with contextlib.suppress(Exception):  # ONNX Runtime's way to say that an entry is not there
+                entries[name] = options.get_session_config_entry(f"session.intra_op.{name}")
+        given.append(entries)
+        return session(model, options, **more)
+
+    monkeypatch.setattr(onnxruntime, "InferenceSession", watched)
+    assert run_command(["generate", str(tiny_bundle), "--prompt", "x", "--max-new-tokens", "2", *options]) == 0
+    assert [(one.get("allow_spinning"), one.get("spin_duration_us")) for one in given] == [(allowed, duration)]
 
 
 @pytest.mark.parametrize("threads", [512, 100_000])

@@ -417,6 +417,7 @@ class TestIllegal:
 
     def test_neutral_values_are_accepted(self, server: Running) -> None:
         neutral = {"n": 1, "logit_bias": {}, "user": "u", "metadata": {"a": "b"}, "best_of": 1, "suffix": None}
+        neutral |= {"safety_identifier": "s", "prompt_cache_key": "k"}
         assert server.complete("a", max_tokens=1, **neutral)["choices"]
         chat = {"tools": [], "tool_choice": "none", "store": False, "response_format": {"type": "text"}}
         assert server.post("/v1/chat/completions", messages=MESSAGES, max_tokens=1, **chat)["choices"]
@@ -628,21 +629,20 @@ class TestGuided:
             data = json.loads(found["text"])
             assert isinstance(data["ok"], bool) and data["n"] in (1, 2)
 
-
-def test_embeddings(features_bundle: Path) -> None:
-    with running(of_bundle(features_bundle, names=("features",))) as server:
-        answer = server.post("/v1/embeddings", input=["a cat", "a dog", "x = 1"])
-        vectors = [row["embedding"] for row in answer["data"]]
-        assert all(math.isclose(sum(x * x for x in vector), 1, rel_tol=1e-5) for vector in vectors)
-        again = server.post("/v1/embeddings", input="a cat", encoding_format="base64")
-        import base64
-
-        import numpy as np
-
-        np.testing.assert_array_equal(
-            np.frombuffer(base64.b64decode(again["data"][0]["embedding"]), "<f4"), np.array(vectors[0], np.float32)
-        )
-        assert server.post("/v1/completions", 404, prompt="a", model="features")["error"]["code"] == "model_not_found"
+    @pytest.mark.parametrize("seed", range(4))
+    def test_json_is_on_one_line(self, server: Running, seed: int) -> None:
+        """Where blanks are free, a small model writes blanks until its text is full."""
+        schema = {
+            "type": "object",
+            "properties": {"a": {"type": "boolean"}, "b": {"type": "array", "items": {"enum": [1]}, "maxItems": 2}},
+            "required": ["a", "b"],
+            "additionalProperties": False,
+        }
+        form = {"type": "json_schema", "json_schema": {"name": "s", "schema": schema}}
+        options = {"messages": MESSAGES, "max_tokens": 60, "temperature": 1.0, "top_k": 0, "seed": seed}
+        found = server.post("/v1/chat/completions", **options, response_format=form)["choices"][0]
+        text = found["message"]["content"]
+        assert found["finish_reason"] == "stop" and text == json.dumps(json.loads(text))
 
 
 def test_threads_end_with_the_server(tiny_bundle: Path) -> None:

@@ -114,6 +114,7 @@ def test_any_schedule_gives_each_request_what_it_gets_alone(seed: int, all_logit
         scheduler.step()
         held = scheduler.runner.rows
         assert all(scheduler.table[slot].tokens == tokens for slot, tokens in held.items())
+        assert scheduler.waiting_tokens == sum(len(one.prompt_ids) for one in scheduler.waiting)
     run(scheduler)
     assert len(answers) > 10
     for name, answer in answers.items():

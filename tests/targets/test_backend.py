@@ -154,9 +154,10 @@ def test_hints_need_no_backend_that_takes_them() -> None:
         def open(self, *arguments: Any, **options: Any) -> None:
             return None
 
-    Plain().check_options(SessionOptions(flush_denormals=True, spin=False))
-    with pytest.raises(UsageError, match="--threads belongs to --backend ort; plain does not take it"):
-        Plain().check_options(SessionOptions(threads=2))
+    Plain().check_options(SessionOptions(flush_denormals=True))
+    for name in ("threads", "spin"):
+        with pytest.raises(UsageError, match=f"--{name} belongs to --backend ort; plain does not take it"):
+            Plain().check_options(SessionOptions(**{name: 2}))
 
 
 def test_a_layout_that_a_backend_does_not_run(register: Register, tiny_bundle: Path, tmp_path: Path) -> None:

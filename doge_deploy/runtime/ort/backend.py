@@ -35,7 +35,7 @@ class OrtBackend(Backend["OrtRunner"]):
     )
     layouts = (*LAYOUTS, UNCACHED)
     lowers = ("static",)
-    session_options = frozenset({"portable", "threads"})
+    session_options = frozenset({"portable", "threads", "spin"})
     runs_graphs = True
     shows_selections = True
 

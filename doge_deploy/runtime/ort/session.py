@@ -15,6 +15,14 @@ from doge_deploy.errors import MissingDependencyError, UnsupportedModelError
 if TYPE_CHECKING:
     import onnxruntime
 
+SPIN_US = 50
+"""How long an idle thread spins for the next operator before it sleeps, in microseconds.
+
+ONNX Runtime's own default is a number of turns that take milliseconds: on a core that something else needs too, steps
+then wait for each other's time slices. Without spinning a step of a small model takes up to 1.5 times as long. Figures
+are in docs/benchmarks.md.
+"""
+
 _FLUSH = "session.set_denormal_as_zero"
 _EXTERNAL_FOLDER = "session.model_external_initializers_file_folder_path"
 
@@ -24,7 +32,7 @@ def open_session(
     folder: Path,
     *,
     threads: int | None = None,
-    spin: bool = True,
+    spin: int | None = None,
     flush_denormals: bool = False,
     profile: Path | None = None,
 ) -> onnxruntime.InferenceSession:
@@ -33,9 +41,9 @@ def open_session(
     Args:
         model: a file of the bundle, or a changed graph as bytes.
         folder: where the external data of a graph given as bytes lies.
-        threads: intra-op threads, at most as many as there are CPUs for; where None ONNX Runtime's choice (all cores),
-            or what the CPU quota of a container leaves.
-        spin: let idle threads spin for the next operator; wasteful where another library computes in between.
+        threads: intra-op threads, see `usable_threads`.
+        spin: microseconds that idle threads spin for the next operator, 0 to let them sleep at once; `SPIN_US` where
+            None.
         flush_denormals: let the session's threads take numbers below 1.2e-38 for zero. The fused attention turns every
             key that a token may not see into such a number, on which processors of Intel are slow. ONNX Runtime sets
             the calling thread too, for good, if this is the first session of the process.
@@ -51,10 +59,11 @@ def open_session(
         raise MissingDependencyError("ONNX Runtime is not installed: pip install 'doge-deploy[cpu]'") from None
     onnxruntime.set_default_logger_severity(3)
     options = onnxruntime.SessionOptions()
-    threads = usable_threads(threads)
-    if threads is not None:
-        options.intra_op_num_threads = threads
-    if not spin:
+    options.intra_op_num_threads = usable_threads(threads)
+    spin = SPIN_US if spin is None else spin
+    if spin:
+        options.add_session_config_entry("session.intra_op.spin_duration_us", str(spin))
+    else:
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     if flush_denormals:
         options.add_session_config_entry(_FLUSH, "1")

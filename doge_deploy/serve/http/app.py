@@ -22,7 +22,17 @@ from doge_deploy import __version__
 from doge_deploy.serve.http import errors, schemas
 from doge_deploy.serve.http.embeddings import FeatureModel, encoded
 from doge_deploy.serve.http.errors import ApiError
-from doge_deploy.serve.http.generation import ChatForm, TextForm, answer, new_name, plan_chat, plan_completion, rendered
+from doge_deploy.serve.http.generation import (
+    CLOSED_REQUEST,
+    ChatForm,
+    TextForm,
+    answer,
+    new_name,
+    plan_chat,
+    plan_completion,
+    rendered,
+    unless_gone,
+)
 from doge_deploy.serve.http.inbox import Inbox
 from doge_deploy.serve.http.metrics import Metrics
 from doge_deploy.serve.http.requests import ChatBody, CompletionBody, DetokenizeBody, EmbeddingBody, TokenizeBody
@@ -123,6 +133,8 @@ def create_app(
                 inbox.fail("the server was stopped")
             for model in served.texts.values():
                 await asyncio.to_thread(model.engine.stop, 10)
+            for feature in served.features.values():
+                feature.stop()
             pool.shutdown(wait=False, cancel_futures=True)
 
     app = FastAPI(
@@ -177,16 +189,15 @@ def _add_generation(app: FastAPI, served: Served, offload: Any) -> None:
         return await answer(plan, TextForm(), served.inboxes[model.name], http)
 
     @app.post("/v1/embeddings", responses=answers(schemas.Embeddings))
-    async def embeddings(body: EmbeddingBody) -> JSONResponse:
+    async def embeddings(body: EmbeddingBody, http: Request) -> Response:
         """A vector for each text, of a bundle that was exported with `--task features`."""
         model = served.feature(body.model)
-
-        def work() -> tuple[list[Any], int]:
-            texts = [model.encode(text) for text in body.texts]
-            return [encoded(model.embed(ids), body.encoding_format) for ids in texts], sum(map(len, texts))
-
-        vectors, tokens = await offload(work)
-        data = [{"object": "embedding", "index": i, "embedding": vector} for i, vector in enumerate(vectors)]
+        texts = await offload(lambda: [model.encode(text) for text in body.texts])
+        vectors = await unless_gone(model.embed_all(texts), http)
+        if vectors is None:
+            return Response(status_code=CLOSED_REQUEST)
+        tokens, form = sum(map(len, texts)), body.encoding_format
+        data = [{"object": "embedding", "index": i, "embedding": encoded(one, form)} for i, one in enumerate(vectors)]
         usage = {"prompt_tokens": tokens, "total_tokens": tokens}
         return JSONResponse({"object": "list", "data": data, "model": model.name, "usage": usage})
 
