@@ -82,11 +82,16 @@ def typing(session: nox.Session) -> None:
 _interop: dict[str, str] = {}
 
 
+def require_project(session: nox.Session) -> None:
+    """nox must run in the environment of `make setup`, which exports and serves."""
+    if importlib.util.find_spec("doge_deploy") is None:
+        session.error("run .venv/bin/nox: the environment of `make setup` exports bundles and serves them")
+
+
 def interop_bundles(session: nox.Session) -> str:
     """A directory of bundles and of what `doge-deploy generate` makes of them, written once for all sessions."""
     if "bundles" not in _interop:
-        if importlib.util.find_spec("doge_deploy") is None:
-            session.error("run .venv/bin/nox: the environment of `make setup` exports the bundles")
+        require_project(session)
         _interop["bundles"] = session.create_tmp()
         shutil.rmtree(_interop["bundles"])
         session.run(sys.executable, "tests/interop/prepare.py", _interop["bundles"], external=True)
@@ -138,15 +143,51 @@ def interop_openvino(session: nox.Session) -> None:
 @nox.session(name="interop-node")
 def interop_node(session: nox.Session) -> None:
     """Bundles in onnxruntime-node, from JavaScript: the same greedy tokens.  Needs Node and npm."""
+    bundles = interop_bundles(session)
+    # the install scripts would fetch libraries for CUDA; the CPU provider is in the package
+    session.run("python", "tests/interop/node_client.py", bundles, node_packages(session, "tests/interop/node"))
+
+
+def node_packages(session: nox.Session, folder: str) -> str:
+    """A copy of `folder` with the packages of its package-lock.json, installed without their scripts."""
     for program in ("node", "npm"):
         if shutil.which(program) is None:
             session.error(f"{program} is not on the PATH; install Node 20 or later")
-    bundles = interop_bundles(session)
     packages = Path(session.create_tmp(), "node")
-    shutil.copytree("tests/interop/node", packages, dirs_exist_ok=True)
-    # the install scripts would fetch libraries for CUDA; the CPU provider is in the package
+    shutil.copytree(folder, packages, dirs_exist_ok=True)
     session.run("npm", "ci", "--ignore-scripts", "--no-audit", "--no-fund", "--prefix", str(packages), external=True)
-    session.run("python", "tests/interop/node_client.py", bundles, str(packages))
+    return str(packages)
+
+
+def own_programs(session: nox.Session) -> str:
+    """The folder of `doge-deploy` as `make setup` installs it, which serves what a session's clients talk to."""
+    if importlib.util.find_spec("doge_deploy") is None:
+        session.error("run .venv/bin/nox: the environment of `make setup` runs the servers")
+    return str(Path(sys.executable).parent)
+
+
+@nox.session(name="serve-clients")
+def serve_clients(session: nox.Session) -> None:
+    """The examples of docs/serve.md, run as they stand there, with the clients of other people.  Needs Node and npm."""
+    packages = node_packages(session, "tests/serve_clients/node")
+    session.install("-r", "tests/serve_clients/requirements.txt")
+    session.run("python", "tests/serve_clients/run_page.py", own_programs(session), packages)
+
+
+@nox.session(name="serve-fuzz")
+def serve_fuzz(session: nox.Session) -> None:
+    """schemathesis against a running server:  nox -s serve-fuzz -- --requests 5000"""
+    require_project(session)
+    session.install("-r", "tests/serve/fuzz/requirements.txt")
+    command = str(Path(session.bin, "schemathesis"))
+    session.run(sys.executable, "tests/serve/fuzz/fuzz.py", "--schemathesis", command, *session.posargs, external=True)
+
+
+@nox.session(name="serve-hour", venv_backend="none")
+def serve_hour(session: nox.Session) -> None:
+    """An hour of mixed load on a server: memory, files and threads must not grow."""
+    require_project(session)
+    session.run(sys.executable, "tests/serve/load/hour.py", *session.posargs)
 
 
 @nox.session
