@@ -13,9 +13,12 @@ import itertools
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import statistics
+import sys
+import tempfile
 import threading
 import time
 from collections import Counter
@@ -322,6 +325,7 @@ def whole_interface(address: str) -> None:
 
 
 def main() -> None:
+    sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
     parser = argparse.ArgumentParser()
     parser.add_argument("bundle", type=Path)
     parser.add_argument("--rounds", type=int, default=1)
@@ -336,7 +340,11 @@ def main() -> None:
         port = free.getsockname()[1]
     address = f"http://127.0.0.1:{port}"
     # CPUs are only counted: a machine of 2 has the controller and the proxy beside two replicas
-    ray.init(num_cpus=6, include_dashboard=False, object_store_memory=100 * 2**20, log_to_driver=False)
+    # Ray refuses a folder inside of the environment, where nox puts TMPDIR; the paths of its sockets must be short
+    folder = tempfile.mkdtemp(prefix="doge-ray-", dir="/tmp")
+    ray.init(
+        num_cpus=6, include_dashboard=False, object_store_memory=100 * 2**20, log_to_driver=False, _temp_dir=folder
+    )
     try:
         serve.start(http_options={"host": "127.0.0.1", "port": port}, proxy_location="HeadOnly")
         deploy(bundle, 2)
@@ -352,6 +360,7 @@ def main() -> None:
     finally:
         serve.shutdown()
         ray.shutdown()
+        shutil.rmtree(folder, ignore_errors=True)
     print(f"all of it took {time.monotonic() - begun:.0f} s")
 
 
