@@ -21,6 +21,7 @@ from servers import NAME, Running, SlowSlots, of_bundle, running, scripted
 from doge_deploy.bundle.opening import open_bundle
 from doge_deploy.runtime.backend import open_backend
 from doge_deploy.runtime.generate import GenerationOptions, TextGenerator
+from doge_deploy.serve.http import schemas
 from doge_deploy.serve.scheduler import Limits
 from doge_deploy.text.tokenizer import Tokenizer
 
@@ -446,6 +447,7 @@ class TestPrompts:
         [
             ("{{ raise_exception('only user and assistant') }}", "only user and assistant"),
             ("{{ messages[0].nothing.more }}", "chat template"),
+            ("{% for a in range(9999) %}{% for b in range(9999) %}{% endfor %}{% endfor %}", "more than"),
         ],
     )
     def test_a_template_that_refuses(self, tiny_bundle: Path, tmp_path: Path, template: str, said: str) -> None:
@@ -454,8 +456,8 @@ class TestPrompts:
         model = served.texts[NAME]
         model.tokenizer = Tokenizer(model.tokenizer._backend, {}, template, tmp_path)
         with running(served) as server:
-            response = server.client.post("/v1/chat/completions", json={"messages": MESSAGES})
-            assert response.status_code in (400, 500) and said in response.json()["error"]["message"]
+            error = server.post("/v1/chat/completions", 400, messages=MESSAGES)["error"]
+            assert said in error["message"] and error["param"] == "messages"
 
 
 class TestAdmission:
@@ -555,6 +557,27 @@ class TestMetrics:
         text = server.client.get("/metrics").text
         for name in self.NAMES:
             assert f"\ndoge_{name}{{" in text, name
+
+
+class TestShapes:
+    """What `/openapi.json` says of answers is what they are."""
+
+    def test_each_answer_is_as_documented(self, server: Running) -> None:
+        paths = server.client.get("/openapi.json").json()["paths"]
+        documented = {
+            path: "application/json" in post["post"]["responses"]["200"]["content"]
+            for path, post in paths.items()
+            if "post" in post
+        }
+        assert documented and all(documented.values())
+        for options in ({}, {"logprobs": True, "top_logprobs": 2}):
+            answer = server.post("/v1/chat/completions", messages=MESSAGES, max_tokens=3, **options)
+            schemas.ChatCompletion.model_validate(answer)
+        for options in ({}, {"logprobs": 2, "echo": False}):
+            schemas.Completion.model_validate(server.complete("a", max_tokens=3, **options))
+        schemas.ErrorAnswer.model_validate(server.post("/v1/completions", 400, prompt=5))
+        schemas.Tokens.model_validate(server.post("/tokenize", prompt="a"))
+        schemas.ModelList.model_validate(server.client.get("/v1/models").json())
 
 
 class TestModels:

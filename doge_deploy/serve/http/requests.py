@@ -146,19 +146,19 @@ class GenerationBody(_Body):
     top_k: Annotated[StrictInt, Field(ge=-1)] | None = None
     """0 or -1: no limit."""
     min_p: Annotated[float, Field(ge=0, le=1, **_NUMBER)] | None = None
-    repetition_penalty: Annotated[float, Field(gt=0, le=100, **_NUMBER)] | None = None
+    repetition_penalty: Annotated[float, Field(ge=0.01, le=100, **_NUMBER)] | None = None
     presence_penalty: Annotated[float, Field(ge=-2, le=2, **_NUMBER)] | None = None
     frequency_penalty: Annotated[float, Field(ge=-2, le=2, **_NUMBER)] | None = None
     logit_bias: (
         Annotated[
             dict[Annotated[str, Field(pattern=r"^[0-9]{1,9}$")], Annotated[float, Field(ge=-100, le=100, **_NUMBER)]],
-            Field(max_length=MAX_BIASES),
+            Field(max_length=MAX_BIASES, json_schema_extra={"additionalProperties": False}),
             _at_most(MAX_BIASES),
         ]
         | None
     ) = None
     """Token id to what is added to its logit."""
-    seed: Annotated[StrictInt, Field(ge=-(2**63), lt=2**64)] | None = None
+    seed: Annotated[StrictInt, Field(ge=-(2**63), le=2**64 - 1)] | None = None
     stop: StopTexts | None = None
     n: Annotated[StrictInt, Field(ge=1, le=MAX_CHOICES)] | None = None
     stream: StrictBool | None = None
