@@ -7,6 +7,7 @@ from pathlib import Path
 import click
 
 from doge_deploy.cli.backend_name import BackendName
+from doge_deploy.cli.verify_outputs import Outputs, command_line, output_options
 from doge_deploy.options.backends import DEFAULT_BACKEND, TORCH_KERNELS
 
 
@@ -30,11 +31,16 @@ from doge_deploy.options.backends import DEFAULT_BACKEND, TORCH_KERNELS
     help="What runs the bundle; torch-kernels: PyTorch, with the plugins' kernels on a CUDA device.",
 )
 @click.option("--engine", metavar="NAME", help="Which engine, where the backend has several.")
-@click.option("--json", "json_file", type=click.Path(path_type=Path), metavar="FILE", help="Write every number here.")
 @click.option(
-    "--junit", "junit_file", type=click.Path(path_type=Path), metavar="FILE", help="Write a JUnit report here."
+    "--baseline",
+    type=click.Path(path_type=Path),
+    metavar="OLD.json",
+    help="An earlier --json: fail too where a case uses more than twice the share of its tolerance that it used then.",
 )
+@output_options
+@click.pass_context
 def verify(
+    context: click.Context,
     bundle: Path,
     reference: str | None,
     adapter: str | None,
@@ -44,23 +50,19 @@ def verify(
     lowering: bool,
     backend: str,
     engine: str | None,
-    json_file: Path | None,
-    junit_file: Path | None,
+    baseline: Path | None,
+    outputs: Outputs,
 ) -> None:
     """Compare BUNDLE with transformers in eager mode, call by call.
 
     A legacy Doge, which transformers cannot load, is compared with a reference of its own revision.
 
-    Exit code 0: every number is within its calibrated tolerance; 1: one is not.
+    Exit code 0: every number is within its calibrated tolerance; 1: one is not, or a case drifts from the baseline.
     """
     from doge_deploy.devices.packages import require_export_packages
 
     require_export_packages("verify")
-    from doge_deploy.verify import files
-
-    for file in (json_file, junit_file):
-        if file is not None:
-            files.check_writable(file)
+    outputs.check()
     from doge_deploy import api
     from doge_deploy.cli.verify_table import VerifyTable
 
@@ -75,12 +77,11 @@ def verify(
             lowering=lowering,
             backend=backend,
             engine=engine,
+            baseline=baseline,
             started=table.started,
             finished=table.finished,
         )
+    report.command = command_line(context)
     table.summary(report)
-    if json_file is not None:
-        files.write_json(report, json_file)
-    if junit_file is not None:
-        files.write_junit(report, junit_file)
+    outputs.write(report)
     report.require_passed()
