@@ -32,6 +32,13 @@ from doge_deploy.options.backends import DEFAULT_BACKEND, TORCH_KERNELS
 )
 @click.option("--engine", metavar="NAME", help="Which engine, where the backend has several.")
 @click.option(
+    "--localize",
+    "localized",
+    is_flag=True,
+    help="Name the call, layer and stage of the first case that fails, and why.",
+)
+@click.option("--case", metavar="[LAYOUT/]NAME", help="With --localize: judge and localise this case alone.")
+@click.option(
     "--baseline",
     type=click.Path(path_type=Path),
     metavar="OLD.json",
@@ -50,6 +57,8 @@ def verify(
     lowering: bool,
     backend: str,
     engine: str | None,
+    localized: bool,
+    case: str | None,
     baseline: Path | None,
     outputs: Outputs,
 ) -> None:
@@ -64,7 +73,25 @@ def verify(
     require_export_packages("verify")
     outputs.check()
     from doge_deploy import api
+    from doge_deploy.cli.localized import check_options, say
     from doge_deploy.cli.verify_table import VerifyTable
+
+    check_options(localized, case, backend, outputs.first)
+    if case is not None:
+        with VerifyTable() as table:
+            found = api.localize(
+                bundle,
+                case,
+                reference=reference,
+                adapter=adapter,
+                portable=portable,
+                lowering=lowering,
+                greedy_steps=greedy_steps,
+                started=table.started,
+            )
+        say(found)
+        found.require_passed()
+        return
 
     with VerifyTable() as table:
         report = api.verify(
@@ -83,5 +110,21 @@ def verify(
         )
     report.command = command_line(context)
     table.summary(report)
-    outputs.write(report)
+    try:
+        if localized:
+            with VerifyTable() as table:
+                found = api.localize(
+                    bundle,
+                    report=report,
+                    reference=reference,
+                    adapter=adapter,
+                    portable=portable,
+                    lowering=lowering,
+                    greedy_steps=greedy_steps,
+                    started=table.started,
+                )
+            say(found)
+            report.localized = tuple(found.lines())
+    finally:  # a place that is not found takes nothing from the numbers
+        outputs.write(report)
     report.require_passed()
