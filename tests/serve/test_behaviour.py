@@ -498,6 +498,13 @@ class TestErrorsWithin:
             error = server.post("/v1/completions", 500, prompt=[7], max_tokens=50)["error"]
             assert "NaN" in error["message"] and error["type"] == "server_error"
 
+    def test_what_comes_when_all_was_given_up_is_told_so(self, tiny_bundle: Path) -> None:
+        """At shutdown: a request that was still being tokenized would run on and be cut off."""
+        with running(scripted(tiny_bundle, slots_saying(tiny_bundle, [70], 1))) as server:
+            server.served.inboxes[NAME].fail("the server is shutting down")
+            error = server.post("/v1/completions", 503, prompt=[7], max_tokens=50)["error"]
+            assert error["code"] == "shutting_down" and server.scheduler.idle
+
 
 class TestSecurity:
     """15: keys, ids, and nothing of a prompt in the log."""
