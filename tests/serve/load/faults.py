@@ -104,13 +104,13 @@ async def metrics(url: str) -> dict[str, float]:
     for line in lines:
         if not line.startswith("#"):
             name, value = line.rsplit(" ", 1)
-            found[name.split("{")[0]] += float(value)
+            found["cancelled" if '"cancelled"' in name else name.split("{")[0]] += float(value)
     return found
 
 
-async def ended(server: ServerProcess) -> float:
-    """Texts that have ended, in whatever way."""
-    return (await metrics(server.url))["doge_request_success_total"]
+async def cancelled(server: ServerProcess) -> float:
+    """Texts that ended because their client was gone."""
+    return (await metrics(server.url))["cancelled"]
 
 
 async def at_rest(server: ServerProcess, seconds: float = 60) -> None:
@@ -144,9 +144,9 @@ async def vanish(server: ServerProcess, clients: int = 500) -> str:
                 writer.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
             writer.transport.abort()
 
-    before = await ended(server)
+    before = await cancelled(server)
     await asyncio.gather(*(one(number) for number in range(clients)))
-    return f"{clients} clients left; {await ended(server) - before:.0f} texts ended meanwhile"
+    return f"{clients} clients left; {await cancelled(server) - before:.0f} of their texts were cut short"
 
 
 async def burst(server: ServerProcess, requests: int = 1000) -> str:
@@ -218,7 +218,7 @@ async def killed(server: ServerProcess) -> str:
         "    for line in response.iter_lines():\n"
         "        print(line, flush=True)\n"
     )
-    before = await ended(server)
+    before = await cancelled(server)
     for _ in range(5):
         client = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE)
         assert client.stdout is not None
@@ -226,7 +226,7 @@ async def killed(server: ServerProcess) -> str:
         client.kill()
         client.wait()
         client.stdout.close()
-    return f"5 clients killed; {await ended(server) - before:.0f} texts ended meanwhile"
+    return f"5 clients killed; {await cancelled(server) - before:.0f} of their texts were cut short"
 
 
 def sigterm(bundle: Path) -> str:
