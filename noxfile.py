@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import shutil
+import statistics
 import sys
 from pathlib import Path
 
@@ -105,9 +107,30 @@ def interop_optimum(session: nox.Session) -> None:
 
 @nox.session(name="interop-genai")
 def interop_genai(session: nox.Session) -> None:
-    """Bundles in onnxruntime-genai: the same greedy tokens."""
+    """Bundles in onnxruntime-genai: the same greedy tokens.  With BUNDLES given: the time of a step, beside ours."""
     session.install("-r", "tests/interop/requirements-genai.txt")
-    session.run("python", "tests/interop/genai_client.py", interop_bundles(session))
+    if session.posargs:
+        print_steps(session)
+    else:
+        session.run("python", "tests/interop/genai_client.py", interop_bundles(session))
+
+
+def print_steps(session: nox.Session, rounds: int = 3) -> None:
+    """Milliseconds of a decode step in onnxruntime-genai and in our runner, in turns, and their ratios to static."""
+    times: dict[str, dict[str, list[float]]] = {name: {} for name in session.posargs}
+    for _ in range(rounds):
+        for what in ("static", "growing", "genai"):
+            python = "python" if what == "genai" else sys.executable
+            command = [python, "tests/interop/steps.py", what, *session.posargs]
+            found = json.loads(str(session.run(*command, external=True, silent=True)).splitlines()[-1])
+            for name, values in found.items():
+                times[name].setdefault(what, []).append(statistics.median(values))
+    for name, kinds in times.items():
+        for what, values in kinds.items():
+            ratios = [value / static for value, static in zip(values, kinds["static"], strict=True)]
+            ratio = f"{statistics.median(values) / statistics.median(kinds['static']):.2f} times static"
+            spread = f"({min(ratios):.2f} to {max(ratios):.2f})"
+            session.log(f"{name} {what}: {statistics.median(values):.3f} ms, {ratio} {spread}")
 
 
 @nox.session(name="interop-openvino")
@@ -149,6 +172,18 @@ def serve_clients(session: nox.Session) -> None:
     packages = node_packages(session, "tests/serve_clients/node")
     session.install("-r", "tests/serve_clients/requirements.txt")
     session.run("python", "tests/serve_clients/run_page.py", own_programs(session), packages)
+
+
+@nox.session(name="ray")
+def ray_cluster(session: nox.Session) -> None:
+    """Two replicas in a local cluster of Ray, one of which is killed under load."""
+    require_project(session)
+    install(session, "cpu,ray")
+    session.install("-c", CONSTRAINTS, "httpx")
+    bundle = Path(session.create_tmp(), "doge-tiny")
+    shutil.rmtree(bundle, ignore_errors=True)
+    session.run(sys.executable, "-m", "doge_deploy.cli", "export", "doge-tiny", "-o", str(bundle), external=True)
+    session.run("python", "tests/ray/cluster.py", str(bundle), *session.posargs, env={"RAY_USAGE_STATS_ENABLED": "0"})
 
 
 @nox.session(name="serve-fuzz")

@@ -164,6 +164,16 @@ FAULTS: dict[str, Fault] = {
         "queries and keys of the fused attention are a millionth too small",
         ("test_ort_lowering.py", "test_window.py"),
     ),
+    "outgrown-buffers-start-empty": Fault(
+        "runtime/ort",
+        Patch(
+            "doge_deploy/runtime/ort/growing.py",
+            "larger[present][:, :, :used] = old[:, :, :used]",
+            "larger[present][:, :, : used - 1] = old[:, :, : used - 1]",
+        ),
+        "each time the buffers of a growing cache are full the newest key is lost",
+        ("test_ort_growing.py",),
+    ),
     "limit-of-top-k": Fault(
         "targets/trt",
         Patch(
