@@ -9,10 +9,10 @@ logits, which guesses tokens where it runs alone.
 
 A call of another number of rows may round the last bit otherwise, and another key may then be kept where two are almost
 equal. So a text that differs needs a certificate: its prompt and tokens up to the first other one are fed again alone
-and in `LAYOUTS` other ways (cut into random chunks, decoded beside 0 to 7 random neighbours), and the sampler, with
-its own random numbers, picks from the logits of each. The text is a near-tie if one of them picks another token than
-the run alone, or if the margin of the choice is below twice what logits differ by among these ways. Anything else is a
-fault.
+and in `LAYOUTS` other ways (cut into even and uneven chunks, decoded beside 0 to 7 random neighbours), and the sampler,
+with its own random numbers, picks from the logits of each. The text is a near-tie if one of them picks another token
+than the run alone, or if the margin of the choice is below twice what logits differ by among these ways. Anything else
+is a fault.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ import sys
 import tempfile
 from collections import Counter
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -263,9 +264,12 @@ class Layouts:
         runner = self._slots
         for slot in (self._own, *self._others):
             runner.truncate(slot, 0)
-        cut = len(prompt) if seed is None else chosen.randrange(1, len(prompt) + 1)
-        for start in range(0, len(prompt), cut):
-            last = runner.prefill(self._own, prompt[start : start + cut]).numpy()[0, -1]
+        starts = [0]
+        while seed is not None and starts[-1] < len(prompt):  # half of them in even chunks, half in uneven ones
+            even = len(prompt) // (seed // 2 + 1) + 1
+            starts.append(starts[-1] + (chosen.choice((1, 1, 2, 5, 16, 64)) if seed % 2 else even))
+        for start, end in pairwise([*(start for start in starts if start < len(prompt)), len(prompt)]):
+            last = runner.prefill(self._own, prompt[start:end]).numpy()[0, -1]
         rows = [last.astype(np.float32)]
         for token in output:
             others = [] if seed is None else chosen.sample(self._others, chosen.randrange(len(self._others) + 1))
@@ -289,7 +293,7 @@ def certificate(case: Case, alone: Alone, layouts: Layouts, text: str) -> dict[s
     output = case.tokens[: places[0]]
     ways = [layouts.rows(prompt, output, seed) for seed in (None, *range(LAYOUTS))]
     states = _random_states(case, alone, prompt, ways[0])
-    found: dict[str, Any] = {}
+    looked_at = []
     for place in places:
         picks = []
         for rows in ways:
@@ -302,9 +306,8 @@ def certificate(case: Case, alone: Alone, layouts: Layouts, text: str) -> dict[s
         margin = None if options.sampling.do_sample else float(best[1] - best[0])
         near = len(set(picks)) > 1 or (margin is not None and margin <= 2 * noise)
         found = {"near_tie": near, "place": place, "margin": margin, "noise": noise, "picks": dict(Counter(picks))}
-        if near:
-            break
-    return found
+        looked_at.append(found)
+    return next((found for found in looked_at if found["near_tie"]), looked_at[0])
 
 
 def _random_states(case: Case, alone: Alone, prompt: list[int], rows: list[Any]) -> list[Any]:
