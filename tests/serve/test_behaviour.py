@@ -131,7 +131,7 @@ class TestClientsThatLeave:
     def slow(self, tiny_bundle: Path) -> Iterator[Running]:
         prompt = [words(tiny_bundle, "a")[0]]
         slots = slots_saying(tiny_bundle, words(tiny_bundle, "b"), len(prompt), slots=2, seconds=0.01)
-        with running(scripted(tiny_bundle, slots, Limits(step_tokens=4))) as found:
+        with running(scripted(tiny_bundle, slots, Limits(step_tokens=4, alone_tokens=4))) as found:
             yield found
 
     def leave(self, server: Running, when: str, *, stream: bool) -> None:
