@@ -57,6 +57,7 @@ if TYPE_CHECKING:
 @click.option("--portable", is_flag=True, help="Run the standard graph, not the one lowered for ONNX Runtime.")
 @click.option("--threads", type=click.IntRange(min=1), metavar="N", help="At most one a CPU; default: one a core.")
 @click.option("--spin", type=click.IntRange(min=0), metavar="US", help="How long idle threads wait before they sleep.")
+@click.option("--speculate/--no-speculate", default=True, show_default=True, help="Guess tokens where that pays.")
 @click.option("--backend", type=BackendName(), default=DEFAULT_BACKEND, show_default=True, help="What runs the bundle.")
 @click.option("--engine", metavar="NAME", help="Which engine, where the backend has several.")
 @click.option("--quiet", is_flag=True, help="No statistics and no notes on standard error.")
@@ -69,6 +70,7 @@ def generate(
     portable: bool,
     threads: int | None,
     spin: int | None,
+    speculate: bool,
     backend: str,
     engine: str | None,
     quiet: bool,
@@ -93,6 +95,7 @@ def generate(
         "portable": portable,
         "threads": threads,
         "spin": spin,
+        "speculate": speculate,
         "backend": backend,
         "engine": engine,
     }

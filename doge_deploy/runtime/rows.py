@@ -27,20 +27,25 @@ class RowsRunner(BundleRunner):
     whole_calls: bool = False
     """Whether what a token gets depends on the call that it comes in: then a prompt in pieces is another prompt."""
 
+    many_logits: bool = False
+    """Whether `run_rows` gives the logits of several tokens of each row where that is asked for."""
+
     vocab_size: int
 
     def _run(self, input_ids: IntArray, lengths: IntArray) -> FloatArray:
         return self._run_rows(0, input_ids, lengths).numpy()
 
-    def run_rows(self, first: int, input_ids: IntArray, lengths: IntArray) -> Logits:
+    def run_rows(self, first: int, input_ids: IntArray, lengths: IntArray, last: int = 1) -> Logits:
         """Feed the next tokens of the rows `first` to `first + R - 1`.
 
         Args:
             first: the first row of the call.
             input_ids: `[R, Q]`, padded on the right with any valid id.
             lengths: `[R]`, how many of them are real, 1..Q. Every row must have space for all Q.
+            last: how many of the last real tokens of each row have logits, where the model does not give all; more than
+                1 with `many_logits` only, and at most as many as every row has.
         """
-        logits = self._run_rows(first, input_ids, lengths)
+        logits = self._run_rows(first, input_ids, lengths) if last == 1 else self._run_last(first, input_ids, last)
         self._advance(first, lengths)
         return logits
 
@@ -84,6 +89,10 @@ class RowsRunner(BundleRunner):
     @abstractmethod
     def _run_rows(self, first: int, input_ids: IntArray, lengths: IntArray) -> Logits:
         """Compute one call and keep the new caches; `row_lengths` is still that of before the call."""
+
+    def _run_last(self, first: int, input_ids: IntArray, last: int) -> Logits:
+        """The same for rows without padding, with the logits `[R, last, V]`; for those that have `many_logits`."""
+        raise NotImplementedError
 
     @abstractmethod
     def _clear_row(self, row: int, kept: int) -> None:

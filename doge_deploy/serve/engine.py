@@ -1,7 +1,7 @@
 """The thread that owns the scheduler and its runner; everybody else talks to it through two queues.
 
-Requests, cancellations and questions go in as messages. Events of a call of the runner come out together, by one call of
-`deliver`, so that an event loop is woken once a call, however many requests have a new token.
+Requests, cancellations and questions go in as messages. Events of a call of the runner come out together, by one call
+of `deliver`, so that an event loop is woken once a call, however many requests have a new token.
 """
 
 from __future__ import annotations

@@ -20,9 +20,9 @@ from doge_deploy.errors import DogeDeployError
 from doge_deploy.runtime.base import FloatArray
 from doge_deploy.runtime.logits import Logits
 from doge_deploy.runtime.logprobs import log_probabilities
+from doge_deploy.runtime.speculation import DraftLength, NgramIndex
 from doge_deploy.serve.request import Finished, FinishReason, PromptScored, Request, Started, State
 from doge_deploy.serve.slots import Held, SlotTable, common_prefix
-from doge_deploy.serve.speculation import DraftLength, NgramIndex
 
 COPY_GAIN = 16
 """A prefix of so many tokens is worth copying from another slot."""
@@ -39,7 +39,7 @@ class Slots(Protocol):
     def acquire(self) -> int: ...
     def prefill(self, slot: int, ids: Sequence[int]) -> Logits: ...
     def decode(self, slots: Sequence[int], ids: Sequence[int]) -> Logits: ...
-    def extend(self, slots: Sequence[int], ids: Sequence[Sequence[int]]) -> Logits: ...
+    def extend(self, slots: Sequence[int], ids: Sequence[Sequence[int]], last: int = 1) -> Logits: ...
     def copy(self, source: int, target: int, tokens: int) -> None: ...
     def truncate(self, slot: int, tokens: int) -> None: ...
     def can_cut(self, slot: int) -> bool: ...
@@ -276,7 +276,7 @@ class Scheduler:
     def _feed(self, request: Request, ids: Sequence[int]) -> None:
         assert request.slot is not None
         if request.score_prompt:
-            every = self.runner.extend([request.slot], [ids]).numpy()[0]
+            every = self.runner.extend([request.slot], [ids], len(ids)).numpy()[0]
             self._score(request, ids, every)
             logits = every[-1]
         else:
@@ -362,7 +362,7 @@ class Scheduler:
         assert request.slot is not None and self._draft_length is not None
         held, slot, last = self.table[request.slot], request.slot, request.context[-1]
         try:
-            logits = self.runner.extend([slot], [[last, *draft]]).numpy()[0]
+            logits = self.runner.extend([slot], [[last, *draft]], 1 + len(draft)).numpy()[0]
         except Exception as error:
             self._finish(request, Finished("error", request.text.flush(), error))
             return

@@ -13,6 +13,7 @@ from doge_deploy.targets.ort.attention import FUSED_ATTENTION_SINCE, FuseAttenti
 from doge_deploy.targets.ort.experts import RoutedExpertsPass
 from doge_deploy.targets.ort.head import TiedHeadPass
 from doge_deploy.targets.ort.linears import PackLinearsPass
+from doge_deploy.targets.ort.logit_rows import LogitRowsPass
 from doge_deploy.targets.ort.matching import Declined
 from doge_deploy.targets.ort.norms import FuseNormsPass
 from doge_deploy.targets.ort.quantized import QuantizedWeightsPass
@@ -24,6 +25,7 @@ PASSES: tuple[type[ir.passes.PassBase], ...] = (
     PackLinearsPass,
     TiedHeadPass,
     FuseNormsPass,
+    LogitRowsPass,
 )
 """In the order in which they run."""
 
@@ -44,6 +46,11 @@ class Lowering:
         return any(value.name == SLOT_INDICES for value in self.model.graph.inputs)
 
     @property
+    def gives_logit_rows(self) -> bool:
+        """The graph has the signature of `doge_deploy.bundle.signature.with_logit_rows`."""
+        return LogitRowsPass.__name__ in self.applied
+
+    @property
     def requires(self) -> str:
         """The oldest ONNX Runtime that runs the graph; "" for any that runs bundles."""
         return FUSED_ATTENTION_SINCE if FuseAttentionPass.__name__ in self.applied else ""
@@ -53,7 +60,7 @@ def lower(model: ir.Model, passes: Sequence[type[ir.passes.PassBase]] = PASSES) 
     """Rewrite a bundle's standard graph, in place, into a fast form for ONNX Runtime's CPU provider.
 
     Args:
-        model: the graph as exported; its inputs and outputs stay the same.
+        model: the graph as exported; its inputs and outputs stay the same, but for one that may be left out.
         passes: what to apply, in order. A pass that declines leaves the graph as it was; one that finds nothing to
             do does so without a reason.
     """
