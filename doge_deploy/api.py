@@ -198,6 +198,7 @@ def load(
     engine: str | None = None,
     flush_denormals: bool = False,
     speculate: bool = True,
+    graph_cache: bool = True,
     defaults: TextChoices | None = None,
 ) -> TextModel:
     """Open a bundle to generate text.
@@ -215,6 +216,8 @@ def load(
             good; so a program has to ask for it.
         speculate: of ONNX Runtime: guess tokens from what the text holds already, and check several in one call. It
             changes the time that a text takes and not the text.
+        graph_cache: of ONNX Runtime: keep the graph as it was optimised in a folder of the user, for the next time; see
+            docs/generate.md.
         defaults: choices for every text that makes none of its own; they go before the bundle's generation_config.json.
 
     Returns:
@@ -236,6 +239,7 @@ def load(
         engine=engine,
         flush_denormals=flush_denormals,
         speculate=speculate,
+        graph_cache=graph_cache,
         defaults=defaults,
     )
     model.open()

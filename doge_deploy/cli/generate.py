@@ -60,6 +60,7 @@ if TYPE_CHECKING:
 @click.option("--speculate/--no-speculate", default=True, show_default=True, help="Guess tokens where that pays.")
 @click.option("--backend", type=BackendName(), default=DEFAULT_BACKEND, show_default=True, help="What runs the bundle.")
 @click.option("--engine", metavar="NAME", help="Which engine, where the backend has several.")
+@click.option("--no-graph-cache", is_flag=True, help="Neither read nor write the cache of optimised graphs.")
 @click.option("--quiet", is_flag=True, help="No statistics and no notes on standard error.")
 def generate(
     bundle: Path,
@@ -73,6 +74,7 @@ def generate(
     speculate: bool,
     backend: str,
     engine: str | None,
+    no_graph_cache: bool,
     quiet: bool,
     **choices: Any,
 ) -> None:
@@ -98,6 +100,7 @@ def generate(
         "speculate": speculate,
         "backend": backend,
         "engine": engine,
+        "graph_cache": not no_graph_cache,
     }
     session = _Session(bundle, asked, runs, quiet)
     messages = [] if system is None else [{"role": "system", "content": system}]

@@ -351,7 +351,7 @@ class TextGenerator:
             max_new_tokens=options.max_new_tokens,
             eos_ids=options.eos_ids,
             cached=cached,
-            guesser=self._guesser,
+            guesser=self._guesser if options.logprobs is None else None,  # numbers are the same each time
         )
         self._begin(prompt_ids)
         statistics = Statistics(len(prompt_ids), cached)

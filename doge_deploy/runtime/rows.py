@@ -9,11 +9,42 @@ Axes: B rows of the cache, R rows of a call, Q tokens of a call, V vocabulary.
 from __future__ import annotations
 
 from abc import abstractmethod
+from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 
+from doge_deploy.bundle.manifest import Manifest
 from doge_deploy.runtime.base import BundleRunner, FloatArray, IntArray
-from doge_deploy.runtime.logits import Logits
+from doge_deploy.runtime.logits import HostLogits, Logits
+
+
+@dataclass(frozen=True)
+class ChangingAngles:
+    """The angles of a bundle that holds more tokens than its RoPE was made for: there they depend on where a call ends.
+
+    Reference: `dynamic_rope_update` and `longrope_frequency_update` in transformers' modeling_rope_utils.py.
+    """
+
+    original: int
+    """Tokens up to which they are always the same."""
+    by_length: bool
+    """Each longest text beyond has its own angles (dynamic); else all such texts have the same (longrope)."""
+
+    @classmethod
+    def in_bundle(cls, manifest: Manifest) -> ChangingAngles | None:
+        """Of a bundle; None where they never change."""
+        facts, length = manifest.facts, manifest.max_length
+        if not facts.rope_changes(length):
+            return None
+        assert facts.stateless_length is not None
+        return cls(facts.stateless_length, facts.rope_remembers(length))
+
+    def of(self, ends: IntArray) -> IntArray:
+        """Numbers of the angles of calls that end behind the `ends` `[R]` first tokens of their texts, `[R]`."""
+        if self.by_length:
+            return np.maximum(ends, self.original)
+        return (ends > self.original).astype(np.int64)
 
 
 class RowsRunner(BundleRunner):
@@ -30,13 +61,16 @@ class RowsRunner(BundleRunner):
     many_logits: bool = False
     """Whether `run_rows` gives the logits of several tokens of each row where that is asked for."""
 
+    angles: ChangingAngles | None = None
+    """Where the longest row of a call decides the angles of all its rows; None where no row does."""
+
     vocab_size: int
 
     def _run(self, input_ids: IntArray, lengths: IntArray) -> FloatArray:
         return self._run_rows(0, input_ids, lengths).numpy()
 
     def run_rows(self, first: int, input_ids: IntArray, lengths: IntArray, last: int = 1) -> Logits:
-        """Feed the next tokens of the rows `first` to `first + R - 1`.
+        """Feed the next tokens of the rows `first` to `first + R - 1`, each of which gets what it gets alone.
 
         Args:
             first: the first row of the call.
@@ -45,6 +79,39 @@ class RowsRunner(BundleRunner):
             last: how many of the last real tokens of each row have logits, where the model does not give all; more than
                 1 with `many_logits` only, and at most as many as every row has.
         """
+        parts = self._alike(first, lengths)
+        if len(parts) == 1:
+            return self._run_alike(first, input_ids, lengths, last)
+        # One call of the graph for each part: its rows have one memory of RoPE.
+        tokens = last if self.last_logits else input_ids.shape[1]
+        found: FloatArray | None = None
+        for part in parts:
+            width = int(lengths[part.start])
+            logits = self._run_alike(first + part.start, input_ids[part, :width], lengths[part], last).numpy()
+            if found is None:
+                found = np.zeros((len(lengths), tokens, logits.shape[2]), logits.dtype)
+            found[part, : logits.shape[1]] = logits
+        assert found is not None
+        return HostLogits(found)
+
+    def _alike(self, first: int, lengths: IntArray) -> list[slice]:
+        """The rows of a call in parts whose rows have the same angles together as alone. Where there are several, all
+        rows of a part have as many tokens, since padding counts as text.
+        """
+        whole = [row_range(0, len(lengths))]
+        if self.angles is None or len(lengths) == 1:
+            return whole
+        held = self.row_lengths[row_range(first, len(lengths))]
+        if (held + lengths.max() <= self.angles.original).all():
+            return whole
+        kinds = np.stack((self.angles.of(held + lengths), lengths))
+        changes = 1 + np.flatnonzero((kinds[:, 1:] != kinds[:, :-1]).any(axis=0))
+        return [slice(start, end) for start, end in pairwise([0, *changes.tolist(), len(lengths)])]
+
+    def _run_alike(self, first: int, input_ids: IntArray, lengths: IntArray, last: int) -> Logits:
+        if self.angles is not None:
+            # The longest text that a row has seen is its own, which this call makes longer: nothing to be remembered.
+            self._forget_rope()
         logits = self._run_rows(first, input_ids, lengths) if last == 1 else self._run_last(first, input_ids, last)
         self._advance(first, lengths)
         return logits
@@ -93,6 +160,9 @@ class RowsRunner(BundleRunner):
     def _run_last(self, first: int, input_ids: IntArray, last: int) -> Logits:
         """The same for rows without padding, with the logits `[R, last, V]`; for those that have `many_logits`."""
         raise NotImplementedError
+
+    def _forget_rope(self) -> None:
+        """RoPE has seen no text yet, for a backend that feeds what it remembers."""
 
     @abstractmethod
     def _clear_row(self, row: int, kept: int) -> None:

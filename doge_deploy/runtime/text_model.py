@@ -74,6 +74,7 @@ class TextModel:
         engine: str | None = None,
         flush_denormals: bool = False,
         speculate: bool = True,
+        graph_cache: bool = True,
         defaults: TextChoices | None = None,
     ) -> None:
         """See `doge_deploy.load`, which takes the same and opens the backend too; here `open` does that, or the first
@@ -90,6 +91,7 @@ class TextModel:
             "spin": spin,
             "engine": engine,
             "flush_denormals": flush_denormals,
+            "graph_cache": graph_cache,
         }
         self._speculate = speculate
         if TOKENIZER_FILE in self.manifest.files:

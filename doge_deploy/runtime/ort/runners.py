@@ -19,7 +19,7 @@ from doge_deploy.runtime.base import BundleRunner, FloatArray, IntArray
 from doge_deploy.runtime.logits import HostLogits, Logits
 from doge_deploy.runtime.ort.prefill_chunks import joined_logits, joined_selections
 from doge_deploy.runtime.padding import left_padded
-from doge_deploy.runtime.rows import RowsRunner, row_range
+from doge_deploy.runtime.rows import ChangingAngles, RowsRunner, row_range
 
 if TYPE_CHECKING:
     import onnxruntime
@@ -58,10 +58,14 @@ class OrtRunner(BundleRunner):
         self._rope_outputs = names[1:]
         self._rope = {name: self._zeros(name) for name in names}
 
+    def _forget_rope(self) -> None:
+        for value in self._rope.values():
+            value[:] = 0
+
     def _bind_rope(self, binding: Any) -> None:
         if self._rope:
-            binding.bind_ortvalue_input(PAST_ROPE, _wrap(self._rope[PAST_ROPE]))
-            binding.bind_ortvalue_output(PRESENT_ROPE, _wrap(self._rope[PRESENT_ROPE]))
+            binding.bind_ortvalue_input(PAST_ROPE, wrap(self._rope[PAST_ROPE]))
+            binding.bind_ortvalue_output(PRESENT_ROPE, wrap(self._rope[PRESENT_ROPE]))
 
     def _note_rope(self) -> None:
         """After a call: what it gave is what the next one gets."""
@@ -132,13 +136,17 @@ class StaticOrtRunner(OrtRunner, RowsRunner):
 
     Args:
         whole_calls: what a token gets depends on the call it is in, so calls are not cut into pieces of `PIECE` tokens.
+        angles: see `RowsRunner`.
     """
 
-    def __init__(self, *arguments: Any, whole_calls: bool, **keywords: Any) -> None:
+    def __init__(
+        self, *arguments: Any, whole_calls: bool, angles: ChangingAngles | None = None, **keywords: Any
+    ) -> None:
         super().__init__(*arguments, **keywords)
         self.whole_calls = whole_calls
         optional = {value.name for value in self.session.get_overridable_initializers()}
         self.many_logits = LOGIT_OFFSETS in optional
+        self.angles = angles
         self.vocab_size = int(self._shapes["logits"][-1])
 
     _batch: int | None = None
@@ -170,7 +178,7 @@ class StaticOrtRunner(OrtRunner, RowsRunner):
         if calls is None:
             calls = self._calls[first, rows] = _Calls(self.session.io_binding())
             for past, present in self.past:
-                value = _wrap(self._buffers[present][row_range(first, rows)])
+                value = wrap(self._buffers[present][row_range(first, rows)])
                 calls.binding.bind_ortvalue_input(past, value)
                 calls.binding.bind_ortvalue_output(present, value)
             self._bind_rope(calls.binding)
@@ -184,7 +192,7 @@ class StaticOrtRunner(OrtRunner, RowsRunner):
             if self.many_logits:
                 calls.inputs[LOGIT_OFFSETS] = np.arange(last)[::-1].copy()
             for name, array in calls.inputs.items():
-                calls.binding.bind_ortvalue_input(name, _wrap(array))
+                calls.binding.bind_ortvalue_input(name, wrap(array))
             calls.memory = None
         self._bind_logits(calls, rows, last if self.last_logits else width)
         return calls
@@ -197,7 +205,7 @@ class StaticOrtRunner(OrtRunner, RowsRunner):
             self._memory = np.zeros(size, self._memory.dtype)
         if calls.memory is not self._memory:
             calls.memory, calls.logits = self._memory, self._memory[:size].reshape(shape)
-            calls.binding.bind_ortvalue_output("logits", _wrap(calls.logits))
+            calls.binding.bind_ortvalue_output("logits", wrap(calls.logits))
 
     @property
     def _piece(self) -> int:
@@ -262,8 +270,7 @@ class StaticOrtRunner(OrtRunner, RowsRunner):
             buffer[row, :, kept:written] = 0
         self._written[row] = min(kept, written)
         if kept == 0:
-            for value in self._rope.values():  # one memory for all rows: slots.py takes one row where there is one
-                value[:] = 0
+            self._forget_rope()
 
     def _copy_row(self, source: int, target: int, tokens: int) -> None:
         slots = min(tokens, int(self.held()[source]))
@@ -289,7 +296,7 @@ class StaticOrtRunner(OrtRunner, RowsRunner):
         }
 
 
-def _wrap(array: np.ndarray[Any, Any]) -> Any:
+def wrap(array: np.ndarray[Any, Any]) -> Any:
     """An OrtValue on the array's own memory."""
     import onnxruntime
 
@@ -307,7 +314,7 @@ class GrowingOrtRunner(OrtRunner):
         self._binding = self.session.io_binding()
         self._reset_rope()
         empty = {"batch_size": batch_size, "past_sequence_length": 0}
-        self._values = {present: _wrap(self._zeros(past, **empty)) for past, present in self.past}
+        self._values = {present: wrap(self._zeros(past, **empty)) for past, present in self.past}
         self.real = np.zeros((batch_size, 0), bool)
 
     def _run(self, input_ids: IntArray, lengths: IntArray) -> FloatArray:
@@ -347,8 +354,12 @@ class GrowingOrtRunner(OrtRunner):
     def cache(self) -> dict[str, list[FloatArray]]:
         return {
             name: [rows[b][:, real[len(real) - rows.shape[2] :]] for b, real in enumerate(self.real)]
-            for name, rows in ((name, value.numpy()) for name, value in self._values.items())
+            for name, rows in self._held().items()
         }
+
+    def _held(self) -> dict[str, np.ndarray[Any, Any]]:
+        """The present tensors of the last call, `[B, Hkv, K, D]`."""
+        return {name: value.numpy() for name, value in self._values.items()}
 
 
 _NUMPY_DTYPES = {f"tensor({DTYPES[name].onnx.lower()})": np.dtype(name) for name in ("float32", "float16", "int64")}
