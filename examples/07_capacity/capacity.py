@@ -179,6 +179,8 @@ class Replica:
         self._costs, self._done = costs, done
         self._scheduler = Scheduler(PaperSlots(slots, 1 << 30, costs, self.clock), limits)
         self._inbox: list[tuple[float, int, Answer, int, int]] = []
+        self._front = 0.0
+        """When the last request has been taken in: they are taken in one after the other."""
         self._count = self.open = 0
         """Requests so far; those that have not ended."""
 
@@ -186,7 +188,8 @@ class Replica:
         """A request arrives at a time that has not been reached yet, or at once."""
         self.open += 1
         self._count += 1
-        heapq.heappush(self._inbox, (at + self._costs.request, self._count, answer, prompt, new))
+        self._front = max(self._front, at) + self._costs.request
+        heapq.heappush(self._inbox, (self._front, self._count, answer, prompt, new))
 
     @property
     def next_event(self) -> float:

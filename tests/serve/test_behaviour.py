@@ -197,6 +197,9 @@ class TestLogprobs:
     def test_streamed_and_whole_are_the_same(self, server: Running) -> None:
         options = {"messages": MESSAGES, "max_tokens": 12, "logprobs": True, "top_logprobs": 3, "seed": 1}
         options["temperature"] = 1.5
+        server.post(
+            "/v1/chat/completions", **options
+        )  # from now on the prompt is in a slot, and the calls are the same
         whole = server.post("/v1/chat/completions", **options)["choices"][0]["logprobs"]["content"]
         chunks = server.stream("/v1/chat/completions", **options)
         streamed = [entry for chunk in chunks for entry in (chunk["choices"][0]["logprobs"] or {}).get("content", [])]
