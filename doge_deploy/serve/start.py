@@ -131,7 +131,8 @@ def open_served(paths: Sequence[Path], options: ServeOptions) -> Served:
         inboxes[name] = Inbox(name, metrics)
         texts[name] = open_text(bundle, name, options, inboxes[name].deliver)
         metrics.watch(name, texts[name].engine.scheduler)
-    return Served(texts, features, metrics, inboxes)
+    runs_on = {"backend": options.backend, "engine": options.engine, "threads": options.threads}
+    return Served(texts, features, metrics, inboxes, runs_on=runs_on)
 
 
 def open_text(bundle: Bundle, name: str, options: ServeOptions, deliver: Deliver) -> ServedText:
