@@ -30,6 +30,13 @@ from doge_deploy.options.backends import DEFAULT_BACKEND, TORCH_KERNELS
     help="What runs the bundle; torch-kernels: PyTorch, with the plugins' kernels on a CUDA device.",
 )
 @click.option("--engine", metavar="NAME", help="Which engine, where the backend has several.")
+@click.option(
+    "--localize",
+    "localized",
+    is_flag=True,
+    help="Name the call, layer and stage of the first case that fails, and why.",
+)
+@click.option("--case", metavar="[LAYOUT/]NAME", help="With --localize: judge and localise this case alone.")
 @click.option("--json", "json_file", type=click.Path(path_type=Path), metavar="FILE", help="Write every number here.")
 @click.option(
     "--junit", "junit_file", type=click.Path(path_type=Path), metavar="FILE", help="Write a JUnit report here."
@@ -44,6 +51,8 @@ def verify(
     lowering: bool,
     backend: str,
     engine: str | None,
+    localized: bool,
+    case: str | None,
     json_file: Path | None,
     junit_file: Path | None,
 ) -> None:
@@ -62,7 +71,25 @@ def verify(
         if file is not None:
             files.check_writable(file)
     from doge_deploy import api
+    from doge_deploy.cli.localized import check_options, say
     from doge_deploy.cli.verify_table import VerifyTable
+
+    check_options(localized, case, backend, json_file or junit_file)
+    if case is not None:
+        with VerifyTable() as table:
+            found = api.localize(
+                bundle,
+                case,
+                reference=reference,
+                adapter=adapter,
+                portable=portable,
+                lowering=lowering,
+                greedy_steps=greedy_steps,
+                started=table.started,
+            )
+        say(found)
+        found.require_passed()
+        return
 
     with VerifyTable() as table:
         report = api.verify(
@@ -83,4 +110,17 @@ def verify(
         files.write_json(report, json_file)
     if junit_file is not None:
         files.write_junit(report, junit_file)
+    if localized:
+        with VerifyTable() as table:
+            found = api.localize(
+                bundle,
+                report=report,
+                reference=reference,
+                adapter=adapter,
+                portable=portable,
+                lowering=lowering,
+                greedy_steps=greedy_steps,
+                started=table.started,
+            )
+        say(found)
     report.require_passed()

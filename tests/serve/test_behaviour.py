@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import socket
 import threading
 import time
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import numpy as np
 import pytest
 from scripted_slots import ScriptedSlots
 from servers import NAME, Running, SlowSlots, of_bundle, running, scripted
@@ -132,7 +134,7 @@ class TestClientsThatLeave:
     def slow(self, tiny_bundle: Path) -> Iterator[Running]:
         prompt = [words(tiny_bundle, "a")[0]]
         slots = slots_saying(tiny_bundle, words(tiny_bundle, "b"), len(prompt), slots=2, seconds=0.01)
-        with running(scripted(tiny_bundle, slots, Limits(step_tokens=4))) as found:
+        with running(scripted(tiny_bundle, slots, Limits(step_tokens=4, alone_tokens=4))) as found:
             yield found
 
     def leave(self, server: Running, when: str, *, stream: bool) -> None:
@@ -196,6 +198,9 @@ class TestLogprobs:
     def test_streamed_and_whole_are_the_same(self, server: Running) -> None:
         options = {"messages": MESSAGES, "max_tokens": 12, "logprobs": True, "top_logprobs": 3, "seed": 1}
         options["temperature"] = 1.5
+        server.post(
+            "/v1/chat/completions", **options
+        )  # from now on the prompt is in a slot, and the calls are the same
         whole = server.post("/v1/chat/completions", **options)["choices"][0]["logprobs"]["content"]
         chunks = server.stream("/v1/chat/completions", **options)
         streamed = [entry for chunk in chunks for entry in (chunk["choices"][0]["logprobs"] or {}).get("content", [])]
@@ -236,9 +241,20 @@ class TestLogprobs:
                 longer["text"].startswith("Once upon a time") and len(longer["logprobs"]["tokens"]) == len(scores) + 3
             )
 
-    def test_echo_with_logprobs_needs_all_logits(self, server: Running) -> None:
-        error = server.post("/v1/completions", 400, prompt="a", echo=True, logprobs=1, max_tokens=0)["error"]
+    def test_echo_with_logprobs_needs_the_logits_of_the_prompt(self, tiny_bundle: Path) -> None:
+        with running(scripted(tiny_bundle, ScriptedSlots(1, all_logits=False))) as server:
+            error = server.post("/v1/completions", 400, prompt="a", echo=True, logprobs=1, max_tokens=0)["error"]
         assert "export it with --logits all" in error["message"] and error["param"] == "echo"
+
+    def test_a_default_bundle_scores_a_prompt_as_one_with_all_logits(
+        self, server: Running, tiny_bundle_all: Path
+    ) -> None:
+        asked = {"prompt": "def f(x):\n    return x", "echo": True, "logprobs": 2, "max_tokens": 3, "temperature": 0}
+        with running(of_bundle(tiny_bundle_all)) as other:
+            expected = other.complete(**asked)["choices"][0]["logprobs"]
+        found = server.complete(**asked)["choices"][0]["logprobs"]
+        assert found["tokens"] == expected["tokens"] and found["token_logprobs"][0] is None
+        np.testing.assert_allclose(found["token_logprobs"][1:], expected["token_logprobs"][1:], atol=1e-4)
 
 
 class TestBatched:
@@ -517,7 +533,9 @@ class TestSecurity:
             headers = {"Authorization": "Bearer right"}
             assert server.client.post("/v1/completions", json={"prompt": [7]}, headers=headers).status_code == 200
             assert server.client.get("/metrics").status_code == 401
-            assert [server.client.get(path).status_code for path in ("/health", "/ready", "/")] == [200] * 3
+            parts = re.findall(r'(?:src|href)="(/page/[^"]+)"', server.client.get("/").text)
+            opened = ["/health", "/ready", "/", *parts]  # the page asks for the key itself
+            assert len(parts) == 2 and {server.client.get(path).status_code for path in opened} == {200}
 
     def test_a_request_has_an_id(self, server: Running) -> None:
         assert server.client.get("/health").headers["x-request-id"]
