@@ -12,10 +12,18 @@ from doge_deploy.options.backends import DEFAULT_BACKEND, TORCH_KERNELS
 
 @click.command("verify")
 @click.argument("bundle", type=click.Path(path_type=Path))
+@click.option(
+    "--recording",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="Judge by this file of `doge-deploy record`, without torch, transformers and the checkpoint.",
+)
 @click.option("--reference", metavar="MODEL", help="The checkpoint; default: what the bundle says it came from.")
 @click.option("--adapter", metavar="DIRECTORY", help="The merged adapter; default: what the bundle says.")
 @click.option("--layout", "layouts", multiple=True, metavar="static|growing", help="Only this layout; repeatable.")
-@click.option("--greedy-steps", type=click.IntRange(min=1), default=128, show_default=True, metavar="N")
+@click.option(
+    "--greedy-steps", type=click.IntRange(min=1), metavar="N", help="Tokens of the greedy case.  [default: 128]"
+)
 @click.option("--portable", is_flag=True, help="Judge the standard graph, not the one lowered for ONNX Runtime.")
 @click.option(
     "--lowering",
@@ -36,10 +44,11 @@ from doge_deploy.options.backends import DEFAULT_BACKEND, TORCH_KERNELS
 )
 def verify(
     bundle: Path,
+    recording: Path | None,
     reference: str | None,
     adapter: str | None,
     layouts: tuple[str, ...],
-    greedy_steps: int,
+    greedy_steps: int | None,
     portable: bool,
     lowering: bool,
     backend: str,
@@ -53,9 +62,9 @@ def verify(
 
     Exit code 0: every number is within its calibrated tolerance; 1: one is not.
     """
-    from doge_deploy.devices.packages import require_export_packages
+    from doge_deploy.verify.needs import require_reference
 
-    require_export_packages("verify")
+    require_reference(recording, backend)
     from doge_deploy.verify import files
 
     for file in (json_file, junit_file):
@@ -67,6 +76,7 @@ def verify(
     with VerifyTable() as table:
         report = api.verify(
             bundle,
+            recording=recording,
             reference=reference,
             adapter=adapter,
             layouts=layouts,

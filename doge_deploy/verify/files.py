@@ -23,6 +23,7 @@ def report_json(report: Report) -> dict[str, Any]:
     return {
         "passed": report.passed,
         "reference": report.reference,
+        "recording": report.recording,
         "dtype": report.dtype,
         "routing": report.routing,
         "graphs": report.graphs,

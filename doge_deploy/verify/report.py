@@ -34,6 +34,9 @@ class Report:
     The cases are then those of the standard graph, against a reference with the same dequantized weights.
     """
 
+    recording: str | None = None
+    """What took the place of the reference, for people; None where that ran here."""
+
     @property
     def failed_cases(self) -> list[str]:
         """`weights`, and `<layout>/<case>`."""
