@@ -22,6 +22,7 @@ from doge_deploy.bundle.writing import write_manifest
 from doge_deploy.dtypes import item_bytes
 from doge_deploy.options.build import BuildOptions, Range
 from doge_deploy.runtime.ort import open_session
+from doge_deploy.runtime.rows import ChangingAngles
 from doge_deploy.runtime.trt.device import Bytes, Device, Graph, HostMemory, Memory
 from doge_deploy.runtime.trt.plan import make_plan
 from doge_deploy.runtime.trt.runner import Context, Engine, TrtRunner
@@ -269,6 +270,7 @@ def held_runner(bundle: Bundle, *, records_itself: bool = False, **changes: Any)
         max_length=bundle.manifest.max_length,
         last=bundle.manifest.last_logits,
         whole_calls=bool(bundle.manifest.whole_calls),
+        angles=ChangingAngles.in_bundle(bundle.manifest),
     )
 
 

@@ -88,17 +88,20 @@ class Findings:
         )
 
 
-def batch_noise(alone: Runner, rows: Sequence[int], vocab_size: int, texts: int = 6) -> Noise:
+BEHIND = 8
+
+
+def batch_noise(alone: Runner, rows: Sequence[int], vocab_size: int, texts: int = 6, *, behind: int = BEHIND) -> Noise:
     """What the number of rows in a call, and their length, may change: the same texts alone and in a batch.
 
-    The rows of the batch hold the same tokens, the last one fewer of
+    The rows of the batch hold the same tokens, the last one `behind` fewer of
     them: a runner that takes one row for another is not excused by this.
     """
     draws = []
     for seed in range(texts):
         ids = np.random.default_rng([9, seed]).permutation(vocab_size)[: alone.max_length]
-        single = _one_text(alone, ids, 1)
-        draws += [difference(_one_text(alone, ids, count), single) for count in rows]
+        single = _one_text(alone, ids, 1, behind)
+        draws += [difference(_one_text(alone, ids, count, behind), single) for count in rows]
     return pool(draws)
 
 
@@ -121,12 +124,13 @@ def allowed(noise: Noise, found: Difference) -> AllowedDifference:
     return limit("logits", "float32", noise_max=noise.max_abs, noise_rms=noise.rms, scale=noise.scale, count=count)
 
 
-def _one_text(runner: Runner, ids: IntArray, rows: int) -> list[FloatArray]:
-    """Logits of a prefill, a piece and decode steps, of the last of `rows`, which is 8 tokens behind the others."""
+def _one_text(runner: Runner, ids: IntArray, rows: int, behind: int = BEHIND) -> list[FloatArray]:
+    """Logits of a prefill, a piece and decode steps, of the last of `rows`, so many tokens behind the others."""
     runner.reset(rows)
-    found = [runner.run(np.tile(ids[:12], (rows, 1)), [12] * (rows - 1) + [4])[-1][:4]]
-    for begin, end in [(4, 9), *((at, at + 1) for at in range(9, len(ids) - 8))]:
-        part = [ids[begin + 8 : end + 8]] * (rows - 1) + [ids[begin:end]]
+    first = 4 + behind
+    found = [runner.run(np.tile(ids[:first], (rows, 1)), [first] * (rows - 1) + [4])[-1][:4]]
+    for begin, end in [(4, 9), *((at, at + 1) for at in range(9, len(ids) - behind))]:
+        part = [ids[begin + behind : end + behind]] * (rows - 1) + [ids[begin:end]]
         found.append(runner.run(np.stack(part))[-1])
     return found
 
@@ -137,16 +141,17 @@ class Edge:
     Args:
         standard: a runner of the bundle's standard graph, which holds the scores of all tokens.
         window: keep_window_size.
+        behind: see `batch_noise`.
     """
 
-    def __init__(self, standard: Runner, window: int, vocab_size: int) -> None:
+    def __init__(self, standard: Runner, window: int, vocab_size: int, *, behind: int = BEHIND) -> None:
         self.standard, self.window = standard, window
         draws = []
         for seed in range(3):
             ids = np.random.default_rng([8, seed]).permutation(vocab_size)[: standard.max_length]
             scores = []
             for rows in (2, 1):
-                _one_text(standard, ids, rows)
+                _one_text(standard, ids, rows, behind)
                 scores.append([kept[-1] for name, kept in standard.cache().items() if name.endswith(".score")])
             draws.append(difference(*scores))
         noise = pool(draws)
@@ -216,6 +221,10 @@ class Schedule:
     def room(self, slot: int) -> int:
         return self.runner.max_length - len(self.texts[slot])
 
+    def takes(self, slot: int, tokens: int) -> bool:
+        """Whether a call may bring the slot as many tokens."""
+        return self.room(slot) > 0 and (tokens == 1 or not self.runner.whole_prompts or not self.texts[slot].calls)
+
     def acquire(self) -> None:
         if self.runner.free:
             slot = self.runner.acquire()
@@ -232,11 +241,12 @@ class Schedule:
 
     def prefill(self) -> None:
         """A prompt, whole or in pieces."""
-        slot = self.some(lambda slot: self.room(slot) > 0)
+        slot = self.some(lambda slot: self.takes(slot, 2))
         if slot is None:
             return
         length = min(self.room(slot), int(self.rng.integers(1, 24)))
-        piece = length if self.rng.random() < 0.5 else int(self.rng.integers(1, length + 1))
+        whole = self.runner.whole_prompts or self.rng.random() < 0.5
+        piece = length if whole else int(self.rng.integers(1, length + 1))
         for begin in range(0, length, piece):
             ids = self.draw(slot, min(piece, length - begin))
             self.log.append(f"prefill {slot} {len(ids)}")
@@ -250,7 +260,7 @@ class Schedule:
         self.feed(int(self.rng.integers(2, 6)))
 
     def feed(self, most: int) -> None:
-        fitting = [slot for slot in self.texts if self.room(slot) >= most]
+        fitting = [slot for slot in self.texts if self.room(slot) >= most and self.takes(slot, most)]
         if not fitting:
             return
         count = int(self.rng.integers(1, len(fitting) + 1))

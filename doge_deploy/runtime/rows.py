@@ -9,11 +9,42 @@ Axes: B rows of the cache, R rows of a call, Q tokens of a call, V vocabulary.
 from __future__ import annotations
 
 from abc import abstractmethod
+from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 
+from doge_deploy.bundle.manifest import Manifest
 from doge_deploy.runtime.base import BundleRunner, FloatArray, IntArray
-from doge_deploy.runtime.logits import Logits
+from doge_deploy.runtime.logits import HostLogits, Logits
+
+
+@dataclass(frozen=True)
+class ChangingAngles:
+    """The angles of a bundle that holds more tokens than its RoPE was made for: there they depend on where a call ends.
+
+    Reference: `dynamic_rope_update` and `longrope_frequency_update` in transformers' modeling_rope_utils.py.
+    """
+
+    original: int
+    """Tokens up to which they are always the same."""
+    by_length: bool
+    """Each longest text beyond has its own angles (dynamic); else all such texts have the same (longrope)."""
+
+    @classmethod
+    def in_bundle(cls, manifest: Manifest) -> ChangingAngles | None:
+        """Of a bundle; None where they never change."""
+        facts, length = manifest.facts, manifest.max_length
+        if not facts.rope_changes(length):
+            return None
+        assert facts.stateless_length is not None
+        return cls(facts.stateless_length, facts.rope_remembers(length))
+
+    def of(self, ends: IntArray) -> IntArray:
+        """Numbers of the angles of calls that end behind the `ends` `[R]` first tokens of their texts, `[R]`."""
+        if self.by_length:
+            return np.maximum(ends, self.original)
+        return (ends > self.original).astype(np.int64)
 
 
 class RowsRunner(BundleRunner):
@@ -27,19 +58,55 @@ class RowsRunner(BundleRunner):
     whole_calls: bool = False
     """Whether what a token gets depends on the call that it comes in: then a prompt in pieces is another prompt."""
 
+    angles: ChangingAngles | None = None
+    """Where the longest row of a call decides the angles of all its rows; None where no row does."""
+
     vocab_size: int
 
     def _run(self, input_ids: IntArray, lengths: IntArray) -> FloatArray:
         return self._run_rows(0, input_ids, lengths).numpy()
 
     def run_rows(self, first: int, input_ids: IntArray, lengths: IntArray) -> Logits:
-        """Feed the next tokens of the rows `first` to `first + R - 1`.
+        """Feed the next tokens of the rows `first` to `first + R - 1`, each of which gets what it gets alone.
 
         Args:
             first: the first row of the call.
             input_ids: `[R, Q]`, padded on the right with any valid id.
             lengths: `[R]`, how many of them are real, 1..Q. Every row must have space for all Q.
         """
+        parts = self._alike(first, lengths)
+        if len(parts) == 1:
+            return self._run_alike(first, input_ids, lengths)
+        # One call of the graph for each part: its rows have one memory of RoPE.
+        tokens = 1 if self.last_logits else input_ids.shape[1]
+        found: FloatArray | None = None
+        for part in parts:
+            width = int(lengths[part.start])
+            logits = self._run_alike(first + part.start, input_ids[part, :width], lengths[part]).numpy()
+            if found is None:
+                found = np.zeros((len(lengths), tokens, logits.shape[2]), logits.dtype)
+            found[part, : logits.shape[1]] = logits
+        assert found is not None
+        return HostLogits(found)
+
+    def _alike(self, first: int, lengths: IntArray) -> list[slice]:
+        """The rows of a call in parts whose rows have the same angles together as alone. Where there are several, all
+        rows of a part have as many tokens, since padding counts as text.
+        """
+        whole = [row_range(0, len(lengths))]
+        if self.angles is None or len(lengths) == 1:
+            return whole
+        held = self.row_lengths[row_range(first, len(lengths))]
+        if (held + lengths.max() <= self.angles.original).all():
+            return whole
+        kinds = np.stack((self.angles.of(held + lengths), lengths))
+        changes = 1 + np.flatnonzero((kinds[:, 1:] != kinds[:, :-1]).any(axis=0))
+        return [slice(start, end) for start, end in pairwise([0, *changes.tolist(), len(lengths)])]
+
+    def _run_alike(self, first: int, input_ids: IntArray, lengths: IntArray) -> Logits:
+        if self.angles is not None:
+            # The longest text that a row has seen is its own, which this call makes longer: nothing to be remembered.
+            self._forget_rope()
         logits = self._run_rows(first, input_ids, lengths)
         self._advance(first, lengths)
         return logits
@@ -84,6 +151,9 @@ class RowsRunner(BundleRunner):
     @abstractmethod
     def _run_rows(self, first: int, input_ids: IntArray, lengths: IntArray) -> Logits:
         """Compute one call and keep the new caches; `row_lengths` is still that of before the call."""
+
+    def _forget_rope(self) -> None:
+        """RoPE has seen no text yet, for a backend that feeds what it remembers."""
 
     @abstractmethod
     def _clear_row(self, row: int, kept: int) -> None:

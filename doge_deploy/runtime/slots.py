@@ -258,7 +258,6 @@ class SlotRunner:
 def refusal(bundle: Bundle, slots: int) -> str | None:
     """Why the rows of a bundle are not independent, or no rows at all, and what to do; None: they are."""
     manifest = bundle.manifest
-    facts = manifest.facts
     if manifest.task != "causal-lm":
         return f"{bundle.path} is for {manifest.task}: it has no cache, each text is one call"
     if "static" not in manifest.layouts:
@@ -270,12 +269,6 @@ def refusal(bundle: Bundle, slots: int) -> str | None:
         return (
             f"{bundle.path} routes experts as transformers does, which mixes the tokens of all rows of a call: export "
             "it with --routing per-token, or use one slot"
-        )
-    if slots > 1 and facts.rope_changes(manifest.max_length):
-        return (
-            f"{bundle.path} holds more tokens than its RoPE was made for ({facts.stateless_length}), and then the "
-            f"longest row decides the angles of all: export it with --max-length {facts.stateless_length}, or use one "
-            "slot"
         )
     return None
 

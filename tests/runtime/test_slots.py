@@ -10,10 +10,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from bundles import shared_bundle
 from engine_stand_ins import axes, held_runner
-from random_doge import SMALL, SMALL_MOE, shared_doge
-from slot_schedules import Edge, Findings, Schedule, batch_noise, graph_noise
+from random_doge import DYNAMIC, LONGROPE, SMALL, SMALL_MOE, shared_doge
+from slot_schedules import BEHIND, Edge, Findings, Schedule, batch_noise, graph_noise
+from transformers import DogeForCausalLM
 
 from doge_deploy.bundle.engine_record import EngineProfile
 from doge_deploy.bundle.opening import Bundle, open_bundle
@@ -28,6 +30,10 @@ SLOTS = 4
 WIDE = {"head_dim": 16, "vocab_size": 256, "keep_window_size": 64}
 """Heads that the lowered graph takes, tokens enough for texts without repetitions, and no window."""
 
+BEYOND = {"max_position_embeddings": 16, "rope_parameters": DYNAMIC}
+LONG = {**LONGROPE, "short_factor": [1.0 + i / 10 for i in range(8)], "long_factor": [2.0 + i / 2 for i in range(8)]}
+"""Texts outgrow what their RoPE was made for."""
+
 CONFIGS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "dense": ({}, {}),
     "dense-all-logits": ({}, {"logits": "all"}),
@@ -36,6 +42,9 @@ CONFIGS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "sliding": ({"sliding_window": 12}, {}),
     "moe": ({**SMALL_MOE, "keep_window_size": 64}, {"routing": "per-token"}),
     "moe-window": ({**SMALL_MOE, "keep_window_size": 8}, {"routing": "per-token", "logits": "all"}),
+    "dynamic": (BEYOND, {"max_length": 64}),
+    "dynamic-window-all-logits": ({**BEYOND, "keep_window_size": 8}, {"max_length": 64, "logits": "all"}),
+    "longrope": ({"rope_parameters": LONG}, {"max_length": 64}),
     "int8": ({"hidden_size": 64, "intermediate_size": 64}, {"quantize": "int8"}),
 }
 
@@ -51,7 +60,7 @@ BACKENDS: dict[str, Callable[[Bundle], RowsRunner]] = {
 }
 
 CASES = [(config, backend) for config in CONFIGS for backend in BACKENDS if (config, backend) != ("int8", "engine")]
-OFTEN = ("dense", "window", "moe-window", "sliding", "int8")
+OFTEN = ("dense", "window", "moe-window", "sliding", "dynamic", "longrope", "int8")
 """Configurations of the usual run."""
 
 
@@ -62,10 +71,13 @@ def small_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(window, "SPARE", 3)
 
 
+def checkpoint_of(config: str) -> Path:
+    changes, _ = CONFIGS[config]
+    return shared_doge(**{**SMALL, **WIDE, **changes, **{k: WIDE[k] for k in ("head_dim", "vocab_size")}})
+
+
 def bundle_of(config: str) -> Bundle:
-    changes, options = CONFIGS[config]
-    checkpoint = shared_doge(**{**SMALL, **WIDE, **changes, **{k: WIDE[k] for k in ("head_dim", "vocab_size")}})
-    return open_bundle(shared_bundle(checkpoint, **options))
+    return open_bundle(shared_bundle(checkpoint_of(config), **CONFIGS[config][1]))
 
 
 @dataclass
@@ -84,12 +96,13 @@ def opened(config: str, backend: str) -> Opened:
     rows, alone = BACKENDS[backend](bundle), BACKENDS[backend](bundle)
     facts = bundle.manifest.facts
     edge = None
+    behind = 0 if facts.rope_changes(bundle.manifest.max_length) else BEHIND  # one row would decide the others' angles
     if facts.keep_window(bundle.manifest.max_length):
-        edge = Edge(BACKENDS["ort-portable"](bundle), facts.keep_window_size, alone.vocab_size)
+        edge = Edge(BACKENDS["ort-portable"](bundle), facts.keep_window_size, alone.vocab_size, behind=behind)
     if (config, backend) == ("int8", "ort"):
         noise = graph_noise(alone, BACKENDS["ort-portable"](bundle), alone.vocab_size)
     else:
-        noise = batch_noise(alone, range(2, SLOTS + 1), alone.vocab_size)
+        noise = batch_noise(alone, range(2, SLOTS + 1), alone.vocab_size, behind=behind)
     return Opened(rows, alone, noise, edge)
 
 
@@ -228,6 +241,15 @@ def forget_what_was_dropped(rows: RowsRunner) -> None:
     rows.has_dropped = lambda row: False  # type: ignore[method-assign]
 
 
+def let_the_longest_decide(rows: RowsRunner) -> None:
+    """The angles of a batch in transformers."""
+    rows._alike = lambda first, lengths: [slice(0, len(lengths))]  # type: ignore[method-assign]
+
+
+def remember_other_texts(rows: RowsRunner) -> None:
+    rows._forget_rope = lambda: None  # type: ignore[method-assign]
+
+
 FAULTS: dict[Callable[[RowsRunner], None], str] = {
     forget_scores: "dense",
     write_into_the_neighbour: "dense",
@@ -237,6 +259,8 @@ FAULTS: dict[Callable[[RowsRunner], None], str] = {
     copy_one_token_too_few: "dense",
     write_one_slot_late: "dense",
     forget_what_was_dropped: "window",
+    let_the_longest_decide: "dynamic",
+    remember_other_texts: "dynamic",
 }
 
 
@@ -462,6 +486,63 @@ def test_an_engine_that_was_built_for_fewer_rows_is_refused() -> None:
 def test_a_mixture_whose_routing_mixes_rows_is_refused(tiny_moe_bundle: Path) -> None:
     with pytest.raises(UnsupportedModelError, match=r"routes experts as transformers does.*or use one slot"):
         open_slots(open_bundle(tiny_moe_bundle), 2)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("config", ["dynamic", "dynamic-window-all-logits", "longrope"])
+def test_beyond_its_length_each_slot_is_what_transformers_gives_it_alone(config: str, backend: str) -> None:
+    """Four texts that outgrow 16 tokens at different steps; each call of a text is one of a model of its own."""
+    checkpoint, rows = checkpoint_of(config), opened(config, backend).rows
+    runner = SlotRunner(rows, SLOTS)
+    texts = np.random.default_rng(3).permuted(np.tile(np.arange(256), (SLOTS, 1)), axis=1)
+    slots = [runner.acquire() for _ in range(SLOTS)]
+    models = [DogeForCausalLM.from_pretrained(checkpoint, attn_implementation="eager").eval() for _ in slots]
+    caches: list[Any] = [None] * SLOTS
+    held = [0] * SLOTS
+
+    def check(index: int, count: int, logits: np.ndarray[Any, Any]) -> None:
+        ids = torch.from_numpy(texts[index, held[index] : held[index] + count][None])
+        with torch.no_grad():
+            output = models[index](ids, past_key_values=caches[index], use_cache=True)
+        caches[index], held[index] = output.past_key_values, held[index] + count
+        np.testing.assert_allclose(logits[-1], output.logits[0, -1].numpy(), rtol=0, atol=5e-5)
+
+    for index, count in zip((0, 1, 3), (5, 13, 30), strict=True):
+        check(index, count, runner.prefill(slots[index], texts[index, :count]).numpy()[0])
+    for _ in range(18):
+        running = [index for index in range(SLOTS) if held[index]]
+        ids = [int(texts[index, held[index]]) for index in running]
+        logits = runner.decode([slots[index] for index in running], ids).numpy()
+        for row, index in enumerate(running):
+            check(index, 1, logits[row])
+        if held[0] == 12:  # a text in between, and beyond at once
+            check(2, 20, runner.prefill(slots[2], texts[2, :20]).numpy()[0])
+    assert held == [23, 31, 31, 48]
+
+
+@pytest.mark.parametrize(("config", "beyond"), [("dynamic", [2, 1, 1]), ("longrope", [3, 1])])
+def test_texts_share_a_call_where_their_angles_are_the_same(
+    config: str, beyond: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Up to the length all; beyond it those that end at the same place, or all where there are two sets of angles."""
+    rows = opened(config, "ort").rows
+    runner = SlotRunner(rows, SLOTS)
+    slots = [runner.acquire() for _ in range(SLOTS)]
+    run, counts = rows._run_rows, []
+
+    def counting(first: int, ids: Any, lengths: Any) -> Any:
+        counts.append(len(lengths))
+        return run(first, ids, lengths)
+
+    for slot, length in zip(slots, (14, 14, 3, 3), strict=True):
+        runner.prefill(slot, list(range(length)))
+    monkeypatch.setattr(rows, "_run_rows", counting)
+    runner.decode(slots, [30] * 4)
+    runner.truncate(slots[2], 0)
+    runner.prefill(slots[2], list(range(20)))
+    runner.decode(slots, [31] * 4)  # 16, 16, 21 and 5 tokens
+    runner.decode(slots, [32] * 4)
+    assert counts == [4, 1, 2, 1, 1, *beyond]
 
 
 def test_the_growing_layout_is_refused(tiny_bundle: Path) -> None:

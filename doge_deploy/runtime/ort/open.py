@@ -11,6 +11,7 @@ from doge_deploy.runtime.memory import check_memory
 from doge_deploy.runtime.ort.runners import GrowingOrtRunner, OrtRunner, StaticOrtRunner, UncachedOrtRunner
 from doge_deploy.runtime.ort.session import graph_file, open_session
 from doge_deploy.runtime.ort.window import WindowOrtRunner
+from doge_deploy.runtime.rows import ChangingAngles
 
 
 def open_runner(
@@ -56,7 +57,7 @@ def open_runner(
     last = manifest.last_logits
     if chosen.signature.layout == "growing":
         return GrowingOrtRunner(session, chosen, max_length=manifest.max_length, last=last)
-    whole = bool(manifest.whole_calls)
+    whole, angles = bool(manifest.whole_calls), ChangingAngles.in_bundle(manifest)
     if any(value.name == SLOT_INDICES for value in session.get_inputs()):
         return WindowOrtRunner(
             session,
@@ -64,6 +65,7 @@ def open_runner(
             max_length=manifest.max_length,
             last=last,
             whole_calls=whole,
+            angles=angles,
             window=facts.keep_window_size,
         )
-    return StaticOrtRunner(session, chosen, max_length=manifest.max_length, last=last, whole_calls=whole)
+    return StaticOrtRunner(session, chosen, max_length=manifest.max_length, last=last, whole_calls=whole, angles=angles)

@@ -19,7 +19,7 @@ from doge_deploy.runtime.base import BundleRunner, FloatArray, IntArray
 from doge_deploy.runtime.logits import HostLogits, Logits
 from doge_deploy.runtime.ort.prefill_chunks import joined_logits, joined_selections
 from doge_deploy.runtime.padding import left_padded
-from doge_deploy.runtime.rows import RowsRunner, row_range
+from doge_deploy.runtime.rows import ChangingAngles, RowsRunner, row_range
 
 if TYPE_CHECKING:
     import onnxruntime
@@ -57,6 +57,10 @@ class OrtRunner(BundleRunner):
         names = (PAST_ROPE, PRESENT_ROPE) if self.signature.remembers_rope else ()
         self._rope_outputs = names[1:]
         self._rope = {name: self._zeros(name) for name in names}
+
+    def _forget_rope(self) -> None:
+        for value in self._rope.values():
+            value[:] = 0
 
     def _bind_rope(self, binding: Any) -> None:
         if self._rope:
@@ -131,11 +135,15 @@ class StaticOrtRunner(OrtRunner, RowsRunner):
 
     Args:
         whole_calls: what a token gets depends on the call it is in, so calls are not cut into pieces of `PIECE` tokens.
+        angles: see `RowsRunner`.
     """
 
-    def __init__(self, *arguments: Any, whole_calls: bool, **keywords: Any) -> None:
+    def __init__(
+        self, *arguments: Any, whole_calls: bool, angles: ChangingAngles | None = None, **keywords: Any
+    ) -> None:
         super().__init__(*arguments, **keywords)
         self.whole_calls = whole_calls
+        self.angles = angles
         self.vocab_size = int(self._shapes["logits"][-1])
 
     _batch: int | None = None
@@ -250,8 +258,7 @@ class StaticOrtRunner(OrtRunner, RowsRunner):
             buffer[row, :, kept:written] = 0
         self._written[row] = min(kept, written)
         if kept == 0:
-            for value in self._rope.values():  # one memory for all rows: slots.py takes one row where there is one
-                value[:] = 0
+            self._forget_rope()
 
     def _copy_row(self, source: int, target: int, tokens: int) -> None:
         slots = min(tokens, int(self.held()[source]))

@@ -15,6 +15,7 @@ from doge_deploy.bundle.opening import Bundle
 from doge_deploy.devices.host import platform_name
 from doge_deploy.errors import BrokenBundleError, MissingDependencyError, UnsupportedModelError, UsageError
 from doge_deploy.options.build import Target
+from doge_deploy.runtime.rows import ChangingAngles
 from doge_deploy.runtime.trt.device import Device, open_device
 from doge_deploy.runtime.trt.plan import make_plan
 from doge_deploy.runtime.trt.runner import Context, Engine, TrtRunner
@@ -46,8 +47,16 @@ def open_runner(bundle: Bundle, backend: Target, engine: str | None = None) -> T
     loaded = _LoadedEngine(trt, bundle.path / record.engine_file, device)
     loaded.check_aliases(record)
     last = manifest.last_logits
-    whole = bool(manifest.whole_calls)
-    return TrtRunner(loaded, device, plan, signature, max_length=manifest.max_length, last=last, whole_calls=whole)
+    return TrtRunner(
+        loaded,
+        device,
+        plan,
+        signature,
+        max_length=manifest.max_length,
+        last=last,
+        whole_calls=bool(manifest.whole_calls),
+        angles=ChangingAngles.in_bundle(manifest),
+    )
 
 
 def engines_for(bundle: Bundle, backend: Target, name: str | None = None) -> dict[str, EngineRecord]:

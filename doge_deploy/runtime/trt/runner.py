@@ -21,7 +21,7 @@ from doge_deploy.bundle.signature import PAST_ROPE, PRESENT_ROPE, Signature
 from doge_deploy.devices.tensorrt_limits import TENSORRT_DTYPES
 from doge_deploy.runtime.base import FloatArray, IntArray
 from doge_deploy.runtime.logits import Logits, check_current
-from doge_deploy.runtime.rows import RowsRunner, row_range
+from doge_deploy.runtime.rows import ChangingAngles, RowsRunner, row_range
 from doge_deploy.runtime.trt.device import Device, Graph, HostMemory, Memory
 from doge_deploy.runtime.trt.plan import BindingPlan, CacheBuffer, nbytes
 
@@ -116,9 +116,10 @@ class TrtRunner(RowsRunner):
         max_length: int,
         last: bool,
         whole_calls: bool,
+        angles: ChangingAngles | None,
     ) -> None:
         super().__init__(max_length=max_length, last_logits=last)
-        self.whole_calls = whole_calls
+        self.whole_calls, self.angles = whole_calls, angles
         self.device = device
         self.plan = plan
         self.signature = signature
@@ -259,7 +260,10 @@ class TrtRunner(RowsRunner):
                 if size:
                     self.device.clear(self._caches[cache.present], offset, size)
         if kept == 0:
-            self._rope = np.zeros(1, np.int64)  # one memory for all rows: slots.py takes one row where there is one
+            self._forget_rope()
+
+    def _forget_rope(self) -> None:
+        self._rope = np.zeros(1, np.int64)
 
     def _copy_row(self, source: int, target: int, tokens: int) -> None:
         for cache in self.plan.caches:
