@@ -26,6 +26,7 @@ if TYPE_CHECKING:
         build,
         export,
         load,
+        record,
         verify,
     )
 else:
@@ -46,6 +47,7 @@ __all__ = [
     "export",
     "build",
     "verify",
+    "record",
     "load",
     "ExportOptions",
     "BuildOptions",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -27,19 +28,17 @@ def record(
     Where only the bundle is, `verify BUNDLE --recording FILE` then judges it by that file, with neither torch nor
     transformers nor the checkpoint. The bundle is not run here. The same input gives the same file.
     """
-    from doge_deploy import api
     from doge_deploy.devices.packages import require_export_packages
     from doge_deploy.verify.files import check_writable
 
     require_export_packages("record")
     check_writable(output)
-    digest = api.record(
-        bundle,
-        output,
-        reference=reference,
-        adapter=adapter,
-        layouts=layouts,
-        greedy_steps=greedy_steps,
-        started=lambda what: click.echo(f"{what} ...", err=True),
-    )
+    write_recording(bundle, output, reference=reference, adapter=adapter, layouts=layouts, greedy_steps=greedy_steps)
+
+
+def write_recording(bundle: Path, output: Path, **options: Any) -> None:
+    """Record, say what is being done, and how large the file is; `options` are those of `doge_deploy.record`."""
+    from doge_deploy import api
+
+    digest = api.record(bundle, output, started=lambda what: click.echo(f"{what} ...", err=True), **options)
     click.echo(f"{output}: {output.stat().st_size / 1e6:.1f} MB, sha256 {digest}")
