@@ -18,7 +18,7 @@ from doge_deploy.verify.parity import CaseResult, make_replay, verify_layouts
 from doge_deploy.verify.quality import QualityResult, judge_quality
 from doge_deploy.verify.recording.oracle import open_recording
 from doge_deploy.verify.report import Report
-from doge_deploy.verify.runners import LOWERED_LAYOUT, describe_lowered, open_runners
+from doge_deploy.verify.runners import LOWERED_LAYOUT, describe_lowered, open_runners, without_spinning
 
 
 def verify(
@@ -63,7 +63,6 @@ def verify(
         MissingDependencyError: torch, transformers or ONNX Runtime is missing.
     """
     bundle = open_bundle(path)
-    options = SessionOptions(portable=portable, engine=engine, spin=False)
     oracle: Oracle
     if recording is None:
         from doge_deploy.verify.live import LiveOracle
@@ -83,6 +82,7 @@ def verify(
             runs = _kernels(open_reference(bundle, reference, adapter))
         else:
             runs = find(backend)
+    options = replace(without_spinning(runs), portable=portable, engine=engine)
     return judge_bundle(bundle, oracle, runs, options, layouts, lowering=lowering, started=started, finished=finished)
 
 

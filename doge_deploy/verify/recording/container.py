@@ -117,7 +117,12 @@ class Container:
     infos: Mapping[str, TensorInfo] = field(repr=False)
 
     def read(self, digest: str, dtypes: tuple[str, ...], what: str) -> Array:
-        """A tensor by its hash, bfloat16 widened to float32.
+        """A tensor by its hash, bfloat16 widened to float32; see `stored`."""
+        dtype, stored = self.stored(digest, dtypes, what)
+        return _widened(stored, dtype)
+
+    def stored(self, digest: str, dtypes: tuple[str, ...], what: str) -> tuple[str, Array]:
+        """A tensor by its hash: its type, and its numbers, bfloat16 as bit patterns of uint16.
 
         Args:
             digest: its name.
@@ -142,8 +147,15 @@ class Container:
         if content_hash(dtype, info.shape, data) != digest:
             raise self.damaged(f"{what} was altered")
         stored = np.frombuffer(data, np.dtype("uint16" if dtype == "bfloat16" else dtype).newbyteorder("<"))
-        array: Array = stored.astype(stored.dtype.newbyteorder("=")).reshape(info.shape)
-        return _widened(array, dtype)
+        return dtype, stored.astype(stored.dtype.newbyteorder("=")).reshape(info.shape)
+
+    def check(self) -> None:
+        """Raises UnsupportedModelError where a tensor's bytes are not those of its hash."""
+        for digest, info in self.infos.items():
+            dtype = BY_TAG[info.dtype].name if info.dtype in BY_TAG else info.dtype
+            if dtype not in DTYPES or DTYPES[dtype].bits < 8:
+                raise self.damaged(f"a tensor is {dtype}")
+            self.stored(digest, (dtype,), "a tensor")
 
     def damaged(self, finding: str) -> UnsupportedModelError:
         """The error that says so."""
@@ -151,7 +163,7 @@ class Container:
 
 
 def read_container(path: Path, kind: str) -> Container:
-    """Open a file that `write_container` wrote; tensors are read when they are asked for.
+    """Open a file that `write_container` wrote, and check every byte; tensors are kept when they are asked for.
 
     Raises:
         UsageError: there is no such file.
@@ -173,4 +185,6 @@ def read_container(path: Path, kind: str) -> Container:
         document = json.loads(text, object_pairs_hook=no_duplicates, parse_constant=no_constant)
     except (ValueError, RecursionError) as error:
         raise UnsupportedModelError(f"{path} is damaged: its document is no JSON: {error}") from None
-    return Container(path, document, str(digest), infos)
+    container = Container(path, document, str(digest), infos)
+    container.check()
+    return container
