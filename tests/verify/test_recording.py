@@ -15,7 +15,7 @@ import pytest
 from bundles import broken_copy, edit_tensor, own_bundle, shared_bundle
 from engine_stand_ins import SHARED, held_runner
 from random_doge import SMALL_MOE, shared_doge
-from recordings import shared_recording
+from shared_recordings import shared_recording
 from sweeps import cases
 
 from doge_deploy.bundle.opening import Bundle, open_bundle
@@ -23,6 +23,7 @@ from doge_deploy.cli.main import run_command
 from doge_deploy.errors import DogeDeployError, MismatchError, UnsupportedModelError, UsageError
 from doge_deploy.runtime.trt.backend import TrtBackend
 from doge_deploy.runtime.trt.runner import TrtRunner
+from doge_deploy.serve.start import ServeOptions, judge
 from doge_deploy.verify.compare import Array, Distribution, divergences
 from doge_deploy.verify.recording import record as record_module
 from doge_deploy.verify.recording.container import Tensors, read_container, write_container
@@ -135,6 +136,27 @@ def test_it_judges_the_kernels() -> None:
     assert report.passed and "torch-kernels" in report.graphs["static"]
     selected = {result.case: result.selected for result in report.results}
     assert selected["window K=w+1"] == "exact"
+
+
+def test_export_writes_a_recording_too(small: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    arguments = ["export", str(small), "-o", str(tmp_path / "b"), "--record", str(tmp_path / "r")]
+    assert run_command(arguments) == 0
+    assert str(tmp_path / "r") in capfd.readouterr().out
+    assert verify(tmp_path / "b", recording=tmp_path / "r").passed
+
+
+def test_a_server_starts_with_what_passes_only(small: Path, tmp_path: Path) -> None:
+    sound, recording = shared_bundle(small), shared_recording(small, greedy_steps=4)
+    judge([sound], ServeOptions(recordings=(recording,)))
+    broken = broken_copy(
+        sound,
+        tmp_path / "b",
+        weights=lambda path: edit_tensor(path, "model.norm.weight", lambda tensor: tensor.mul_(1.01)),
+    )
+    with pytest.raises(MismatchError, match=r"weights, static/prefill"):
+        judge([broken], ServeOptions(recordings=(recording,)))
+    with pytest.raises(UsageError, match="2 recordings for 1 bundles"):
+        judge([sound], ServeOptions(recordings=(recording, recording)))
 
 
 # --- whom it judges

@@ -11,7 +11,7 @@ import onnx_ir as ir
 import pytest
 import torch
 from bundles import broken_copy, edit_tensor
-from recordings import shared_recording
+from shared_recordings import shared_recording
 from sweeps import cases
 
 from doge_deploy.bundle.opening import open_bundle

@@ -141,6 +141,7 @@ def _launch(
         grid=binding.grid(tile),
         threads=record.threads,
         shared_memory_bytes=record.shared_memory_bytes,
+        constants=dict(record.constants),
         arguments=tuple(arguments),
         memory_bytes=None if cost is None else cost.memory_bytes,
         flops=None if cost is None else cost.flops,

@@ -44,6 +44,8 @@ class Launch:
     """Of each program."""
     shared_memory_bytes: Bytes
     """Dynamic, of each program."""
+    constants: Mapping[str, str | int | float]
+    """What was compiled in; an interpreter needs them."""
     arguments: tuple[str | int, ...]
     """In the order of the kernel's parameters: the name of a value, or an int32."""
     memory_bytes: Bytes | None
