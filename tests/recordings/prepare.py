@@ -32,7 +32,11 @@ def one_percent(tensor: torch.Tensor) -> None:
 
 def edited(name: str, edit: Callable[[torch.Tensor], object]) -> Callable[[Path], None]:
     """A change of one tensor of a weight file."""
-    return lambda path: edit_tensor(path, name, lambda tensor: edit(tensor) and None)
+
+    def change(tensor: torch.Tensor) -> None:
+        edit(tensor)
+
+    return lambda path: edit_tensor(path, name, change)
 
 
 BROKEN: dict[str, tuple[str, Callable[[Path], None]]] = {

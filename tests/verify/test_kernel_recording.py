@@ -21,7 +21,7 @@ from doge_deploy.kernels.registry import installed
 from doge_deploy.kernels.samples import Model
 from doge_deploy.verify.compare import Array
 from doge_deploy.verify.kernels import record as record_module
-from doge_deploy.verify.kernels.device import CudaKernels, KernelDevice
+from doge_deploy.verify.kernels.device import CudaKernels, DeviceFaultError, KernelDevice
 from doge_deploy.verify.kernels.judge import KernelReport, lines, open_kernels, verify_kernels
 from doge_deploy.verify.kernels.record import record_kernels
 from doge_deploy.verify.kernels.samples import AttentionNode, ExpertsNode, samples
@@ -93,7 +93,7 @@ def test_what_was_recorded_passes_at_the_recorded_launch_parameters(recorded: Pa
 DAMAGE: dict[str, tuple[str, Callable[[torch.Tensor], None], str]] = {
     "one-number-of-the-output": ("doge::DynamicMaskAttendSelected", lambda t: t.view(-1)[3].add_(0.5), "output: max"),
     "nothing-written": ("doge::CDMoEExperts", lambda t: t.fill_(float("nan")), "NaN or infinite"),
-    "another-key": ("doge::DynamicMaskSelect", lambda t: t.view(-1)[0].add_(1), "numbers differ, the first at"),
+    "another-expert": ("doge::CDMoERoute", lambda t: t.view(-1)[0].add_(1), "expert_ids: 1 of 6 numbers differ"),
 }
 
 
@@ -101,13 +101,22 @@ DAMAGE: dict[str, tuple[str, Callable[[torch.Tensor], None], str]] = {
 def test_a_wrong_kernel_is_found(plugin: str, edit: Callable[[torch.Tensor], None], words: str, recorded: Path) -> None:
     def damage(launch: Launch, arguments: Sequence[Any]) -> None:
         if launch.plugin == plugin:
-            edit(arguments[-1])
+            # of experts the weights come last; a wrong list of keys would be read as addresses
+            edit(arguments[-2 if plugin == "doge::CDMoERoute" else -1])
 
     report = verify_kernels(recorded, Interpreted(damage))
     failures = [failure for result in report.results for failure in result.failures]
     assert any(words in failure for failure in failures), failures
     with pytest.raises(MismatchError, match="does not compute what"):
         report.require_passed()
+
+
+def test_a_device_that_stops_is_a_failure(recorded: Path) -> None:
+    def stop(launch: Launch, arguments: Sequence[Any]) -> None:
+        raise DeviceFaultError("CUDA_ERROR_ILLEGAL_ADDRESS")
+
+    report = verify_kernels(recorded, Interpreted(stop))
+    assert [result.failures for result in report.results] == [["the device stopped: CUDA_ERROR_ILLEGAL_ADDRESS"]] * 2
 
 
 def test_nothing_run_is_not_a_pass() -> None:

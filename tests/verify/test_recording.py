@@ -291,13 +291,13 @@ def test_a_recording_in_part_passes_and_finds_faults(sampled: tuple[Path, Path],
     broken = broken_copy(
         bundle,
         tmp_path / "b",
-        weights=lambda path: edit_tensor(path, "model.layers.0.self_attn.k_proj.weight.T", lambda t: t.mul_(1.001)),
+        weights=lambda path: edit_tensor(path, "model.layers.0.self_attn.v_proj.weight.T", lambda t: t.mul_(1.001)),
     )
     found = verify(broken, recording=recording)
     assert {"static/prefill", "static/decode", "static/window K=w+1"} <= set(found.failed_cases)
     (prefill,) = (result for result in found.results if result.case == "prefill")
-    (key,) = (quantity for quantity in prefill.quantities if quantity.name == "present.0.key")
-    assert not key.passed and len(key.difference.worst_index) == 4
+    (value,) = (quantity for quantity in prefill.quantities if quantity.name == "present.0.value")
+    assert not value.passed and len(value.difference.worst_index) == 4
 
 
 def test_the_worst_place_is_one_of_the_whole_tensor(

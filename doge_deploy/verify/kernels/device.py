@@ -7,7 +7,8 @@ https://docs.nvidia.com/cuda/cuda-driver-api (cuKernelSetAttribute).
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -20,6 +21,10 @@ FREE_SHARED_BYTES = 48 * 1024
 """Shared memory that a program may have without asking."""
 
 
+class DeviceFaultError(Exception):
+    """A kernel did what no device lets it do; nothing more can be run in this process."""
+
+
 class KernelDevice(ABC):
     """What the judge needs of a device."""
 
@@ -29,11 +34,19 @@ class KernelDevice(ABC):
 
     @abstractmethod
     def upload(self, array: Array) -> Any:
-        """Its bytes in fresh device memory."""
+        """Its bytes in fresh device memory.
+
+        Raises:
+            DeviceFaultError: a kernel before it went wrong, or there is not so much.
+        """
 
     @abstractmethod
     def download(self, memory: Any, like: Array) -> Array:
-        """Numbers of the type and shape of `like`, when all work so far is done."""
+        """Numbers of the type and shape of `like`, when all work so far is done.
+
+        Raises:
+            DeviceFaultError: a kernel before it went wrong.
+        """
 
     @abstractmethod
     def load(self, launch: Launch, ptx: bytes) -> Any:
@@ -45,7 +58,11 @@ class KernelDevice(ABC):
 
     @abstractmethod
     def launch(self, kernel: Any, launch: Launch, arguments: Sequence[Any]) -> None:
-        """Start it; `arguments` are device memory, and NumPy's int32 for numbers."""
+        """Start it; `arguments` are device memory, and NumPy's int32 for numbers.
+
+        Raises:
+            DeviceFaultError: it cannot be started.
+        """
 
     @abstractmethod
     def seconds(self, kernel: Any, launch: Launch, arguments: Sequence[Any], times: int) -> float:
@@ -77,17 +94,19 @@ class CudaKernels(KernelDevice):
 
     def upload(self, array: Array) -> Any:
         data = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
-        host = self._pinned.allocate(max(data.nbytes, 1))
-        np.from_dlpack(host).view(np.uint8)[: data.nbytes] = data
-        memory = self._device.allocate(max(data.nbytes, 1), stream=self._stream)
-        host.copy_to(memory, stream=self._stream)
-        self._stream.sync()  # the page-locked memory is given back
+        with _faults():
+            host = self._pinned.allocate(max(data.nbytes, 1))
+            np.from_dlpack(host).view(np.uint8)[: data.nbytes] = data
+            memory = self._device.allocate(max(data.nbytes, 1), stream=self._stream)
+            host.copy_to(memory, stream=self._stream)
+            self._stream.sync()  # the page-locked memory is given back
         return memory
 
     def download(self, memory: Any, like: Array) -> Array:
-        host = self._pinned.allocate(max(like.nbytes, 1))
-        memory.copy_to(host, stream=self._stream)
-        self._stream.sync()
+        with _faults():
+            host = self._pinned.allocate(max(like.nbytes, 1))
+            memory.copy_to(host, stream=self._stream)
+            self._stream.sync()
         data = np.from_dlpack(host).view(np.uint8)[: like.nbytes].copy()
         result: Array = data.view(like.dtype).reshape(like.shape)
         return result
@@ -110,7 +129,8 @@ class CudaKernels(KernelDevice):
             raise RuntimeError(f"{nbytes} bytes of shared memory: {status!r}")
 
     def launch(self, kernel: Any, launch: Launch, arguments: Sequence[Any]) -> None:
-        self._core.launch(self._stream, self._config(launch), kernel, *arguments)
+        with _faults():
+            self._core.launch(self._stream, self._config(launch), kernel, *arguments)
 
     def _config(self, launch: Launch) -> Any:
         return self._core.LaunchConfig(
@@ -141,6 +161,15 @@ class CudaKernels(KernelDevice):
         for _ in range(times):
             source.copy_to(target, stream=self._stream)
         return 2 * size * times / self._since(begin)
+
+
+@contextmanager
+def _faults() -> Iterator[None]:
+    """Errors of cuda.core, which have no common base of their own, as what they are here."""
+    try:
+        yield
+    except Exception as error:
+        raise DeviceFaultError(" ".join(str(error).split()) or type(error).__name__) from error
 
 
 def open_kernel_device(index: int = 0) -> CudaKernels:

@@ -15,7 +15,7 @@ from doge_deploy.diagnostics import join_findings
 from doge_deploy.errors import MismatchError, UnsupportedModelError
 from doge_deploy.kernels.interpreter import widen_bfloat16
 from doge_deploy.verify.compare import Array, difference
-from doge_deploy.verify.kernels.device import KernelDevice
+from doge_deploy.verify.kernels.device import DeviceFaultError, KernelDevice
 from doge_deploy.verify.kernels.schema import KIND, Expectation, KernelRecording, Launch, Node
 from doge_deploy.verify.recording.container import Container, read_container
 from doge_deploy.verify.tolerance import AllowedDifference
@@ -133,6 +133,14 @@ def verify_kernels(
 
 def _run(container: Container, node: Node, device: KernelDevice) -> NodeResult:
     result = NodeResult(node.name)
+    try:
+        _run_chain(container, node, device, result)
+    except DeviceFaultError as error:
+        result.failures.append(f"the device stopped: {error}")
+    return result
+
+
+def _run_chain(container: Container, node: Node, device: KernelDevice, result: NodeResult) -> None:
     hosts: dict[str, Array] = {}
     for name, value in node.values.items():
         data = value.data
@@ -145,12 +153,11 @@ def _run(container: Container, node: Node, device: KernelDevice) -> NodeResult:
         device.launch(*kernels[-1])
     for name, expected in node.expected.items():
         found = device.download(memories[name], hosts[name])
-        _compare(result, name, found, _expected(container, name, expected), expected, node.values[name].dtype)
-    if not result.failures:
-        for kernel, launch, arguments in kernels:
-            seconds = device.seconds(kernel, launch, arguments, TIMES)
-            result.times.append(KernelTime(launch.plugin, seconds * 1e6, launch.memory_bytes, launch.flops))
-    return result
+        wanted = container.stored(expected.data, _TYPES, name)[1]
+        _compare(result, name, found, wanted, expected, node.values[name].dtype)
+    for kernel, launch, arguments in kernels if not result.failures else ():
+        seconds = device.seconds(kernel, launch, arguments, TIMES)
+        result.times.append(KernelTime(launch.plugin, seconds * 1e6, launch.memory_bytes, launch.flops))
 
 
 def _fresh(dtype: str, shape: tuple[int, ...]) -> Array:
@@ -165,10 +172,6 @@ def _ptx(container: Container, launch: Launch) -> bytes:
     if hashlib.sha256(text).hexdigest() != launch.ptx_sha256:
         raise container.damaged(f"the PTX of {launch.plugin} is not the one that it says")
     return text
-
-
-def _expected(container: Container, name: str, expected: Expectation) -> Array:
-    return container.stored(expected.data, _TYPES, name)[1]
 
 
 def _compare(result: NodeResult, name: str, found: Array, wanted: Array, expected: Expectation, dtype: str) -> None:
