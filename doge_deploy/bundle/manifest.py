@@ -2,7 +2,7 @@
 
 manifest.json          what it is, where it came from, the hash of every other file
 model.onnx             the graph of the first layout; model.<layout>.onnx of a second one
-model.ort.onnx         the static graph lowered for ONNX Runtime's CPU provider, where that applies
+model.ort.onnx         the first graph lowered for ONNX Runtime's CPU provider, where that applies
 weights.safetensors    every weight once, external data of the graphs
 config.json, generation_config.json, tokenizer files: as they were in the checkpoint
 engines/<name>/        an engine that `doge-deploy build` made of the static graph, and what was found about it
@@ -45,6 +45,8 @@ class Lowered:
     """The oldest runtime that runs the file, where not every one that runs bundles does."""
     drops_keys: bool = False
     """The graph has the signature of `bundle.signature.windowed`: its runner drops keys that left the window."""
+    shares_buffers: bool = False
+    """Past and present of a growing graph may be the same buffers, see `bundle.signature.SHARES_BUFFERS`."""
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -53,6 +55,7 @@ class Lowered:
             "declined": dict(self.declined),
             "requires": self.requires,
             "drops_keys": self.drops_keys,
+            "shares_buffers": self.shares_buffers,
         }
 
 

@@ -102,6 +102,11 @@ def uncached_signature(facts: DogeFacts, task: str, *, dtype: str, max_length: i
     return Signature(UNCACHED, tuple(inputs), tuple(outputs))
 
 
+SHARES_BUFFERS = "doge_deploy.shares_buffers"
+"""In the metadata of a lowered growing graph: past and present may be the same buffers, with more slots than tokens,
+which are then counted by `attention_mask`.
+"""
+
 SLOT_INDICES = "slot_indices"
 SLOTS = "num_slots"
 

@@ -59,6 +59,7 @@ if TYPE_CHECKING:
 @click.option("--spin", type=click.IntRange(min=0), metavar="US", help="How long idle threads wait before they sleep.")
 @click.option("--backend", type=BackendName(), default=DEFAULT_BACKEND, show_default=True, help="What runs the bundle.")
 @click.option("--engine", metavar="NAME", help="Which engine, where the backend has several.")
+@click.option("--no-graph-cache", is_flag=True, help="Neither read nor write the cache of optimised graphs.")
 @click.option("--quiet", is_flag=True, help="No statistics and no notes on standard error.")
 def generate(
     bundle: Path,
@@ -71,6 +72,7 @@ def generate(
     spin: int | None,
     backend: str,
     engine: str | None,
+    no_graph_cache: bool,
     quiet: bool,
     **choices: Any,
 ) -> None:
@@ -95,6 +97,7 @@ def generate(
         "spin": spin,
         "backend": backend,
         "engine": engine,
+        "graph_cache": not no_graph_cache,
     }
     session = _Session(bundle, asked, runs, quiet)
     messages = [] if system is None else [{"role": "system", "content": system}]

@@ -35,6 +35,12 @@ def processor_name(root: Path = ROOT) -> str:
     return found[1].strip() if found else platform.processor() or platform.machine() or "unknown"
 
 
+def processor_features(root: Path = ROOT) -> tuple[str, ...]:
+    """What the processor can do beyond its architecture, as /proc/cpuinfo calls it; empty where that is not there."""
+    found = re.search(r"^(?:flags|Features)\s*: (.+)$", read_text(root / "proc/cpuinfo") or "", re.MULTILINE)
+    return tuple(sorted(found[1].split())) if found else ()
+
+
 def platform_name() -> str:
     """Operating system and processor as an engine's record has them: `linux-x86_64`, `linux-aarch64`."""
     machine = platform.machine().lower()

@@ -18,6 +18,7 @@ def open_backend(
     spin: int | None = None,
     flush_denormals: bool = False,
     engine: str | None = None,
+    graph_cache: bool = True,
 ) -> BundleRunner:
     """A runner of a bundle; the backend's library is loaded here and not before.
 
@@ -25,7 +26,7 @@ def open_backend(
         bundle: an opened bundle.
         backend: the name of an installed backend, such as `ort`, `trt` or `trt-rtx`.
         layout: the bundle's first that the backend runs, where None.
-        portable, threads, spin, flush_denormals, engine: see `SessionOptions`.
+        portable, threads, spin, flush_denormals, engine, graph_cache: see `SessionOptions`.
 
     Raises:
         UsageError: an option of one backend was given for another, or there is no such backend, layout or engine.
@@ -33,7 +34,7 @@ def open_backend(
         BrokenBundleError, UnsupportedModelError: the library refuses the graph or the engine.
     """
     found = find(backend)
-    options = SessionOptions(portable, threads, engine, flush_denormals, spin)
+    options = SessionOptions(portable, threads, engine, flush_denormals, spin, graph_cache)
     found.check_options(options)
     chosen = found.choose_layout(bundle, layout)
     found.require(bundle)

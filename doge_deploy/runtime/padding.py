@@ -35,6 +35,8 @@ class LeftPadded:
 def left_padded(input_ids: IntArray, lengths: IntArray) -> LeftPadded:
     """Move the `lengths[b]` real tokens of each row of `input_ids` `[B, Q]` to its right end."""
     width = input_ids.shape[1]
+    if np.all(lengths == width):
+        return LeftPadded(input_ids, np.broadcast_to(np.arange(width), input_ids.shape))
     source = np.arange(width) - (width - lengths[:, None])
     # Padding repeats the row's first token: any valid id will do.
     return LeftPadded(np.take_along_axis(input_ids, np.maximum(source, 0), axis=1), source)

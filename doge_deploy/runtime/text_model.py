@@ -72,6 +72,7 @@ class TextModel:
         spin: int | None = None,
         engine: str | None = None,
         flush_denormals: bool = False,
+        graph_cache: bool = True,
         defaults: TextChoices | None = None,
     ) -> None:
         """See `doge_deploy.load`, which takes the same and opens the backend too; here `open` does that, or the first
@@ -88,6 +89,7 @@ class TextModel:
             "spin": spin,
             "engine": engine,
             "flush_denormals": flush_denormals,
+            "graph_cache": graph_cache,
         }
         if TOKENIZER_FILE in self.manifest.files:
             _ = self.tokenizer

@@ -76,7 +76,10 @@ class GrammarCompiler:
         try:
             if kind in ("json_object", "json_schema"):
                 schema = '{"type": "object"}' if kind == "json_object" else text
-                grammar = LLMatcher.grammar_from_json_schema(schema)
+                # as json.dumps writes it: where blanks are free, a small model may write nothing but blanks to the end
+                grammar = LLMatcher.grammar_from_json_schema(
+                    schema, defaults={"item_separator": ", ", "key_separator": ": ", "whitespace_flexible": False}
+                )
             elif kind == "regex":
                 grammar = LLMatcher.grammar_from_regex(text)
             elif kind == "choice":

@@ -151,14 +151,16 @@ def open_served(paths: Sequence[Path], options: ServeOptions) -> Served:
             runner = open_backend(
                 bundle, options.backend, threads=options.threads, spin=options.spin, engine=options.engine
             )
-            features[name] = FeatureModel(name, bundle, runner)
+            features[name] = FeatureModel(name, bundle, runner, options.limits.queue_requests)
+            metrics.watch_features(name, features[name])
             continue
         if task != "causal-lm":
             raise UsageError(f"{bundle.path} is a bundle for task={task}; causal-lm and features can be served")
         inboxes[name] = Inbox(name, metrics)
         texts[name] = open_text(bundle, name, options, inboxes[name].deliver)
         metrics.watch(name, texts[name].engine.scheduler)
-    return Served(texts, features, metrics, inboxes)
+    runs_on = {"backend": options.backend, "engine": options.engine, "threads": options.threads}
+    return Served(texts, features, metrics, inboxes, runs_on=runs_on)
 
 
 def open_text(bundle: Bundle, name: str, options: ServeOptions, deliver: Deliver) -> ServedText:
@@ -292,6 +294,8 @@ def _make_server(config: uvicorn.Config, served: Served, drain_seconds: float) -
                 await asyncio.sleep(0.05)
             for inbox in served.inboxes.values():
                 inbox.fail("the server is shutting down")
+            for model in served.features.values():
+                model.stop()
             deadline = perf_counter() + _FLUSH_SECONDS
             while served.working and perf_counter() < deadline:
                 await asyncio.sleep(0.05)

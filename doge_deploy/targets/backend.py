@@ -67,6 +67,8 @@ class SessionOptions:
     """A hint: numbers below 1.2e-38 may count as zero."""
     spin: int | None = None
     """Microseconds that an idle CPU thread waits for work before it sleeps; the backend's own choice where None."""
+    graph_cache: bool = True
+    """A hint: what a library makes of a graph when it loads it may be kept on disk for the next time."""
 
     def given(self) -> dict[str, Any]:
         """The options that a user gave, by name; hints are not among them."""
@@ -77,7 +79,7 @@ class SessionOptions:
         }
 
 
-HINTS = frozenset({"flush_denormals"})
+HINTS = frozenset({"flush_denormals", "graph_cache"})
 """Options that a backend may ignore without a word."""
 
 

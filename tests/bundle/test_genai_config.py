@@ -77,7 +77,9 @@ def test_search(generation_config: dict[str, Any] | None, expected: dict[str, An
 
 def test_it_is_in_bundles_with_a_growing_graph(tiny_bundle: Path) -> None:
     written = json.loads((tiny_bundle / "genai_config.json").read_text())
-    assert written["model"]["decoder"]["filename"] == open_bundle(tiny_bundle).layout("growing").file
+    lowered = open_bundle(tiny_bundle).layout("growing").lowered["ort"]
+    assert written["model"]["decoder"]["filename"] == lowered.file == "model.growing.ort.onnx"
+    assert written["search"]["past_present_share_buffer"] is lowered.shares_buffers is True
     assert "genai_config.json" in open_bundle(tiny_bundle).manifest.files
 
 

@@ -21,7 +21,8 @@ def compare(
     run: Callable[[Path, dict[str, Any]], Rows],
     section: str,
     *,
-    only: Callable[[dict[str, Any]], bool] = lambda case: True,
+    only: Callable[[dict[str, Any]], bool] = lambda case: not case["quantized"],
+    files: Callable[[dict[str, Any]], list[str]] = lambda case: [case["file"]],
     bundle: str = EXAMPLE,
     language: str = "python",
     example: Callable[[str, dict[str, Any]], bool] | None = None,
@@ -31,7 +32,9 @@ def compare(
     Args:
         run: called with a bundle and its entry of expected.json; returns the tokens that follow each prompt.
         section: of docs/interop.md, whose example is run too.
-        only: called with an entry of expected.json; false for a case that this client cannot run.
+        only: called with an entry of expected.json; false for a case that this client cannot run, or whose standard
+            graph it would run where weights are quantized: `generate` runs the lowered one, which rounds states too.
+        files: called likewise; the graphs to run, one after the other, each as the "file" of the entry.
         bundle: the case whose bundle the example is run on.
         language: of the example.
         example: called with the example and the entry of its bundle; true where it makes the right tokens. Where None,
@@ -43,12 +46,16 @@ def compare(
     for name, case in expected.items():
         if not only(case):
             continue
-        for row, (found, wanted) in enumerate(zip(run(directory / name, case), case["tokens"], strict=True)):
-            agreeing = len(list(takewhile(lambda pair: pair[0] == pair[1], zip(found, wanted, strict=False))))
-            print(f"{name} row {row}: {agreeing} of {len(wanted)} tokens as doge-deploy generate", flush=True)
-            if found != wanted:
-                failed = True
-                print(f"  found  {found}\n  wanted {wanted}")
+        for file in files(case):
+            made = run(directory / name, {**case, "file": file})
+            for row, (found, wanted) in enumerate(zip(made, case["tokens"], strict=True)):
+                agreeing = len(list(takewhile(lambda pair: pair[0] == pair[1], zip(found, wanted, strict=False))))
+                print(
+                    f"{name} {file} row {row}: {agreeing} of {len(wanted)} tokens as doge-deploy generate", flush=True
+                )
+                if found != wanted:
+                    failed = True
+                    print(f"  found  {found}\n  wanted {wanted}")
     code = code_of(section, language).replace("build/doge-tiny", str(directory / bundle))
     same = (example or prints_the_text)(code, expected[bundle])
     print(f"the example of docs/interop.md prints {'the' if same else 'another'} text", flush=True)

@@ -36,4 +36,9 @@ def check_tokenizer(model: genai.Model, case: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
-    compare(run, "onnxruntime-genai")
+    compare(
+        run,
+        "onnxruntime-genai",
+        only=lambda case: True,
+        files=lambda case: [case["lowered"] or case["file"]],  # what genai_config.json names
+    )

@@ -24,4 +24,12 @@ def run(bundle: Path, case: dict[str, Any]) -> Rows:
 
 
 if __name__ == "__main__":
-    compare(run, "optimum")
+    compare(
+        run,
+        "optimum",
+        only=lambda case: True,
+        files=lambda case: [
+            *([case["lowered"]] if case["lowered"] else []),
+            *([] if case["quantized"] else [case["file"]]),
+        ],
+    )

@@ -3,8 +3,8 @@
     python tests/interop/prepare.py OUT
 
 Writes OUT/<case>, bundles, and OUT/expected.json:
-`{"<case>": {"file": "model.onnx", "inlined": whether it has no local functions, "prompts": [[ids], ...],
-"tokens": [[64 ids], ...], "text": ... or null}}`.
+`{"<case>": {"file": "model.onnx", "lowered": "model.ort.onnx" or null, "quantized": whether weights are, "inlined":
+whether it has no local functions, "prompts": [[ids], ...], "tokens": [[64 ids], ...], "text": ... or null}}`.
 """
 
 from __future__ import annotations
@@ -34,6 +34,8 @@ CASES: dict[str, tuple[str, tuple[str, ...], int]] = {
     # model, options of export, rows of the batch; with rows of different length all logits are needed by genai
     "dense": ("doge-tiny", ("--logits", "all"), 2),
     "dense-last-logits": ("doge-tiny", (), 1),
+    "dense-int8": ("doge-tiny", ("--quantize", "int8", "--logits", "all"), 2),
+    "dense-int4": ("doge-tiny", ("--quantize", "int4"), 1),
     "dense-fp16": ("doge-tiny", ("--dtype", "fp16"), 1),
     "both-layouts": ("doge-tiny", ("--kv-cache", "static"), 1),
     "moe": ("doge-tiny-moe", (), 1),
@@ -82,8 +84,11 @@ def expected(bundle_path: Path, rows: int) -> dict[str, Any]:
     if prompts[:1] == written[:1]:
         text = command_text(bundle_path)
         assert text == decoded(bundle_path, tokens[0]), "the command prints other tokens"
+    layout = bundle.layout("growing")
     return {
-        "file": bundle.layout("growing").file,
+        "file": layout.file,
+        "lowered": layout.lowered["ort"].file,
+        "quantized": bundle.manifest.options.quantize is not None,
         "inlined": bundle.manifest.options.inline_functions,
         "prompts": prompts,
         "tokens": tokens,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import socket
 import threading
 import time
@@ -20,6 +21,7 @@ from servers import NAME, Running, SlowSlots, of_bundle, running, scripted
 from doge_deploy.bundle.opening import open_bundle
 from doge_deploy.runtime.backend import open_backend
 from doge_deploy.runtime.generate import GenerationOptions, TextGenerator
+from doge_deploy.serve.http import schemas
 from doge_deploy.serve.scheduler import Limits
 from doge_deploy.text.tokenizer import Tokenizer
 
@@ -416,6 +418,7 @@ class TestIllegal:
 
     def test_neutral_values_are_accepted(self, server: Running) -> None:
         neutral = {"n": 1, "logit_bias": {}, "user": "u", "metadata": {"a": "b"}, "best_of": 1, "suffix": None}
+        neutral |= {"safety_identifier": "s", "prompt_cache_key": "k"}
         assert server.complete("a", max_tokens=1, **neutral)["choices"]
         chat = {"tools": [], "tool_choice": "none", "store": False, "response_format": {"type": "text"}}
         assert server.post("/v1/chat/completions", messages=MESSAGES, max_tokens=1, **chat)["choices"]
@@ -444,6 +447,7 @@ class TestPrompts:
         [
             ("{{ raise_exception('only user and assistant') }}", "only user and assistant"),
             ("{{ messages[0].nothing.more }}", "chat template"),
+            ("{% for a in range(9999) %}{% for b in range(9999) %}{% endfor %}{% endfor %}", "more than"),
         ],
     )
     def test_a_template_that_refuses(self, tiny_bundle: Path, tmp_path: Path, template: str, said: str) -> None:
@@ -452,8 +456,8 @@ class TestPrompts:
         model = served.texts[NAME]
         model.tokenizer = Tokenizer(model.tokenizer._backend, {}, template, tmp_path)
         with running(served) as server:
-            response = server.client.post("/v1/chat/completions", json={"messages": MESSAGES})
-            assert response.status_code in (400, 500) and said in response.json()["error"]["message"]
+            error = server.post("/v1/chat/completions", 400, messages=MESSAGES)["error"]
+            assert said in error["message"] and error["param"] == "messages"
 
 
 class TestAdmission:
@@ -507,7 +511,9 @@ class TestSecurity:
             headers = {"Authorization": "Bearer right"}
             assert server.client.post("/v1/completions", json={"prompt": [7]}, headers=headers).status_code == 200
             assert server.client.get("/metrics").status_code == 401
-            assert [server.client.get(path).status_code for path in ("/health", "/ready", "/")] == [200] * 3
+            parts = re.findall(r'(?:src|href)="(/page/[^"]+)"', server.client.get("/").text)
+            opened = ["/health", "/ready", "/", *parts]  # the page asks for the key itself
+            assert len(parts) == 2 and {server.client.get(path).status_code for path in opened} == {200}
 
     def test_a_request_has_an_id(self, server: Running) -> None:
         assert server.client.get("/health").headers["x-request-id"]
@@ -551,6 +557,27 @@ class TestMetrics:
         text = server.client.get("/metrics").text
         for name in self.NAMES:
             assert f"\ndoge_{name}{{" in text, name
+
+
+class TestShapes:
+    """What `/openapi.json` says of answers is what they are."""
+
+    def test_each_answer_is_as_documented(self, server: Running) -> None:
+        paths = server.client.get("/openapi.json").json()["paths"]
+        documented = {
+            path: "application/json" in post["post"]["responses"]["200"]["content"]
+            for path, post in paths.items()
+            if "post" in post
+        }
+        assert documented and all(documented.values())
+        for options in ({}, {"logprobs": True, "top_logprobs": 2}):
+            answer = server.post("/v1/chat/completions", messages=MESSAGES, max_tokens=3, **options)
+            schemas.ChatCompletion.model_validate(answer)
+        for options in ({}, {"logprobs": 2, "echo": False}):
+            schemas.Completion.model_validate(server.complete("a", max_tokens=3, **options))
+        schemas.ErrorAnswer.model_validate(server.post("/v1/completions", 400, prompt=5))
+        schemas.Tokens.model_validate(server.post("/tokenize", prompt="a"))
+        schemas.ModelList.model_validate(server.client.get("/v1/models").json())
 
 
 class TestModels:
@@ -605,21 +632,20 @@ class TestGuided:
             data = json.loads(found["text"])
             assert isinstance(data["ok"], bool) and data["n"] in (1, 2)
 
-
-def test_embeddings(features_bundle: Path) -> None:
-    with running(of_bundle(features_bundle, names=("features",))) as server:
-        answer = server.post("/v1/embeddings", input=["a cat", "a dog", "x = 1"])
-        vectors = [row["embedding"] for row in answer["data"]]
-        assert all(math.isclose(sum(x * x for x in vector), 1, rel_tol=1e-5) for vector in vectors)
-        again = server.post("/v1/embeddings", input="a cat", encoding_format="base64")
-        import base64
-
-        import numpy as np
-
-        np.testing.assert_array_equal(
-            np.frombuffer(base64.b64decode(again["data"][0]["embedding"]), "<f4"), np.array(vectors[0], np.float32)
-        )
-        assert server.post("/v1/completions", 404, prompt="a", model="features")["error"]["code"] == "model_not_found"
+    @pytest.mark.parametrize("seed", range(4))
+    def test_json_is_on_one_line(self, server: Running, seed: int) -> None:
+        """Where blanks are free, a small model writes blanks until its text is full."""
+        schema = {
+            "type": "object",
+            "properties": {"a": {"type": "boolean"}, "b": {"type": "array", "items": {"enum": [1]}, "maxItems": 2}},
+            "required": ["a", "b"],
+            "additionalProperties": False,
+        }
+        form = {"type": "json_schema", "json_schema": {"name": "s", "schema": schema}}
+        options = {"messages": MESSAGES, "max_tokens": 60, "temperature": 1.0, "top_k": 0, "seed": seed}
+        found = server.post("/v1/chat/completions", **options, response_format=form)["choices"][0]
+        text = found["message"]["content"]
+        assert found["finish_reason"] == "stop" and text == json.dumps(json.loads(text))
 
 
 def test_threads_end_with_the_server(tiny_bundle: Path) -> None:

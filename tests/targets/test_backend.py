@@ -193,7 +193,7 @@ def test_what_a_backend_lowers_is_in_the_bundle(
     manifest = open_bundle(path).manifest
     assert {name: set(layout.lowered) for name, layout in manifest.layouts.items()} == {
         "static": {"ort"},
-        "growing": {"toy"},
+        "growing": {"ort", "toy"},
     }
     assert "model.toy.txt" in manifest.files
 

@@ -34,7 +34,7 @@ class OrtBackend(Backend["OrtRunner"]):
         ),
     )
     layouts = (*LAYOUTS, UNCACHED)
-    lowers = ("static",)
+    lowers = LAYOUTS
     session_options = frozenset({"portable", "threads", "spin"})
     runs_graphs = True
     shows_selections = True
@@ -55,6 +55,7 @@ class OrtBackend(Backend["OrtRunner"]):
             flush_denormals=options.flush_denormals,
             portable=options.portable,
             model=graph,
+            cache=options.graph_cache,
         )
 
     def runs(self, layout: Layout, options: SessionOptions) -> str:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 from doge_deploy.bundle.opening import Bundle
-from doge_deploy.bundle.signature import SLOT_INDICES, UNCACHED
+from doge_deploy.bundle.signature import SHARES_BUFFERS, SLOT_INDICES, UNCACHED
 from doge_deploy.devices.packages import require_graph_packages
 from doge_deploy.runtime.memory import check_memory
+from doge_deploy.runtime.ort.graph_cache import open_cached
+from doge_deploy.runtime.ort.growing import InPlaceGrowingOrtRunner
 from doge_deploy.runtime.ort.runners import GrowingOrtRunner, OrtRunner, StaticOrtRunner, UncachedOrtRunner
 from doge_deploy.runtime.ort.session import graph_file, open_session
 from doge_deploy.runtime.ort.window import WindowOrtRunner
@@ -24,6 +27,7 @@ def open_runner(
     model: bytes | None = None,
     portable: bool = False,
     profile: Path | None = None,
+    cache: bool = True,
 ) -> OrtRunner:
     """A runner of one layout of a bundle.
 
@@ -34,6 +38,7 @@ def open_runner(
         flush_denormals: see `open_session`; without effect where keys are left out, which scores of any size decide.
         model: a changed graph of that layout to run instead of the bundle's file; extra outputs are allowed.
         portable: run the standard graph where the bundle also holds one lowered for ONNX Runtime.
+        cache: take the optimised graph from `graph_cache`, or put it there.
 
     Raises:
         UsageError: the bundle has no such layout.
@@ -42,7 +47,8 @@ def open_runner(
     """
     chosen = bundle.layout(layout)
     check_memory(bundle, chosen)
-    source: Path | bytes = bundle.path / graph_file(chosen, portable=portable) if model is None else model
+    file = graph_file(chosen, portable=portable)
+    source: Path | bytes = bundle.path / file if model is None else model
     if bundle.manifest.dtype == "bfloat16":
         require_graph_packages("a bfloat16 bundle on the CPU")
         from doge_deploy.targets.ort import widen_bfloat16
@@ -51,12 +57,20 @@ def open_runner(
     manifest = bundle.manifest
     facts = manifest.facts
     flush = flush_denormals and not facts.keep_window(manifest.max_length)
-    session = open_session(source, bundle.path, threads=threads, spin=spin, flush_denormals=flush, profile=profile)
+    opened = partial(
+        open_session, folder=bundle.path, threads=threads, spin=spin, flush_denormals=flush, profile=profile
+    )
+    if cache and profile is None and source == bundle.path / file:
+        session = open_cached(bundle, file, {"flush_denormals": str(flush)}, opened)
+    else:
+        session = opened(source)
     if chosen.signature.layout == UNCACHED:
         return UncachedOrtRunner(session, chosen, manifest.max_length, facts.pad_token_id)
     last = manifest.last_logits
     if chosen.signature.layout == "growing":
-        return GrowingOrtRunner(session, chosen, max_length=manifest.max_length, last=last)
+        in_place = SHARES_BUFFERS in session.get_modelmeta().custom_metadata_map
+        growing = InPlaceGrowingOrtRunner if in_place else GrowingOrtRunner
+        return growing(session, chosen, max_length=manifest.max_length, last=last)
     whole, angles = bool(manifest.whole_calls), ChangingAngles.in_bundle(manifest)
     if any(value.name == SLOT_INDICES for value in session.get_inputs()):
         return WindowOrtRunner(

@@ -64,8 +64,8 @@ class OrtRunner(BundleRunner):
 
     def _bind_rope(self, binding: Any) -> None:
         if self._rope:
-            binding.bind_ortvalue_input(PAST_ROPE, _wrap(self._rope[PAST_ROPE]))
-            binding.bind_ortvalue_output(PRESENT_ROPE, _wrap(self._rope[PRESENT_ROPE]))
+            binding.bind_ortvalue_input(PAST_ROPE, wrap(self._rope[PAST_ROPE]))
+            binding.bind_ortvalue_output(PRESENT_ROPE, wrap(self._rope[PRESENT_ROPE]))
 
     def _note_rope(self) -> None:
         """After a call: what it gave is what the next one gets."""
@@ -175,7 +175,7 @@ class StaticOrtRunner(OrtRunner, RowsRunner):
         if calls is None:
             calls = self._calls[first, rows] = _Calls(self.session.io_binding())
             for past, present in self.past:
-                value = _wrap(self._buffers[present][row_range(first, rows)])
+                value = wrap(self._buffers[present][row_range(first, rows)])
                 calls.binding.bind_ortvalue_input(past, value)
                 calls.binding.bind_ortvalue_output(present, value)
             self._bind_rope(calls.binding)
@@ -187,7 +187,7 @@ class StaticOrtRunner(OrtRunner, RowsRunner):
                 if name in self._shapes
             }
             for name, array in calls.inputs.items():
-                calls.binding.bind_ortvalue_input(name, _wrap(array))
+                calls.binding.bind_ortvalue_input(name, wrap(array))
             calls.memory = None
         self._bind_logits(calls, rows, width)
         return calls
@@ -200,7 +200,7 @@ class StaticOrtRunner(OrtRunner, RowsRunner):
             self._memory = np.zeros(size, self._memory.dtype)
         if calls.memory is not self._memory:
             calls.memory, calls.logits = self._memory, self._memory[:size].reshape(shape)
-            calls.binding.bind_ortvalue_output("logits", _wrap(calls.logits))
+            calls.binding.bind_ortvalue_output("logits", wrap(calls.logits))
 
     @property
     def _piece(self) -> int:
@@ -284,7 +284,7 @@ class StaticOrtRunner(OrtRunner, RowsRunner):
         }
 
 
-def _wrap(array: np.ndarray[Any, Any]) -> Any:
+def wrap(array: np.ndarray[Any, Any]) -> Any:
     """An OrtValue on the array's own memory."""
     import onnxruntime
 
@@ -302,7 +302,7 @@ class GrowingOrtRunner(OrtRunner):
         self._binding = self.session.io_binding()
         self._reset_rope()
         empty = {"batch_size": batch_size, "past_sequence_length": 0}
-        self._values = {present: _wrap(self._zeros(past, **empty)) for past, present in self.past}
+        self._values = {present: wrap(self._zeros(past, **empty)) for past, present in self.past}
         self.real = np.zeros((batch_size, 0), bool)
 
     def _run(self, input_ids: IntArray, lengths: IntArray) -> FloatArray:
@@ -342,8 +342,12 @@ class GrowingOrtRunner(OrtRunner):
     def cache(self) -> dict[str, list[FloatArray]]:
         return {
             name: [rows[b][:, real[len(real) - rows.shape[2] :]] for b, real in enumerate(self.real)]
-            for name, rows in ((name, value.numpy()) for name, value in self._values.items())
+            for name, rows in self._held().items()
         }
+
+    def _held(self) -> dict[str, np.ndarray[Any, Any]]:
+        """The present tensors of the last call, `[B, Hkv, K, D]`."""
+        return {name: value.numpy() for name, value in self._values.items()}
 
 
 _NUMPY_DTYPES = {f"tensor({DTYPES[name].onnx.lower()})": np.dtype(name) for name in ("float32", "float16", "int64")}

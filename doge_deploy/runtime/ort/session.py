@@ -24,6 +24,8 @@ are in docs/benchmarks.md.
 """
 
 _FLUSH = "session.set_denormal_as_zero"
+_SAVED_WEIGHTS = "session.optimized_model_external_initializers_file_name"
+_SMALLEST_SAVED = "session.optimized_model_external_initializers_min_size_in_bytes"
 _EXTERNAL_FOLDER = "session.model_external_initializers_file_folder_path"
 
 
@@ -35,6 +37,8 @@ def open_session(
     spin: int | None = None,
     flush_denormals: bool = False,
     profile: Path | None = None,
+    optimised: bool = False,
+    save_to: Path | None = None,
 ) -> onnxruntime.InferenceSession:
     """An ONNX Runtime session on the CPU provider.
 
@@ -48,6 +52,8 @@ def open_session(
             key that a token may not see into such a number, on which processors of Intel are slow. ONNX Runtime sets
             the calling thread too, for good, if this is the first session of the process.
         profile: record the time of every operator; `end_profiling` of the session writes a file of this name and more.
+        optimised: the graph is what `save_to` wrote; it is taken as it is.
+        save_to: where to write the graph as ONNX Runtime optimised it, with its weights in a file beside it.
 
     Raises:
         MissingDependencyError: ONNX Runtime is not installed, or there is no memory for the graph.
@@ -69,6 +75,12 @@ def open_session(
         options.add_session_config_entry(_FLUSH, "1")
     if profile is not None:
         options.enable_profiling, options.profile_file_prefix = True, str(profile)
+    if optimised:
+        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    if save_to is not None:
+        options.optimized_model_filepath = str(save_to)
+        options.add_session_config_entry(_SAVED_WEIGHTS, f"{save_to.stem}.weights")
+        options.add_session_config_entry(_SMALLEST_SAVED, "1024")
     if isinstance(model, bytes):
         options.add_session_config_entry(_EXTERNAL_FOLDER, str(folder))
     source = model if isinstance(model, bytes) else str(model)

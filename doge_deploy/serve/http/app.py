@@ -16,15 +16,27 @@ from fastapi import FastAPI, Request
 from fastapi.responses import FileResponse, JSONResponse, PlainTextResponse, Response
 from prometheus_client import generate_latest
 from prometheus_client.exposition import CONTENT_TYPE_LATEST
+from pydantic import BaseModel
 
 from doge_deploy import __version__
-from doge_deploy.serve.http import errors
+from doge_deploy.serve.http import errors, schemas
 from doge_deploy.serve.http.embeddings import FeatureModel, encoded
 from doge_deploy.serve.http.errors import ApiError
-from doge_deploy.serve.http.generation import ChatForm, TextForm, answer, new_name, plan_chat, plan_completion, rendered
+from doge_deploy.serve.http.generation import (
+    CLOSED_REQUEST,
+    ChatForm,
+    TextForm,
+    answer,
+    new_name,
+    plan_chat,
+    plan_completion,
+    rendered,
+    unless_gone,
+)
 from doge_deploy.serve.http.inbox import Inbox
 from doge_deploy.serve.http.metrics import Metrics
 from doge_deploy.serve.http.requests import ChatBody, CompletionBody, DetokenizeBody, EmbeddingBody, TokenizeBody
+from doge_deploy.serve.http.schemas import ErrorAnswer
 from doge_deploy.serve.http.security import MAX_BODY_BYTES, MAX_HELD_BYTES, Gate
 from doge_deploy.serve.model import ServedText
 
@@ -49,6 +61,8 @@ class Served:
     created: int = field(default_factory=lambda: int(time.time()))
     draining: bool = False
     """No new work is taken; what runs is finished."""
+    runs_on: Mapping[str, str | int | None] = field(default_factory=dict)
+    """For people: backend, engine, threads."""
     working: int = 0
     """Requests for texts and embeddings that are being answered, from their first byte to the last of the answer."""
 
@@ -121,6 +135,8 @@ def create_app(
                 inbox.fail("the server was stopped")
             for model in served.texts.values():
                 await asyncio.to_thread(model.engine.stop, 10)
+            for feature in served.features.values():
+                feature.stop()
             pool.shutdown(wait=False, cancel_futures=True)
 
     app = FastAPI(
@@ -130,7 +146,12 @@ def create_app(
         lifespan=life,
         docs_url=None,
         redoc_url=None,
-        responses={400: {"description": "The request is not legal; the error names the field."}},
+        responses={
+            400: {"description": "The request is not legal; the error names the field.", "model": ErrorAnswer},
+            401: {"description": "An API key is needed.", "model": ErrorAnswer},
+            413: {"description": "The body is too large.", "model": ErrorAnswer},
+            500: {"description": "A fault of the model or of the server.", "model": ErrorAnswer},
+        },
     )
     errors.install(app)
     _add_operations(app, served, offload)
@@ -144,49 +165,60 @@ def create_app(
 
 def _add_generation(app: FastAPI, served: Served, offload: Any) -> None:
     busy: dict[int | str, dict[str, Any]] = {
-        404: {"description": "No such model."},
-        429: {"description": "Too many requests are waiting; try again after Retry-After seconds."},
-        503: {"description": "The server is shutting down."},
+        404: {"description": "No such model.", "model": ErrorAnswer},
+        429: {
+            "description": "Too many requests are waiting; try again after Retry-After seconds.",
+            "model": ErrorAnswer,
+        },
+        503: {"description": "The server is shutting down.", "model": ErrorAnswer},
     }
 
-    @app.post("/v1/chat/completions", responses=busy)
+    def answers(model: type[BaseModel], content: dict[str, Any] | None = None) -> dict[int | str, dict[str, Any]]:
+        return {200: {"model": model, "content": content or {}}, **busy}
+
+    @app.post("/v1/chat/completions", responses=answers(schemas.ChatCompletion, schemas.EVENTS))
     async def chat(body: ChatBody, http: Request) -> Response:
         """The answer to a conversation, whole or as a stream of server-sent events."""
         model = served.text(body.model)
         plan = await plan_chat(body, model, new_name("chatcmpl"), offload)
         return await answer(plan, ChatForm(), served.inboxes[model.name], http)
 
-    @app.post("/v1/completions", responses=busy)
+    @app.post("/v1/completions", responses=answers(schemas.Completion, schemas.EVENTS))
     async def completions(body: CompletionBody, http: Request) -> Response:
         """The continuation of texts or of token ids."""
         model = served.text(body.model)
         plan = await plan_completion(body, model, new_name("cmpl"), offload)
         return await answer(plan, TextForm(), served.inboxes[model.name], http)
 
-    @app.post("/v1/embeddings", responses=busy)
-    async def embeddings(body: EmbeddingBody) -> JSONResponse:
+    @app.post("/v1/embeddings", responses=answers(schemas.Embeddings))
+    async def embeddings(body: EmbeddingBody, http: Request) -> Response:
         """A vector for each text, of a bundle that was exported with `--task features`."""
         model = served.feature(body.model)
-
-        def work() -> tuple[list[Any], int]:
-            texts = [model.encode(text) for text in body.texts]
-            return [encoded(model.embed(ids), body.encoding_format) for ids in texts], sum(map(len, texts))
-
-        vectors, tokens = await offload(work)
-        data = [{"object": "embedding", "index": i, "embedding": vector} for i, vector in enumerate(vectors)]
+        texts = await offload(lambda: [model.encode(text) for text in body.texts])
+        vectors = await unless_gone(model.embed_all(texts), http)
+        if vectors is None:
+            return Response(status_code=CLOSED_REQUEST)
+        tokens, form = sum(map(len, texts)), body.encoding_format
+        data = [{"object": "embedding", "index": i, "embedding": encoded(one, form)} for i, one in enumerate(vectors)]
         usage = {"prompt_tokens": tokens, "total_tokens": tokens}
         return JSONResponse({"object": "list", "data": data, "model": model.name, "usage": usage})
 
 
 def _add_operations(app: FastAPI, served: Served, offload: Any) -> None:
-    unknown: dict[int | str, dict[str, Any]] = {404: {"description": "No such model."}}
+    unknown: dict[int | str, dict[str, Any]] = {404: {"description": "No such model.", "model": ErrorAnswer}}
 
-    @app.get("/health")
+    @app.get("/health", responses={200: {"model": schemas.Health}})
     async def health() -> dict[str, str]:
         """The process answers."""
         return {"status": "ok"}
 
-    @app.get("/ready", responses={503: {"description": "No work is taken now."}})
+    @app.get(
+        "/ready",
+        responses={
+            200: {"model": schemas.Readiness},
+            503: {"description": "No work is taken now.", "model": schemas.Readiness},
+        },
+    )
     async def ready() -> JSONResponse:
         """Whether work is taken."""
         state = "ready" if served.ready else "draining" if served.draining else "failed"
@@ -197,17 +229,17 @@ def _add_operations(app: FastAPI, served: Served, offload: Any) -> None:
         """Prometheus metrics."""
         return Response(generate_latest(served.metrics.registry), media_type=CONTENT_TYPE_LATEST)
 
-    @app.get("/v1/models")
+    @app.get("/v1/models", responses={200: {"model": schemas.ModelList}})
     async def models() -> dict[str, Any]:
         """The models of this server."""
         return {"object": "list", "data": [_card(served, model) for model in _all(served)]}
 
-    @app.get("/v1/models/{name:path}", responses=unknown)
+    @app.get("/v1/models/{name:path}", responses={200: {"model": schemas.ModelCard}, **unknown})
     async def model(name: str) -> dict[str, Any]:
         """One model."""
         return _card(served, served.any(name))
 
-    @app.post("/tokenize", responses=unknown)
+    @app.post("/tokenize", responses={200: {"model": schemas.Tokens}, **unknown})
     async def tokenize(body: TokenizeBody) -> dict[str, Any]:
         """Token ids of a text or of a conversation."""
         found = served.any(body.model)
@@ -222,7 +254,7 @@ def _add_operations(app: FastAPI, served: Served, offload: Any) -> None:
         ids = await offload(work)
         return {"tokens": ids, "count": len(ids), "max_model_len": found.max_length}
 
-    @app.post("/detokenize", responses=unknown)
+    @app.post("/detokenize", responses={200: {"model": schemas.Detokenized}, **unknown})
     async def detokenize(body: DetokenizeBody) -> dict[str, str]:
         """The text of token ids, special tokens included."""
         found = served.any(body.model)
@@ -269,6 +301,10 @@ def _card(served: Served, model: ServedText | FeatureModel) -> dict[str, Any]:
             "tool": dict(manifest.tool),
             "warnings": list(manifest.warnings),
             "all_logits": isinstance(model, ServedText) and model.all_logits,
+            "weights": manifest.options.quantize or manifest.options.dtype,
+            "layouts": list(manifest.layouts),
+            "lowered": sorted({name for layout in manifest.layouts.values() for name in layout.lowered}),
+            **served.runs_on,
         },
     }
 

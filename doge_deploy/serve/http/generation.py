@@ -7,7 +7,7 @@ import contextlib
 import secrets
 import time
 from abc import ABC, abstractmethod
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -311,16 +311,8 @@ async def answer(plan: Plan, form: Form, inbox: Inbox, http: HttpRequest) -> Res
         headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
         return _Stream(_streamed(plan, form, streams), stack, headers)
     async with inbox.submitted(plan.model.engine, plan.requests) as streams:
-        work = asyncio.ensure_future(_collected(plan, streams))
-        gone = asyncio.ensure_future(_disconnected(http))
-        try:
-            await asyncio.wait((work, gone), return_when=asyncio.FIRST_COMPLETED)
-            if not work.done():
-                return Response(status_code=CLOSED_REQUEST)
-            work.result()
-        finally:
-            for task in (work, gone):
-                task.cancel()
+        if not await unless_gone(_collected(plan, streams), http):
+            return Response(status_code=CLOSED_REQUEST)
     return JSONResponse(
         {
             **_head(plan, form.object),
@@ -344,6 +336,18 @@ class _Stream(StreamingResponse):
             await super().__call__(scope, receive, send)
 
 
+async def unless_gone(work: Coroutine[Any, Any, _Result], http: HttpRequest) -> _Result | None:
+    """What `work` gives; None, and the work is cancelled, where the client goes away first."""
+    task = asyncio.ensure_future(work)
+    gone = asyncio.ensure_future(_disconnected(http))
+    try:
+        await asyncio.wait((task, gone), return_when=asyncio.FIRST_COMPLETED)
+        return task.result() if task.done() else None
+    finally:
+        for one in (task, gone):
+            one.cancel()
+
+
 async def _disconnected(http: HttpRequest) -> None:
     while (await http.receive())["type"] != "http.disconnect":
         pass
@@ -353,8 +357,8 @@ def _head(plan: Plan, kind: str) -> Json:
     return {"id": plan.name, "object": kind, "created": plan.created, "model": plan.model.name}
 
 
-async def _collected(plan: Plan, streams: Sequence[AsyncIterator[Event]]) -> None:
-    """Read every choice to its end.
+async def _collected(plan: Plan, streams: Sequence[AsyncIterator[Event]]) -> bool:
+    """Read every choice to its end; true.
 
     Raises:
         ApiError: one of them failed.
@@ -365,6 +369,7 @@ async def _collected(plan: Plan, streams: Sequence[AsyncIterator[Event]]) -> Non
             _take(plan, choice, found)
 
     await asyncio.gather(*(read(choice, events) for choice, events in zip(plan.choices, streams, strict=True)))
+    return True
 
 
 def _take(plan: Plan, choice: Choice, found: Event) -> str:

@@ -9,6 +9,7 @@ from prometheus_client import CollectorRegistry, Histogram
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from doge_deploy.serve.http.embeddings import FeatureModel
 from doge_deploy.serve.scheduler import Scheduler
 
 _SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
@@ -35,6 +36,10 @@ class Metrics:
         """Show the state of a scheduler; it is read when somebody asks."""
         self._states.schedulers[model] = scheduler
 
+    def watch_features(self, model: str, features: FeatureModel) -> None:
+        """The same of a model for embeddings, which has one request in work and no slots."""
+        self._states.features[model] = features
+
 
 class _States(Collector):
     """What the schedulers know themselves, read at the time of a scrape. Another thread changes it meanwhile: single
@@ -43,6 +48,7 @@ class _States(Collector):
 
     def __init__(self) -> None:
         self.schedulers: dict[str, Scheduler] = {}
+        self.features: dict[str, FeatureModel] = {}
 
     def collect(self) -> list[Metric]:
         """Gauges and counters, by model."""
@@ -50,7 +56,7 @@ class _States(Collector):
 
     def _gauges(self) -> list[Metric]:
         texts = {
-            "num_requests_running": "Requests that have a slot.",
+            "num_requests_running": "Requests that have a slot, or whose texts are embedded.",
             "num_requests_waiting": "Requests in the queue.",
             "num_slots": "Slots of the cache.",
             "kv_cache_usage_perc": "Share of the cache that requests in flight use, 0 to 1.",
@@ -67,7 +73,19 @@ class _States(Collector):
             }
             for name, value in values.items():
                 families[name].add_metric([model], value)
-        return list(families.values())
+        slots = GaugeMetricFamily(
+            "doge_slot_tokens",
+            "Tokens that a slot holds, of a request (busy) or kept for their prefix.",
+            labels=["model_name", "slot", "busy"],
+        )
+        for model, scheduler in self.schedulers.items():
+            for held in scheduler.table.all():
+                slots.add_metric([model, str(held.slot), str(held.busy).lower()], len(held.tokens))
+        for model, features in self.features.items():
+            unfinished = features.waiting
+            families["num_requests_running"].add_metric([model], min(unfinished, 1))
+            families["num_requests_waiting"].add_metric([model], max(unfinished - 1, 0))
+        return [*families.values(), slots]
 
     def _counters(self) -> list[Metric]:
         texts = {
@@ -98,4 +116,6 @@ class _States(Collector):
                 families[name].add_metric([model], value)
             for reason, number in dict(counters.finished).items():
                 finished.add_metric([model, reason], number)
+        for model, features in self.features.items():
+            families["prompt_tokens"].add_metric([model], features.tokens)
         return [*families.values(), finished]

@@ -24,6 +24,8 @@ from pydantic import (
 MAX_CHOICES = 16
 MAX_PROMPTS = 64
 """Prompts of one completion request."""
+MAX_EMBEDDED = 2048
+"""Texts of one embedding request, as in OpenAI's API; clients send as many where they have them."""
 MAX_STOP_TEXTS = 4
 MAX_TOP_LOGPROBS = 20
 MAX_MESSAGES = 4096
@@ -91,13 +93,16 @@ StopTexts = Annotated[
 
 TokenId = Annotated[StrictInt, Field(ge=0, lt=2**31)]
 _TokenIds = Annotated[list[TokenId], Field(fail_fast=True, min_length=1, max_length=MAX_TOKEN_IDS)]
-_Texts = (
-    StrictStr
-    | Annotated[list[StrictStr], Field(fail_fast=True, min_length=1, max_length=MAX_PROMPTS), _at_most(MAX_PROMPTS)]
-    | _TokenIds
-    | Annotated[list[_TokenIds], Field(fail_fast=True, min_length=1, max_length=MAX_PROMPTS), _at_most(MAX_PROMPTS)]
-)
-"""One text or several, as text or as token ids."""
+
+
+def _texts(limit: int) -> Any:
+    """One text, or at most `limit` of them, as text or as token ids."""
+    return (
+        StrictStr
+        | Annotated[list[StrictStr], Field(fail_fast=True, min_length=1, max_length=limit), _at_most(limit)]
+        | _TokenIds
+        | Annotated[list[_TokenIds], Field(fail_fast=True, min_length=1, max_length=limit), _at_most(limit)]
+    )
 
 
 class StreamOptions(_Body):
@@ -141,19 +146,19 @@ class GenerationBody(_Body):
     top_k: Annotated[StrictInt, Field(ge=-1)] | None = None
     """0 or -1: no limit."""
     min_p: Annotated[float, Field(ge=0, le=1, **_NUMBER)] | None = None
-    repetition_penalty: Annotated[float, Field(gt=0, le=100, **_NUMBER)] | None = None
+    repetition_penalty: Annotated[float, Field(ge=0.01, le=100, **_NUMBER)] | None = None
     presence_penalty: Annotated[float, Field(ge=-2, le=2, **_NUMBER)] | None = None
     frequency_penalty: Annotated[float, Field(ge=-2, le=2, **_NUMBER)] | None = None
     logit_bias: (
         Annotated[
             dict[Annotated[str, Field(pattern=r"^[0-9]{1,9}$")], Annotated[float, Field(ge=-100, le=100, **_NUMBER)]],
-            Field(max_length=MAX_BIASES),
+            Field(max_length=MAX_BIASES, json_schema_extra={"additionalProperties": False}),
             _at_most(MAX_BIASES),
         ]
         | None
     ) = None
     """Token id to what is added to its logit."""
-    seed: Annotated[StrictInt, Field(ge=-(2**63), lt=2**64)] | None = None
+    seed: Annotated[StrictInt, Field(ge=-(2**63), le=2**64 - 1)] | None = None
     stop: StopTexts | None = None
     n: Annotated[StrictInt, Field(ge=1, le=MAX_CHOICES)] | None = None
     stream: StrictBool | None = None
@@ -172,8 +177,12 @@ class GenerationBody(_Body):
     guided_json: dict[str, Any] | None = None
     user: StrictStr | None = None
     """Accepted and not looked at."""
-    metadata: dict[str, Any] | None = None
+    safety_identifier: StrictStr | None = None
     """The same."""
+    prompt_cache_key: StrictStr | None = None
+    """The same: what requests share is found by their tokens."""
+    metadata: dict[str, Any] | None = None
+    """Accepted and not looked at."""
     store: _neutral(False) = None  # type: ignore[valid-type]
     service_tier: _neutral("auto", "default") = None  # type: ignore[valid-type]
 
@@ -256,7 +265,7 @@ class ChatBody(GenerationBody):
 class CompletionBody(GenerationBody):
     """`POST /v1/completions`."""
 
-    prompt: _Texts
+    prompt: _texts(MAX_PROMPTS)  # type: ignore[valid-type]
     max_tokens: Annotated[StrictInt, Field(ge=0)] | None = None
     """0 only with `echo`: the prompt's own logprobs and nothing new."""
     logprobs: Annotated[StrictInt, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
@@ -283,7 +292,7 @@ class EmbeddingBody(_Body):
     """`POST /v1/embeddings`."""
 
     model: StrictStr | None = None
-    input: _Texts
+    input: _texts(MAX_EMBEDDED)  # type: ignore[valid-type]
     encoding_format: Literal["float", "base64"] | None = None
     dimensions: _neutral() = None  # type: ignore[valid-type]
     user: StrictStr | None = None

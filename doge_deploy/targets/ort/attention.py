@@ -31,7 +31,7 @@ _HEADS_FIRST = (0, 2, 1, 3)
 
 
 @dataclass(frozen=True)
-class _Head:
+class Head:
     """A projection that was split into heads, normalised and rotated."""
 
     linear: Linear
@@ -41,16 +41,17 @@ class _Head:
     cos: ir.Value
     sin: ir.Value
     """The tables, `[L, D/2]`."""
-    write_indices: ir.Value
     positions: ir.Value
+    """Rows of the tables, `[B, Q]`."""
 
 
 @dataclass(frozen=True)
 class _Layer:
     node: ir.Node
-    query: _Head
-    key: _Head
+    query: Head
+    key: Head
     value: Linear
+    write_indices: ir.Value
     past: tuple[ir.Value, ir.Value, ir.Value]
     """Key, value and score buffers."""
     score: ir.Value
@@ -109,7 +110,7 @@ class FuseAttentionPass(ir.passes.InPlacePass):
         expect(bool(layers), "the graph has no DynamicMaskAttention")
         windows = {layer.window for layer in layers}
         expect(len(windows) == 1, f"layers keep different numbers of keys: {sorted(windows)}")
-        slots = layers[0].query.write_indices
+        slots = layers[0].write_indices
         if layers[0].window:
             slots = _add_slots(model, layers)
         lengths = _emit_lengths(layers[0], slots)
@@ -124,19 +125,17 @@ def _match(node: ir.Node) -> _Layer:
     unknown = set(node.attributes) - {"keep_window_size", "scale"}
     expect(not unknown, f"DynamicMaskAttention has attributes that are not known here: {', '.join(sorted(unknown))}")
     query, key, value, score, first_slot = node.inputs
-    query_head = _match_head(query, "the query")
+    query_head = match_head(query, "the query")
     scatters = [_scatter(v, what) for v, what in ((key, "the key"), (value, "the value"), (score, "the score"))]
-    key_head = _match_head(scatters[0].inputs[1], "the new key")
+    key_head = match_head(scatters[0].inputs[1], "the new key")
     transpose = producer(scatters[1].inputs[1], "Transpose", "the new value")
     expect(attribute(transpose, "perm") == _HEADS_FIRST, "the new value is transposed otherwise")
     value_linear = match_linear(producer(transpose.inputs[0], "Reshape", "the new value").inputs[0], "the value")
-    indices = {query_head.write_indices, key_head.write_indices, first_slot, *(s.inputs[2] for s in scatters)}
-    expect(len(indices) == 1, "slots, rotation and visibility do not start at the same place")
-    expect(query_head.cos is key_head.cos and query_head.sin is key_head.sin, "query and key are rotated differently")
-    expect(query_head.epsilon == key_head.epsilon, "the norms of query and key have different epsilons")
-    same_input = query_head.linear.x is key_head.linear.x is value_linear.x
-    expect(same_input, "query, key and value are projected from different states")
-    expect(value_linear.output.dtype in (None, ir.DataType.FLOAT), "the model is not float32")
+    write_indices = _first_position(query_head.positions, "the query")
+    starts = {write_indices, _first_position(key_head.positions, "the new key"), first_slot}
+    starts |= {scatter.inputs[2] for scatter in scatters}
+    expect(len(starts) == 1, "slots, rotation and visibility do not start at the same place")
+    expect_alike(query_head, key_head, value_linear)
     past = tuple(scatter.inputs[0] for scatter in scatters)
     expect(all(p is not None and p.dtype == ir.DataType.FLOAT for p in past), "the caches are not float32")
     per_key_head = past[2] is not None and past[2].shape is not None and past[2].shape[1] == key_head.heads
@@ -151,6 +150,7 @@ def _match(node: ir.Node) -> _Layer:
         query_head,
         key_head,
         value_linear,
+        write_indices,
         past,  # type: ignore[arg-type]
         new_score,
         tuple(scatter.outputs[0] for scatter in scatters),  # type: ignore[arg-type]
@@ -158,6 +158,14 @@ def _match(node: ir.Node) -> _Layer:
         query_head.positions,
         attribute(node, "keep_window_size"),
     )
+
+
+def expect_alike(query: Head, key: Head, value: Linear) -> None:
+    """Raises Declined where one operator cannot treat the three projections of a layer."""
+    expect(query.cos is key.cos and query.sin is key.sin, "query and key are rotated differently")
+    expect(query.epsilon == key.epsilon, "the norms of query and key have different epsilons")
+    expect(query.linear.x is key.linear.x is value.x, "query, key and value are projected from different states")
+    expect(value.output.dtype in (None, ir.DataType.FLOAT), "the model is not float32")
 
 
 def _scatter(value: ir.Value | None, what: str) -> ir.Node:
@@ -168,7 +176,12 @@ def _scatter(value: ir.Value | None, what: str) -> ir.Node:
     return node
 
 
-def _match_head(value: ir.Value | None, what: str) -> _Head:
+def match_head(value: ir.Value | None, what: str) -> Head:
+    """What makes the rotated heads `value`.
+
+    Raises:
+        Declined: not as the trace writes it; `what` names the value in the message.
+    """
     rotary = producer(value, "RotaryEmbedding", what)
     expect(len(rotary.inputs) == 3, f"{what} is rotated with positions of its own")
     whole = attribute(rotary, "rotary_embedding_dim", 0) == 0 and attribute(rotary, "interleaved", 0) == 0
@@ -190,9 +203,7 @@ def _match_head(value: ir.Value | None, what: str) -> _Head:
     size = linear.width // shape[2]
     expect(size % 16 == 0, f"head_dim={size}: GroupQueryAttention takes multiples of 16")
     epsilon = attribute(norm, "epsilon", 1e-5)
-    positions = tables[0][1]
-    start = _first_position(positions, what)
-    return _Head(linear, shape[2], weight, epsilon, tables[0][0], tables[1][0], start, positions)
+    return Head(linear, shape[2], weight, epsilon, tables[0][0], tables[1][0], tables[0][1])
 
 
 def _table(value: ir.Value | None, what: str) -> tuple[ir.Value, ir.Value]:
@@ -225,7 +236,7 @@ def _add_slots(model: ir.Model, layers: list[_Layer]) -> ir.Value:
     """
     graph = model.graph
     slots = ir.Value(name=SLOT_INDICES, shape=ir.Shape([BATCH]), type=ir.TensorType(ir.DataType.INT64))
-    place = 1 + [value.name for value in graph.inputs].index(layers[0].query.write_indices.name)
+    place = 1 + [value.name for value in graph.inputs].index(layers[0].write_indices.name)
     graph.inputs.insert(place, slots)
     for layer in layers:
         for value in (*layer.past, *layer.present):
@@ -237,7 +248,8 @@ def _add_slots(model: ir.Model, layers: list[_Layer]) -> ir.Value:
 
 
 def _emit_lengths(layer: _Layer, slots: ir.Value) -> _Lengths:
-    emit = Emitter(_first_user(layer), "lengths")
+    first = first_user(layer.node.graph, layer.query.linear, layer.key.linear, layer.value)
+    emit = Emitter(first, "lengths")
     zero, one = emit.ints(0, name="zero"), emit.ints(1, name="one")
     tokens = emit("Shape", layer.query.linear.x, start=1, end=2, name="tokens").outputs[0]
     last_token = emit("Sub", tokens, one, name="last_token").outputs[0]
@@ -255,18 +267,17 @@ def _emit_lengths(layer: _Layer, slots: ir.Value) -> _Lengths:
     return _Lengths(slots, tokens, row_tokens, last_slot_int32, total_int32, total, rows)
 
 
-def _first_user(layer: _Layer) -> ir.Node:
+def first_user(graph: ir.Graph | ir.Function | None, *linears: Linear) -> ir.Node:
     """The node in front of which everything can stand that depends on the graph's inputs and the layer's state."""
-    graph = layer.node.graph
     assert graph is not None
-    wanted = {layer.query.linear.output, layer.key.linear.output, layer.value.output}
+    wanted = {linear.output for linear in linears}
     return next(node for node in graph if any(output in wanted for output in node.outputs))
 
 
 def _emit(layer: _Layer, index: int, lengths: _Lengths) -> None:
     emit = Emitter(layer.node, f"layers.{index}.attention")
     query, key, value = layer.query, layer.key, layer.value
-    packed = emit("Concat", _emit_norms(emit, query, key), value.output, axis=-1, name="qkv").outputs[0]
+    packed = emit("Concat", emit_norms(emit, query, key), value.output, axis=-1, name="qkv").outputs[0]
     written = emit("TensorScatter", layer.past[2], layer.score, lengths.first_slot, name="score")
     bias = _emit_bias(emit, layer, written.outputs[0], lengths)
     fused = emit(
@@ -296,7 +307,7 @@ def _emit(layer: _Layer, index: int, lengths: _Lengths) -> None:
         take_place(old, new)
 
 
-def _emit_norms(emit: Emitter, query: _Head, key: _Head) -> ir.Value:
+def emit_norms(emit: Emitter, query: Head, key: Head) -> ir.Value:
     """Query and key heads of all rows normalised by one operator: `[B, Q, (H+Hkv)*D]`, not rotated yet.
 
     The weights follow as a product. RMSNormalization takes one row per head too, but is seven times slower with it

@@ -8,9 +8,10 @@ from dataclasses import dataclass
 import onnx_ir as ir
 import onnx_ir.passes.common as common
 
-from doge_deploy.bundle.signature import SLOT_INDICES
+from doge_deploy.bundle.signature import SHARES_BUFFERS, SLOT_INDICES
 from doge_deploy.targets.ort.attention import FUSED_ATTENTION_SINCE, FuseAttentionPass
 from doge_deploy.targets.ort.experts import RoutedExpertsPass
+from doge_deploy.targets.ort.growing_attention import FuseGrowingAttentionPass
 from doge_deploy.targets.ort.head import TiedHeadPass
 from doge_deploy.targets.ort.linears import PackLinearsPass
 from doge_deploy.targets.ort.matching import Declined
@@ -25,7 +26,17 @@ PASSES: tuple[type[ir.passes.PassBase], ...] = (
     TiedHeadPass,
     FuseNormsPass,
 )
-"""In the order in which they run."""
+"""For the static layout, in the order in which they run."""
+
+GROWING_PASSES: tuple[type[ir.passes.PassBase], ...] = (
+    QuantizedWeightsPass,
+    FuseGrowingAttentionPass,
+    RoutedExpertsPass,
+    PackLinearsPass,
+    TiedHeadPass,
+    FuseNormsPass,
+)
+"""For the growing layout: its attention must still see how experts are routed."""
 
 
 @dataclass(frozen=True)
@@ -44,9 +55,15 @@ class Lowering:
         return any(value.name == SLOT_INDICES for value in self.model.graph.inputs)
 
     @property
+    def shares_buffers(self) -> bool:
+        """Past and present of the growing graph may be the same buffers."""
+        return SHARES_BUFFERS in self.model.metadata_props
+
+    @property
     def requires(self) -> str:
         """The oldest ONNX Runtime that runs the graph; "" for any that runs bundles."""
-        return FUSED_ATTENTION_SINCE if FuseAttentionPass.__name__ in self.applied else ""
+        fused = {FuseAttentionPass.__name__, FuseGrowingAttentionPass.__name__} & set(self.applied)
+        return FUSED_ATTENTION_SINCE if fused else ""
 
 
 def lower(model: ir.Model, passes: Sequence[type[ir.passes.PassBase]] = PASSES) -> Lowering:

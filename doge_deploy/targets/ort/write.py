@@ -9,7 +9,7 @@ import onnx_ir as ir
 from doge_deploy.bundle.manifest import Layout, Lowered
 from doge_deploy.bundle.signature import windowed
 from doge_deploy.graph.check import check_model
-from doge_deploy.targets.ort.lower import lower
+from doge_deploy.targets.ort.lower import GROWING_PASSES, PASSES, lower
 
 
 def write_lowered(directory: Path, layout: Layout) -> Lowered:
@@ -17,16 +17,17 @@ def write_lowered(directory: Path, layout: Layout) -> Lowered:
 
     Args:
         directory: of the bundle; it holds the standard graph and the weights.
-        layout: a static layout.
+        layout: static or growing.
 
     Returns:
         What the manifest says of it; no file is written where no pass applied.
     """
-    lowering = lower(ir.load(directory / layout.file))
+    passes = GROWING_PASSES if layout.signature.layout == "growing" else PASSES
+    lowering = lower(ir.load(directory / layout.file), passes)
     if not lowering.applied:
         return Lowered(None, (), lowering.declined)
     file = layout.file.replace(".onnx", ".ort.onnx")
     ir.save(lowering.model, directory / file)
     drops = lowering.drops_keys
     check_model(directory / file, windowed(layout.signature) if drops else layout.signature)
-    return Lowered(file, lowering.applied, lowering.declined, lowering.requires, drops)
+    return Lowered(file, lowering.applied, lowering.declined, lowering.requires, drops, lowering.shares_buffers)

@@ -1,0 +1,115 @@
+"""Embeddings over HTTP: what they are, and that they hold nobody up."""
+
+from __future__ import annotations
+
+import base64
+import math
+import signal
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+import pytest
+from servers import Running, of_bundle, running
+from test_serve_command import serving
+
+from doge_deploy.serve.scheduler import Limits
+
+
+class Gated:
+    """A runner that computes nothing before it is let go, and counts."""
+
+    def __init__(self, runner: Any) -> None:
+        self.runner, self.go, self.calls = runner, threading.Event(), 0
+
+    def reset(self, rows: int) -> None:
+        self.runner.reset(rows)
+
+    def run(self, ids: Any) -> Any:
+        self.calls += 1
+        assert self.go.wait(60)
+        return self.runner.run(ids)
+
+
+@pytest.fixture
+def gated(features_bundle: Path, tiny_bundle_last: Path) -> Iterator[tuple[Running, Gated]]:
+    """A server of texts and of embeddings, two of which may wait; the latter do not begin before they are let go."""
+    served = of_bundle(features_bundle, tiny_bundle_last, names=("features", "text"), limits=Limits(queue_requests=2))
+    gate = Gated(served.features["features"]._runner)
+    served.features["features"]._runner = gate  # type: ignore[assignment]
+    with running(served) as server:
+        try:
+            yield server, gate
+        finally:
+            gate.go.set()
+
+
+def test_embeddings(features_bundle: Path) -> None:
+    with running(of_bundle(features_bundle, names=("features",))) as server:
+        answer = server.post("/v1/embeddings", input=["a cat", "a dog", "x = 1"])
+        vectors = [row["embedding"] for row in answer["data"]]
+        assert all(math.isclose(sum(x * x for x in vector), 1, rel_tol=1e-5) for vector in vectors)
+        again = server.post("/v1/embeddings", input="a cat", encoding_format="base64")
+        read = np.frombuffer(base64.b64decode(again["data"][0]["embedding"]), "<f4")
+        np.testing.assert_array_equal(read, np.array(vectors[0], np.float32))
+        assert server.post("/v1/completions", 404, prompt="a", model="features")["error"]["code"] == "model_not_found"
+
+
+def test_as_many_texts_as_a_client_sends_at_once(features_bundle: Path) -> None:
+    with running(of_bundle(features_bundle)) as server:
+        assert len(server.post("/v1/embeddings", input=["a"] * 1000)["data"]) == 1000
+        assert "input" in server.post("/v1/embeddings", 400, input=["a"] * 2049)["error"]["message"]
+
+
+def test_texts_are_made_while_embeddings_wait(gated: tuple[Running, Gated]) -> None:
+    server, gate = gated
+    with ThreadPoolExecutor() as pool:
+        jobs = [pool.submit(server.post, "/v1/embeddings", input="a", model="features") for _ in range(2)]
+        server.wait_until(lambda: server.served.features["features"].waiting == 2)
+        assert server.complete("a", max_tokens=1, model="text")["usage"]["completion_tokens"] == 1
+        error = server.post("/v1/embeddings", 429, input="a", model="features")["error"]
+        assert error["code"] == "queue_full" and "2 requests for embeddings are waiting" in error["message"]
+        gate.go.set()
+        assert all(len(job.result()["data"]) == 1 for job in jobs)
+    assert server.served.features["features"].waiting == 0
+
+
+def test_a_client_that_is_gone_has_no_more_texts_embedded(gated: tuple[Running, Gated]) -> None:
+    server, gate = gated
+    host, port = server.url.removeprefix("http://").split(":")
+    body = b'{"model": "features", "input": ["a", "b", "c", "d"]}'
+    head = f"POST /v1/embeddings HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(body)}"
+    with socket.create_connection((host, int(port))) as connection:
+        connection.sendall(head.encode() + b"\r\n\r\n" + body)
+        server.wait_until(lambda: gate.calls == 1)
+    server.wait_until(lambda: server.served.features["features"].waiting == 0)
+    gate.go.set()
+    assert len(server.post("/v1/embeddings", input="a", model="features")["data"]) == 1
+    assert gate.calls == 2
+    lines = server.client.get("/metrics").text.splitlines()
+    assert 'doge_num_requests_running{model_name="features"} 0.0' in lines
+    counted = next(line for line in lines if line.startswith('doge_prompt_tokens_total{model_name="features"}'))
+    assert float(counted.split()[-1]) > 0
+
+
+@pytest.mark.parametrize(("seconds", "status"), [("600", 200), ("0", 503)])
+def test_sigterm_lets_embeddings_end_or_says_that_there_is_no_time(
+    features_bundle: Path, seconds: str, status: int
+) -> None:
+    with serving(features_bundle, "--drain-seconds", seconds) as (process, url), ThreadPoolExecutor() as pool:
+        texts = ["x = 1\n" * 60] * 300
+        job = pool.submit(httpx.post, f"{url}/v1/embeddings", json={"input": texts}, timeout=500)
+        deadline = time.monotonic() + 60
+        while 'running{model_name="doge-tiny"} 1.0' not in httpx.get(f"{url}/metrics").text:
+            assert time.monotonic() < deadline and not job.done()
+        process.send_signal(signal.SIGTERM)
+        found = job.result()
+        assert found.status_code == status, found.text
+        assert len(found.json().get("data", [])) == (300 if status == 200 else 0)
+        assert process.wait(30) == 0
