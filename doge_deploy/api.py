@@ -32,6 +32,8 @@ if TYPE_CHECKING:  # what takes long to import is imported by the function that 
     from doge_deploy.bundle.engine_record import EngineRecord
     from doge_deploy.bundle.opening import Bundle
     from doge_deploy.process.progress import Progress
+    from doge_deploy.verify.bisect.finding import Culprit
+    from doge_deploy.verify.localize.finding import Localization
     from doge_deploy.verify.parity import CaseResult
     from doge_deploy.verify.report import Report
 
@@ -40,6 +42,8 @@ __all__ = [
     "build",
     "verify",
     "record",
+    "localize",
+    "bisect",
     "load",
     "ExportOptions",
     "BuildOptions",
@@ -240,6 +244,95 @@ def record(
         started=started,
     )
     return digest
+
+
+def localize(
+    bundle: str | Path,
+    case: str | None = None,
+    *,
+    report: Report | None = None,
+    reference: str | None = None,
+    adapter: str | None = None,
+    portable: bool = False,
+    lowering: bool = False,
+    greedy_steps: int = 128,
+    started: Callable[[str], None] = lambda what: None,
+) -> Localization:
+    """Name the call, the layer and the stage in which a bundle parts from its reference, and why.
+
+    Every stage is run alone on the reference's own input, in the standard graph and in the lowered one, so that an
+    error is charged to the stage that makes it.
+
+    Args:
+        bundle: the bundle's directory.
+        case: `<layout>/<case>`, or a case's name in the bundle's first layout; where None, the first that failed in
+            `report`.
+        report: what `verify` returned; needed where no case is named.
+        reference: the checkpoint, as for `verify`.
+        adapter: the merged adapter, as for `verify`.
+        portable: judge the standard graph first, not the one lowered for ONNX Runtime.
+        lowering: hold the static graph as it is lowered for TensorRT against the standard one.
+        greedy_steps: tokens of the greedy case.
+        started: told what is about to be done.
+
+    Returns:
+        The finding, None where there is nothing to find, and every reading that it was made of; `lines()` says it in
+        words.
+
+    Raises:
+        UsageError: there is no such case, or neither a case nor a report was given.
+        BrokenBundleError, UnsupportedModelError: as for `verify`; also where a bundle was exported by a version that
+            marked no stages in its graphs.
+        MissingDependencyError: as for `verify`.
+    """
+    from doge_deploy.devices.packages import require_export_packages
+
+    require_export_packages("verify")
+    from doge_deploy.verify.localize.run import localize as run
+
+    return run(
+        bundle,
+        case,
+        report=report,
+        reference=reference,
+        adapter=adapter,
+        portable=portable,
+        lowering=lowering,
+        greedy_steps=greedy_steps,
+        started=started,
+    )
+
+
+def bisect(
+    good: str | Path,
+    bad: str | Path,
+    *,
+    good_python: str | None = None,
+    bad_python: str | None = None,
+    started: Callable[[str], None] = lambda what: None,
+) -> Culprit | None:
+    """Name the first weight, pass or package that makes two bundles of one checkpoint compute different things.
+
+    The checkpoint, torch and transformers are not needed.
+
+    Args:
+        good: a bundle that computes what it should.
+        bad: a bundle that does not; or the same one, in another environment.
+        good_python: the interpreter of an environment with doge-deploy in which GOOD is run; this one where None.
+        bad_python: likewise for BAD.
+        started: told what is about to be done.
+
+    Returns:
+        What makes the difference, `lines()` says it in words; None where both compute the same.
+
+    Raises:
+        UnsupportedModelError: the bundles are of different checkpoints, or of a version that marked no stages.
+        BrokenBundleError: a bundle is broken.
+        MissingDependencyError: a package or an interpreter is missing (the extras `graph` and `cpu`).
+    """
+    from doge_deploy.verify.bisect.run import bisect as run
+
+    return run(good, bad, good_python=good_python, bad_python=bad_python, started=started)
 
 
 def load(

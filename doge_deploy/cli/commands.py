@@ -22,6 +22,7 @@ _COMMANDS = {
     "build": "Build a TensorRT engine of a bundle.",
     "verify": "Prove by numbers that a bundle computes what transformers computes.",
     "record": "Write what `verify` asks of the reference, for machines without it.",
+    "bisect": "Name the weight, pass or package by which two bundles of one checkpoint differ.",
     "generate": "Generate text from a bundle.",
     "serve": "Serve bundles over HTTP, with the interface of OpenAI's API.",
     "bench": "Time a bundle, beside transformers and a plain export.",

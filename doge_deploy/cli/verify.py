@@ -38,6 +38,13 @@ from doge_deploy.options.backends import DEFAULT_BACKEND, TORCH_KERNELS
     help="What runs the bundle; torch-kernels: PyTorch, with the plugins' kernels on a CUDA device.",
 )
 @click.option("--engine", metavar="NAME", help="Which engine, where the backend has several.")
+@click.option(
+    "--localize",
+    "localized",
+    is_flag=True,
+    help="Name the call, layer and stage of the first case that fails, and why.",
+)
+@click.option("--case", metavar="[LAYOUT/]NAME", help="With --localize: judge and localise this case alone.")
 @click.option("--json", "json_file", type=click.Path(path_type=Path), metavar="FILE", help="Write every number here.")
 @click.option(
     "--junit", "junit_file", type=click.Path(path_type=Path), metavar="FILE", help="Write a JUnit report here."
@@ -53,6 +60,8 @@ def verify(
     lowering: bool,
     backend: str,
     engine: str | None,
+    localized: bool,
+    case: str | None,
     json_file: Path | None,
     junit_file: Path | None,
 ) -> None:
@@ -71,7 +80,30 @@ def verify(
         if file is not None:
             files.check_writable(file)
     from doge_deploy import api
+    from doge_deploy.cli.localized import check_options, say
     from doge_deploy.cli.verify_table import VerifyTable
+    from doge_deploy.errors import UsageError
+    from doge_deploy.verify.cases import GREEDY_STEPS
+
+    check_options(localized, case, backend, json_file or junit_file)
+    if recording is not None and (localized or case is not None):
+        raise UsageError(f"--recording {recording}: the localiser runs the reference itself; leave one of them out")
+    steps = GREEDY_STEPS if greedy_steps is None else greedy_steps
+    if case is not None:
+        with VerifyTable() as table:
+            found = api.localize(
+                bundle,
+                case,
+                reference=reference,
+                adapter=adapter,
+                portable=portable,
+                lowering=lowering,
+                greedy_steps=steps,
+                started=table.started,
+            )
+        say(found)
+        found.require_passed()
+        return
 
     with VerifyTable() as table:
         report = api.verify(
@@ -93,4 +125,17 @@ def verify(
         files.write_json(report, json_file)
     if junit_file is not None:
         files.write_junit(report, junit_file)
+    if localized:
+        with VerifyTable() as table:
+            found = api.localize(
+                bundle,
+                report=report,
+                reference=reference,
+                adapter=adapter,
+                portable=portable,
+                lowering=lowering,
+                greedy_steps=steps,
+                started=table.started,
+            )
+        say(found)
     report.require_passed()

@@ -13,6 +13,7 @@ from doge_deploy.errors import UsageError
 from doge_deploy.graph.weight_formats import Quality, format_of
 from doge_deploy.options.backends import DEFAULT_BACKEND, TORCH_KERNELS
 from doge_deploy.targets.backend import Backend, SessionOptions, find
+from doge_deploy.verify.cases import GREEDY_STEPS
 from doge_deploy.verify.oracle import Oracle
 from doge_deploy.verify.parity import CaseResult, make_replay, verify_layouts
 from doge_deploy.verify.quality import QualityResult, judge_quality
@@ -84,10 +85,6 @@ def verify(
             runs = find(backend)
     options = replace(without_spinning(runs), portable=portable, engine=engine)
     return judge_bundle(bundle, oracle, runs, options, layouts, lowering=lowering, started=started, finished=finished)
-
-
-GREEDY_STEPS = 128
-"""Tokens of the greedy case."""
 
 
 def _check_recorded(backend: str, reference: str | None, adapter: str | None, greedy_steps: int | None) -> None:

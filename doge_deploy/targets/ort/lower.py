@@ -9,6 +9,7 @@ import onnx_ir as ir
 import onnx_ir.passes.common as common
 
 from doge_deploy.bundle.signature import SHARES_BUFFERS, SLOT_INDICES
+from doge_deploy.graph.stages import MADE_BY
 from doge_deploy.targets.ort.attention import FUSED_ATTENTION_SINCE, FuseAttentionPass
 from doge_deploy.targets.ort.experts import RoutedExpertsPass
 from doge_deploy.targets.ort.growing_attention import FuseGrowingAttentionPass
@@ -82,6 +83,7 @@ def lower(model: ir.Model, passes: Sequence[type[ir.passes.PassBase]] = PASSES) 
         return Lowering(model, (), {make.__name__: reason for make in passes})
     for make in passes:
         name = make.__name__
+        before = set(model.graph)
         try:
             result = make()(model)
         except Declined as declining:
@@ -90,6 +92,10 @@ def lower(model: ir.Model, passes: Sequence[type[ir.passes.PassBase]] = PASSES) 
             model = common.RemoveUnusedNodesPass()(result.model).model
             if result.modified:
                 applied.append(name)
+            for node in model.graph:
+                if node not in before:
+                    makers = [*node.metadata_props.get(MADE_BY, "").split(), name]
+                    node.metadata_props[MADE_BY] = " ".join(makers)
     model = common.CommonSubexpressionEliminationPass()(model).model
     model = common.RemoveUnusedFunctionsPass()(model).model  # type: ignore[no-untyped-call]
     model = common.RemoveUnusedOpsetsPass()(model).model
