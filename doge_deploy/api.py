@@ -345,6 +345,7 @@ def load(
     spin: int | None = None,
     engine: str | None = None,
     flush_denormals: bool = False,
+    speculate: bool = True,
     graph_cache: bool = True,
     defaults: TextChoices | None = None,
 ) -> TextModel:
@@ -361,6 +362,8 @@ def load(
         flush_denormals: of ONNX Runtime: take numbers below 1.2e-38 for zero, which is faster on processors of Intel.
             If this is the first session of the process, ONNX Runtime sets that mode for the calling thread too, for
             good; so a program has to ask for it.
+        speculate: of ONNX Runtime: guess tokens from what the text holds already, and check several in one call. It
+            changes the time that a text takes and not the text.
         graph_cache: of ONNX Runtime: keep the graph as it was optimised in a folder of the user, for the next time; see
             docs/generate.md.
         defaults: choices for every text that makes none of its own; they go before the bundle's generation_config.json.
@@ -383,6 +386,7 @@ def load(
         spin=spin,
         engine=engine,
         flush_denormals=flush_denormals,
+        speculate=speculate,
         graph_cache=graph_cache,
         defaults=defaults,
     )

@@ -15,6 +15,7 @@ from doge_deploy.targets.ort.experts import RoutedExpertsPass
 from doge_deploy.targets.ort.growing_attention import FuseGrowingAttentionPass
 from doge_deploy.targets.ort.head import TiedHeadPass
 from doge_deploy.targets.ort.linears import PackLinearsPass
+from doge_deploy.targets.ort.logit_rows import LogitRowsPass
 from doge_deploy.targets.ort.matching import Declined
 from doge_deploy.targets.ort.norms import FuseNormsPass
 from doge_deploy.targets.ort.quantized import QuantizedWeightsPass
@@ -26,6 +27,7 @@ PASSES: tuple[type[ir.passes.PassBase], ...] = (
     PackLinearsPass,
     TiedHeadPass,
     FuseNormsPass,
+    LogitRowsPass,
 )
 """For the static layout, in the order in which they run."""
 
@@ -56,6 +58,11 @@ class Lowering:
         return any(value.name == SLOT_INDICES for value in self.model.graph.inputs)
 
     @property
+    def gives_logit_rows(self) -> bool:
+        """The graph has the signature of `doge_deploy.bundle.signature.with_logit_rows`."""
+        return LogitRowsPass.__name__ in self.applied
+
+    @property
     def shares_buffers(self) -> bool:
         """Past and present of the growing graph may be the same buffers."""
         return SHARES_BUFFERS in self.model.metadata_props
@@ -71,7 +78,7 @@ def lower(model: ir.Model, passes: Sequence[type[ir.passes.PassBase]] = PASSES) 
     """Rewrite a bundle's standard graph, in place, into a fast form for ONNX Runtime's CPU provider.
 
     Args:
-        model: the graph as exported; its inputs and outputs stay the same.
+        model: the graph as exported; its inputs and outputs stay the same, but for one that may be left out.
         passes: what to apply, in order. A pass that declines leaves the graph as it was; one that finds nothing to
             do does so without a reason.
     """

@@ -7,7 +7,7 @@ from pathlib import Path
 import onnx_ir as ir
 
 from doge_deploy.bundle.manifest import Layout, Lowered
-from doge_deploy.bundle.signature import windowed
+from doge_deploy.bundle.signature import windowed, with_logit_rows
 from doge_deploy.graph.check import check_model
 from doge_deploy.targets.ort.lower import GROWING_PASSES, PASSES, lower
 
@@ -29,5 +29,6 @@ def write_lowered(directory: Path, layout: Layout) -> Lowered:
     file = layout.file.replace(".onnx", ".ort.onnx")
     ir.save(lowering.model, directory / file)
     drops = lowering.drops_keys
-    check_model(directory / file, windowed(layout.signature) if drops else layout.signature)
+    signature = windowed(layout.signature) if drops else layout.signature
+    check_model(directory / file, with_logit_rows(signature) if lowering.gives_logit_rows else signature)
     return Lowered(file, lowering.applied, lowering.declined, lowering.requires, drops, lowering.shares_buffers)
