@@ -14,6 +14,7 @@ from doge_deploy.graph.weight_formats import Quality, format_of
 from doge_deploy.options.backends import DEFAULT_BACKEND, TORCH_KERNELS
 from doge_deploy.targets.backend import Backend, SessionOptions, find
 from doge_deploy.verify.cases import GREEDY_STEPS
+from doge_deploy.verify.environment import this_environment
 from doge_deploy.verify.oracle import Oracle
 from doge_deploy.verify.parity import CaseResult, make_replay, verify_layouts
 from doge_deploy.verify.quality import QualityResult, judge_quality
@@ -142,6 +143,9 @@ def judge_bundle(
         oracle.weights(bundle),
         skipped=_unreachable(bundle),
         recording=oracle.description,
+        task=manifest.task,
+        checkpoint=f"{manifest.checkpoint['source'] or 'a directory'}, sha256 {manifest.checkpoint['sha256']}",
+        environment=this_environment(),
     )
     with oracle:
         for layout in chosen:
