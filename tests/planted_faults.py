@@ -588,16 +588,16 @@ FAULTS: dict[str, Fault] = {
         ("test_connections.py",),
         select="bounded",
     ),
-    "readers-that-do-not-read": Fault(
+    "silent-connections": Fault(
         "serve",
         Patch(
             "doge_deploy/serve/http/connections.py",
-            "if self.transport.get_write_buffer_size() >= before:",
-            "if self.transport.get_write_buffer_size() > before:",
+            "self._receiving = self.loop.call_later(self.patience.receive_seconds, transport.abort)",
+            "self._receiving = None",
         ),
-        "limits: a client that does not read keeps its connection",
+        "limits: a client that says nothing keeps its connection",
         ("test_connections.py",),
-        select="Readers",
+        select="not_waited_for",
     ),
 }
 
