@@ -9,7 +9,8 @@ import onnx_ir as ir
 from doge_deploy.bundle.manifest import Layout, Lowered
 from doge_deploy.bundle.signature import windowed
 from doge_deploy.graph.check import check_model
-from doge_deploy.targets.ort.lower import GROWING_PASSES, PASSES, lower
+from doge_deploy.targets.ort.lower import GROWING_PASSES, LONG_PASSES, PASSES, lower
+from doge_deploy.targets.ort.quantized import QuantizedWeightsPass
 
 
 def write_lowered(directory: Path, layout: Layout) -> Lowered:
@@ -30,4 +31,11 @@ def write_lowered(directory: Path, layout: Layout) -> Lowered:
     ir.save(lowering.model, directory / file)
     drops = lowering.drops_keys
     check_model(directory / file, windowed(layout.signature) if drops else layout.signature)
-    return Lowered(file, lowering.applied, lowering.declined, lowering.requires, drops, lowering.shares_buffers)
+    long_calls = None
+    if layout.signature.layout == "static" and QuantizedWeightsPass.__name__ in lowering.applied:
+        long_calls = file.replace(".ort.onnx", ".ort.long.onnx")
+        ir.save(lower(ir.load(directory / layout.file), LONG_PASSES).model, directory / long_calls)
+        check_model(directory / long_calls, windowed(layout.signature) if drops else layout.signature)
+    return Lowered(
+        file, lowering.applied, lowering.declined, lowering.requires, drops, lowering.shares_buffers, long_calls
+    )
