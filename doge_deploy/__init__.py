@@ -23,9 +23,11 @@ if TYPE_CHECKING:
         TextModel,
         UnsupportedModelError,
         UsageError,
+        bisect,
         build,
         export,
         load,
+        localize,
         verify,
     )
 else:
@@ -46,6 +48,8 @@ __all__ = [
     "export",
     "build",
     "verify",
+    "localize",
+    "bisect",
     "load",
     "ExportOptions",
     "BuildOptions",

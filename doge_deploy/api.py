@@ -32,6 +32,8 @@ if TYPE_CHECKING:  # what takes long to import is imported by the function that 
     from doge_deploy.bundle.engine_record import EngineRecord
     from doge_deploy.bundle.opening import Bundle
     from doge_deploy.process.progress import Progress
+    from doge_deploy.verify.bisect.finding import Culprit
+    from doge_deploy.verify.localize.finding import Localization
     from doge_deploy.verify.parity import CaseResult
     from doge_deploy.verify.report import Report
 
@@ -39,6 +41,8 @@ __all__ = [
     "export",
     "build",
     "verify",
+    "localize",
+    "bisect",
     "load",
     "ExportOptions",
     "BuildOptions",
@@ -139,6 +143,7 @@ def verify(
     lowering: bool = False,
     backend: str = DEFAULT_BACKEND,
     engine: str | None = None,
+    baseline: str | Path | None = None,
     started: Callable[[str], None] = lambda what: None,
     finished: Callable[[CaseResult], None] = lambda result: None,
 ) -> Report:
@@ -154,6 +159,8 @@ def verify(
         lowering: judge the static graph as it is lowered for TensorRT, in ONNX Runtime.
         backend: what runs the bundle; `torch-kernels` is PyTorch with the plugins' kernels.
         engine: which engine, where the backend has several.
+        baseline: an earlier report as a file of `verify --json`: a case that uses more than twice the share of its
+            tolerance that it used then makes `passed` false too.
         started: told what is about to be done.
         finished: told each case when it is judged.
 
@@ -163,16 +170,18 @@ def verify(
 
     Raises:
         UsageError: options contradict each other or the bundle, or the bundle does not say where it came from and
-            `reference` is None.
+            `reference` is None; or `baseline` is no such file, or of another dtype or other cases.
         BrokenBundleError, UnsupportedModelError: bundle or checkpoint is broken, or they do not belong together.
         MissingDependencyError: torch, transformers or the backend is missing (the extras `export` and `cpu`).
     """
     from doge_deploy.devices.packages import require_export_packages
 
     require_export_packages("verify")
+    from doge_deploy.verify.baseline import compare, read_baseline
     from doge_deploy.verify.run import verify as run
 
-    return run(
+    before = None if baseline is None else read_baseline(baseline)
+    report = run(
         bundle,
         reference=reference,
         adapter=adapter,
@@ -185,6 +194,98 @@ def verify(
         started=started,
         finished=finished,
     )
+    if before is not None:
+        report.baseline = compare(before, report.dtype, report.results)
+    return report
+
+
+def localize(
+    bundle: str | Path,
+    case: str | None = None,
+    *,
+    report: Report | None = None,
+    reference: str | None = None,
+    adapter: str | None = None,
+    portable: bool = False,
+    lowering: bool = False,
+    greedy_steps: int = 128,
+    started: Callable[[str], None] = lambda what: None,
+) -> Localization:
+    """Name the call, the layer and the stage in which a bundle parts from its reference, and why.
+
+    Every stage is run alone on the reference's own input, in the standard graph and in the lowered one, so that an
+    error is charged to the stage that makes it.
+
+    Args:
+        bundle: the bundle's directory.
+        case: `<layout>/<case>`, or a case's name in the bundle's first layout; where None, the first that failed in
+            `report`.
+        report: what `verify` returned; needed where no case is named.
+        reference: the checkpoint, as for `verify`.
+        adapter: the merged adapter, as for `verify`.
+        portable: judge the standard graph first, not the one lowered for ONNX Runtime.
+        lowering: hold the static graph as it is lowered for TensorRT against the standard one.
+        greedy_steps: tokens of the greedy case.
+        started: told what is about to be done.
+
+    Returns:
+        The finding, None where there is nothing to find, and every reading that it was made of; `lines()` says it in
+        words.
+
+    Raises:
+        UsageError: there is no such case, or neither a case nor a report was given.
+        BrokenBundleError, UnsupportedModelError: as for `verify`; also where a bundle was exported by a version that
+            marked no stages in its graphs.
+        MissingDependencyError: as for `verify`.
+    """
+    from doge_deploy.devices.packages import require_export_packages
+
+    require_export_packages("verify")
+    from doge_deploy.verify.localize.run import localize as run
+
+    return run(
+        bundle,
+        case,
+        report=report,
+        reference=reference,
+        adapter=adapter,
+        portable=portable,
+        lowering=lowering,
+        greedy_steps=greedy_steps,
+        started=started,
+    )
+
+
+def bisect(
+    good: str | Path,
+    bad: str | Path,
+    *,
+    good_python: str | None = None,
+    bad_python: str | None = None,
+    started: Callable[[str], None] = lambda what: None,
+) -> Culprit | None:
+    """Name the first weight, pass or package that makes two bundles of one checkpoint compute different things.
+
+    The checkpoint, torch and transformers are not needed.
+
+    Args:
+        good: a bundle that computes what it should.
+        bad: a bundle that does not; or the same one, in another environment.
+        good_python: the interpreter of an environment with doge-deploy in which GOOD is run; this one where None.
+        bad_python: likewise for BAD.
+        started: told what is about to be done.
+
+    Returns:
+        What makes the difference, `lines()` says it in words; None where both compute the same.
+
+    Raises:
+        UnsupportedModelError: the bundles are of different checkpoints, or of a version that marked no stages.
+        BrokenBundleError: a bundle is broken.
+        MissingDependencyError: a package or an interpreter is missing (the extras `graph` and `cpu`).
+    """
+    from doge_deploy.verify.bisect.run import bisect as run
+
+    return run(good, bad, good_python=good_python, bad_python=bad_python, started=started)
 
 
 def load(
@@ -197,6 +298,7 @@ def load(
     spin: int | None = None,
     engine: str | None = None,
     flush_denormals: bool = False,
+    speculate: bool = True,
     graph_cache: bool = True,
     defaults: TextChoices | None = None,
 ) -> TextModel:
@@ -213,6 +315,8 @@ def load(
         flush_denormals: of ONNX Runtime: take numbers below 1.2e-38 for zero, which is faster on processors of Intel.
             If this is the first session of the process, ONNX Runtime sets that mode for the calling thread too, for
             good; so a program has to ask for it.
+        speculate: of ONNX Runtime: guess tokens from what the text holds already, and check several in one call. It
+            changes the time that a text takes and not the text.
         graph_cache: of ONNX Runtime: keep the graph as it was optimised in a folder of the user, for the next time; see
             docs/generate.md.
         defaults: choices for every text that makes none of its own; they go before the bundle's generation_config.json.
@@ -235,6 +339,7 @@ def load(
         spin=spin,
         engine=engine,
         flush_denormals=flush_denormals,
+        speculate=speculate,
         graph_cache=graph_cache,
         defaults=defaults,
     )

@@ -406,8 +406,12 @@ FAULTS: dict[str, Fault] = {
     ),
     "room-of-an-answer": Fault(
         "serve",
-        Patch("doge_deploy/serve/model.py", "max(min(length, room), 1)", "max(length, 1)"),
-        "8: an answer may be longer than what fits",
+        Patch(
+            "doge_deploy/serve/model.py",
+            "room = self.max_length + 1 - prompt_tokens",
+            "room = self.max_length - prompt_tokens",
+        ),
+        "8: an answer ends one token before its row is full",
         ("test_behaviour.py",),
         select="TestLengths",
     ),

@@ -96,7 +96,9 @@ def test_help_imports_nothing_heavy() -> None:
     assert not HEAVY & modules_after(code)
 
 
-@pytest.mark.parametrize("command", ["doctor", "export", "build", "verify", "generate", "serve", "bench", "inspect"])
+@pytest.mark.parametrize(
+    "command", ["doctor", "export", "build", "verify", "bisect", "generate", "serve", "bench", "inspect"]
+)
 def test_help_of_a_command_imports_neither_torch_nor_a_runtime(command: str) -> None:
     code = f"from doge_deploy.cli.main import run_command\nassert run_command([{command!r}, '--help']) == 0"
     assert not {"torch", "transformers", "onnxruntime", "tensorrt", "tensorrt_rtx"} & modules_after(code)

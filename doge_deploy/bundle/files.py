@@ -5,7 +5,9 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from types import MappingProxyType
 from typing import Annotated, TypedDict
 
 from doge_deploy.bundle.typed_json import Check
@@ -72,8 +74,56 @@ def file_entry(file: Path) -> FileEntry:
     return {"sha256": sha256_file(file), "bytes": file.stat().st_size}
 
 
-def file_entries(directory: Path) -> dict[str, FileEntry]:
-    """`files` of a manifest: every file in `directory` but the manifest itself, and without engines."""
+def file_entries(directory: Path, known: Mapping[str, FileEntry] = MappingProxyType({})) -> dict[str, FileEntry]:
+    """`files` of a manifest: every file in `directory` but the manifest itself, and without engines.
+
+    Args:
+        directory: of the bundle.
+        known: entries of files that were hashed while they were written; these are not read again.
+    """
     return {
-        file.name: file_entry(file) for file in sorted(directory.iterdir()) if file.is_file() and file.name != MANIFEST
+        file.name: known.get(file.name) or file_entry(file)
+        for file in sorted(directory.iterdir())
+        if file.is_file() and file.name != MANIFEST
     }
+
+
+class HashedFile:
+    """A new file that is hashed as it is written, by a second thread: hashing takes as long as writing.
+
+    Args:
+        path: the file; what is there is replaced.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._digest = hashlib.sha256()
+        self._bytes = 0
+        self._pending: Future[None] | None = None
+
+    def __enter__(self) -> HashedFile:
+        self._file = self._path.open("wb")
+        self._hashing = ThreadPoolExecutor(1, thread_name_prefix="doge-hash")
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        self._hashing.shutdown()
+        self._file.close()
+        if kind is None and self._pending is not None:
+            self._pending.result()
+
+    def write(self, data: bytes | memoryview) -> None:
+        """Write `data`, which must not change afterwards; it is kept until the next call is done.
+
+        Raises:
+            OSError: as of `write`.
+        """
+        before, self._pending = self._pending, self._hashing.submit(self._digest.update, data)
+        self._file.write(data)
+        self._bytes += memoryview(data).nbytes
+        if before is not None:
+            before.result()
+
+    def entry(self) -> FileEntry:
+        """What a manifest says of the file; to be asked once it is closed."""
+        return {"sha256": self._digest.hexdigest(), "bytes": self._bytes}

@@ -11,15 +11,17 @@ import contextlib
 import copy
 import io
 import logging
+import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import onnx_ir as ir
 import torch
 from onnxscript.values import Opset
 
-from doge_deploy.bundle.signature import GraphTensor, Signature
+from doge_deploy.bundle.signature import CACHE_KINDS, GraphTensor, Signature
 from doge_deploy.config.expert_pairs import candidate_pairs
 from doge_deploy.config.model import DogeFacts
 from doge_deploy.dtypes import DTYPES
@@ -27,6 +29,7 @@ from doge_deploy.graph import schemas
 from doge_deploy.graph.functions import activation_function, cdmoe_function, dynamic_mask_attention_function
 from doge_deploy.graph.functions.text import OPSET
 from doge_deploy.graph.passes import run_passes
+from doge_deploy.graph.repeat_layers import TRACED_LAYERS, UnlikeLayersError, repeat_layers
 from doge_deploy.model.attention import hidden_bias
 from doge_deploy.model.decoder import Doge, GrowingCausalLM, StaticCausalLM, UncachedDoge, Windows
 
@@ -51,11 +54,12 @@ def trace(
     last_logits: bool,
     task: str = "causal-lm",
     decompose: bool = False,
+    every_layer: bool = False,
 ) -> ir.Model:
     """The ONNX model of one layout, weights by name only.
 
     Args:
-        facts: the checkpoint; `num_hidden_layers` layers are traced.
+        facts: the checkpoint; the graph has its `num_hidden_layers` layers.
         signature: what `make_signature` gives for the same arguments.
         dtype: "float32", "float16" or "bfloat16".
         max_length: positions (and slots of a static cache).
@@ -63,24 +67,33 @@ def trace(
         last_logits: logits of one token per row.
         task: what the graph is for.
         decompose: see `_convert`; the graph is the same.
+        every_layer: trace all layers, where else four are traced and repeated; the graph is the same.
     """
     schemas.register_schemas()
     torch_dtype: torch.dtype = getattr(torch, dtype)
     windows = reachable_windows(facts, signature.layout, max_length)
-    with torch.device("meta"):
-        model = _MODELS[signature.layout](
-            facts,
-            max_length=max_length,
-            windows=windows,
-            routing=routing,
-            last_logits=last_logits,
-            dtype=torch_dtype,
-            task=task,
-        ).eval()
-    arguments, dynamic = _example_arguments(facts, signature)
-    with quiet_exporter(), torch.no_grad():
-        exported = torch.export.export(model, (), arguments, dynamic_shapes=dynamic, strict=False)
-        onnx_model = _convert(exported, decompose=decompose)
+
+    def traced(layers: int) -> ir.Model:
+        few = replace(facts, num_hidden_layers=layers)
+        with torch.device("meta"):
+            model = _MODELS[signature.layout](
+                few,
+                max_length=max_length,
+                windows=windows,
+                routing=routing,
+                last_logits=last_logits,
+                dtype=torch_dtype,
+                task=task,
+            ).eval()
+        arguments, dynamic = _example_arguments(few, signature)
+        with quiet_exporter(), torch.no_grad():
+            exported = torch.export.export(model, (), arguments, dynamic_shapes=dynamic, strict=False)
+            converted = _convert(exported, decompose=decompose)
+        _name_axes(converted, signature)
+        return converted
+
+    layers = facts.num_hidden_layers
+    onnx_model = traced(layers) if every_layer else _of_all_layers(traced, layers)
     _apply_signature(onnx_model, signature)
     functions = [
         dynamic_mask_attention_function(
@@ -98,6 +111,16 @@ def trace(
     for function in functions:
         onnx_model.functions[function.identifier()] = function
     return run_passes(onnx_model)
+
+
+def _of_all_layers(traced: Callable[[int], ir.Model], layers: int) -> ir.Model:
+    """What `traced(layers)` gives, of a shorter trace where its layers can be repeated."""
+    if layers > TRACED_LAYERS:
+        model = traced(TRACED_LAYERS)
+        with contextlib.suppress(UnlikeLayersError):
+            repeat_layers(model, layers)
+            return model
+    return traced(layers)
 
 
 def reachable_windows(facts: DogeFacts, layout: str, max_length: int) -> Windows:
@@ -132,7 +155,10 @@ def _convert(exported: torch.export.ExportedProgram, *, decompose: bool) -> ir.M
 
 
 def _example_arguments(facts: DogeFacts, signature: Signature) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Meta tensors for every graph input, nested as the model's `forward` takes them, and their dynamic axes."""
+    """Meta tensors for every graph input, nested as the model's `forward` takes them, and their dynamic axes.
+
+    Caches are those of the first `facts.num_hidden_layers` layers.
+    """
 
     def example(spec: GraphTensor) -> torch.Tensor:
         # eval: "a + b" of axis names is the sum of their example sizes
@@ -150,21 +176,46 @@ def _example_arguments(facts: DogeFacts, signature: Signature) -> tuple[dict[str
             arguments[spec.name], dynamic[spec.name] = example(spec), axes(spec)
     if not caches:
         return arguments, dynamic
-    per_layer = len(caches) // facts.num_hidden_layers
-    layers = [caches[i : i + per_layer] for i in range(0, len(caches), per_layer)]
+    kinds = len(CACHE_KINDS[signature.layout])
+    layers = [caches[kinds * layer :][:kinds] for layer in range(facts.num_hidden_layers)]
     arguments["past_key_values"] = [tuple(example(spec) for spec in layer) for layer in layers]
     dynamic["past_key_values"] = [tuple(axes(spec) for spec in layer) for layer in layers]
     return arguments, dynamic
 
 
-def _apply_signature(model: ir.Model, signature: Signature) -> None:
-    """Give the graph's inputs and outputs the names, order and symbolic axes of the signature."""
-    graph = model.graph
+def _inputs_in_order(graph: ir.Graph, signature: Signature) -> list[ir.Value]:
+    """The traced inputs in the order of the signature; caches may be those of the first layers alone."""
     caches = [spec for spec, _ in signature.past()]
     traced = {value.name: value for value in graph.inputs}
     plain = [traced[spec.name] for spec in signature.inputs if spec not in caches]
-    flat = [value for value in graph.inputs if value not in plain]
-    values = [*plain, *flat]
+    return [*plain, *(value for value in graph.inputs if value not in plain)]
+
+
+def _name_axes(model: ir.Model, signature: Signature) -> None:
+    """Call the axes of all values as the signature does: the exporter numbers them, and those of each cache anew."""
+    names: dict[str, str] = {}
+    for spec, value in zip(signature.inputs, _inputs_in_order(model.graph, signature), strict=False):
+        assert value.shape is not None
+        for axis, dim in zip(spec.shape, value.shape, strict=True):
+            if isinstance(axis, str) and isinstance(dim, ir.SymbolicDim) and dim.value is not None:
+                names.setdefault(dim.value, axis)
+
+    def named(dim: int | ir.SymbolicDim) -> int | ir.SymbolicDim:
+        if isinstance(dim, int) or dim.value is None:
+            return dim
+        text = re.sub(r"\w+", lambda found: names.get(found[0], found[0]), dim.value)
+        return ir.SymbolicDim(" + ".join(sorted(text.split(" + "))))  # else in the order of the exporter's numbers
+
+    values = [*model.graph.inputs, *(value for node in model.graph for value in node.outputs)]
+    for value in values:
+        if value.shape is not None:
+            value.shape = ir.Shape([named(dim) for dim in value.shape])
+
+
+def _apply_signature(model: ir.Model, signature: Signature) -> None:
+    """Give the graph's inputs and outputs the names, order and symbolic axes of the signature."""
+    graph = model.graph
+    values = _inputs_in_order(graph, signature)
     graph.inputs.clear()
     graph.inputs.extend(values)
     for spec, value in zip(signature.inputs, values, strict=True):

@@ -16,6 +16,7 @@ from pathlib import Path
 import onnx_ir as ir
 import torch
 
+from doge_deploy.bundle.files import FileEntry, HashedFile
 from doge_deploy.checkpoint import Checkpoint
 from doge_deploy.dtypes import BY_ONNX, DTYPES
 from doge_deploy.graph.passes.store_weights import StoreWeightsPass
@@ -123,8 +124,8 @@ def write_weights(
     sources: TensorSources,
     *,
     advance: Callable[[int], None] = lambda nbytes: None,
-) -> None:
-    """Write the weight file of `models` and point their initializers at it.
+) -> FileEntry:
+    """Write the weight file of `models` and point their initializers at it; returns what a manifest says of it.
 
     Args:
         path: the file; its name becomes the `location` of the external data.
@@ -135,8 +136,8 @@ def write_weights(
     """
     values = [sources.initializers(model) for model in models]
     plan = _plan(values)
-    with path.open("wb") as file:
-        header = _header(plan)
+    header = _header(plan)
+    with HashedFile(path) as file:
         file.write(header)
         for stored in plan.values():
             data = sources.read(stored.name, BY_ONNX[stored.dtype].name).contiguous()
@@ -154,6 +155,7 @@ def write_weights(
                 name=name,
                 base_dir=path.parent,
             )
+    return file.entry()
 
 
 def _plan(values: Iterable[Mapping[str, ir.Value]]) -> dict[str, StoredTensor]:

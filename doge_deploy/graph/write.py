@@ -10,7 +10,7 @@ from pathlib import Path
 import onnx_ir as ir
 
 from doge_deploy import __version__
-from doge_deploy.bundle.files import WEIGHTS_FILE
+from doge_deploy.bundle.files import WEIGHTS_FILE, FileEntry
 from doge_deploy.bundle.manifest import Layout
 from doge_deploy.bundle.signature import LAYOUTS, UNCACHED, make_signature, uncached_signature
 from doge_deploy.checkpoint import Checkpoint
@@ -34,7 +34,7 @@ def write_graphs(
     dtype: str,
     max_length: int,
     progress: Progress,
-) -> dict[str, Layout]:
+) -> tuple[dict[str, Layout], dict[str, FileEntry]]:
     """Trace the layouts asked for and write their graphs and the weight file they share.
 
     Args:
@@ -46,7 +46,7 @@ def write_graphs(
         progress: told what is being done.
 
     Returns:
-        The layouts by name, none of them lowered for a backend yet.
+        The layouts by name, none of them lowered for a backend yet, and entries of the files that were hashed already.
     """
     facts = checkpoint.facts
     layouts: dict[str, Layout] = {}
@@ -72,14 +72,18 @@ def write_graphs(
         file = "model.onnx" if not layouts else f"model.{name}.onnx"
         layouts[name] = Layout(file, signature, facts.keep_window(max_length), _selection_notes(facts, max_length))
         advance(1)
-    left = _write_weights(directory, checkpoint, options, models, max_length, progress)
-    notes = tuple(f"{name} is not quantized: {reason}" for name, reason in _by_kind(left).items())
+    advance = progress.stage("write weights", sum(tensor.nbytes for tensor in checkpoint.tensors.values()))
+    sources = TensorSources(checkpoint, rope_tensors(checkpoint.config, facts, max_length), format_of(options))
+    for model in models:
+        sources.rewrite(model)
+    weights = write_weights(directory / WEIGHTS_FILE, models, sources, advance=advance)
+    notes = tuple(f"{name} is not quantized: {reason}" for name, reason in _by_kind(sources.left).items())
     for name, model in zip(list(layouts), models, strict=True):
         layouts[name] = replace(layouts[name], notes=layouts[name].notes + notes)
         model.producer_name, model.producer_version = "doge-deploy", __version__
         ir.save(model, directory / layouts[name].file)
         check_model(directory / layouts[name].file, layouts[name].signature)
-    return layouts
+    return layouts, {WEIGHTS_FILE: weights}
 
 
 def inline_functions(directory: Path, layout: Layout) -> None:
@@ -109,24 +113,6 @@ def _selection_notes(facts: DogeFacts, max_length: int) -> tuple[str, ...]:
             f"keep_window_size={facts.keep_window_size} of which are kept",
         )
     return ()
-
-
-def _write_weights(
-    directory: Path,
-    checkpoint: Checkpoint,
-    options: ExportOptions,
-    models: list[ir.Model],
-    max_length: int,
-    progress: Progress,
-) -> Mapping[str, str]:
-    """Write the weight file; returns the tensors that were left unquantized though that was asked for, and why."""
-    advance = progress.stage("write weights", sum(tensor.nbytes for tensor in checkpoint.tensors.values()))
-    rope = rope_tensors(checkpoint.config, checkpoint.facts, max_length)
-    sources = TensorSources(checkpoint, rope, format_of(options))
-    for model in models:
-        sources.rewrite(model)
-    write_weights(directory / WEIGHTS_FILE, models, sources, advance=advance)
-    return sources.left
 
 
 def _by_kind(left: Mapping[str, str]) -> dict[str, str]:

@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from transformers.activations import ACT2FN
 
 from doge_deploy.config.keys import TRAINED_ACTIVATIONS
 
@@ -153,6 +152,8 @@ def activate(x: torch.Tensor, name: str, weights: Sequence[torch.Tensor]) -> tor
 
     `x` is of any shape and float dtype, `weights` in the order of `TRAINED_ACTIVATIONS`, none for most activations.
     """
+    from transformers.activations import ACT2FN  # seconds, and a trace does not compute
+
     if not weights:
         result: torch.Tensor = ACT2FN[name](x)
     else:

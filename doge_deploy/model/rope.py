@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from doge_deploy.config.model import DogeFacts
@@ -44,22 +45,55 @@ def rope_tensors(config: Mapping[str, Any], facts: DogeFacts, max_length: int) -
 
     Reference: `DogeRotaryEmbedding` in transformers' modeling_doge.py, `modeling_rope_utils.py`.
     """
+    if facts.rope_changes(max_length):
+        rotary = _rotary(config)
+        return {
+            "rope_frequencies": _frequencies(rotary, facts, max_length),
+            "rope_scaling": torch.tensor([float(np.float32(rotary.attention_scaling))], dtype=torch.float32),
+        }
+    frequencies, scaling = _first_frequencies(config, facts)
+    angles = np.outer(np.arange(max_length, dtype=np.float32), frequencies).astype(np.float64)
+    cos, sin = (function(angles).astype(np.float32) * np.float32(scaling) for function in (np.cos, np.sin))
+    return {"rope_cos": torch.from_numpy(cos), "rope_sin": torch.from_numpy(sin)}
+
+
+def _first_frequencies(config: Mapping[str, Any], facts: DogeFacts) -> tuple[npt.NDArray[np.float32], float]:
+    """What `DogeRotaryEmbedding` begins with, float32 `[D/2]`, and the attention scaling.
+
+    Its module is not asked, as long as the frequencies stay: importing transformers' model code takes seconds.
+    """
+    if facts.rope_type == "default":
+        return default_frequencies(facts), 1.0
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    frequencies, scaling = ROPE_INIT_FUNCTIONS[facts.rope_type](_doge_config(config))
+    return frequencies.numpy(), scaling
+
+
+def default_frequencies(facts: DogeFacts) -> npt.NDArray[np.float32]:
+    """`theta ** (-2i / D)` for i in 0..D/2-1, float32 `[D/2]`, by the operations of transformers, in their order.
+
+    Reference: `DogeRotaryEmbedding.compute_default_rope_parameters`; https://arxiv.org/abs/2104.09864, section 3.2.2.
+    """
+    exponents = torch.arange(0, facts.head_dim, 2, dtype=torch.float32) / facts.head_dim
+    frequencies: npt.NDArray[np.float32] = (1.0 / facts.rope["rope_theta"] ** exponents).numpy()
+    return frequencies
+
+
+def _doge_config(config: Mapping[str, Any]) -> Any:
     from transformers import DogeConfig
-    from transformers.models.doge.modeling_doge import DogeRotaryEmbedding
     from transformers.utils import logging
 
     # Configs were read strictly by us; transformers' remarks on them are noise here.
     logging.set_verbosity_error()  # type: ignore[no-untyped-call]
-    rotary = DogeRotaryEmbedding(DogeConfig.from_dict(dict(config)))
-    scaling = np.float32(rotary.attention_scaling)
-    if facts.rope_changes(max_length):
-        return {
-            "rope_frequencies": _frequencies(rotary, facts, max_length),
-            "rope_scaling": torch.tensor([float(scaling)], dtype=torch.float32),
-        }
-    angles = np.outer(np.arange(max_length, dtype=np.float32), rotary.inv_freq.numpy()).astype(np.float64)
-    cos, sin = (function(angles).astype(np.float32) * scaling for function in (np.cos, np.sin))
-    return {"rope_cos": torch.from_numpy(cos), "rope_sin": torch.from_numpy(sin)}
+    return DogeConfig.from_dict(dict(config))
+
+
+def _rotary(config: Mapping[str, Any]) -> Any:
+    """transformers' own module for the angles of a config."""
+    from transformers.models.doge.modeling_doge import DogeRotaryEmbedding
+
+    return DogeRotaryEmbedding(_doge_config(config))
 
 
 def _frequencies(rotary: Any, facts: DogeFacts, max_length: int) -> torch.Tensor:

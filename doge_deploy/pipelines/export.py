@@ -70,7 +70,9 @@ def export(
             others = weight_format.range_dtypes({name: info.shape for name, info in checkpoint.tensors.items()})
         check_finite(checkpoint, dtype=dtype, others=others)
         advance(1)
-        layouts = write_graphs(directory, checkpoint, options, dtype=dtype, max_length=max_length, progress=progress)
+        layouts, hashed = write_graphs(
+            directory, checkpoint, options, dtype=dtype, max_length=max_length, progress=progress
+        )
         layouts = _lowered(directory, layouts, progress)
         if options.inline_functions:  # only now: a lowering looks for the operators that the functions stand for
             advance = progress.stage("inline functions")
@@ -98,7 +100,7 @@ def export(
             options=ResolvedOptions.of(options, max_length=max_length),
             layouts=layouts,
             warnings=warnings,
-            files=file_entries(directory),
+            files=file_entries(directory, hashed),
         )
         write_manifest(directory, manifest)
         advance(1)

@@ -58,6 +58,10 @@ class SlotTable:
         """Tokens that all slots hold, those kept for their prefix too."""
         return sum(len(held.tokens) for held in self._held.values())
 
+    def all(self) -> list[Held]:
+        """Every slot, in order."""
+        return list(self._held.values())
+
     def free(self) -> list[Held]:
         """Slots without a request, the least recently used first; empty ones before those that hold a prefix."""
         idle = [held for held in self._held.values() if not held.busy]

@@ -18,8 +18,8 @@ from doge_deploy.bundle.opening import Bundle, open_bundle
 from doge_deploy.errors import MissingDependencyError, UsageError
 from doge_deploy.options.backends import DEFAULT_BACKEND
 from doge_deploy.runtime.slots import SlotRunner, open_slots
+from doge_deploy.runtime.speculation import DRAFTS, exact_length
 from doge_deploy.serve.scheduler import Limits, Scheduler
-from doge_deploy.serve.speculation import DRAFTS
 
 if TYPE_CHECKING:
     import uvicorn
@@ -32,7 +32,7 @@ LOOPBACK = ("127.0.0.1", "::1", "localhost")
 
 DEFAULT_SLOTS = 8
 
-_FLUSH_SECONDS = 1.0
+_FLUSH_SECONDS = 5.0
 """How long streams have to send their last event when the time to drain is over."""
 
 _OTHER_FILES = 256
@@ -131,7 +131,8 @@ def open_served(paths: Sequence[Path], options: ServeOptions) -> Served:
         inboxes[name] = Inbox(name, metrics)
         texts[name] = open_text(bundle, name, options, inboxes[name].deliver)
         metrics.watch(name, texts[name].engine.scheduler)
-    return Served(texts, features, metrics, inboxes)
+    runs_on = {"backend": options.backend, "engine": options.engine, "threads": options.threads}
+    return Served(texts, features, metrics, inboxes, runs_on=runs_on)
 
 
 def open_text(bundle: Bundle, name: str, options: ServeOptions, deliver: Deliver) -> ServedText:
@@ -164,12 +165,8 @@ def open_text(bundle: Bundle, name: str, options: ServeOptions, deliver: Deliver
 
 def make_scheduler(bundle: Bundle, slots: SlotRunner, limits: Limits, *, speculate: bool = True) -> Scheduler:
     """A scheduler that guesses where that is asked for, exact and pays."""
-    facts, length = bundle.manifest.facts, bundle.manifest.max_length
-    exact = facts.keep_window_size if facts.keep_window(length) else length
-    if facts.sliding_window is not None:
-        exact = min(exact, facts.sliding_window - 1)
     costs = measure_step_costs(slots) if speculate and slots.all_logits and not slots.whole_prompts else None
-    return Scheduler(slots, limits, costs, exact)
+    return Scheduler(slots, limits, costs, exact_length(bundle.manifest))
 
 
 def measure_step_costs(slots: SlotRunner, rounds: int = 7) -> dict[int, float]:
@@ -181,7 +178,7 @@ def measure_step_costs(slots: SlotRunner, rounds: int = 7) -> dict[int, float]:
         for width in widths:
             slots.truncate(slot, 0)
             start = perf_counter()
-            slots.extend([slot], [[0] * width]).numpy()
+            slots.extend([slot], [[0] * width], width).numpy()
             times[width].append(perf_counter() - start)
     slots.release(slot)
     one = statistics.median(times[1])
@@ -214,7 +211,7 @@ def run(paths: Sequence[Path], options: ServeOptions) -> None:
         log_config=None,
         access_log=False,
         lifespan="on",
-        timeout_graceful_shutdown=int(_FLUSH_SECONDS) + 1,
+        timeout_graceful_shutdown=2,
         timeout_keep_alive=75,
     )
     server = _make_server(config, served, options.drain_seconds)

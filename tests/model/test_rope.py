@@ -12,7 +12,7 @@ from transformers import DogeConfig
 from transformers.models.doge.modeling_doge import DogeRotaryEmbedding
 
 from doge_deploy.config.model import DogeFacts
-from doge_deploy.model.rope import rope_tensors
+from doge_deploy.model.rope import default_frequencies, rope_tensors
 
 LENGTH = 512
 HALF = 16
@@ -60,6 +60,15 @@ def test_tables_are_within_an_ulp_of_transformers(rope: dict[str, Any]) -> None:
         assert table.shape == (LENGTH, HALF)
         ulp = torch.finfo(torch.float32).eps * float(table.abs().max())
         assert float((table - both_halves[0, :, :HALF]).abs().max()) <= ulp
+
+
+@pytest.mark.parametrize("theta", [10000, 1e4, 500000.0, 1.5, 123456.789])
+@pytest.mark.parametrize("head_dim", [8, 26, 64, 128])
+def test_default_frequencies_are_those_of_transformers_to_the_bit(head_dim: int, theta: float) -> None:
+    values = {"hidden_size": 4 * head_dim, "num_attention_heads": 4, "max_position_embeddings": 16}
+    config = DogeConfig(**values, rope_parameters={"rope_type": "default", "rope_theta": theta})
+    facts = DogeFacts.from_config({**config.to_dict(), "architectures": None})
+    assert default_frequencies(facts).tobytes() == DogeRotaryEmbedding(config).inv_freq.numpy().tobytes()
 
 
 def test_tables_are_correctly_rounded_cosines_of_float32_angles() -> None:

@@ -34,6 +34,8 @@ STALE = {
     "a failure of Python": ("```python\nprint(y)\n```\n", "NameError"),
     "an output of Python": ("```python\nprint(1)\n```\n\n```text\n2\n```\n", "--- the page"),
     "names of another section": ("## A\n```python\nx = 1\n```\n## B\n```python\nprint(x)\n```\n", "NameError"),
+    "a part twice": ("```console\n$ echo a b\na ... b b\n```\n", "--- the page"),
+    "much of anything": ("```console\n$ seq 999\n" + "1 ... " * 30 + "\n```\n", "--- the page"),
     "a dot is no wildcard": ("```console\n$ echo axb\na.b\n```\n", "--- the page"),
 }
 

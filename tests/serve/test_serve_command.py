@@ -10,7 +10,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import httpx
@@ -26,6 +26,13 @@ LONG = {"prompt": "x", "max_tokens": 500, "stream": True, "logit_bias": {"1": -1
 def serving(bundle: Path, *options: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
     """The process and its address; it is killed at the end if it is still there."""
     command = [sys.executable, "-m", "doge_deploy.cli", "serve", str(bundle), "--port", "0", "--threads", "1", *options]
+    with started(command) as found:
+        yield found
+
+
+@contextlib.contextmanager
+def started(command: Sequence[str]) -> Iterator[tuple[subprocess.Popen[str], str]]:
+    """The same of any command that serves."""
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     try:
         assert process.stderr is not None
@@ -84,6 +91,11 @@ def test_a_second_signal_ends_at_once(tiny_bundle_last: Path) -> None:
         # a request that has not been sent to its end keeps the connection, and the server waits for texts only
         host, port = url.removeprefix("http://").split(":")
         connection = socket.create_connection((host, int(port)))
+        # whose body does not come: what is under way for longer than this test waits
+        head = (
+            "POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: 99\r\n\r\n"
+        )
+        connection.sendall(head.encode())
         client = httpx.Client(timeout=60)
         asked = client.stream("POST", f"{url}/v1/completions", json={**LONG, "n": 16})
         with connection, client, asked as response:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import onnx_ir as ir
 import onnx_ir.passes.common as common
 
+from doge_deploy.graph.passes.mark_stages import MarkStagesPass
 from doge_deploy.graph.passes.name_nodes import NameNodesPass
 from doge_deploy.graph.passes.transpose_weights import TransposeWeightsPass
 from doge_deploy.graph.schemas import ACTIVATION
@@ -21,4 +22,5 @@ def run_passes(model: ir.Model) -> ir.Model:
         common.RemoveUnusedNodesPass(),
         common.RemoveUnusedOpsetsPass(),
         NameNodesPass(),
+        MarkStagesPass(),
     )(model).model

@@ -61,6 +61,8 @@ class Served:
     created: int = field(default_factory=lambda: int(time.time()))
     draining: bool = False
     """No new work is taken; what runs is finished."""
+    runs_on: Mapping[str, str | int | None] = field(default_factory=dict)
+    """For people: backend, engine, threads."""
     working: int = 0
     """Requests for texts and embeddings that are being answered, from their first byte to the last of the answer."""
 
@@ -299,6 +301,10 @@ def _card(served: Served, model: ServedText | FeatureModel) -> dict[str, Any]:
             "tool": dict(manifest.tool),
             "warnings": list(manifest.warnings),
             "all_logits": isinstance(model, ServedText) and model.all_logits,
+            "weights": manifest.options.quantize or manifest.options.dtype,
+            "layouts": list(manifest.layouts),
+            "lowered": sorted({name for layout in manifest.layouts.values() for name in layout.lowered}),
+            **served.runs_on,
         },
     }
 

@@ -73,11 +73,19 @@ class _States(Collector):
             }
             for name, value in values.items():
                 families[name].add_metric([model], value)
+        slots = GaugeMetricFamily(
+            "doge_slot_tokens",
+            "Tokens that a slot holds, of a request (busy) or kept for their prefix.",
+            labels=["model_name", "slot", "busy"],
+        )
+        for model, scheduler in self.schedulers.items():
+            for held in scheduler.table.all():
+                slots.add_metric([model, str(held.slot), str(held.busy).lower()], len(held.tokens))
         for model, features in self.features.items():
             unfinished = features.waiting
             families["num_requests_running"].add_metric([model], min(unfinished, 1))
             families["num_requests_waiting"].add_metric([model], max(unfinished - 1, 0))
-        return list(families.values())
+        return [*families.values(), slots]
 
     def _counters(self) -> list[Metric]:
         texts = {

@@ -11,7 +11,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from doge_deploy.errors import UsageError
 from doge_deploy.serve.http.errors import ApiError, response
 
-OPEN_PATHS = frozenset({"/", "/health", "/ready", "/openapi.json"})
+OPEN_PATHS = frozenset({"/", "/page/page.css", "/page/page.js", "/health", "/ready", "/openapi.json"})
 """What needs no key: nothing of it shows a prompt or takes work."""
 
 MAX_BODY_BYTES = 4 * 1024 * 1024

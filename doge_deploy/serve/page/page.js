@@ -4,6 +4,7 @@
 const $ = (id) => document.getElementById(id);
 const conversation = [];
 let running = null;
+let chat = Date.now();
 let models = [];
 
 const OPTIONS = ["temperature", "top_p", "top_k", "min_p", "repetition_penalty", "max_tokens", "seed"];
@@ -151,6 +152,7 @@ async function answer() {
   figures();
   if (text) conversation.push({ role: "assistant", content: text });
   else place.parentElement.remove();
+  keep();
   running = null;
   setBusy(false);
   $("input").focus();
@@ -184,15 +186,22 @@ $("regenerate").addEventListener("click", () => {
   answer();
 });
 
-$("clear").addEventListener("click", () => {
-  conversation.length = 0;
-  $("messages").replaceChildren(element("p", "empty", "Write a message to begin."));
-  $("messages").firstElementChild.id = "empty";
+function begin(id, messages) {
+  chat = id;
+  conversation.splice(0, conversation.length, ...messages);
+  $("messages").replaceChildren();
+  for (const message of messages) addMessage(message.role, message.content);
+  if (!messages.length) {
+    $("messages").append(element("p", "empty", "Write a message to begin."));
+    $("messages").firstElementChild.id = "empty";
+  }
   $("figures").textContent = "";
   showError($("error"), "");
   setBusy(false);
   $("input").focus();
-});
+}
+
+$("clear").addEventListener("click", () => begin(Date.now(), []));
 
 $("export").addEventListener("click", () => {
   const data = JSON.stringify({ model: $("model").value, messages: conversation }, null, 2);
@@ -203,9 +212,51 @@ $("export").addEventListener("click", () => {
   URL.revokeObjectURL(link.href);
 });
 
+// Earlier chats: in this browser alone, and none where it keeps nothing
+
+const KEPT = "doge-deploy chats";
+const MOST_KEPT = 30;
+
+function kept() {
+  try {
+    return JSON.parse(localStorage.getItem(KEPT)) ?? [];
+  } catch {
+    return [];
+  }
+}
+
+function store(chats) {
+  try {
+    localStorage.setItem(KEPT, JSON.stringify(chats));
+  } catch { /* it is full or forbidden: the chat goes on */ }
+  showEarlier();
+}
+
+function keep() {
+  if (!conversation.length) return;
+  const others = kept().filter((one) => one.id !== chat);
+  store([{ id: chat, messages: [...conversation] }, ...others].slice(0, MOST_KEPT));
+}
+
+function showEarlier() {
+  const chats = kept();
+  $("earlier").hidden = !chats.length;
+  $("history").replaceChildren(...chats.map((one) => {
+    const item = element("li");
+    const said = one.messages.find((message) => message.role === "user")?.content ?? "";
+    const button = element("button", "", said.slice(0, 60) || "Chat");
+    button.type = "button";
+    button.addEventListener("click", () => { if (!running) begin(one.id, one.messages); });
+    item.append(button);
+    return item;
+  }));
+}
+
+$("forget").addEventListener("click", () => store([]));
+
 // Server
 
-const history = [];
+const flights = [];
 const SPAN = 60;
 
 function parse(text) {
@@ -243,12 +294,12 @@ async function poll() {
     const samples = parse(await answered.text());
     const sum = (name) => samples.filter((one) => one.name === `doge_${name}`).reduce((a, one) => a + one.value, 0);
     const time = performance.now();
-    history.push({
+    flights.push({
       time, running: sum("num_requests_running"), waiting: sum("num_requests_waiting"),
       tokens: sum("generation_tokens_total"),
     });
-    if (history.length > SPAN) history.shift();
-    const now = history.at(-1), before = history.at(-2);
+    if (flights.length > SPAN) flights.shift();
+    const now = flights.at(-1), before = flights.at(-2);
     const rate = before ? (now.tokens - before.tokens) / ((now.time - before.time) / 1000) : 0;
     const queries = sum("prefix_cache_queries_total"), drafts = sum("spec_draft_tokens_total");
     const share = (part, whole) => (whole ? `${Math.round((100 * part) / whole)} %` : "–");
@@ -263,6 +314,7 @@ async function poll() {
       [now.tokens, "tokens so far"],
     ]);
     draw();
+    showSlots(samples);
     showTimes(samples);
     showError($("server-error"), "");
   } catch (error) {
@@ -280,6 +332,24 @@ function showTiles(rows) {
   }));
 }
 
+function showSlots(samples) {
+  const most = Object.fromEntries(models.map((model) => [model.id, model.max_model_len]));
+  const slots = samples.filter((one) => one.name === "doge_slot_tokens");
+  $("slots").replaceChildren(...slots.map((one) => {
+    const busy = one.labels.busy === "true";
+    const room = most[one.labels.model_name] ?? one.value;
+    const box = element("div", `slot${busy ? " busy" : ""}`);
+    box.setAttribute("role", "listitem");
+    const state = busy ? "in use" : one.value ? "kept" : "empty";
+    box.append(element("span", "", `${Number(one.labels.slot) + 1}`));
+    const bar = document.createElement("meter");
+    bar.max = room || 1;
+    bar.value = one.value;
+    box.append(bar, element("span", "", `${one.value} of ${room} tokens, ${state}`));
+    return box;
+  }));
+}
+
 function showTimes(samples) {
   const rows = [
     ["Time to first token", "doge_time_to_first_token_seconds"], ["Between two tokens", "doge_inter_token_latency_seconds"],
@@ -294,9 +364,9 @@ function showTimes(samples) {
 }
 
 function draw() {
-  const top = Math.max(1, ...history.map((one) => Math.max(one.running, one.waiting)));
-  const path = (name) => history.map((one, index) => {
-    const x = 600 - (history.length - 1 - index) * (600 / (SPAN - 1));
+  const top = Math.max(1, ...flights.map((one) => Math.max(one.running, one.waiting)));
+  const path = (name) => flights.map((one, index) => {
+    const x = 600 - (flights.length - 1 - index) * (600 / (SPAN - 1));
     return `${index ? "L" : "M"}${x.toFixed(1)} ${(132 - (124 * one[name]) / top).toFixed(1)}`;
   }).join("");
   $("chart").replaceChildren(...["waiting", "running"].map((name) => {
@@ -331,7 +401,11 @@ function showModels() {
     card.append(element("h2", "", model.id));
     const facts = model.doge_deploy;
     const rows = [
-      ["Task", facts.task], ["Numbers", facts.dtype], ["Tokens", `at most ${model.max_model_len}`],
+      ["Task", facts.task], ["Numbers", facts.dtype], ["Weights", facts.weights],
+      ["Tokens", `at most ${model.max_model_len}`],
+      ["Runs on", [facts.backend, facts.engine && `engine ${facts.engine}`, facts.threads && `${facts.threads} threads`]
+        .filter(Boolean).join(", ")],
+      ["Cache", facts.layouts.join(", ")], ["Lowered for", facts.lowered.join(", ") || "nothing: the standard graph"],
       ["Checkpoint", facts.checkpoint.source ?? "a directory"], ["sha256", facts.checkpoint.sha256],
       ["Exported by", `${facts.tool.name} ${facts.tool.version}`], ["Warnings", facts.warnings.join("; ") || "none"],
     ];
@@ -348,4 +422,5 @@ function showModels() {
 
 $("key").addEventListener("change", loadModels);
 loadModels();
+showEarlier();
 $("input").focus();

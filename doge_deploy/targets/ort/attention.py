@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import onnx_ir as ir
 
 from doge_deploy.bundle.signature import BATCH, SLOT_INDICES, SLOTS
+from doge_deploy.graph import stages
 from doge_deploy.graph.schemas import DOMAIN, DYNAMIC_MASK_ATTENTION, WINDOW_BIAS
 from doge_deploy.targets.ort.matching import (
     CONTRIB,
@@ -36,6 +37,7 @@ class Head:
 
     linear: Linear
     heads: int
+    normed: ir.Value
     weight: ir.Value
     epsilon: float
     cos: ir.Value
@@ -54,6 +56,8 @@ class _Layer:
     write_indices: ir.Value
     past: tuple[ir.Value, ir.Value, ir.Value]
     """Key, value and score buffers."""
+    new_key: ir.Value
+    """Keys of the new tokens, rotated."""
     score: ir.Value
     """Scores of the new tokens `[B, Hkv, Q, 1]`."""
     present: tuple[ir.Value, ir.Value, ir.Value]
@@ -143,8 +147,8 @@ def _match(node: ir.Node) -> _Layer:
     merge = only_use(node.outputs[0], "Transpose", "the attention output")
     expect(attribute(merge, "perm") == _HEADS_FIRST, "heads are merged otherwise")
     reshape = only_use(merge.outputs[0], "Reshape", "the transposed attention output")
-    new_score = scatters[2].inputs[1]
-    assert new_score is not None
+    new_key, new_score = (scatter.inputs[1] for scatter in (scatters[0], scatters[2]))
+    assert new_key is not None and new_score is not None
     return _Layer(
         node,
         query_head,
@@ -152,6 +156,7 @@ def _match(node: ir.Node) -> _Layer:
         value_linear,
         write_indices,
         past,  # type: ignore[arg-type]
+        new_key,
         new_score,
         tuple(scatter.outputs[0] for scatter in scatters),  # type: ignore[arg-type]
         reshape.outputs[0],
@@ -203,7 +208,7 @@ def match_head(value: ir.Value | None, what: str) -> Head:
     size = linear.width // shape[2]
     expect(size % 16 == 0, f"head_dim={size}: GroupQueryAttention takes multiples of 16")
     epsilon = attribute(norm, "epsilon", 1e-5)
-    return Head(linear, shape[2], weight, epsilon, tables[0][0], tables[1][0], tables[0][1])
+    return Head(linear, shape[2], norm.outputs[0], weight, epsilon, tables[0][0], tables[1][0], tables[0][1])
 
 
 def _table(value: ir.Value | None, what: str) -> tuple[ir.Value, ir.Value]:
@@ -302,6 +307,10 @@ def _emit(layer: _Layer, index: int, lengths: _Lengths) -> None:
         do_rotary=1,
         scale=attribute(layer.node, "scale"),
     )
+    inside = [*stages.points_of(layer.node.inputs[0]), *stages.points_of(layer.new_key)]
+    fused.metadata_props[stages.COMPUTES] = " ".join(inside)
+    stages.move(layer.new_key, fused.outputs[1])
+    stages.move(layer.output, fused.outputs[0])
     layer.output.replace_all_uses_with(fused.outputs[0])
     for old, new in zip(layer.present, (fused.outputs[1], fused.outputs[2], written.outputs[0]), strict=True):
         take_place(old, new)
@@ -326,7 +335,9 @@ def emit_norms(emit: Emitter, query: Head, key: Head) -> ir.Value:
         for what, head in (("query", query), ("key", key))
     ]
     weight = emit("Concat", *rows, axis=0, name="norm_weight").outputs[0]
-    return emit("Mul", merged, weight, name="weighted").outputs[0]
+    weighted = emit("Mul", merged, weight, name="weighted").outputs[0]
+    stages.mark(weighted, [point for head in (query, key) for point in stages.points_of(head.normed)])
+    return weighted
 
 
 def _emit_bias(emit: Emitter, layer: _Layer, score: ir.Value, lengths: _Lengths) -> ir.Value:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import onnx_ir as ir
 
 from doge_deploy.bundle.signature import SHARES_BUFFERS
+from doge_deploy.graph import stages
 from doge_deploy.graph.schemas import CDMOE, DOMAIN, DYNAMIC_MASK_ATTENTION, WINDOW_BIAS
 from doge_deploy.targets.ort.attention import Head, emit_norms, expect_alike, first_user, match_head
 from doge_deploy.targets.ort.matching import (
@@ -38,6 +39,8 @@ class _Layer:
     """Key and value, `[B, Hkv, P, D]`."""
     present: tuple[ir.Value, ir.Value]
     """The same and the new tokens, `[B, Hkv, K, D]`: graph outputs."""
+    new_key: ir.Value
+    """Keys of the new tokens, rotated."""
     states: ir.Value
     """All values with heads merged, `[B, K, Hkv*D]`: what the score is computed from."""
     score_product: ir.Node
@@ -156,6 +159,7 @@ def _match(node: ir.Node) -> _Layer:
         value_linear,
         (past_key, past_value),
         (key, value),
+        new_key,
         states,
         product,
         score,
@@ -262,6 +266,11 @@ def _emit(layer: _Layer, index: int, lengths: _Lengths) -> None:
         do_rotary=1,
         scale=attribute(layer.node, "scale"),
     )
+    fused.metadata_props[stages.COMPUTES] = " ".join(
+        [*stages.points_of(layer.node.inputs[0]), *stages.points_of(layer.new_key)]
+    )
+    stages.move(layer.new_key, fused.outputs[1])
+    stages.move(layer.output, fused.outputs[0])
     layer.output.replace_all_uses_with(fused.outputs[0])
     for old, new in zip(layer.present, fused.outputs[1:], strict=True):
         take_place(old, new)

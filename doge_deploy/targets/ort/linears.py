@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import onnx_ir as ir
 
+from doge_deploy.graph.stages import MADE_BY, mark, move, points_of
 from doge_deploy.targets.ort.matching import Emitter, Linear, attribute, expect, linear_of
 
 
@@ -54,7 +55,10 @@ def _pack(group: Sequence[Linear]) -> None:
     attributes = {name: value.value for name, value in product.attributes.items()}
     if quantized:
         attributes["N"] = sum(linear.width for linear in group)
-    packed = emit(product.op_type, group[0].x, *weights, domain=product.domain, name="product", **attributes).outputs[0]
+    made = emit(product.op_type, group[0].x, *weights, domain=product.domain, name="product", **attributes)
+    if MADE_BY in product.metadata_props:
+        made.metadata_props[MADE_BY] = product.metadata_props[MADE_BY]
+    packed = made.outputs[0]
     if group[0].bias is not None:
         bias = emit("Concat", *(linear.bias for linear in group), axis=0, name="bias").outputs[0]
         packed = emit("Add", packed, bias, name="sum").outputs[0]
@@ -72,6 +76,8 @@ def _parts(group: Sequence[Linear]) -> list[tuple[ir.Value, int]]:
         concat = _concat_of([linear.output for linear in rest])
         count = len(concat.inputs) if concat is not None else 1
         value = concat.outputs[0] if concat is not None else rest[0].output
+        if concat is not None:
+            mark(value, [point for joined in concat.inputs for point in points_of(joined)])
         parts.append((value, sum(linear.width for linear in rest[:count])))
         rest = rest[count:]
     return parts
@@ -91,9 +97,11 @@ def _concat_of(outputs: Sequence[ir.Value]) -> ir.Node | None:
 def _split(emit: Emitter, packed: ir.Value, parts: Sequence[tuple[ir.Value, int]]) -> None:
     """Give every part its piece of `packed`."""
     if len(parts) == 1:
+        move(parts[0][0], packed)
         parts[0][0].replace_all_uses_with(packed)
         return
     sizes = emit.ints(*(width for _, width in parts), name="widths")
     split = emit("Split", packed, sizes, axis=-1, outputs=len(parts), name="part")
     for (value, _), piece in zip(parts, split.outputs, strict=True):
+        move(value, piece)
         value.replace_all_uses_with(piece)

@@ -11,6 +11,8 @@ from typing import Any
 
 import onnx_ir as ir
 
+from doge_deploy.graph.stages import move
+
 CONTRIB = "com.microsoft"
 """Domain of ONNX Runtime's own operators."""
 
@@ -182,7 +184,8 @@ def require_contrib(model: ir.Model) -> None:
 
 
 def take_place(old: ir.Value, new: ir.Value) -> None:
-    """`new` takes the place, the name and the type of `old`, among the graph's outputs too."""
+    """`new` takes the place, the name, the type and the points of `old`, among the graph's outputs too."""
+    move(old, new)
     old.replace_all_uses_with(new, replace_graph_outputs=True)
     name, new.shape, new.type = old.name, old.shape, old.type
     old.name, new.name = f"{name}.unused", name

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
+from doge_deploy.graph.stages import move
 from doge_deploy.targets.ort.matching import CONTRIB, Emitter, attribute, expect, require_contrib
 
 
@@ -45,6 +46,8 @@ def _fuse(norm: ir.Node) -> None:
     op_type = "SkipSimplifiedLayerNormalization"
     epsilon = attribute(norm, "epsilon", 1e-5)
     fused = emit(op_type, *add.inputs, norm.inputs[1], domain=CONTRIB, outputs=4, epsilon=epsilon, name="skip")
+    for old, new in ((norm.outputs[0], fused.outputs[0]), (add.outputs[0], fused.outputs[3])):
+        move(old, new)
     norm.outputs[0].replace_all_uses_with(fused.outputs[0])
     add.outputs[0].replace_all_uses_with(fused.outputs[3])
     for unused in fused.outputs[1:3]:

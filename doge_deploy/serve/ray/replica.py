@@ -1,0 +1,114 @@
+"""One server behind the front: its application is called here as uvicorn would call it, without a socket."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Mapping, MutableMapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from prometheus_client.samples import Sample
+
+    from doge_deploy.serve.http.app import Served
+    from doge_deploy.serve.ray.arguments import Arguments
+
+Message = MutableMapping[str, Any]
+"""Of ASGI."""
+
+_LEAVING_SECONDS = 5.0
+"""How long the application may take to notice that nobody waits for its answer."""
+
+
+@dataclass(frozen=True)
+class Call:
+    """A request that can be sent to another process."""
+
+    scope: Mapping[str, Any]
+    """Of ASGI; what of it is plain data."""
+    body: bytes = field(repr=False)
+
+
+class Replica:
+    """The models, engines and application of `doge-deploy serve`, in this process."""
+
+    def __init__(self) -> None:
+        self._stack = contextlib.AsyncExitStack()
+
+    async def open(self, arguments: Arguments) -> None:
+        """Open every bundle and start the engines.
+
+        Raises:
+            UsageError, UnsupportedModelError, BrokenBundleError, MissingDependencyError: one of them cannot be served.
+        """
+        from doge_deploy.serve.start import open_served, require_server
+
+        require_server()
+        paths = [Path(bundle) for bundle in arguments.bundles]
+        await self.serve(await asyncio.to_thread(open_served, paths, arguments.options))
+
+    async def serve(self, served: Served) -> None:
+        """Start the engines of what is open."""
+        from doge_deploy.serve.http.app import create_app
+
+        self._served = served
+        self._app = create_app(served)
+        await self._stack.enter_async_context(self._app.router.lifespan_context(self._app))
+
+    def check(self) -> None:
+        """Raises RuntimeError where an engine has ended: this replica is of no use any more."""
+        if not self._served.ready:
+            failed = [name for name, model in self._served.texts.items() if not model.engine.alive]
+            raise RuntimeError(f"the engine of {', '.join(failed) or 'a model'} has ended")
+
+    def samples(self) -> list[Sample]:
+        """What `/metrics` of a server shows, without the times at which counting began."""
+        families = self._served.metrics.registry.collect()
+        return [one for family in families for one in family.samples if not one.name.endswith("_created")]
+
+    async def close(self) -> None:
+        """End what still runs with an error, and the engines."""
+        await self._stack.aclose()
+
+    async def answer(self, call: Call) -> AsyncIterator[list[Message]]:
+        """The messages of the answer, those together that are there at the same time.
+
+        Whoever stops to read, or is cancelled, is a client that went away.
+        """
+        messages: asyncio.Queue[Message | None] = asyncio.Queue()
+        gone, read = asyncio.Event(), False
+
+        async def receive() -> Message:
+            nonlocal read
+            if not read:
+                read = True
+                return {"type": "http.request", "body": call.body, "more_body": False}
+            await gone.wait()
+            return {"type": "http.disconnect"}
+
+        async def send(message: Message) -> None:
+            messages.put_nowait(message)
+
+        async def work() -> None:
+            try:
+                await self._app(dict(call.scope), receive, send)
+            finally:
+                messages.put_nowait(None)
+
+        task = asyncio.ensure_future(work())
+        try:
+            ended = False
+            while not ended:
+                found = [await messages.get()]
+                while not messages.empty():
+                    found.append(messages.get_nowait())
+                ended = found[-1] is None
+                if batch := [message for message in found if message is not None]:
+                    yield batch
+            await task
+        finally:
+            gone.set()
+            await asyncio.wait({task}, timeout=_LEAVING_SECONDS)
+            task.cancel()
