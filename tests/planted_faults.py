@@ -459,6 +459,39 @@ FAULTS: dict[str, Fault] = {
         ("test_behaviour.py",),
         select="TestAdmission",
     ),
+    "logits-of-other-tokens": Fault(
+        "targets",
+        Patch(
+            "doge_deploy/targets/ort/logit_rows.py",
+            'tokens = emit("Sub", column, offsets',
+            'tokens = emit("Add", column, offsets',
+        ),
+        "the logits of a guess are those of tokens behind it",
+        ("test_speculation.py",),
+        select="one_at_a_time",
+    ),
+    "guesses-stay": Fault(
+        "runtime",
+        Patch(
+            "doge_deploy/runtime/speculation.py",
+            "self._runner.truncate_row(0, tokens)",
+            "self._runner.truncate_row(0, tokens + 1)",
+        ),
+        "a wrong guess stays in the cache",
+        ("test_speculation.py",),
+        select="same_with_guesses",
+    ),
+    "prompts-take-all": Fault(
+        "serve",
+        Patch(
+            "doge_deploy/serve/scheduler.py",
+            "if self.decoding else self.limits.alone_tokens",
+            "if not self.decoding else self.limits.alone_tokens",
+        ),
+        "a long prompt holds up the texts of others",
+        ("test_scheduler.py",),
+        select="long_prompt",
+    ),
     "no-limit-of-tokens": Fault(
         "serve",
         Patch(
