@@ -219,6 +219,20 @@ def serve_fuzz(session: nox.Session) -> None:
     session.run(sys.executable, "tests/serve/fuzz/fuzz.py", "--schemathesis", command, *session.posargs, external=True)
 
 
+@nox.session(name="serve-same", venv_backend="none")
+def serve_same(session: nox.Session) -> None:
+    """2,000 texts of a busy server are those of `generate`."""
+    require_project(session)
+    session.run(sys.executable, "tests/serve/load/same_text.py", *session.posargs)
+
+
+@nox.session(name="serve-faults", venv_backend="none")
+def serve_faults(session: nox.Session) -> None:
+    """Clients that vanish, do not read or come all at once, and signals:  nox -s serve-faults -- vanish burst"""
+    require_project(session)
+    session.run(sys.executable, "tests/serve/load/faults.py", *session.posargs)
+
+
 @nox.session(name="serve-hour", venv_backend="none")
 def serve_hour(session: nox.Session) -> None:
     """An hour of mixed load on a server: memory, files and threads must not grow."""

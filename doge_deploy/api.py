@@ -143,6 +143,7 @@ def verify(
     lowering: bool = False,
     backend: str = DEFAULT_BACKEND,
     engine: str | None = None,
+    baseline: str | Path | None = None,
     started: Callable[[str], None] = lambda what: None,
     finished: Callable[[CaseResult], None] = lambda result: None,
 ) -> Report:
@@ -158,6 +159,8 @@ def verify(
         lowering: judge the static graph as it is lowered for TensorRT, in ONNX Runtime.
         backend: what runs the bundle; `torch-kernels` is PyTorch with the plugins' kernels.
         engine: which engine, where the backend has several.
+        baseline: an earlier report as a file of `verify --json`: a case that uses more than twice the share of its
+            tolerance that it used then makes `passed` false too.
         started: told what is about to be done.
         finished: told each case when it is judged.
 
@@ -167,16 +170,18 @@ def verify(
 
     Raises:
         UsageError: options contradict each other or the bundle, or the bundle does not say where it came from and
-            `reference` is None.
+            `reference` is None; or `baseline` is no such file, or of another dtype or other cases.
         BrokenBundleError, UnsupportedModelError: bundle or checkpoint is broken, or they do not belong together.
         MissingDependencyError: torch, transformers or the backend is missing (the extras `export` and `cpu`).
     """
     from doge_deploy.devices.packages import require_export_packages
 
     require_export_packages("verify")
+    from doge_deploy.verify.baseline import compare, read_baseline
     from doge_deploy.verify.run import verify as run
 
-    return run(
+    before = None if baseline is None else read_baseline(baseline)
+    report = run(
         bundle,
         reference=reference,
         adapter=adapter,
@@ -189,6 +194,9 @@ def verify(
         started=started,
         finished=finished,
     )
+    if before is not None:
+        report.baseline = compare(before, report.dtype, report.results)
+    return report
 
 
 def localize(

@@ -7,6 +7,7 @@ from pathlib import Path
 import click
 
 from doge_deploy.cli.backend_name import BackendName
+from doge_deploy.cli.verify_outputs import Outputs, command_line, output_options
 from doge_deploy.options.backends import DEFAULT_BACKEND, TORCH_KERNELS
 
 
@@ -37,11 +38,16 @@ from doge_deploy.options.backends import DEFAULT_BACKEND, TORCH_KERNELS
     help="Name the call, layer and stage of the first case that fails, and why.",
 )
 @click.option("--case", metavar="[LAYOUT/]NAME", help="With --localize: judge and localise this case alone.")
-@click.option("--json", "json_file", type=click.Path(path_type=Path), metavar="FILE", help="Write every number here.")
 @click.option(
-    "--junit", "junit_file", type=click.Path(path_type=Path), metavar="FILE", help="Write a JUnit report here."
+    "--baseline",
+    type=click.Path(path_type=Path),
+    metavar="OLD.json",
+    help="An earlier --json: fail too where a case uses more than twice the share of its tolerance that it used then.",
 )
+@output_options
+@click.pass_context
 def verify(
+    context: click.Context,
     bundle: Path,
     reference: str | None,
     adapter: str | None,
@@ -53,28 +59,24 @@ def verify(
     engine: str | None,
     localized: bool,
     case: str | None,
-    json_file: Path | None,
-    junit_file: Path | None,
+    baseline: Path | None,
+    outputs: Outputs,
 ) -> None:
     """Compare BUNDLE with transformers in eager mode, call by call.
 
     A legacy Doge, which transformers cannot load, is compared with a reference of its own revision.
 
-    Exit code 0: every number is within its calibrated tolerance; 1: one is not.
+    Exit code 0: every number is within its calibrated tolerance; 1: one is not, or a case drifts from the baseline.
     """
     from doge_deploy.devices.packages import require_export_packages
 
     require_export_packages("verify")
-    from doge_deploy.verify import files
-
-    for file in (json_file, junit_file):
-        if file is not None:
-            files.check_writable(file)
+    outputs.check()
     from doge_deploy import api
     from doge_deploy.cli.localized import check_options, say
     from doge_deploy.cli.verify_table import VerifyTable
 
-    check_options(localized, case, backend, json_file or junit_file)
+    check_options(localized, case, backend, outputs.first)
     if case is not None:
         with VerifyTable() as table:
             found = api.localize(
@@ -102,25 +104,27 @@ def verify(
             lowering=lowering,
             backend=backend,
             engine=engine,
+            baseline=baseline,
             started=table.started,
             finished=table.finished,
         )
+    report.command = command_line(context)
     table.summary(report)
-    if json_file is not None:
-        files.write_json(report, json_file)
-    if junit_file is not None:
-        files.write_junit(report, junit_file)
-    if localized:
-        with VerifyTable() as table:
-            found = api.localize(
-                bundle,
-                report=report,
-                reference=reference,
-                adapter=adapter,
-                portable=portable,
-                lowering=lowering,
-                greedy_steps=greedy_steps,
-                started=table.started,
-            )
-        say(found)
+    try:
+        if localized:
+            with VerifyTable() as table:
+                found = api.localize(
+                    bundle,
+                    report=report,
+                    reference=reference,
+                    adapter=adapter,
+                    portable=portable,
+                    lowering=lowering,
+                    greedy_steps=greedy_steps,
+                    started=table.started,
+                )
+            say(found)
+            report.localized = tuple(found.lines())
+    finally:  # a place that is not found takes nothing from the numbers
+        outputs.write(report)
     report.require_passed()

@@ -32,7 +32,7 @@ LOOPBACK = ("127.0.0.1", "::1", "localhost")
 
 DEFAULT_SLOTS = 8
 
-_FLUSH_SECONDS = 1.0
+_FLUSH_SECONDS = 5.0
 """How long streams have to send their last event when the time to drain is over."""
 
 _OTHER_FILES = 256
@@ -211,7 +211,7 @@ def run(paths: Sequence[Path], options: ServeOptions) -> None:
         log_config=None,
         access_log=False,
         lifespan="on",
-        timeout_graceful_shutdown=int(_FLUSH_SECONDS) + 1,
+        timeout_graceful_shutdown=2,
         timeout_keep_alive=75,
     )
     server = _make_server(config, served, options.drain_seconds)

@@ -13,6 +13,7 @@ from doge_deploy.errors import UsageError
 from doge_deploy.graph.weight_formats import Quality, format_of
 from doge_deploy.options.backends import DEFAULT_BACKEND, TORCH_KERNELS
 from doge_deploy.targets.backend import Backend, SessionOptions, find
+from doge_deploy.verify.environment import this_environment
 from doge_deploy.verify.oracle import Oracle
 from doge_deploy.verify.parity import CaseResult, make_replay, verify_layouts
 from doge_deploy.verify.quality import QualityResult, judge_quality
@@ -112,6 +113,9 @@ def judge_bundle(
         oracle.name,
         oracle.weights(bundle),
         skipped=_unreachable(bundle),
+        task=manifest.task,
+        checkpoint=f"{manifest.checkpoint['source'] or 'a directory'}, sha256 {manifest.checkpoint['sha256']}",
+        environment=this_environment(),
     )
     with oracle:
         for layout in chosen:
