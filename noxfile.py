@@ -241,6 +241,23 @@ def serve_hour(session: nox.Session) -> None:
 
 
 @nox.session
+def recordings(session: nox.Session) -> None:
+    """Bundles judged by recordings where neither torch nor transformers nor onnx is: the wheel and ONNX Runtime alone.
+
+    The environment of `make setup` writes bundles, broken ones and recordings. With -- --large also the 20M size.
+    """
+    if importlib.util.find_spec("doge_deploy") is None:
+        session.error("run .venv/bin/nox: the environment of `make setup` makes the recordings")
+    folder = session.create_tmp()
+    shutil.rmtree(folder)
+    session.run(sys.executable, "tests/recordings/prepare.py", folder, *session.posargs, external=True)
+    session.run(sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "-w", folder, ".", external=True)
+    (wheel,) = Path(folder).glob("doge_deploy-*.whl")
+    session.install("-c", CONSTRAINTS, f"{wheel}[cpu]")
+    session.run("python", "tests/recordings/judge.py", folder)
+
+
+@nox.session
 def properties(session: nox.Session) -> None:
     """Random examples of the whole space of configs and calls:  nox -s properties -- --examples 300"""
     install(session, "export,cpu,dev")

@@ -41,6 +41,7 @@ __all__ = [
     "export",
     "build",
     "verify",
+    "record",
     "localize",
     "bisect",
     "load",
@@ -135,10 +136,11 @@ def build(
 def verify(
     bundle: str | Path,
     *,
+    recording: str | Path | None = None,
     reference: str | None = None,
     adapter: str | None = None,
     layouts: Sequence[str] = (),
-    greedy_steps: int = 128,
+    greedy_steps: int | None = None,
     portable: bool = False,
     lowering: bool = False,
     backend: str = DEFAULT_BACKEND,
@@ -151,10 +153,13 @@ def verify(
 
     Args:
         bundle: the bundle's directory.
+        recording: a file of `record`, which takes the place of the reference: neither torch nor transformers nor the
+            checkpoint is needed.
         reference: the checkpoint it came from; where None, what the bundle itself names.
         adapter: the PEFT adapter that was merged into it; where None, what the bundle itself names.
         layouts: which of its layouts; all where empty.
-        greedy_steps: tokens of the greedy case, fewer where the bundle holds fewer.
+        greedy_steps: tokens of the greedy case, 128 where None, fewer where the bundle holds fewer; a recording has its
+            own.
         portable: judge the standard graphs, not those lowered for ONNX Runtime.
         lowering: judge the static graph as it is lowered for TensorRT, in ONNX Runtime.
         backend: what runs the bundle; `torch-kernels` is PyTorch with the plugins' kernels.
@@ -171,18 +176,21 @@ def verify(
     Raises:
         UsageError: options contradict each other or the bundle, or the bundle does not say where it came from and
             `reference` is None; or `baseline` is no such file, or of another dtype or other cases.
-        BrokenBundleError, UnsupportedModelError: bundle or checkpoint is broken, or they do not belong together.
-        MissingDependencyError: torch, transformers or the backend is missing (the extras `export` and `cpu`).
+        BrokenBundleError, UnsupportedModelError: bundle, checkpoint or recording is broken, or they do not belong
+            together.
+        MissingDependencyError: torch, transformers or the backend is missing (the extras `export` and `cpu`); with a
+            recording only the backend is needed.
     """
-    from doge_deploy.devices.packages import require_export_packages
+    from doge_deploy.verify.needs import require_reference
 
-    require_export_packages("verify")
+    require_reference(recording, backend)
     from doge_deploy.verify.baseline import compare, read_baseline
     from doge_deploy.verify.run import verify as run
 
     before = None if baseline is None else read_baseline(baseline)
     report = run(
         bundle,
+        recording=recording,
         reference=reference,
         adapter=adapter,
         layouts=tuple(layouts),
@@ -197,6 +205,53 @@ def verify(
     if before is not None:
         report.baseline = compare(before, report.dtype, report.results)
     return report
+
+
+def record(
+    bundle: str | Path,
+    output: str | Path,
+    *,
+    reference: str | None = None,
+    adapter: str | None = None,
+    layouts: Sequence[str] = (),
+    greedy_steps: int = 128,
+    started: Callable[[str], None] = lambda what: None,
+) -> str:
+    """Write what `verify` asks of a bundle's reference into a file, for machines that have no reference.
+
+    Args:
+        bundle: the bundle's directory; its graphs are not run.
+        output: the file.
+        reference, adapter, layouts: as of `verify`.
+        greedy_steps: tokens of the greedy case, fewer where the bundle holds fewer.
+        started: told what is about to be done.
+
+    Returns:
+        The sha256 of everything in the file; the same input gives the same file.
+
+    Raises:
+        UsageError: the bundle does not say where it came from and `reference` is None, or the file cannot be written.
+        BrokenBundleError, UnsupportedModelError: bundle or checkpoint is broken, they do not belong together, or
+            nothing can be recorded.
+        MismatchError: the bundle's weights are not the checkpoint's.
+        MissingDependencyError: torch or transformers is missing (the extra `export`).
+    """
+    from doge_deploy.devices.packages import require_export_packages
+
+    require_export_packages("record")
+    from doge_deploy.verify.recording.record import record as run
+
+    chosen = tuple(layouts)
+    _, digest = run(
+        bundle,
+        Path(output),
+        reference=reference,
+        adapter=adapter,
+        layouts=chosen,
+        greedy_steps=greedy_steps,
+        started=started,
+    )
+    return digest
 
 
 def localize(

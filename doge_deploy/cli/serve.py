@@ -46,6 +46,14 @@ from doge_deploy.options.backends import DEFAULT_BACKEND
     help="Prompt tokens of one step: a long prompt delays the texts of others by so many.",
 )
 @click.option(
+    "--verify-on-start",
+    "recordings",
+    multiple=True,
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="Serve only what passes `verify --recording FILE`; once for each bundle.",
+)
+@click.option(
     "--drain-seconds",
     type=float,
     default=30.0,
@@ -71,6 +79,7 @@ def serve(
     max_queue: int,
     max_queue_tokens: int,
     step_tokens: int,
+    recordings: tuple[Path, ...],
     drain_seconds: float,
     log_format: str,
 ) -> None:
@@ -97,6 +106,7 @@ def serve(
         names=names,
         api_key_file=api_key_file,
         no_auth=no_auth,
+        recordings=recordings,
         drain_seconds=drain_seconds,
         limits=Limits(step_tokens, queue_requests=max_queue, queue_tokens=max_queue_tokens),
     )

@@ -13,10 +13,18 @@ from doge_deploy.options.backends import DEFAULT_BACKEND, TORCH_KERNELS
 
 @click.command("verify")
 @click.argument("bundle", type=click.Path(path_type=Path))
+@click.option(
+    "--recording",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="Judge by this file of `doge-deploy record`, without torch, transformers and the checkpoint.",
+)
 @click.option("--reference", metavar="MODEL", help="The checkpoint; default: what the bundle says it came from.")
 @click.option("--adapter", metavar="DIRECTORY", help="The merged adapter; default: what the bundle says.")
 @click.option("--layout", "layouts", multiple=True, metavar="static|growing", help="Only this layout; repeatable.")
-@click.option("--greedy-steps", type=click.IntRange(min=1), default=128, show_default=True, metavar="N")
+@click.option(
+    "--greedy-steps", type=click.IntRange(min=1), metavar="N", help="Tokens of the greedy case.  [default: 128]"
+)
 @click.option("--portable", is_flag=True, help="Judge the standard graph, not the one lowered for ONNX Runtime.")
 @click.option(
     "--lowering",
@@ -49,10 +57,11 @@ from doge_deploy.options.backends import DEFAULT_BACKEND, TORCH_KERNELS
 def verify(
     context: click.Context,
     bundle: Path,
+    recording: Path | None,
     reference: str | None,
     adapter: str | None,
     layouts: tuple[str, ...],
-    greedy_steps: int,
+    greedy_steps: int | None,
     portable: bool,
     lowering: bool,
     backend: str,
@@ -68,15 +77,20 @@ def verify(
 
     Exit code 0: every number is within its calibrated tolerance; 1: one is not, or a case drifts from the baseline.
     """
-    from doge_deploy.devices.packages import require_export_packages
+    from doge_deploy.verify.needs import require_reference
 
-    require_export_packages("verify")
+    require_reference(recording, backend)
     outputs.check()
     from doge_deploy import api
     from doge_deploy.cli.localized import check_options, say
     from doge_deploy.cli.verify_table import VerifyTable
+    from doge_deploy.errors import UsageError
+    from doge_deploy.verify.cases import GREEDY_STEPS
 
     check_options(localized, case, backend, outputs.first)
+    if recording is not None and (localized or case is not None):
+        raise UsageError(f"--recording {recording}: the localiser runs the reference itself; leave one of them out")
+    steps = GREEDY_STEPS if greedy_steps is None else greedy_steps
     if case is not None:
         with VerifyTable() as table:
             found = api.localize(
@@ -86,7 +100,7 @@ def verify(
                 adapter=adapter,
                 portable=portable,
                 lowering=lowering,
-                greedy_steps=greedy_steps,
+                greedy_steps=steps,
                 started=table.started,
             )
         say(found)
@@ -96,6 +110,7 @@ def verify(
     with VerifyTable() as table:
         report = api.verify(
             bundle,
+            recording=recording,
             reference=reference,
             adapter=adapter,
             layouts=layouts,
@@ -120,7 +135,7 @@ def verify(
                     adapter=adapter,
                     portable=portable,
                     lowering=lowering,
-                    greedy_steps=greedy_steps,
+                    greedy_steps=steps,
                     started=table.started,
                 )
             say(found)

@@ -112,6 +112,8 @@ class VerifyTable:
                 highlight=False,
                 soft_wrap=True,
             )
+        if report.recording is not None:
+            say(f"judged by the recording {report.recording}", highlight=False, soft_wrap=True)
         ran = ", ".join(f"{file} ({layout})" for layout, file in report.graphs.items())
         say(f"graphs that were run: {ran}", highlight=False, soft_wrap=True)
         passed = sum(result.passed for result in report.results)

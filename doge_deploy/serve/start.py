@@ -66,6 +66,9 @@ class ServeOptions:
     api_key_file: Path | None = None
     no_auth: bool = False
     """Serve other machines without a key."""
+    recordings: tuple[Path, ...] = ()
+    """Files of `doge-deploy record` by which the bundles are judged before they are served, in their order; none where
+    they are not judged."""
     drain_seconds: float = 30.0
     limits: Limits = field(default_factory=Limits)
 
@@ -96,6 +99,31 @@ def model_name(bundle: Bundle) -> str:
     """What a bundle is called where nobody says: the id of its checkpoint, else its folder."""
     source = bundle.manifest.checkpoint.get("source")
     return str(source) if source else bundle.path.resolve().name
+
+
+def judge(paths: Sequence[Path], options: ServeOptions) -> None:
+    """Hold what is going to be served against recordings of the reference, where there are any.
+
+    Raises:
+        MismatchError: a bundle computes something else in this backend.
+        UsageError: not one recording for each bundle.
+        UnsupportedModelError, BrokenBundleError, MissingDependencyError: it cannot be judged.
+    """
+    if not options.recordings:
+        return
+    if len(options.recordings) != len(paths):
+        raise UsageError(
+            f"{len(options.recordings)} recordings for {len(paths)} bundles: give --verify-on-start once for each"
+        )
+    from doge_deploy.verify.run import verify
+
+    for path, recording in zip(paths, options.recordings, strict=True):
+        task = open_bundle(path, check="quick").manifest.task
+        layouts = ("static",) if task == "causal-lm" else ()
+        report = verify(path, recording=recording, layouts=layouts, backend=options.backend, engine=options.engine)
+        report.require_passed()
+        fields = {"bundle": str(path), "cases": len(report.results), "recording": str(recording)}
+        _log.info("verified", extra={"fields": fields})
 
 
 def open_served(paths: Sequence[Path], options: ServeOptions) -> Served:
@@ -190,6 +218,7 @@ def run(paths: Sequence[Path], options: ServeOptions) -> None:
 
     Raises:
         UsageError, UnsupportedModelError, BrokenBundleError, MissingDependencyError: nothing was served.
+        MismatchError: nothing was served, since a bundle does not compute what its recording holds.
     """
     require_server()
     import uvicorn
@@ -199,6 +228,7 @@ def run(paths: Sequence[Path], options: ServeOptions) -> None:
     from doge_deploy.serve.http.security import read_keys
 
     keys = read_keys(options.api_key_file) if options.api_key_file is not None else ()
+    judge(paths, options)
     served = open_served(paths, options)
     app = create_app(served, api_keys=keys)
     # beside connections there are files of libraries, and sockets that wait to be closed

@@ -29,6 +29,7 @@ def report_json(report: Report) -> dict[str, Any]:
         "passed": report.passed,
         "failed_cases": report.failed_cases,
         "reference": report.reference,
+        "recording": report.recording,
         "checkpoint": report.checkpoint,
         "task": report.task,
         "dtype": report.dtype,

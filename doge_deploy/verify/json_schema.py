@@ -65,6 +65,7 @@ def report_schema() -> dict[str, Any]:
             passed=_said(flag, "The exit code is 0 where it is true, and else 1."),
             failed_cases=texts,
             reference=text,
+            recording=_said(_or_null(text), "What took the place of the reference."),
             checkpoint=text,
             task=text,
             dtype=text,

@@ -51,6 +51,9 @@ class Report:
     localized: tuple[str, ...] = ()
     """What the localiser says, a line each; empty where it was not asked."""
 
+    recording: str | None = None
+    """What took the place of the reference, for people; None where that ran here."""
+
     @property
     def failed_cases(self) -> list[str]:
         """`weights`, and `<layout>/<case>`."""

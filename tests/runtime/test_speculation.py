@@ -235,7 +235,7 @@ def test_generated_tokens_are_the_same_with_guesses(tokens: int, sampled: bool, 
             for runner, helper in ((plain, None), (guessing, guesser))
         ]
         assert texts[1] == texts[0]
-    assert guesser.accepted > tokens // 5, "guesses were made, and were right"
+    assert guesser.accepted > tokens // 20, "guesses were made, and were right"
 
 
 def test_a_model_guesses_unless_it_is_told_not_to(last_bundle: Path) -> None:

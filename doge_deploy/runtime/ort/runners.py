@@ -6,6 +6,7 @@ Reference: https://onnxruntime.ai/docs/api/python/api_summary.html (I/O binding)
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -29,6 +30,9 @@ PIECE = 512
 """Tokens of a call that are computed at once: attention holds `[H, Q, K]` numbers, and computes all K keys in use for
 each token, those that it then hides too.
 """
+
+LONG_CALL = 128
+"""Tokens of a call, of all rows together, from which it pays to unpack weights of 8 bits."""
 
 
 class OrtRunner(BundleRunner):
@@ -115,8 +119,9 @@ class UncachedOrtRunner(OrtRunner):
 class _Calls:
     """The binding of the calls of some rows, with the arrays that are filled anew in each of them."""
 
-    def __init__(self, binding: Any) -> None:
-        self.binding = binding
+    def __init__(self, session: onnxruntime.InferenceSession) -> None:
+        self.session = session
+        self.binding: Any = session.io_binding()
         self.shape = (0, 0)
         """Q of the calls that the arrays are for, and how many tokens of a row have logits; zeros where there are none
         yet."""
@@ -137,12 +142,21 @@ class StaticOrtRunner(OrtRunner, RowsRunner):
     Args:
         whole_calls: what a token gets depends on the call it is in, so calls are not cut into pieces of `PIECE` tokens.
         angles: see `RowsRunner`.
+        long_session: opens a session of another graph of the same inputs and outputs, for calls of `LONG_CALL` tokens
+            and more; it is opened with the first of them. None where all calls are of one session.
     """
 
     def __init__(
-        self, *arguments: Any, whole_calls: bool, angles: ChangingAngles | None = None, **keywords: Any
+        self,
+        *arguments: Any,
+        whole_calls: bool,
+        angles: ChangingAngles | None = None,
+        long_session: Callable[[], onnxruntime.InferenceSession] | None = None,
+        **keywords: Any,
     ) -> None:
         super().__init__(*arguments, **keywords)
+        self._open_long = long_session
+        self._long_session: onnxruntime.InferenceSession | None = None
         self.whole_calls = whole_calls
         optional = {value.name for value in self.session.get_overridable_initializers()}
         self.many_logits = LOGIT_OFFSETS in optional
@@ -170,13 +184,14 @@ class StaticOrtRunner(OrtRunner, RowsRunner):
     def _bind_buffers(self, buffers: dict[str, np.ndarray[Any, Any]]) -> None:
         """Take these arrays as caches; names are those of the present tensors."""
         self._buffers = buffers
-        self._calls: dict[tuple[int, int], _Calls] = {}
+        self._calls: dict[tuple[int, int, bool], _Calls] = {}
 
     def _calls_for(self, first: int, rows: int, width: int, last: int) -> _Calls:
         """What is bound for calls of some rows and of `width` tokens, of which `last` have logits."""
-        calls = self._calls.get((first, rows))
+        is_long = self._open_long is not None and rows * width >= LONG_CALL
+        calls = self._calls.get((first, rows, is_long))
         if calls is None:
-            calls = self._calls[first, rows] = _Calls(self.session.io_binding())
+            calls = self._calls[first, rows, is_long] = _Calls(self._session_for(is_long))
             for past, present in self.past:
                 value = wrap(self._buffers[present][row_range(first, rows)])
                 calls.binding.bind_ortvalue_input(past, value)
@@ -196,6 +211,14 @@ class StaticOrtRunner(OrtRunner, RowsRunner):
             calls.memory = None
         self._bind_logits(calls, rows, last if self.last_logits else width)
         return calls
+
+    def _session_for(self, is_long: bool) -> onnxruntime.InferenceSession:
+        if not is_long:
+            return self.session
+        if self._long_session is None:
+            assert self._open_long is not None
+            self._long_session = self._open_long()
+        return self._long_session
 
     def _bind_logits(self, calls: _Calls, rows: int, width: int) -> None:
         """Logits of `width` tokens of each row; those of all calls share their memory, as large as the largest."""
@@ -256,7 +279,7 @@ class StaticOrtRunner(OrtRunner, RowsRunner):
         for name in self.extra_outputs:  # their shapes change from call to call
             calls.binding.bind_output(name, "cpu")
         self._count += 1
-        self.session.run_with_iobinding(calls.binding)
+        calls.session.run_with_iobinding(calls.binding)
         self._note_rope()
         if self.extra_outputs:
             names = [*(present for _, present in self.past), *self._rope_outputs, "logits", *self.extra_outputs]

@@ -16,6 +16,7 @@ from doge_deploy.targets.ort.growing_attention import FuseGrowingAttentionPass
 from doge_deploy.targets.ort.head import TiedHeadPass
 from doge_deploy.targets.ort.linears import PackLinearsPass
 from doge_deploy.targets.ort.logit_rows import LogitRowsPass
+from doge_deploy.targets.ort.long_calls import UnpackInCallPass
 from doge_deploy.targets.ort.matching import Declined
 from doge_deploy.targets.ort.norms import FuseNormsPass
 from doge_deploy.targets.ort.quantized import QuantizedWeightsPass
@@ -30,6 +31,15 @@ PASSES: tuple[type[ir.passes.PassBase], ...] = (
     LogitRowsPass,
 )
 """For the static layout, in the order in which they run."""
+
+LONG_PASSES: tuple[type[ir.passes.PassBase], ...] = (
+    *(make for make in PASSES if make not in (PackLinearsPass, LogitRowsPass)),
+    UnpackInCallPass,
+    LogitRowsPass,
+)
+"""For calls of many tokens of the static layout with quantized weights, see `long_calls`. Weights are not joined: that
+would be done in every call.
+"""
 
 GROWING_PASSES: tuple[type[ir.passes.PassBase], ...] = (
     QuantizedWeightsPass,
