@@ -8,7 +8,7 @@ STAMP  := $(VENV)/.installed
 PARALLEL := -n auto --maxprocesses 8 --dist worksteal
 
 .DEFAULT_GOAL := help
-.PHONY: help setup test test-full test-gpu demo lint typing format clean
+.PHONY: help setup test test-full test-gpu gpu-check demo lint typing format clean
 
 help: ## show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/make \1|\2/' | column -t -s '|'
@@ -30,6 +30,13 @@ test-full: setup lint typing ## the same with all sweeps
 
 test-gpu: setup ## the tests that need a CUDA device or TensorRT
 	TRITON_INTERPRET=0 $(BIN)/python -m pytest -m 'gpu or tensorrt'
+
+GPU_CHECK := build/gpu-check
+GPU_ARCH  ?= sm_90
+gpu-check: setup ## one folder that checks the kernels on a machine with a GPU and no network: GPU_ARCH=sm_90
+	rm -rf $(GPU_CHECK) && mkdir -p $(GPU_CHECK)
+	TRITON_INTERPRET=1 $(BIN)/doge-deploy plugins record --arch $(GPU_ARCH) -o $(GPU_CHECK)/kernels.recording
+	$(BIN)/python examples/06_gpu_check/prepare.py $(GPU_CHECK)
 
 demo: setup ## export both demo models, verify them, generate text, serve one
 	PATH="$(CURDIR)/$(BIN):$$PATH" bash examples/00_demo/demo.sh

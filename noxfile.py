@@ -229,11 +229,42 @@ def serve_fuzz(session: nox.Session) -> None:
     session.run(sys.executable, "tests/serve/fuzz/fuzz.py", "--schemathesis", command, *session.posargs, external=True)
 
 
+@nox.session(name="serve-same", venv_backend="none")
+def serve_same(session: nox.Session) -> None:
+    """2,000 texts of a busy server are those of `generate`."""
+    require_project(session)
+    session.run(sys.executable, "tests/serve/load/same_text.py", *session.posargs)
+
+
+@nox.session(name="serve-faults", venv_backend="none")
+def serve_faults(session: nox.Session) -> None:
+    """Clients that vanish, do not read or come all at once, and signals:  nox -s serve-faults -- vanish burst"""
+    require_project(session)
+    session.run(sys.executable, "tests/serve/load/faults.py", *session.posargs)
+
+
 @nox.session(name="serve-hour", venv_backend="none")
 def serve_hour(session: nox.Session) -> None:
     """An hour of mixed load on a server: memory, files and threads must not grow."""
     require_project(session)
     session.run(sys.executable, "tests/serve/load/hour.py", *session.posargs)
+
+
+@nox.session
+def recordings(session: nox.Session) -> None:
+    """Bundles judged by recordings where neither torch nor transformers nor onnx is: the wheel and ONNX Runtime alone.
+
+    The environment of `make setup` writes bundles, broken ones and recordings. With -- --large also the 20M size.
+    """
+    if importlib.util.find_spec("doge_deploy") is None:
+        session.error("run .venv/bin/nox: the environment of `make setup` makes the recordings")
+    folder = session.create_tmp()
+    shutil.rmtree(folder)
+    session.run(sys.executable, "tests/recordings/prepare.py", folder, *session.posargs, external=True)
+    session.run(sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "-w", folder, ".", external=True)
+    (wheel,) = Path(folder).glob("doge_deploy-*.whl")
+    session.install("-c", CONSTRAINTS, f"{wheel}[cpu]")
+    session.run("python", "tests/recordings/judge.py", folder)
 
 
 @nox.session

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
         export,
         load,
         localize,
+        record,
         verify,
     )
 else:
@@ -48,6 +49,7 @@ __all__ = [
     "export",
     "build",
     "verify",
+    "record",
     "localize",
     "bisect",
     "load",

@@ -41,6 +41,7 @@ __all__ = [
     "export",
     "build",
     "verify",
+    "record",
     "localize",
     "bisect",
     "load",
@@ -135,14 +136,16 @@ def build(
 def verify(
     bundle: str | Path,
     *,
+    recording: str | Path | None = None,
     reference: str | None = None,
     adapter: str | None = None,
     layouts: Sequence[str] = (),
-    greedy_steps: int = 128,
+    greedy_steps: int | None = None,
     portable: bool = False,
     lowering: bool = False,
     backend: str = DEFAULT_BACKEND,
     engine: str | None = None,
+    baseline: str | Path | None = None,
     started: Callable[[str], None] = lambda what: None,
     finished: Callable[[CaseResult], None] = lambda result: None,
 ) -> Report:
@@ -150,14 +153,19 @@ def verify(
 
     Args:
         bundle: the bundle's directory.
+        recording: a file of `record`, which takes the place of the reference: neither torch nor transformers nor the
+            checkpoint is needed.
         reference: the checkpoint it came from; where None, what the bundle itself names.
         adapter: the PEFT adapter that was merged into it; where None, what the bundle itself names.
         layouts: which of its layouts; all where empty.
-        greedy_steps: tokens of the greedy case, fewer where the bundle holds fewer.
+        greedy_steps: tokens of the greedy case, 128 where None, fewer where the bundle holds fewer; a recording has its
+            own.
         portable: judge the standard graphs, not those lowered for ONNX Runtime.
         lowering: judge the static graph as it is lowered for TensorRT, in ONNX Runtime.
         backend: what runs the bundle; `torch-kernels` is PyTorch with the plugins' kernels.
         engine: which engine, where the backend has several.
+        baseline: an earlier report as a file of `verify --json`: a case that uses more than twice the share of its
+            tolerance that it used then makes `passed` false too.
         started: told what is about to be done.
         finished: told each case when it is judged.
 
@@ -167,17 +175,22 @@ def verify(
 
     Raises:
         UsageError: options contradict each other or the bundle, or the bundle does not say where it came from and
-            `reference` is None.
-        BrokenBundleError, UnsupportedModelError: bundle or checkpoint is broken, or they do not belong together.
-        MissingDependencyError: torch, transformers or the backend is missing (the extras `export` and `cpu`).
+            `reference` is None; or `baseline` is no such file, or of another dtype or other cases.
+        BrokenBundleError, UnsupportedModelError: bundle, checkpoint or recording is broken, or they do not belong
+            together.
+        MissingDependencyError: torch, transformers or the backend is missing (the extras `export` and `cpu`); with a
+            recording only the backend is needed.
     """
-    from doge_deploy.devices.packages import require_export_packages
+    from doge_deploy.verify.needs import require_reference
 
-    require_export_packages("verify")
+    require_reference(recording, backend)
+    from doge_deploy.verify.baseline import compare, read_baseline
     from doge_deploy.verify.run import verify as run
 
-    return run(
+    before = None if baseline is None else read_baseline(baseline)
+    report = run(
         bundle,
+        recording=recording,
         reference=reference,
         adapter=adapter,
         layouts=tuple(layouts),
@@ -189,6 +202,56 @@ def verify(
         started=started,
         finished=finished,
     )
+    if before is not None:
+        report.baseline = compare(before, report.dtype, report.results)
+    return report
+
+
+def record(
+    bundle: str | Path,
+    output: str | Path,
+    *,
+    reference: str | None = None,
+    adapter: str | None = None,
+    layouts: Sequence[str] = (),
+    greedy_steps: int = 128,
+    started: Callable[[str], None] = lambda what: None,
+) -> str:
+    """Write what `verify` asks of a bundle's reference into a file, for machines that have no reference.
+
+    Args:
+        bundle: the bundle's directory; its graphs are not run.
+        output: the file.
+        reference, adapter, layouts: as of `verify`.
+        greedy_steps: tokens of the greedy case, fewer where the bundle holds fewer.
+        started: told what is about to be done.
+
+    Returns:
+        The sha256 of everything in the file; the same input gives the same file.
+
+    Raises:
+        UsageError: the bundle does not say where it came from and `reference` is None, or the file cannot be written.
+        BrokenBundleError, UnsupportedModelError: bundle or checkpoint is broken, they do not belong together, or
+            nothing can be recorded.
+        MismatchError: the bundle's weights are not the checkpoint's.
+        MissingDependencyError: torch or transformers is missing (the extra `export`).
+    """
+    from doge_deploy.devices.packages import require_export_packages
+
+    require_export_packages("record")
+    from doge_deploy.verify.recording.record import record as run
+
+    chosen = tuple(layouts)
+    _, digest = run(
+        bundle,
+        Path(output),
+        reference=reference,
+        adapter=adapter,
+        layouts=chosen,
+        greedy_steps=greedy_steps,
+        started=started,
+    )
+    return digest
 
 
 def localize(
@@ -290,6 +353,7 @@ def load(
     spin: int | None = None,
     engine: str | None = None,
     flush_denormals: bool = False,
+    speculate: bool = True,
     graph_cache: bool = True,
     defaults: TextChoices | None = None,
 ) -> TextModel:
@@ -306,6 +370,8 @@ def load(
         flush_denormals: of ONNX Runtime: take numbers below 1.2e-38 for zero, which is faster on processors of Intel.
             If this is the first session of the process, ONNX Runtime sets that mode for the calling thread too, for
             good; so a program has to ask for it.
+        speculate: of ONNX Runtime: guess tokens from what the text holds already, and check several in one call. It
+            changes the time that a text takes and not the text.
         graph_cache: of ONNX Runtime: keep the graph as it was optimised in a folder of the user, for the next time; see
             docs/generate.md.
         defaults: choices for every text that makes none of its own; they go before the bundle's generation_config.json.
@@ -328,6 +394,7 @@ def load(
         spin=spin,
         engine=engine,
         flush_denormals=flush_denormals,
+        speculate=speculate,
         graph_cache=graph_cache,
         defaults=defaults,
     )

@@ -70,3 +70,27 @@ def test_shares_of_operators_add_up(options: tuple[str, ...], tiny_moe_bundle: P
     *kinds, whole = rows
     assert sum(int(row[1]) for row in kinds) == int(whole[1])
     assert abs(sum(int(row[3].rstrip("%")) for row in kinds) - 100) <= 2
+
+
+def _capacity(*arguments: str) -> str:
+    script = EXAMPLES / "07_capacity" / "capacity.py"
+    result = subprocess.run([sys.executable, str(script), *arguments], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+def test_capacity_on_paper_is_what_its_page_says() -> None:
+    """The smallest command of the page, to the last digit: there is no clock and no machine in it."""
+    page = (EXAMPLES / "07_capacity" / "README.md").read_text(encoding="utf-8")
+    printed = _capacity(
+        "predict", str(EXAMPLES / "07_capacity" / "20M-int8.json"), "--clients", "1,8", "--seconds", "1"
+    )
+    assert printed.count("\n") == 4 and printed in page
+
+
+def test_more_replicas_answer_more_users_sooner() -> None:
+    table = str(EXAMPLES / "07_capacity" / "20M-int8.json")
+    printed = _capacity("users", table, "--users", "400", "--pause", "4", "--replicas", "1,4", "--seconds", "6")
+    few, many = (line.strip("| ").split(" | ") for line in printed.splitlines()[2:])
+    assert float(few[2].split(", ")[1]) > 2 * float(many[2].split(", ")[1])
+    assert float(many[1]) > float(few[1])

@@ -142,6 +142,9 @@ def _layout(name: str, layout: Layout, manifest: Manifest) -> Iterator[str]:
     where, facts = f"layouts.{name}", manifest.facts
     named = {f"{where}.file": layout.file}
     named |= {f"{where}.lowered.{one}.file": lowered.file for one, lowered in layout.lowered.items() if lowered.file}
+    for one, lowered in layout.lowered.items():
+        if lowered.long_calls:
+            named[f"{where}.lowered.{one}.long_calls"] = lowered.long_calls
     for key, file in named.items():
         if file not in manifest.files:
             yield must_be(key, file, f"a file that is listed under files: {', '.join(manifest.files)}")

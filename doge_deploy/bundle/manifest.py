@@ -48,6 +48,10 @@ class Lowered:
     shares_buffers: bool = False
     """Past and present of a growing graph may be the same buffers, see `bundle.signature.SHARES_BUFFERS`."""
 
+    long_calls: FileName | None = None
+    """The same for calls of many tokens, on processors without an instruction for sums of products of bytes; None where
+    it would be no other graph."""
+
     def to_json(self) -> dict[str, Any]:
         return {
             "file": self.file,
@@ -56,6 +60,7 @@ class Lowered:
             "requires": self.requires,
             "drops_keys": self.drops_keys,
             "shares_buffers": self.shares_buffers,
+            "long_calls": self.long_calls,
         }
 
 

@@ -24,6 +24,10 @@ PAST_ROPE = "past_rope_length"
 PRESENT_ROPE = "present_rope_length"
 """The memory of RoPE type `dynamic` beyond its original length: tokens of the longest text so far, 0 for none."""
 
+LOGIT_OFFSETS, LOGIT_ROWS = "logit_offsets", "logit_rows"
+"""An input of a lowered graph that may be left out, and its axis: for which tokens of each row there are logits, as
+distances from its last one."""
+
 LAYOUTS = ("static", "growing")
 """Cache layouts, the default first."""
 
@@ -129,6 +133,16 @@ def windowed(signature: Signature) -> Signature:
         if spec.name == "write_indices":
             inputs.append(GraphTensor(SLOT_INDICES, "int64", (BATCH,)))
     return Signature(signature.layout, tuple(inputs), tuple(any_slots(spec) for spec in signature.outputs))
+
+
+def with_logit_rows(signature: Signature) -> Signature:
+    """The same with logits of several tokens of a row, `LOGIT_OFFSETS` before its last one; `[0]` where not given."""
+    outputs = tuple(
+        replace(spec, shape=(BATCH, LOGIT_ROWS, spec.shape[2])) if spec.name == "logits" else spec
+        for spec in signature.outputs
+    )
+    offsets = GraphTensor(LOGIT_OFFSETS, "int64", (LOGIT_ROWS,))
+    return Signature(signature.layout, (*signature.inputs, offsets), outputs)
 
 
 def make_signature(facts: DogeFacts, layout: str, *, dtype: str, max_length: int, last_logits: bool) -> Signature:

@@ -21,6 +21,7 @@ _COMMANDS = {
     "export": "Trace a checkpoint to an ONNX bundle.",
     "build": "Build a TensorRT engine of a bundle.",
     "verify": "Prove by numbers that a bundle computes what transformers computes.",
+    "record": "Write what `verify` asks of the reference, for machines without it.",
     "bisect": "Name the weight, pass or package by which two bundles of one checkpoint differ.",
     "generate": "Generate text from a bundle.",
     "serve": "Serve bundles over HTTP, with the interface of OpenAI's API.",

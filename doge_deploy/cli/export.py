@@ -8,6 +8,7 @@ from typing import Any
 import click
 
 from doge_deploy.cli.progress import progress
+from doge_deploy.cli.record import write_recording
 from doge_deploy.dtypes import NAMES
 from doge_deploy.graph.weight_formats import weight_formats
 
@@ -70,6 +71,12 @@ _DEFAULT_BLOCKS = ", ".join(
     "--set", "assignments", multiple=True, metavar="KEY=VALUE", help="Change an option of the file; repeatable."
 )
 @click.option("--adapter", metavar="DIRECTORY", help="Merge this PEFT LoRA adapter; a Hub id will do too.")
+@click.option(
+    "--record",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="Then write a recording of the reference, as `doge-deploy record` does.",
+)
 @click.option("--strict", is_flag=True, help="Refuse keys of config.json that transformers ignores.")
 @click.option("--force", is_flag=True, help="Replace an existing bundle.")
 def export(
@@ -78,6 +85,7 @@ def export(
     config_file: Path | None,
     assignments: tuple[str, ...],
     adapter: str | None,
+    record: Path | None,
     strict: bool,
     force: bool,
     **choices: Any,
@@ -89,6 +97,10 @@ def export(
     from doge_deploy import api
     from doge_deploy.options.export import load_export_options
 
+    if record is not None:
+        from doge_deploy.verify.files import check_writable
+
+        check_writable(record)
     options = load_export_options(config_file, choices, assignments)
     with progress() as display:
         manifest = api.export(
@@ -99,3 +111,5 @@ def export(
     size = sum(entry["bytes"] for entry in manifest.files.values())
     kind = options.dtype if options.quantize is None else f"{options.quantize} weights"
     click.echo(f"{output}: {', '.join(manifest.layouts)}, {kind}, {size / 1e6:.1f} MB")
+    if record is not None:
+        write_recording(output, record, reference=model, adapter=adapter)

@@ -57,6 +57,7 @@ if TYPE_CHECKING:
 @click.option("--portable", is_flag=True, help="Run the standard graph, not the one lowered for ONNX Runtime.")
 @click.option("--threads", type=click.IntRange(min=1), metavar="N", help="At most one a CPU; default: one a core.")
 @click.option("--spin", type=click.IntRange(min=0), metavar="US", help="How long idle threads wait before they sleep.")
+@click.option("--speculate/--no-speculate", default=True, show_default=True, help="Guess tokens where that pays.")
 @click.option("--backend", type=BackendName(), default=DEFAULT_BACKEND, show_default=True, help="What runs the bundle.")
 @click.option("--engine", metavar="NAME", help="Which engine, where the backend has several.")
 @click.option("--no-graph-cache", is_flag=True, help="Neither read nor write the cache of optimised graphs.")
@@ -70,6 +71,7 @@ def generate(
     portable: bool,
     threads: int | None,
     spin: int | None,
+    speculate: bool,
     backend: str,
     engine: str | None,
     no_graph_cache: bool,
@@ -95,6 +97,7 @@ def generate(
         "portable": portable,
         "threads": threads,
         "spin": spin,
+        "speculate": speculate,
         "backend": backend,
         "engine": engine,
         "graph_cache": not no_graph_cache,

@@ -26,7 +26,7 @@ def check_options(localized: bool, case: str | None, backend: str, file: Path | 
             f"--localize looks into graphs, and {backend} runs none that it is given; use {DEFAULT_BACKEND}"
         )
     if case is not None and file is not None:
-        raise UsageError(f"{file}: with --case one case is judged, which is no report; leave out --json and --junit")
+        raise UsageError(f"{file}: with --case one case is judged, which is no report; leave out --json and the like")
 
 
 def say(found: Localization) -> None:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import click
 
 from doge_deploy.cli.plugins_compile import compile_command
+from doge_deploy.cli.plugins_record import record_command, verify_command
 from doge_deploy.cli.plugins_roofline import roofline
 
 if TYPE_CHECKING:
@@ -21,7 +22,9 @@ def plugins() -> None:
 
 
 plugins.add_command(compile_command)
+plugins.add_command(record_command)
 plugins.add_command(roofline)
+plugins.add_command(verify_command)
 
 
 @plugins.command("list")

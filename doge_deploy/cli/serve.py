@@ -41,9 +41,17 @@ from doge_deploy.options.backends import DEFAULT_BACKEND
 @click.option(
     "--step-tokens",
     type=click.IntRange(min=1),
-    default=256,
+    default=128,
     show_default=True,
-    help="Tokens of one step: a long prompt delays others by so many.",
+    help="Prompt tokens of one step: a long prompt delays the texts of others by so many.",
+)
+@click.option(
+    "--verify-on-start",
+    "recordings",
+    multiple=True,
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="Serve only what passes `verify --recording FILE`; once for each bundle.",
 )
 @click.option(
     "--drain-seconds",
@@ -71,6 +79,7 @@ def serve(
     max_queue: int,
     max_queue_tokens: int,
     step_tokens: int,
+    recordings: tuple[Path, ...],
     drain_seconds: float,
     log_format: str,
 ) -> None:
@@ -97,8 +106,9 @@ def serve(
         names=names,
         api_key_file=api_key_file,
         no_auth=no_auth,
+        recordings=recordings,
         drain_seconds=drain_seconds,
-        limits=Limits(step_tokens, max_queue, max_queue_tokens),
+        limits=Limits(step_tokens, queue_requests=max_queue, queue_tokens=max_queue_tokens),
     )
     configure("json" if log_format == "json" else "text")
     run(bundles, options)

@@ -7,15 +7,24 @@ from pathlib import Path
 import click
 
 from doge_deploy.cli.backend_name import BackendName
+from doge_deploy.cli.verify_outputs import Outputs, command_line, output_options
 from doge_deploy.options.backends import DEFAULT_BACKEND, TORCH_KERNELS
 
 
 @click.command("verify")
 @click.argument("bundle", type=click.Path(path_type=Path))
+@click.option(
+    "--recording",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="Judge by this file of `doge-deploy record`, without torch, transformers and the checkpoint.",
+)
 @click.option("--reference", metavar="MODEL", help="The checkpoint; default: what the bundle says it came from.")
 @click.option("--adapter", metavar="DIRECTORY", help="The merged adapter; default: what the bundle says.")
 @click.option("--layout", "layouts", multiple=True, metavar="static|growing", help="Only this layout; repeatable.")
-@click.option("--greedy-steps", type=click.IntRange(min=1), default=128, show_default=True, metavar="N")
+@click.option(
+    "--greedy-steps", type=click.IntRange(min=1), metavar="N", help="Tokens of the greedy case.  [default: 128]"
+)
 @click.option("--portable", is_flag=True, help="Judge the standard graph, not the one lowered for ONNX Runtime.")
 @click.option(
     "--lowering",
@@ -37,44 +46,51 @@ from doge_deploy.options.backends import DEFAULT_BACKEND, TORCH_KERNELS
     help="Name the call, layer and stage of the first case that fails, and why.",
 )
 @click.option("--case", metavar="[LAYOUT/]NAME", help="With --localize: judge and localise this case alone.")
-@click.option("--json", "json_file", type=click.Path(path_type=Path), metavar="FILE", help="Write every number here.")
 @click.option(
-    "--junit", "junit_file", type=click.Path(path_type=Path), metavar="FILE", help="Write a JUnit report here."
+    "--baseline",
+    type=click.Path(path_type=Path),
+    metavar="OLD.json",
+    help="An earlier --json: fail too where a case uses more than twice the share of its tolerance that it used then.",
 )
+@output_options
+@click.pass_context
 def verify(
+    context: click.Context,
     bundle: Path,
+    recording: Path | None,
     reference: str | None,
     adapter: str | None,
     layouts: tuple[str, ...],
-    greedy_steps: int,
+    greedy_steps: int | None,
     portable: bool,
     lowering: bool,
     backend: str,
     engine: str | None,
     localized: bool,
     case: str | None,
-    json_file: Path | None,
-    junit_file: Path | None,
+    baseline: Path | None,
+    outputs: Outputs,
 ) -> None:
     """Compare BUNDLE with transformers in eager mode, call by call.
 
     A legacy Doge, which transformers cannot load, is compared with a reference of its own revision.
 
-    Exit code 0: every number is within its calibrated tolerance; 1: one is not.
+    Exit code 0: every number is within its calibrated tolerance; 1: one is not, or a case drifts from the baseline.
     """
-    from doge_deploy.devices.packages import require_export_packages
+    from doge_deploy.verify.needs import require_reference
 
-    require_export_packages("verify")
-    from doge_deploy.verify import files
-
-    for file in (json_file, junit_file):
-        if file is not None:
-            files.check_writable(file)
+    require_reference(recording, backend)
+    outputs.check()
     from doge_deploy import api
     from doge_deploy.cli.localized import check_options, say
     from doge_deploy.cli.verify_table import VerifyTable
+    from doge_deploy.errors import UsageError
+    from doge_deploy.verify.cases import GREEDY_STEPS
 
-    check_options(localized, case, backend, json_file or junit_file)
+    check_options(localized, case, backend, outputs.first)
+    if recording is not None and (localized or case is not None):
+        raise UsageError(f"--recording {recording}: the localiser runs the reference itself; leave one of them out")
+    steps = GREEDY_STEPS if greedy_steps is None else greedy_steps
     if case is not None:
         with VerifyTable() as table:
             found = api.localize(
@@ -84,7 +100,7 @@ def verify(
                 adapter=adapter,
                 portable=portable,
                 lowering=lowering,
-                greedy_steps=greedy_steps,
+                greedy_steps=steps,
                 started=table.started,
             )
         say(found)
@@ -94,6 +110,7 @@ def verify(
     with VerifyTable() as table:
         report = api.verify(
             bundle,
+            recording=recording,
             reference=reference,
             adapter=adapter,
             layouts=layouts,
@@ -102,25 +119,27 @@ def verify(
             lowering=lowering,
             backend=backend,
             engine=engine,
+            baseline=baseline,
             started=table.started,
             finished=table.finished,
         )
+    report.command = command_line(context)
     table.summary(report)
-    if json_file is not None:
-        files.write_json(report, json_file)
-    if junit_file is not None:
-        files.write_junit(report, junit_file)
-    if localized:
-        with VerifyTable() as table:
-            found = api.localize(
-                bundle,
-                report=report,
-                reference=reference,
-                adapter=adapter,
-                portable=portable,
-                lowering=lowering,
-                greedy_steps=greedy_steps,
-                started=table.started,
-            )
-        say(found)
+    try:
+        if localized:
+            with VerifyTable() as table:
+                found = api.localize(
+                    bundle,
+                    report=report,
+                    reference=reference,
+                    adapter=adapter,
+                    portable=portable,
+                    lowering=lowering,
+                    greedy_steps=steps,
+                    started=table.started,
+                )
+            say(found)
+            report.localized = tuple(found.lines())
+    finally:  # a place that is not found takes nothing from the numbers
+        outputs.write(report)
     report.require_passed()

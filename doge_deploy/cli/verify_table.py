@@ -13,6 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 if TYPE_CHECKING:
+    from doge_deploy.verify.baseline import Comparison
     from doge_deploy.verify.parity import CaseResult, Quantity
     from doge_deploy.verify.quality import QualityResult
     from doge_deploy.verify.report import Report
@@ -98,6 +99,8 @@ class VerifyTable:
         for quality in report.quality:
             say(_quality(quality, report), highlight=False, soft_wrap=True)
             self._say_failures(f"{quality.layout}/quality", quality.failures)
+        if report.baseline is not None:
+            self._say_baseline(report.baseline)
         for case, reason in report.skipped.items():
             say(f"not reachable: {case}: {reason}", highlight=False, soft_wrap=True)
         itself = report.reference_itself
@@ -109,6 +112,8 @@ class VerifyTable:
                 highlight=False,
                 soft_wrap=True,
             )
+        if report.recording is not None:
+            say(f"judged by the recording {report.recording}", highlight=False, soft_wrap=True)
         ran = ", ".join(f"{file} ({layout})" for layout, file in report.graphs.items())
         say(f"graphs that were run: {ran}", highlight=False, soft_wrap=True)
         passed = sum(result.passed for result in report.results)
@@ -120,6 +125,14 @@ class VerifyTable:
             highlight=False,
             soft_wrap=True,
         )
+
+    def _say_baseline(self, baseline: Comparison) -> None:
+        for drift in baseline.drifts:
+            self.console.print(f"DRIFT {drift}", style="red", highlight=False, soft_wrap=True)
+        held = f"{baseline.compared} cases held against {baseline.name}, {len(baseline.drifts)} drift"
+        for what, names in (("not judged now", baseline.missing), ("not in it", baseline.new)):
+            held += f"; {what}: {', '.join(names)}" if names else ""
+        self.console.print(held, highlight=False, soft_wrap=True)
 
 
 def _quality(result: QualityResult, report: Report) -> str:

@@ -41,6 +41,14 @@ def processor_features(root: Path = ROOT) -> tuple[str, ...]:
     return tuple(sorted(found[1].split())) if found else ()
 
 
+def multiplies_bytes(root: Path = ROOT) -> bool:
+    """Whether the processor has an instruction for sums of products of bytes (VNNI on x86, dot products on ARM); True
+    where that is not known.
+    """
+    features = set(processor_features(root))
+    return not features or bool(features & {"avx512_vnni", "avx_vnni", "asimddp"})
+
+
 def platform_name() -> str:
     """Operating system and processor as an engine's record has them: `linux-x86_64`, `linux-aarch64`."""
     machine = platform.machine().lower()

@@ -43,6 +43,7 @@ def run_operator(
     attributes: Mapping[str, Any],
     *,
     poison: bool = False,
+    arch: int = INTERPRETER_ARCH,
 ) -> dict[str, torch.Tensor]:
     """Run the chain of one node of the `doge` domain.
 
@@ -52,20 +53,23 @@ def run_operator(
         attributes: the node's attributes.
         poison: fill fresh memory with NaN and with impossible integers first, so that a place that is read before it
             is written is seen.
+        arch: the compute capability whose tiles the interpreter uses.
 
     Returns:
         Every value of the chain by name, `output` among them.
     """
     values = dict(inputs)
     for step in operator.chain(attributes, frozenset(inputs)):
-        values.update(run_step(step, values, poison=poison))
+        values.update(run_step(step, values, poison=poison, arch=arch))
     return values
 
 
-def run_step(step: Step, values: Mapping[str, torch.Tensor], *, poison: bool = False) -> dict[str, torch.Tensor]:
+def run_step(
+    step: Step, values: Mapping[str, torch.Tensor], *, poison: bool = False, arch: int = INTERPRETER_ARCH
+) -> dict[str, torch.Tensor]:
     """Run one node of a chain; its outputs by the chain's names."""
     inputs = [_as_taken(values[name], tensor) for name, tensor in zip(step.inputs, step.spec.inputs, strict=True)]
-    results = run_kernel(step.spec, inputs, step.attributes, poison=poison)
+    results = run_kernel(step.spec, inputs, step.attributes, poison=poison, arch=arch)
     return dict(zip(step.outputs, results, strict=True))
 
 
@@ -77,7 +81,12 @@ def _as_taken(tensor: torch.Tensor, expected: TensorSpec) -> torch.Tensor:
 
 
 def run_kernel(
-    spec: PluginSpec, tensors: Sequence[torch.Tensor], attributes: Mapping[str, Any], *, poison: bool = False
+    spec: PluginSpec,
+    tensors: Sequence[torch.Tensor],
+    attributes: Mapping[str, Any],
+    *,
+    poison: bool = False,
+    arch: int = INTERPRETER_ARCH,
 ) -> list[torch.Tensor]:
     """Allocate the outputs of one kernel and launch it.
 
@@ -85,7 +94,7 @@ def run_kernel(
         spec: the kernel.
         tensors: its inputs in order, on one device; made contiguous where they are not.
         attributes: all of its attributes.
-        poison: see `run_operator`.
+        poison, arch: see `run_operator`.
 
     Raises:
         UsageError: shapes, dtypes or attributes do not fit the spec.
@@ -107,7 +116,6 @@ def run_kernel(
             output.fill_(float("nan") if output.is_floating_point() else torch.iinfo(output.dtype).min)
     if all(output.numel() == 0 for output in outputs):
         return outputs
-    arch = INTERPRETER_ARCH
     if device.type == "cuda":
         major, minor = torch.cuda.get_device_capability(device)
         arch = 10 * major + minor

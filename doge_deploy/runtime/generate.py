@@ -5,7 +5,7 @@ One row at a time (batch 1). Axes: Q tokens of a call, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Generator, Iterator, Sequence
 from dataclasses import dataclass
 from time import perf_counter
 from typing import Literal
@@ -17,6 +17,7 @@ from doge_deploy.options.generation import GenerationOptions
 from doge_deploy.runtime.base import FloatArray, Runner
 from doge_deploy.runtime.logprobs import RecordingSampler, TokenLogprobs
 from doge_deploy.runtime.sampling import Context, Sampler
+from doge_deploy.runtime.speculation import Guesser
 from doge_deploy.runtime.tokenizer import Detokenizer, Tokenizer
 
 FinishReason = Literal["eos", "stop", "max_new_tokens", "max_length"]
@@ -42,6 +43,7 @@ def generate(
     eos_ids: Collection[int] = (),
     prefill_chunk: int | None = None,
     cached: int = 0,
+    guesser: Guesser | None = None,
 ) -> Iterator[int]:
     """Continue a prompt, one token at a time.
 
@@ -56,6 +58,8 @@ def generate(
         eos_ids: tokens that end a text.
         prefill_chunk: feed the prompt this many tokens at a time, to bound memory; all at once where None.
         cached: how many first ids of the prompt the runner's one row holds already; the others are fed.
+        guesser: of the same runner: guesses tokens and checks several in a call, which changes the time that a text
+            takes and not the text. Close the iterator if it is not read to its end: the runner may hold guesses.
 
     Raises:
         UsageError: the prompt is empty or too long, or a number is out of its range.
@@ -71,6 +75,8 @@ def generate(
             f"cached={cached}: the runner's rows hold {runner.row_lengths.tolist()} tokens,"
             f" the prompt has {len(prompt_ids)}"
         )
+    if guesser is not None:
+        return _guessed(runner, Context(prompt_ids), sampler, max_new_tokens, eos_ids, prefill_chunk, cached, guesser)
     return _tokens(runner, Context(prompt_ids), sampler, max_new_tokens, eos_ids, prefill_chunk, cached)
 
 
@@ -94,6 +100,45 @@ def _tokens(
         if token in eos_ids or count == max_new_tokens or len(context) > runner.max_length:
             return
         logits = _feed(runner, [token])
+
+
+def _guessed(
+    runner: Runner,
+    context: Context,
+    sampler: Sampler,
+    max_new_tokens: int,
+    eos_ids: Collection[int],
+    prefill_chunk: int | None,
+    cached: int,
+    guesser: Guesser,
+) -> Iterator[int]:
+    """The same with guesses. A token of a guess counts where it is what the sampler picks, with the random numbers that
+    it would have used anyway, and only when it is asked for: who stops reading leaves the sampler where it was.
+    """
+    if not cached:
+        runner.reset()
+    rows = _prefill(runner, context[cached:], prefill_chunk)[None]
+    guesser.begin(context)
+    draft: list[int] = []
+    right = 0
+    try:
+        for count in range(1, max_new_tokens + 1):
+            token = sampler.pick(rows[right], context)
+            context.append(token)
+            guesser.append(token)
+            yield token
+            if token in eos_ids or count == max_new_tokens or len(context) > runner.max_length:
+                return
+            if right < len(draft) and token == draft[right]:
+                right += 1
+                continue
+            if draft:
+                guesser.learn(len(draft), right)
+                guesser.cut(len(context) - 1)
+            draft, right = guesser.draft(max_new_tokens - count - 1), 0
+            rows = guesser.feed([token, *draft])
+    finally:
+        guesser.cut(len(context) - 1)
 
 
 def _prefill(runner: Runner, ids: Sequence[int], chunk: int | None) -> FloatArray:
@@ -267,8 +312,12 @@ def _count(number: int, name: str) -> str:
 class TextGenerator:
     """Texts from a bundle, one after another. The KV cache is kept while a prompt continues what it holds."""
 
-    def __init__(self, runner: Runner, tokenizer: Tokenizer, options: GenerationOptions) -> None:
+    def __init__(
+        self, runner: Runner, tokenizer: Tokenizer, options: GenerationOptions, guesser: Guesser | None = None
+    ) -> None:
         self._runner = runner
+        self._guesser = guesser
+        self._tokens: Iterator[int] = iter(())
         self._tokenizer = tokenizer
         self._options = options
         self._sampler = Sampler(options.sampling)
@@ -292,22 +341,33 @@ class TextGenerator:
         if options.logprobs is not None:
             sampler = recording = RecordingSampler(sampler, options.logprobs)
             entries = recording.entries
+        check_prompt(prompt_ids, self._runner.max_length)
+        self._end()
         cached = self._reusable(prompt_ids)
-        tokens = generate(
+        self._tokens = generate(
             self._runner,
             prompt_ids,
             sampler,
             max_new_tokens=options.max_new_tokens,
             eos_ids=options.eos_ids,
             cached=cached,
+            guesser=self._guesser if options.logprobs is None else None,  # numbers are the same each time
         )
         self._begin(prompt_ids)
         statistics = Statistics(len(prompt_ids), cached)
-        return TextStream(self._kept(tokens, self._texts), self._tokenizer.detokenizer(), options, statistics, entries)
+        return TextStream(
+            self._kept(self._tokens, self._texts), self._tokenizer.detokenizer(), options, statistics, entries
+        )
 
     def forget(self) -> None:
         """End the latest text and take nothing in the KV cache for known: someone else uses the runner."""
+        self._end()
         self._begin(())
+
+    def _end(self) -> None:
+        """The latest text is read no further; what was guessed for it is taken back."""
+        if isinstance(self._tokens, Generator):
+            self._tokens.close()
 
     def _begin(self, prompt_ids: Sequence[int]) -> None:
         self._context = list(prompt_ids)

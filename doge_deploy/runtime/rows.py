@@ -58,6 +58,9 @@ class RowsRunner(BundleRunner):
     whole_calls: bool = False
     """Whether what a token gets depends on the call that it comes in: then a prompt in pieces is another prompt."""
 
+    many_logits: bool = False
+    """Whether `run_rows` gives the logits of several tokens of each row where that is asked for."""
+
     angles: ChangingAngles | None = None
     """Where the longest row of a call decides the angles of all its rows; None where no row does."""
 
@@ -66,23 +69,25 @@ class RowsRunner(BundleRunner):
     def _run(self, input_ids: IntArray, lengths: IntArray) -> FloatArray:
         return self._run_rows(0, input_ids, lengths).numpy()
 
-    def run_rows(self, first: int, input_ids: IntArray, lengths: IntArray) -> Logits:
+    def run_rows(self, first: int, input_ids: IntArray, lengths: IntArray, last: int = 1) -> Logits:
         """Feed the next tokens of the rows `first` to `first + R - 1`, each of which gets what it gets alone.
 
         Args:
             first: the first row of the call.
             input_ids: `[R, Q]`, padded on the right with any valid id.
             lengths: `[R]`, how many of them are real, 1..Q. Every row must have space for all Q.
+            last: how many of the last real tokens of each row have logits, where the model does not give all; more than
+                1 with `many_logits` only, and at most as many as every row has.
         """
         parts = self._alike(first, lengths)
         if len(parts) == 1:
-            return self._run_alike(first, input_ids, lengths)
+            return self._run_alike(first, input_ids, lengths, last)
         # One call of the graph for each part: its rows have one memory of RoPE.
-        tokens = 1 if self.last_logits else input_ids.shape[1]
+        tokens = last if self.last_logits else input_ids.shape[1]
         found: FloatArray | None = None
         for part in parts:
             width = int(lengths[part.start])
-            logits = self._run_alike(first + part.start, input_ids[part, :width], lengths[part]).numpy()
+            logits = self._run_alike(first + part.start, input_ids[part, :width], lengths[part], last).numpy()
             if found is None:
                 found = np.zeros((len(lengths), tokens, logits.shape[2]), logits.dtype)
             found[part, : logits.shape[1]] = logits
@@ -103,11 +108,11 @@ class RowsRunner(BundleRunner):
         changes = 1 + np.flatnonzero((kinds[:, 1:] != kinds[:, :-1]).any(axis=0))
         return [slice(start, end) for start, end in pairwise([0, *changes.tolist(), len(lengths)])]
 
-    def _run_alike(self, first: int, input_ids: IntArray, lengths: IntArray) -> Logits:
+    def _run_alike(self, first: int, input_ids: IntArray, lengths: IntArray, last: int) -> Logits:
         if self.angles is not None:
             # The longest text that a row has seen is its own, which this call makes longer: nothing to be remembered.
             self._forget_rope()
-        logits = self._run_rows(first, input_ids, lengths)
+        logits = self._run_rows(first, input_ids, lengths) if last == 1 else self._run_last(first, input_ids, last)
         self._advance(first, lengths)
         return logits
 
@@ -151,6 +156,10 @@ class RowsRunner(BundleRunner):
     @abstractmethod
     def _run_rows(self, first: int, input_ids: IntArray, lengths: IntArray) -> Logits:
         """Compute one call and keep the new caches; `row_lengths` is still that of before the call."""
+
+    def _run_last(self, first: int, input_ids: IntArray, last: int) -> Logits:
+        """The same for rows without padding, with the logits `[R, last, V]`; for those that have `many_logits`."""
+        raise NotImplementedError
 
     def _forget_rope(self) -> None:
         """RoPE has seen no text yet, for a backend that feeds what it remembers."""

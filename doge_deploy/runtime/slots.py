@@ -47,9 +47,8 @@ class SlotRunner:
         self.max_length = runner.max_length
         """Tokens that a slot can hold."""
         self.vocab_size = runner.vocab_size
-        self.all_logits = not runner.last_logits
-        """Whether a call gives the logits of all its tokens, `[R, Q, V]`; otherwise those of each slot's last one,
-        `[R, 1, V]`."""
+        self.all_logits = not runner.last_logits or runner.many_logits
+        """Whether `extend` gives the logits of all tokens of a call where that is asked for."""
         self.whole_prompts = runner.whole_calls
         """Whether a prompt must come in one call: in pieces it would be another text."""
         self._runner = runner
@@ -110,16 +109,18 @@ class SlotRunner:
         """
         return self.extend(slots, [[token] for token in ids])
 
-    def extend(self, slots: Sequence[int], ids: Sequence[Sequence[int] | IntArray]) -> Logits:
+    def extend(self, slots: Sequence[int], ids: Sequence[Sequence[int] | IntArray], last: int = 1) -> Logits:
         """Feed the next tokens of these slots in one call, to each its own number of them.
 
         Args:
             slots: R different ones, in any order.
             ids: for each its next tokens, at least one.
+            last: of how many of the last tokens of each slot logits are needed; more than 1 with `all_logits` only,
+                and then every slot gets as many tokens as the others.
 
         Returns:
-            in the order of `slots`: where `all_logits`, `[R, Q, V]`, of which those beyond a slot's own tokens mean
-            nothing; otherwise those of each slot's last token, `[R, 1, V]`.
+            in the order of `slots`: those of each slot's last tokens, `[R, last, V]`; from a bundle that gives the
+            logits of every token, all of them, `[R, Q, V]`, of which those beyond a slot's own tokens mean nothing.
 
         Raises:
             UsageError: a slot is not in use or given twice, gets no token or one that is none of the vocabulary's, or
@@ -133,10 +134,17 @@ class SlotRunner:
         self._check_space(slots, arrays, input_ids.shape[1])
         if reason := self._runner.refusal(*input_ids.shape):
             raise UsageError(reason)
+        if last > 1 and not self.all_logits:
+            raise UsageError(f"last={last}: this bundle gives the logits of one token of a call")
+        if last > int(lengths.min()) or (last > 1 and len(set(lengths.tolist())) > 1):
+            raise UsageError(
+                f"last={last}: the slots get {lengths.tolist()} tokens; give each as many, at least {last}"
+            )
         first = self._neighbours(rows)
         rows = [self._row[slot] for slot in slots]
         order = np.argsort(rows)
-        logits = self._runner.run_rows(first, input_ids[order], lengths[order])
+        rows_last = last if self._runner.last_logits else 1
+        logits = self._runner.run_rows(first, input_ids[order], lengths[order], rows_last)
         return logits if (order[1:] > order[:-1]).all() else logits.rows(np.argsort(order))
 
     def copy(self, source: int, target: int, tokens: int) -> None:

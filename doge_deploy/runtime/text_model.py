@@ -30,6 +30,7 @@ from doge_deploy.runtime.generate import (
     check_prompt,
 )
 from doge_deploy.runtime.logprobs import TokenLogprobs
+from doge_deploy.runtime.speculation import guesser_for
 from doge_deploy.runtime.tokenizer import TOKENIZER_FILE, Tokenizer
 
 Prompt: TypeAlias = str | Sequence[Mapping[str, str]]
@@ -72,6 +73,7 @@ class TextModel:
         spin: int | None = None,
         engine: str | None = None,
         flush_denormals: bool = False,
+        speculate: bool = True,
         graph_cache: bool = True,
         defaults: TextChoices | None = None,
     ) -> None:
@@ -91,6 +93,7 @@ class TextModel:
             "flush_denormals": flush_denormals,
             "graph_cache": graph_cache,
         }
+        self._speculate = speculate
         if TOKENIZER_FILE in self.manifest.files:
             _ = self.tokenizer
         self._config = self._bundle.read_json(GENERATION_CONFIG)
@@ -186,7 +189,8 @@ class TextModel:
         self.open()
         if self._generator is None:
             assert self._runner is not None
-            self._generator = TextGenerator(self._runner, self.tokenizer, self.options)
+            guesser = guesser_for(self._runner, self.manifest) if self._speculate else None
+            self._generator = TextGenerator(self._runner, self.tokenizer, self.options, guesser)
         return self._generator.stream(ids, own)
 
     def generate(

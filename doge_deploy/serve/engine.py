@@ -1,7 +1,7 @@
 """The thread that owns the scheduler and its runner; everybody else talks to it through two queues.
 
-Requests, cancellations and questions go in as messages. Events of a step come out together, by one call of `deliver`,
-so that an event loop is woken once a step, however many requests have a new token.
+Requests, cancellations and questions go in as messages. Events of a call of the runner come out together, by one call
+of `deliver`, so that an event loop is woken once a call, however many requests have a new token.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from doge_deploy.serve.request import Event, Request
 from doge_deploy.serve.scheduler import Limits, Scheduler
 
 Deliver = Callable[[list[tuple[str, Event]]], None]
-"""Takes the events of a step, each with its request's id, in order; called in the engine's thread."""
+"""Takes the events of a call, each with its request's id, in order; called in the engine's thread."""
 
 _Result = TypeVar("_Result")
 
@@ -42,15 +42,12 @@ class Engine:
     Args:
         scheduler: used by the engine's thread alone from `start` on.
         deliver: gets the events.
-        after_step: called behind each step with the scheduler, in the engine's thread, for metrics.
     """
 
-    def __init__(
-        self, scheduler: Scheduler, deliver: Deliver, after_step: Callable[[Scheduler], None] | None = None
-    ) -> None:
+    def __init__(self, scheduler: Scheduler, deliver: Deliver) -> None:
         self._scheduler = scheduler
         self._deliver = deliver
-        self._after_step = after_step
+        scheduler.after_call = self._flush
         self._inbox: queue.SimpleQueue[_Ask | None] = queue.SimpleQueue()
         self._outbox: list[tuple[str, Event]] = []
         self._thread = threading.Thread(target=self._run, name="doge-engine", daemon=True)
@@ -116,8 +113,6 @@ class Engine:
             while self._read_inbox():
                 self._scheduler.step()
                 self._flush()
-                if self._after_step is not None:
-                    self._after_step(self._scheduler)
         except BaseException as error:  # a fault of our own: nobody may wait for ever
             self.failure = error
             self._scheduler.abort(EngineFailedError(f"the engine failed: {type(error).__name__}: {error}"))

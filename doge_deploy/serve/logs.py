@@ -39,7 +39,9 @@ def configure(form: LogFormat) -> None:
     """Send the server's log, and uvicorn's warnings, to standard error."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(_Json() if form == "json" else _Text())
-    for name, level in (("doge_deploy.serve", logging.INFO), ("uvicorn", logging.WARNING)):
+    # asyncio warns of every write to a client that is gone, which is no news here
+    levels = {"doge_deploy.serve": logging.INFO, "uvicorn": logging.WARNING, "asyncio": logging.ERROR}
+    for name, level in levels.items():
         logger = logging.getLogger(name)
         logger.handlers, logger.propagate = [handler], False
         logger.setLevel(level)

@@ -113,6 +113,7 @@ class ServedText:
             text=StreamedText(self.tokenizer.detokenizer(), answering.options.stop),
             eos_ids=answering.options.eos_ids,
             logprobs=answering.logprobs,
+            speculate=answering.logprobs is None,  # whoever asks for numbers gets the same ones each time
             score_prompt=answering.score_prompt,
             constraint=None if answering.grammar is None else answering.grammar.copy(),
         )

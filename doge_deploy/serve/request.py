@@ -121,6 +121,8 @@ class Request:
 
     state: State = State.QUEUED
     slot: int | None = None
+    started: bool = False
+    """It was looked what of the prompt is in the slots already."""
     fed: int = 0
     """Tokens of prompt and output that the slot holds."""
     produced: int = 0

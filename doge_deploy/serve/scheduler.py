@@ -1,7 +1,8 @@
 """Continuous batching: requests join and leave at any step, and share the rows of one static cache.
 
 A step admits requests to free slots, makes one token for every request that is being decoded, and feeds prompts under a
-budget of tokens, so that a long prompt delays the next token of others by one chunk and no more. There is no clock and
+budget of tokens, so that a long prompt delays the next token of others by one chunk and no more. Where nobody waits for
+a next token, prompts are fed in larger chunks. There is no clock and
 no thread in here: given the same arrivals between the same steps, the same steps are made, and the whole can be run
 under a clock that is not real.
 
@@ -11,7 +12,7 @@ Axes: V vocabulary, n requests that are decoded.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -19,9 +20,9 @@ from doge_deploy.errors import DogeDeployError
 from doge_deploy.runtime.base import FloatArray
 from doge_deploy.runtime.logits import Logits
 from doge_deploy.runtime.logprobs import log_probabilities
+from doge_deploy.runtime.speculation import DraftLength, NgramIndex
 from doge_deploy.serve.request import Finished, FinishReason, PromptScored, Request, Started, State
 from doge_deploy.serve.slots import Held, SlotTable, common_prefix
-from doge_deploy.serve.speculation import DraftLength, NgramIndex
 
 COPY_GAIN = 16
 """A prefix of so many tokens is worth copying from another slot."""
@@ -38,7 +39,7 @@ class Slots(Protocol):
     def acquire(self) -> int: ...
     def prefill(self, slot: int, ids: Sequence[int]) -> Logits: ...
     def decode(self, slots: Sequence[int], ids: Sequence[int]) -> Logits: ...
-    def extend(self, slots: Sequence[int], ids: Sequence[Sequence[int]]) -> Logits: ...
+    def extend(self, slots: Sequence[int], ids: Sequence[Sequence[int]], last: int = 1) -> Logits: ...
     def copy(self, source: int, target: int, tokens: int) -> None: ...
     def truncate(self, slot: int, tokens: int) -> None: ...
     def can_cut(self, slot: int) -> bool: ...
@@ -56,9 +57,11 @@ class Limits:
         ValueError: a number is not positive.
     """
 
-    step_tokens: int = 256
-    """Tokens that one step computes at most: one for each request that is decoded, and a chunk of a prompt. At least
-    one token of a prompt is fed in each step."""
+    step_tokens: int = 128
+    """Tokens of prompts that one step computes at most while texts are being made: what their next token is delayed by.
+    """
+    alone_tokens: int = 512
+    """The same where no request is decoded: larger chunks take less time a token, and delay nobody."""
     queue_requests: int = 256
     """Requests that may wait."""
     queue_tokens: int = 262_144
@@ -113,6 +116,8 @@ class Scheduler:
         """Prompt tokens of the requests that wait; a running count, since a burst asks for it with every request."""
         self.prefilling: list[Request] = []
         self.decoding: list[Request] = []
+        self.after_call: Callable[[], None] = _nothing
+        """Called when the events of a call of the runner have been sent: those of the next one come much later."""
         self._ngrams: dict[Request, NgramIndex] = {}
         self._exact_length = runner.max_length if exact_length is None else min(exact_length, runner.max_length)
         speculates = runner.all_logits and not runner.whole_prompts
@@ -173,8 +178,10 @@ class Scheduler:
         """Admit, make one token for each request that is decoded, feed prompts up to the budget."""
         self.counters.steps += 1
         self._admit()
-        budget = self.limits.step_tokens - self._decode()
-        self._prefill(max(budget, 1))
+        if self.decoding:
+            self._decode()
+            self.after_call()
+        self._prefill()
 
     def _all(self) -> Iterable[Request]:
         return [*self.decoding, *self.prefilling, *self.waiting]
@@ -216,7 +223,7 @@ class Scheduler:
         elif kept < len(held.tokens):
             self.runner.truncate(held.slot, kept)
         held.tokens[:] = request.prompt_ids[:kept]
-        request.fed = kept
+        request.fed, request.started = kept, True
         self.counters.prefix_queries += len(request.prompt_ids)
         self.counters.prefix_hits += kept
         request.send(Started(kept))
@@ -245,24 +252,31 @@ class Scheduler:
 
     # prompts
 
-    def _prefill(self, budget: int) -> None:
-        """Feed prompts in the order of their arrival, until `budget` tokens were fed."""
+    def _prefill(self) -> None:
+        """Feed prompts in the order of their arrival, until the budget of the step is used up.
+
+        A prompt is cut only where all of the budget is not enough for it: many small pieces take longer than few.
+        """
+        fed = 0
         for request in list(self.prefilling):
-            if budget < 1:
-                return
-            if request.fed == 0 and request.state is State.PREFILL and not request.prompt_scores:
+            # asked anew each time: a request that got its first token waits for the next one from then on
+            most = self.limits.step_tokens if self.decoding else self.limits.alone_tokens
+            if not request.started:
                 self._reuse(request)
-            ids = request.pending if self.runner.whole_prompts else request.pending[:budget]
-            budget -= len(ids)
+            if fed and fed + len(request.pending) > most:
+                return
+            ids = request.pending if self.runner.whole_prompts else request.pending[:most]
+            fed += len(ids)
             try:
                 self._feed(request, ids)
             except Exception as error:  # of this row alone: the others have their own
                 self._finish(request, Finished("error", "", error))
+            self.after_call()
 
     def _feed(self, request: Request, ids: Sequence[int]) -> None:
         assert request.slot is not None
         if request.score_prompt:
-            every = self.runner.extend([request.slot], [ids]).numpy()[0]
+            every = self.runner.extend([request.slot], [ids], len(ids)).numpy()[0]
             self._score(request, ids, every)
             logits = every[-1]
         else:
@@ -295,12 +309,11 @@ class Scheduler:
 
     # tokens
 
-    def _decode(self) -> int:
-        """One token, or an accepted draft, for each request that is decoded; returns the tokens computed."""
-        if not self.decoding:
-            return 0
+    def _decode(self) -> None:
+        """One token, or an accepted draft, for each request that is decoded."""
         if len(self.decoding) == 1 and not self.prefilling and (draft := self._draft(self.decoding[0])):
-            return self._check_draft(self.decoding[0], draft)
+            self._check_draft(self.decoding[0], draft)
+            return
         batch = list(self.decoding)
         ids = [request.context[-1] for request in batch]
         slots = [request.slot for request in batch if request.slot is not None]
@@ -309,14 +322,13 @@ class Scheduler:
         except Exception as error:  # one call for all of them: none has a result
             for request in batch:
                 self._finish(request, Finished("error", request.text.flush(), error))
-            return len(batch)
+            return
         for request, token in zip(batch, ids, strict=True):
             assert request.slot is not None
             self.table[request.slot].tokens.append(token)
             request.fed += 1
         for request, row in zip(batch, logits, strict=True):
             self._take(request, row)
-        return len(batch)
 
     def _take(self, request: Request, logits: FloatArray) -> bool:
         """Choose the next token from `logits` `[V]`; whether the request goes on."""
@@ -345,15 +357,15 @@ class Scheduler:
         length = min(self._draft_length.choose(), room)
         return ngrams.draft(length) if length > 0 else []
 
-    def _check_draft(self, request: Request, draft: Sequence[int]) -> int:
+    def _check_draft(self, request: Request, draft: Sequence[int]) -> None:
         """Feed the last token with a draft behind it, and accept the draft as far as the sampler picks the same."""
         assert request.slot is not None and self._draft_length is not None
         held, slot, last = self.table[request.slot], request.slot, request.context[-1]
         try:
-            logits = self.runner.extend([slot], [[last, *draft]]).numpy()[0]
+            logits = self.runner.extend([slot], [[last, *draft]], 1 + len(draft)).numpy()[0]
         except Exception as error:
             self._finish(request, Finished("error", request.text.flush(), error))
-            return 1 + len(draft)
+            return
         held.tokens.append(last)
         request.fed += 1
         accepted, goes_on = 0, self._take(request, logits[0])
@@ -369,4 +381,7 @@ class Scheduler:
         request.accepted += accepted
         self.counters.draft_tokens += len(draft)
         self.counters.accepted_tokens += accepted
-        return 1 + len(draft)
+
+
+def _nothing() -> None:
+    """Where nobody wants to know."""

@@ -18,8 +18,8 @@ from doge_deploy.bundle.opening import Bundle, open_bundle
 from doge_deploy.errors import MissingDependencyError, UsageError
 from doge_deploy.options.backends import DEFAULT_BACKEND
 from doge_deploy.runtime.slots import SlotRunner, open_slots
+from doge_deploy.runtime.speculation import DRAFTS, exact_length
 from doge_deploy.serve.scheduler import Limits, Scheduler
-from doge_deploy.serve.speculation import DRAFTS
 
 if TYPE_CHECKING:
     import uvicorn
@@ -32,7 +32,7 @@ LOOPBACK = ("127.0.0.1", "::1", "localhost")
 
 DEFAULT_SLOTS = 8
 
-_FLUSH_SECONDS = 1.0
+_FLUSH_SECONDS = 5.0
 """How long streams have to send their last event when the time to drain is over."""
 
 _OTHER_FILES = 256
@@ -66,6 +66,9 @@ class ServeOptions:
     api_key_file: Path | None = None
     no_auth: bool = False
     """Serve other machines without a key."""
+    recordings: tuple[Path, ...] = ()
+    """Files of `doge-deploy record` by which the bundles are judged before they are served, in their order; none where
+    they are not judged."""
     drain_seconds: float = 30.0
     limits: Limits = field(default_factory=Limits)
 
@@ -96,6 +99,31 @@ def model_name(bundle: Bundle) -> str:
     """What a bundle is called where nobody says: the id of its checkpoint, else its folder."""
     source = bundle.manifest.checkpoint.get("source")
     return str(source) if source else bundle.path.resolve().name
+
+
+def judge(paths: Sequence[Path], options: ServeOptions) -> None:
+    """Hold what is going to be served against recordings of the reference, where there are any.
+
+    Raises:
+        MismatchError: a bundle computes something else in this backend.
+        UsageError: not one recording for each bundle.
+        UnsupportedModelError, BrokenBundleError, MissingDependencyError: it cannot be judged.
+    """
+    if not options.recordings:
+        return
+    if len(options.recordings) != len(paths):
+        raise UsageError(
+            f"{len(options.recordings)} recordings for {len(paths)} bundles: give --verify-on-start once for each"
+        )
+    from doge_deploy.verify.run import verify
+
+    for path, recording in zip(paths, options.recordings, strict=True):
+        task = open_bundle(path, check="quick").manifest.task
+        layouts = ("static",) if task == "causal-lm" else ()
+        report = verify(path, recording=recording, layouts=layouts, backend=options.backend, engine=options.engine)
+        report.require_passed()
+        fields = {"bundle": str(path), "cases": len(report.results), "recording": str(recording)}
+        _log.info("verified", extra={"fields": fields})
 
 
 def open_served(paths: Sequence[Path], options: ServeOptions) -> Served:
@@ -165,12 +193,8 @@ def open_text(bundle: Bundle, name: str, options: ServeOptions, deliver: Deliver
 
 def make_scheduler(bundle: Bundle, slots: SlotRunner, limits: Limits, *, speculate: bool = True) -> Scheduler:
     """A scheduler that guesses where that is asked for, exact and pays."""
-    facts, length = bundle.manifest.facts, bundle.manifest.max_length
-    exact = facts.keep_window_size if facts.keep_window(length) else length
-    if facts.sliding_window is not None:
-        exact = min(exact, facts.sliding_window - 1)
     costs = measure_step_costs(slots) if speculate and slots.all_logits and not slots.whole_prompts else None
-    return Scheduler(slots, limits, costs, exact)
+    return Scheduler(slots, limits, costs, exact_length(bundle.manifest))
 
 
 def measure_step_costs(slots: SlotRunner, rounds: int = 7) -> dict[int, float]:
@@ -182,7 +206,7 @@ def measure_step_costs(slots: SlotRunner, rounds: int = 7) -> dict[int, float]:
         for width in widths:
             slots.truncate(slot, 0)
             start = perf_counter()
-            slots.extend([slot], [[0] * width]).numpy()
+            slots.extend([slot], [[0] * width], width).numpy()
             times[width].append(perf_counter() - start)
     slots.release(slot)
     one = statistics.median(times[1])
@@ -194,6 +218,7 @@ def run(paths: Sequence[Path], options: ServeOptions) -> None:
 
     Raises:
         UsageError, UnsupportedModelError, BrokenBundleError, MissingDependencyError: nothing was served.
+        MismatchError: nothing was served, since a bundle does not compute what its recording holds.
     """
     require_server()
     import uvicorn
@@ -203,6 +228,7 @@ def run(paths: Sequence[Path], options: ServeOptions) -> None:
     from doge_deploy.serve.http.security import read_keys
 
     keys = read_keys(options.api_key_file) if options.api_key_file is not None else ()
+    judge(paths, options)
     served = open_served(paths, options)
     app = create_app(served, api_keys=keys)
     # beside connections there are files of libraries, and sockets that wait to be closed
@@ -215,7 +241,7 @@ def run(paths: Sequence[Path], options: ServeOptions) -> None:
         log_config=None,
         access_log=False,
         lifespan="on",
-        timeout_graceful_shutdown=int(_FLUSH_SECONDS) + 1,
+        timeout_graceful_shutdown=2,
         timeout_keep_alive=75,
     )
     server = _make_server(config, served, options.drain_seconds)

@@ -16,6 +16,9 @@ from doge_deploy.runtime.base import IntArray
 GREEDY = "greedy"
 NATURAL = "natural text"
 
+GREEDY_STEPS = 128
+"""Tokens of the greedy case where nobody says how many."""
+
 SEEDS = (0, 100, 200, 300)
 """Tried in turn until an exactness case has wide margins in the reference."""
 

@@ -43,7 +43,7 @@ from doge_deploy.verify.reference_run import ReplayTrace, run_reference
 from doge_deploy.verify.replay import CandidateTrace, Replay, Selections, greedy_calls
 from doge_deploy.verify.rounding import rounded_once_more
 from doge_deploy.verify.stored import stored_weights
-from doge_deploy.verify.texts import TEXT, text_ids
+from doge_deploy.verify.texts import TEXT, ids_of
 from doge_deploy.verify.tolerance import WIDER, limit
 from doge_deploy.verify.weights import compare_weights
 
@@ -126,11 +126,15 @@ class LiveExpected(Expected):
         return difference(found.present[name], found.held(name, self.same.present[name]))
 
     def noise(self, name: str, *, more: bool) -> Noise:
-        draws = [self.same, *(self._more if more else ())]
+        draws = self.draws(more=more)
         if name not in self.same.present:
             # A pair of class logits is too small a sample of noise: that of every token's is taken.
             return pool([_noise_of_output(draw, self.wider) for draw in draws])
         return pool([difference(draw.present[name], self.wider.present[name]) for draw in draws])
+
+    def draws(self, *, more: bool) -> list[ReplayTrace]:
+        """The run in the bundle's dtype; with `more`, those with other rounding errors after it."""
+        return [self.same, *(self._more if more else ())]
 
     @cached_property
     def _more(self) -> list[ReplayTrace]:
@@ -200,8 +204,9 @@ class LiveOracle(Oracle):
         return References(same, wider)
 
     @cached_property
-    def _text_ids(self) -> IntArray:
-        return text_ids(self._bundle, TEXT)
+    def text_ids(self) -> IntArray:
+        """`[T]`: natural text, repeated as needed."""
+        return ids_of(self._bundle, TEXT)
 
     def weights(self, bundle: Bundle) -> WeightsResult:
         return compare_weights(bundle, self._checkpoint)
@@ -227,7 +232,7 @@ class LiveOracle(Oracle):
 
     def case(self, name: str, judge: Judge) -> Case | str:
         if name == NATURAL:
-            return natural_case(self.limits, self._text_ids)
+            return natural_case(self.limits, self.text_ids)
         if name == GREEDY:
             return self._greedy(judge)
         return self.widest(judge, lambda seed: exact_case(self.limits, seed, name))
@@ -246,7 +251,7 @@ class LiveOracle(Oracle):
     @property
     def prompt(self) -> IntArray:
         """`[T]`: what greedy text continues."""
-        return np.resize(self._text_ids, min(16, max(1, self.limits.max_length // 2)))
+        return np.resize(self.text_ids, min(16, max(1, self.limits.max_length // 2)))
 
     def widest(self, judge: Judge, make: Callable[[int], Case]) -> Case:
         """The case of that seed on which the reference's choices are clearest."""
@@ -276,7 +281,7 @@ class LiveOracle(Oracle):
 
     @cached_property
     def _held_out_ids(self) -> IntArray:
-        return text_ids(self._bundle, HELD_OUT)
+        return ids_of(self._bundle, HELD_OUT)
 
     @cached_property
     def _unquantized(self) -> Reference:

@@ -117,6 +117,15 @@ class Oracle(AbstractContextManager["Oracle"]):
     ) -> None:
         """Nothing to give back."""
 
+    @property
+    def description(self) -> str | None:
+        """For people: which recording it is, and what made it; None where the reference runs here."""
+        return None
+
+    def check_layouts(self, bundle: Bundle, layouts: Sequence[str]) -> None:
+        """Raises UnsupportedModelError where nothing is known of one of the layouts."""
+        return
+
     @abstractmethod
     def weights(self, bundle: Bundle) -> WeightsResult:
         """Every number of the bundle's weight file against the checkpoint."""

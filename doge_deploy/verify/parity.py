@@ -19,6 +19,7 @@ from doge_deploy.verify.cases import GREEDY, Case
 from doge_deploy.verify.compare import Difference, Top1, kl_divergence, top1
 from doge_deploy.verify.noise import MOST_BY_CHANCE
 from doge_deploy.verify.oracle import Expected, Oracle
+from doge_deploy.verify.positions import Positions, Sample, locate
 from doge_deploy.verify.replay import CandidateTrace, Replay, Selections
 from doge_deploy.verify.runners import Runners
 from doge_deploy.verify.tolerance import AllowedDifference, limit
@@ -73,6 +74,9 @@ class CaseResult:
     failing.
     """
     failures: list[str] = field(default_factory=list)
+    positions: Positions | None = None
+    """Where the logits differ; None where the task has none."""
+    sample: Sample | None = None
 
     @property
     def passed(self) -> bool:
@@ -82,6 +86,16 @@ class CaseResult:
     def logits(self) -> Quantity:
         """What the task is about: logits, or last hidden states."""
         return self.quantities[0]
+
+    @property
+    def worst(self) -> Quantity:
+        """The tensor that uses most of its tolerance."""
+        return max(self.quantities, key=lambda quantity: quantity.load)
+
+    @property
+    def load(self) -> float:
+        """How much of its tolerance the case uses: that of its worst tensor."""
+        return self.worst.load
 
     @property
     def worst_cache(self) -> Quantity | None:
@@ -187,7 +201,7 @@ class Judge:
             self._compare(result, candidate, expected, more=True)
         result.failures += [_failure(quantity) for quantity in result.quantities if not quantity.passed]
         if OUTPUTS[self.manifest.task] == "logits":  # features are no distribution
-            _compare_choices(result, candidate, expected)
+            _compare_choices(result, case, candidate, expected)
         return result
 
     def _expected(self, case: Case, given: Sequence[Selections] | None) -> Expected:
@@ -234,14 +248,15 @@ def _clear(expected: Expected) -> bool:
     return expected.gap > max(expected.epsilon.values(), default=0.0)
 
 
-def _compare_choices(result: CaseResult, candidate: CandidateTrace, expected: Expected) -> None:
+def _compare_choices(result: CaseResult, case: Case, candidate: CandidateTrace, expected: Expected) -> None:
     """Distributions of logits, and the likeliest tokens."""
-    if result.logits.difference.non_finite:
-        return
     # Of a greedy text only the tokens that it continues with are of interest, not those of the prompt.
     last = result.case == GREEDY
-    found = np.concatenate([rows[-1:] if last else rows for rows in candidate.logits])
     distribution = expected.distribution("last" if last else "all")
+    result.positions, result.sample = locate(case, candidate.logits, distribution, last=last)
+    if result.logits.difference.non_finite:
+        return
+    found = np.concatenate([rows[-1:] if last else rows for rows in candidate.logits])
     result.kl = kl_divergence(found, distribution)
     result.top1 = top1(found, distribution)
     margin = result.top1.margin

@@ -13,9 +13,12 @@ from doge_deploy.errors import UsageError
 from doge_deploy.graph.weight_formats import Quality, format_of
 from doge_deploy.options.backends import DEFAULT_BACKEND, TORCH_KERNELS
 from doge_deploy.targets.backend import Backend, SessionOptions, find
+from doge_deploy.verify.cases import GREEDY_STEPS
+from doge_deploy.verify.environment import this_environment
 from doge_deploy.verify.oracle import Oracle
 from doge_deploy.verify.parity import CaseResult, make_replay, verify_layouts
 from doge_deploy.verify.quality import QualityResult, judge_quality
+from doge_deploy.verify.recording.oracle import open_recording
 from doge_deploy.verify.report import Report
 from doge_deploy.verify.runners import LOWERED_LAYOUT, describe_lowered, open_runners, without_spinning
 
@@ -23,10 +26,11 @@ from doge_deploy.verify.runners import LOWERED_LAYOUT, describe_lowered, open_ru
 def verify(
     path: str | Path,
     *,
+    recording: str | Path | None = None,
     reference: str | None = None,
     adapter: str | None = None,
     layouts: tuple[str, ...] = (),
-    greedy_steps: int = 128,
+    greedy_steps: int | None = None,
     portable: bool = False,
     lowering: bool = False,
     backend: str = DEFAULT_BACKEND,
@@ -38,10 +42,13 @@ def verify(
 
     Args:
         path: the bundle.
+        recording: a file of `doge-deploy record`, which takes the place of the reference: torch, transformers and the
+            checkpoint are not needed. Only `torch-kernels`, whose weights are the checkpoint's, still asks for them.
         reference: the checkpoint it came from; where None, what the bundle itself names (a bundled name or a Hub id).
         adapter: the PEFT adapter that was merged into it; where None, what the bundle itself names.
         layouts: which of its layouts; all where empty.
-        greedy_steps: tokens of the greedy case, fewer where the bundle holds fewer.
+        greedy_steps: tokens of the greedy case, fewer where the bundle holds fewer; `GREEDY_STEPS` where None. A
+            recording says it itself.
         portable: judge the standard graphs, not those lowered for ONNX Runtime that `generate` runs.
         lowering: judge the static graph as both TensorRT products get it (one lowering serves both), in ONNX Runtime.
         backend: the name of what runs the bundle. Where it shows no selections, what is judged by them is left out, and
@@ -51,24 +58,46 @@ def verify(
         finished: told each case when it is judged.
 
     Raises:
-        BrokenBundleError, UnsupportedModelError: bundle or checkpoint is broken, or they do not belong together.
-        UsageError: the bundle does not say where it came from and no reference was given.
+        BrokenBundleError, UnsupportedModelError: bundle, checkpoint or recording is broken, or they do not belong
+            together.
+        UsageError: the bundle does not say where it came from and no reference was given; or options contradict each
+            other.
         MissingDependencyError: torch, transformers or ONNX Runtime is missing.
     """
-    from doge_deploy.verify.live import LiveOracle
-    from doge_deploy.verify.source import open_reference
-
     bundle = open_bundle(path)
-    checkpoint = open_reference(bundle, reference, adapter)
-    runs = _backend(backend, checkpoint)
+    oracle: Oracle
+    if recording is None:
+        from doge_deploy.verify.live import LiveOracle
+        from doge_deploy.verify.source import open_reference
+
+        checkpoint = open_reference(bundle, reference, adapter)
+        runs = _kernels(checkpoint) if backend == TORCH_KERNELS else find(backend)
+        steps = GREEDY_STEPS if greedy_steps is None else greedy_steps
+        oracle = LiveOracle(bundle, checkpoint, greedy_steps=steps, started=started)
+    else:
+        _check_recorded(backend, reference, adapter, greedy_steps)
+        oracle = open_recording(Path(recording))
+        oracle.check(bundle)
+        if backend == TORCH_KERNELS:
+            from doge_deploy.verify.source import open_reference
+
+            runs = _kernels(open_reference(bundle, reference, adapter))
+        else:
+            runs = find(backend)
     options = replace(without_spinning(runs), portable=portable, engine=engine)
-    oracle = LiveOracle(bundle, checkpoint, greedy_steps=greedy_steps, started=started)
     return judge_bundle(bundle, oracle, runs, options, layouts, lowering=lowering, started=started, finished=finished)
 
 
-def _backend(name: str, checkpoint: Any) -> Backend[Any]:
-    if name != TORCH_KERNELS:
-        return find(name)
+def _check_recorded(backend: str, reference: str | None, adapter: str | None, greedy_steps: int | None) -> None:
+    """Raises UsageError where an option is given to which a recording is the answer."""
+    if greedy_steps is not None:
+        raise UsageError(f"--greedy-steps {greedy_steps}: a recording has its own; give it to `doge-deploy record`")
+    for name, value in (("--reference", reference), ("--adapter", adapter)):
+        if value is not None and backend != TORCH_KERNELS:
+            raise UsageError(f"{name} {value}: --recording takes the place of the reference; leave one of them out")
+
+
+def _kernels(checkpoint: Any) -> Backend[Any]:
     from doge_deploy.verify.torch_kernels import TorchKernels
 
     return TorchKernels(checkpoint)
@@ -98,6 +127,7 @@ def judge_bundle(
             f"--lowering judges a graph, and {backend.name} runs none that it is given; use {DEFAULT_BACKEND}"
         )
     chosen = _layouts(bundle, backend, layouts, lowering)
+    oracle.check_layouts(bundle, chosen)
     backend.require(bundle)
     weight_format = format_of(manifest.options)
     # what rounded activations cost is judged on the graph that is served, the cases on the standard one
@@ -112,6 +142,10 @@ def judge_bundle(
         oracle.name,
         oracle.weights(bundle),
         skipped=_unreachable(bundle),
+        recording=oracle.description,
+        task=manifest.task,
+        checkpoint=f"{manifest.checkpoint['source'] or 'a directory'}, sha256 {manifest.checkpoint['sha256']}",
+        environment=this_environment(),
     )
     with oracle:
         for layout in chosen:

@@ -18,7 +18,7 @@ TEXT = (
 """Natural text with its repetitions, for bundles that have a tokenizer."""
 
 
-def text_ids(bundle: Bundle, text: str = TEXT) -> IntArray:
+def ids_of(bundle: Bundle, text: str = TEXT) -> IntArray:
     """Natural text `[T]`: through the bundle's tokenizer, or random ids with as many repetitions.
 
     Raises:

@@ -77,8 +77,9 @@ class ScriptedSlots:
         self.calls.append(("prefill", len(ids)))
         return HostLogits(self._feed(slot, ids)[None])
 
-    def extend(self, slots: Sequence[int], ids: Sequence[Sequence[int]]) -> HostLogits:
+    def extend(self, slots: Sequence[int], ids: Sequence[Sequence[int]], last: int = 1) -> HostLogits:
         ((slot,), (tokens,)) = slots, ids
+        assert last == len(tokens), "whoever extends a slot wants all logits"
         self.calls.append(("extend", len(tokens)))
         return HostLogits(self._feed(slot, tokens)[None])
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import numpy as np
 import pytest
 from scripted_slots import ScriptedSlots
 from servers import NAME, Running, SlowSlots, of_bundle, running, scripted
@@ -133,7 +134,7 @@ class TestClientsThatLeave:
     def slow(self, tiny_bundle: Path) -> Iterator[Running]:
         prompt = [words(tiny_bundle, "a")[0]]
         slots = slots_saying(tiny_bundle, words(tiny_bundle, "b"), len(prompt), slots=2, seconds=0.01)
-        with running(scripted(tiny_bundle, slots, Limits(step_tokens=4))) as found:
+        with running(scripted(tiny_bundle, slots, Limits(step_tokens=4, alone_tokens=4))) as found:
             yield found
 
     def leave(self, server: Running, when: str, *, stream: bool) -> None:
@@ -197,6 +198,9 @@ class TestLogprobs:
     def test_streamed_and_whole_are_the_same(self, server: Running) -> None:
         options = {"messages": MESSAGES, "max_tokens": 12, "logprobs": True, "top_logprobs": 3, "seed": 1}
         options["temperature"] = 1.5
+        server.post(
+            "/v1/chat/completions", **options
+        )  # from now on the prompt is in a slot, and the calls are the same
         whole = server.post("/v1/chat/completions", **options)["choices"][0]["logprobs"]["content"]
         chunks = server.stream("/v1/chat/completions", **options)
         streamed = [entry for chunk in chunks for entry in (chunk["choices"][0]["logprobs"] or {}).get("content", [])]
@@ -237,9 +241,20 @@ class TestLogprobs:
                 longer["text"].startswith("Once upon a time") and len(longer["logprobs"]["tokens"]) == len(scores) + 3
             )
 
-    def test_echo_with_logprobs_needs_all_logits(self, server: Running) -> None:
-        error = server.post("/v1/completions", 400, prompt="a", echo=True, logprobs=1, max_tokens=0)["error"]
+    def test_echo_with_logprobs_needs_the_logits_of_the_prompt(self, tiny_bundle: Path) -> None:
+        with running(scripted(tiny_bundle, ScriptedSlots(1, all_logits=False))) as server:
+            error = server.post("/v1/completions", 400, prompt="a", echo=True, logprobs=1, max_tokens=0)["error"]
         assert "export it with --logits all" in error["message"] and error["param"] == "echo"
+
+    def test_a_default_bundle_scores_a_prompt_as_one_with_all_logits(
+        self, server: Running, tiny_bundle_all: Path
+    ) -> None:
+        asked = {"prompt": "def f(x):\n    return x", "echo": True, "logprobs": 2, "max_tokens": 3, "temperature": 0}
+        with running(of_bundle(tiny_bundle_all)) as other:
+            expected = other.complete(**asked)["choices"][0]["logprobs"]
+        found = server.complete(**asked)["choices"][0]["logprobs"]
+        assert found["tokens"] == expected["tokens"] and found["token_logprobs"][0] is None
+        np.testing.assert_allclose(found["token_logprobs"][1:], expected["token_logprobs"][1:], atol=1e-4)
 
 
 class TestBatched:
@@ -297,9 +312,9 @@ class TestLengths:
         assert "513 tokens" in error["message"] and "512 tokens" in error["message"]
 
     def test_max_tokens_beyond_the_room_is_clipped(self, server: Running) -> None:
-        answer = server.complete([5] * 505, max_tokens=1000, temperature=0)
-        assert answer["usage"]["completion_tokens"] <= 8
-        assert answer["choices"][0]["finish_reason"] in ("length", "stop")
+        answer = server.complete([70] * 505, max_tokens=1000, temperature=0, logit_bias={"1": -100, "5": -100})
+        assert answer["usage"]["completion_tokens"] == 8  # the last one needs no place
+        assert answer["choices"][0]["finish_reason"] == "length"
 
 
 ILLEGAL = [
@@ -353,7 +368,7 @@ ILLEGAL = [
     # what is wrong with each of a million entries is not told for each
     ('{"prompt": [' + '"",' * 400_000 + '""]}', "at most 64"),
     ('{"prompt": [' + "0.5," * 400_000 + "1]}", "at most 64"),
-    ('{"prompt": [' + "5," * 1_100_000 + '5], "max_tokens": 1}', "at most"),
+    ('{"prompt": [' + "5," * 70_000 + '5], "max_tokens": 1}', "at most"),
     ('{"prompt": "a", "logit_bias": {' + ",".join(f'"{n}": 200' for n in range(50_000)) + "}}", "at most 1024"),
     ('{"prompt": "a", "guided_choice": [' + '"",' * 400_000 + '""]}', "at most 4096"),
     ("{" + ",".join(f'"f{n}": 1' for n in range(50_000)) + "}", "at most 128"),
@@ -498,6 +513,13 @@ class TestErrorsWithin:
             assert other.result()["usage"]["completion_tokens"] == 50
             error = server.post("/v1/completions", 500, prompt=[7], max_tokens=50)["error"]
             assert "NaN" in error["message"] and error["type"] == "server_error"
+
+    def test_what_comes_when_all_was_given_up_is_told_so(self, tiny_bundle: Path) -> None:
+        """At shutdown: a request that was still being tokenized would run on and be cut off."""
+        with running(scripted(tiny_bundle, slots_saying(tiny_bundle, [70], 1))) as server:
+            server.served.inboxes[NAME].fail("the server is shutting down")
+            error = server.post("/v1/completions", 503, prompt=[7], max_tokens=50)["error"]
+            assert error["code"] == "shutting_down" and server.scheduler.idle
 
 
 class TestSecurity:

@@ -93,7 +93,7 @@ def test_one_request() -> None:
 @pytest.mark.parametrize("seed", range(40))
 def test_any_schedule_gives_each_request_what_it_gets_alone(seed: int, all_logits: bool, cuts: bool) -> None:
     random_ = random.Random(seed)
-    limits = Limits(step_tokens=random_.choice([1, 3, 8, 64]))
+    limits = Limits(step_tokens=random_.choice([1, 3, 8, 64]), alone_tokens=random_.choice([2, 64]))
     costs = random_.choice([None, {1: 1.0, 2: 1.1, 4: 1.2, 8: 1.4}])
     rule = random_.choice([next_token, repeating])
     scheduler = make(random_.randint(1, 4), limits=limits, costs=costs, all_logits=all_logits, cuts=cuts, rule=rule)
@@ -138,7 +138,55 @@ def test_a_long_prompt_delays_the_next_token_of_others_by_one_chunk() -> None:
         before, calls = len(answer.tokens), len(rows.calls)
         scheduler.step()
         assert len(answer.tokens) == before + 1
-        assert sum(count for _, count in rows.calls[calls:]) <= 8
+        (_, one), (kind, chunk) = rows.calls[calls:]
+        assert one == 1 and kind == "prefill" and chunk <= 8
+
+
+def test_events_are_sent_call_by_call() -> None:
+    scheduler = make(3, limits=Limits(step_tokens=8))
+    told: list[tuple[str, ...]] = []
+    sent: list[str] = []
+
+    def after_call() -> None:
+        told.append(tuple(sent))
+        sent.clear()
+
+    scheduler.after_call = after_call
+    for name in "abc":
+        one, _ = request([5, 6, ord(name)], name=name, tokens=2)
+        one.send = lambda event, name=name: sent.append(name) if isinstance(event, Produced) else None
+        scheduler.submit(one)
+    scheduler.step()
+    assert told == [("a",), ("b",)], "the first token of one prompt does not wait for the next prompt"
+    told.clear()
+    scheduler.step()
+    assert told == [("a", "b"), ("c",)]
+
+
+def test_prompts_are_fed_in_large_chunks_where_nobody_waits_for_a_token() -> None:
+    scheduler = make(2, limits=Limits(step_tokens=8), max_length=512)
+    scheduler.submit(request(range(2, 90), tokens=50)[0])
+    scheduler.step()
+    assert scheduler.runner.calls == [("prefill", 88)]
+    scheduler.submit(request(range(3, 90))[0])
+    scheduler.step()
+    assert scheduler.runner.calls[1:] == [("decode", 1), ("prefill", 8)]
+
+
+def test_a_prompt_is_cut_only_where_a_whole_budget_is_not_enough_for_it() -> None:
+    scheduler = make(4, limits=Limits(step_tokens=8))
+    scheduler.submit(request([5], tokens=50)[0])
+    scheduler.step()
+    for length in (5, 4, 3):
+        one, answer = request([length] * length, name=f"of {length}", tokens=50)
+        scheduler.submit(one)
+    scheduler.runner.calls.clear()
+    scheduler.step()
+    assert scheduler.runner.calls == [("decode", 1), ("prefill", 5)]
+    scheduler.step()
+    assert scheduler.runner.calls[2:] == [("decode", 2), ("prefill", 4), ("prefill", 3)]
+    run(scheduler)
+    assert sum(isinstance(event, Started) for event in answer) == 1
 
 
 def test_a_slot_is_free_within_one_step_of_a_cancellation() -> None:
@@ -158,7 +206,7 @@ def test_a_slot_is_free_within_one_step_of_a_cancellation() -> None:
 
 @pytest.mark.parametrize("when", ["queued", "prefill", "decode"])
 def test_a_request_can_be_cancelled_in_every_state(when: str) -> None:
-    scheduler = make(1, limits=Limits(step_tokens=2))
+    scheduler = make(1, limits=Limits(alone_tokens=2))
     other, others = request([9], name="other", tokens=4)
     one, answer = request(range(2, 12), name="one", tokens=50)
     for each in (other, one) if when == "queued" else (one, other):
@@ -321,7 +369,7 @@ def test_logprobs_are_those_of_the_distribution_before_the_temperature() -> None
 
 @pytest.mark.parametrize("chunk", [1, 3, 64])
 def test_the_prompt_is_scored_whole_whatever_the_chunks(chunk: int) -> None:
-    scheduler = make(1, limits=Limits(step_tokens=chunk))
+    scheduler = make(1, limits=Limits(alone_tokens=chunk))
     prompt = [5, 6, next_token([5, 6]), 9]
     for _ in range(2):  # the second time the slot holds all of it
         one, answer = request(prompt, tokens=0, logprobs=0, score_prompt=True)

@@ -91,6 +91,11 @@ def test_a_second_signal_ends_at_once(tiny_bundle_last: Path) -> None:
         # a request that has not been sent to its end keeps the connection, and the server waits for texts only
         host, port = url.removeprefix("http://").split(":")
         connection = socket.create_connection((host, int(port)))
+        # whose body does not come: what is under way for longer than this test waits
+        head = (
+            "POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: 99\r\n\r\n"
+        )
+        connection.sendall(head.encode())
         client = httpx.Client(timeout=60)
         asked = client.stream("POST", f"{url}/v1/completions", json={**LONG, "n": 16})
         with connection, client, asked as response:

@@ -11,6 +11,7 @@ import onnx_ir as ir
 import pytest
 import torch
 from bundles import broken_copy, edit_tensor
+from shared_recordings import shared_recording
 from sweeps import cases
 
 from doge_deploy.bundle.opening import open_bundle
@@ -79,9 +80,26 @@ def second_routed_as_first(model: ir.Model) -> None:
         node.replace_input_with(1, emit("Concat", first, copied, rest, axis=1))
 
 
+TEXTS = {"static/natural text", "static/greedy"}
+"""Cases of which a recording holds what lies within the window: beyond it they tie."""
+
+
 def verify(bundle: Path, capfd: pytest.CaptureFixture[str], *options: str) -> tuple[int, str, set[str]]:
-    """Exit code, output, and the cases that the error line names."""
-    code = run_command(["verify", str(bundle), "--layout", "static", "--greedy-steps", "24", *options])
+    """Exit code, output, and the cases that the error line names, of a live reference.
+
+    A recording of that reference must come to the same verdict, and name the same cases.
+    """
+    code, output, cases = _verified([str(bundle), "--greedy-steps", "24", *options], capfd)
+    model = "doge-tiny-moe" if open_bundle(bundle).manifest.facts.is_moe else "doge-tiny"
+    recording = shared_recording(model, kv_cache=("static", "growing"), logits="all")
+    recorded = _verified([str(bundle), "--recording", str(recording), *options], capfd)
+    assert (recorded[0], recorded[2] - TEXTS) == (code, cases - TEXTS), recorded[1]
+    assert recorded[2] <= cases, "a recording finds no fault where the reference finds none"
+    return code, output, cases
+
+
+def _verified(arguments: list[str], capfd: pytest.CaptureFixture[str]) -> tuple[int, str, set[str]]:
+    code = run_command(["verify", *arguments, "--layout", "static"])
     captured = capfd.readouterr()
     found = re.search(r"what transformers computes: (.*)", captured.err)
     return code, captured.out + captured.err, set(found.group(1).split(", ")) if found else set()

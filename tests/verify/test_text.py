@@ -14,7 +14,7 @@ from doge_deploy.bundle.opening import Bundle, open_bundle
 from doge_deploy.bundle.writing import write_manifest
 from doge_deploy.cli.main import run_command
 from doge_deploy.runtime.tokenizer import Tokenizer
-from doge_deploy.verify.texts import TEXT, text_ids
+from doge_deploy.verify.texts import TEXT, ids_of
 
 
 def with_tokenizer(bundle: Path, target: Path, text: str) -> Bundle:
@@ -30,9 +30,9 @@ def test_a_tokenizer_that_truncates_does_not_shorten_the_text(tiny_bundle: Path,
     document["truncation"] = {"direction": "Right", "max_length": 16, "strategy": "LongestFirst", "stride": 0}
     document["padding"] = None
     bundle = with_tokenizer(tiny_bundle, tmp_path / "truncating", json.dumps(document))
-    ids = text_ids(bundle)
+    ids = ids_of(bundle)
     assert len(ids) > 16
-    assert ids.tolist() == text_ids(open_bundle(tiny_bundle)).tolist()
+    assert ids.tolist() == ids_of(open_bundle(tiny_bundle)).tolist()
     assert ids.tolist() == Tokenizer.from_directory(tiny_bundle).encode(TEXT)
 
 

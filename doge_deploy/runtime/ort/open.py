@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from doge_deploy.bundle.opening import Bundle
 from doge_deploy.bundle.signature import SHARES_BUFFERS, SLOT_INDICES, UNCACHED
+from doge_deploy.devices.host import multiplies_bytes
 from doge_deploy.devices.packages import require_graph_packages
 from doge_deploy.runtime.memory import check_memory
 from doge_deploy.runtime.ort.graph_cache import open_cached
@@ -72,14 +74,13 @@ def open_runner(
         growing = InPlaceGrowingOrtRunner if in_place else GrowingOrtRunner
         return growing(session, chosen, max_length=manifest.max_length, last=last)
     whole, angles = bool(manifest.whole_calls), ChangingAngles.in_bundle(manifest)
+    lowered = chosen.lowered.get("ort")
+    long_calls = lowered.long_calls if lowered is not None and model is None and file == lowered.file else None
+    long_session = None
+    if long_calls is not None and not multiplies_bytes():
+        long_session = partial(opened, bundle.path / long_calls, fold=False)
+    options: dict[str, Any] = {"max_length": manifest.max_length, "last": last, "whole_calls": whole, "angles": angles}
+    options["long_session"] = long_session
     if any(value.name == SLOT_INDICES for value in session.get_inputs()):
-        return WindowOrtRunner(
-            session,
-            chosen,
-            max_length=manifest.max_length,
-            last=last,
-            whole_calls=whole,
-            angles=angles,
-            window=facts.keep_window_size,
-        )
-    return StaticOrtRunner(session, chosen, max_length=manifest.max_length, last=last, whole_calls=whole, angles=angles)
+        return WindowOrtRunner(session, chosen, window=facts.keep_window_size, **options)
+    return StaticOrtRunner(session, chosen, **options)

@@ -6,13 +6,14 @@ Reference: https://onnxruntime.ai/docs/api/python/api_summary.html (I/O binding)
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
 from doge_deploy.bundle.manifest import Layout
-from doge_deploy.bundle.signature import PAST_ROPE, PRESENT_ROPE, SLOT_INDICES
+from doge_deploy.bundle.signature import LOGIT_OFFSETS, PAST_ROPE, PRESENT_ROPE, SLOT_INDICES
 from doge_deploy.dtypes import DTYPES
 from doge_deploy.errors import UsageError
 from doge_deploy.runtime.base import BundleRunner, FloatArray, IntArray
@@ -29,6 +30,9 @@ PIECE = 512
 """Tokens of a call that are computed at once: attention holds `[H, Q, K]` numbers, and computes all K keys in use for
 each token, those that it then hides too.
 """
+
+LONG_CALL = 128
+"""Tokens of a call, of all rows together, from which it pays to unpack weights of 8 bits."""
 
 
 class OrtRunner(BundleRunner):
@@ -115,10 +119,12 @@ class UncachedOrtRunner(OrtRunner):
 class _Calls:
     """The binding of the calls of some rows, with the arrays that are filled anew in each of them."""
 
-    def __init__(self, binding: Any) -> None:
-        self.binding = binding
-        self.width = 0
-        """Q of the calls that the arrays are for; 0 where there are none yet."""
+    def __init__(self, session: onnxruntime.InferenceSession) -> None:
+        self.session = session
+        self.binding: Any = session.io_binding()
+        self.shape = (0, 0)
+        """Q of the calls that the arrays are for, and how many tokens of a row have logits; zeros where there are none
+        yet."""
         self.inputs: dict[str, np.ndarray[Any, Any]] = {}
         self.logits: FloatArray = np.zeros(0)
         self.memory: np.ndarray[Any, Any] | None = None
@@ -136,13 +142,24 @@ class StaticOrtRunner(OrtRunner, RowsRunner):
     Args:
         whole_calls: what a token gets depends on the call it is in, so calls are not cut into pieces of `PIECE` tokens.
         angles: see `RowsRunner`.
+        long_session: opens a session of another graph of the same inputs and outputs, for calls of `LONG_CALL` tokens
+            and more; it is opened with the first of them. None where all calls are of one session.
     """
 
     def __init__(
-        self, *arguments: Any, whole_calls: bool, angles: ChangingAngles | None = None, **keywords: Any
+        self,
+        *arguments: Any,
+        whole_calls: bool,
+        angles: ChangingAngles | None = None,
+        long_session: Callable[[], onnxruntime.InferenceSession] | None = None,
+        **keywords: Any,
     ) -> None:
         super().__init__(*arguments, **keywords)
+        self._open_long = long_session
+        self._long_session: onnxruntime.InferenceSession | None = None
         self.whole_calls = whole_calls
+        optional = {value.name for value in self.session.get_overridable_initializers()}
+        self.many_logits = LOGIT_OFFSETS in optional
         self.angles = angles
         self.vocab_size = int(self._shapes["logits"][-1])
 
@@ -167,34 +184,45 @@ class StaticOrtRunner(OrtRunner, RowsRunner):
     def _bind_buffers(self, buffers: dict[str, np.ndarray[Any, Any]]) -> None:
         """Take these arrays as caches; names are those of the present tensors."""
         self._buffers = buffers
-        self._calls: dict[tuple[int, int], _Calls] = {}
+        self._calls: dict[tuple[int, int, bool], _Calls] = {}
 
-    def _calls_for(self, first: int, rows: int, width: int) -> _Calls:
-        """What is bound for calls of some rows and of `width` tokens."""
-        calls = self._calls.get((first, rows))
+    def _calls_for(self, first: int, rows: int, width: int, last: int) -> _Calls:
+        """What is bound for calls of some rows and of `width` tokens, of which `last` have logits."""
+        is_long = self._open_long is not None and rows * width >= LONG_CALL
+        calls = self._calls.get((first, rows, is_long))
         if calls is None:
-            calls = self._calls[first, rows] = _Calls(self.session.io_binding())
+            calls = self._calls[first, rows, is_long] = _Calls(self._session_for(is_long))
             for past, present in self.past:
                 value = wrap(self._buffers[present][row_range(first, rows)])
                 calls.binding.bind_ortvalue_input(past, value)
                 calls.binding.bind_ortvalue_output(present, value)
             self._bind_rope(calls.binding)
-        if calls.width != width:
-            calls.width = width
+        if calls.shape != (width, last):
+            calls.shape = width, last
             calls.inputs = {
                 name: self._zeros(name, batch_size=rows, sequence_length=width)
                 for name in ("input_ids", "write_indices", SLOT_INDICES, "sequence_lengths")
                 if name in self._shapes
             }
+            if self.many_logits:
+                calls.inputs[LOGIT_OFFSETS] = np.arange(last)[::-1].copy()
             for name, array in calls.inputs.items():
                 calls.binding.bind_ortvalue_input(name, wrap(array))
             calls.memory = None
-        self._bind_logits(calls, rows, width)
+        self._bind_logits(calls, rows, last if self.last_logits else width)
         return calls
 
+    def _session_for(self, is_long: bool) -> onnxruntime.InferenceSession:
+        if not is_long:
+            return self.session
+        if self._long_session is None:
+            assert self._open_long is not None
+            self._long_session = self._open_long()
+        return self._long_session
+
     def _bind_logits(self, calls: _Calls, rows: int, width: int) -> None:
-        """All calls write their logits into the same memory, as large as the largest of them."""
-        shape = (rows, 1 if self.last_logits else width, self.vocab_size)
+        """Logits of `width` tokens of each row; those of all calls share their memory, as large as the largest."""
+        shape = (rows, width, self.vocab_size)
         size = math.prod(shape)
         if self._memory.size < size:
             self._memory = np.zeros(size, self._memory.dtype)
@@ -225,14 +253,21 @@ class StaticOrtRunner(OrtRunner, RowsRunner):
         self.extra = {name: joined_selections([part[name] for part in kept], len(lengths)) for name in kept[0]}
         return HostLogits(joined_logits(parts, lengths, step, last=self.last_logits))
 
-    def _run_part(self, first: int, input_ids: IntArray, lengths: IntArray) -> FloatArray:
+    def _run_last(self, first: int, input_ids: IntArray, last: int) -> Logits:
+        rows, width = input_ids.shape
+        if width > self._piece and not self.whole_calls:
+            raise UsageError(f"logits of the last {last} of {width} tokens: at most {self._piece} come in one call")
+        logits, number = self._run_part(first, input_ids, np.full(rows, width), last), self._count
+        return HostLogits(logits, lambda: self._count == number)
+
+    def _run_part(self, first: int, input_ids: IntArray, lengths: IntArray, last: int = 1) -> FloatArray:
         """A call, or a piece of one, in which rows that ended before have no real token.
 
         Returns logits that the next call overwrites.
         """
         count, width = input_ids.shape
         rows = row_range(first, count)
-        calls = self._calls_for(first, count, width)
+        calls = self._calls_for(first, count, width, last)
         held = self.held()[rows]
         calls.inputs["input_ids"][:] = input_ids
         calls.inputs["write_indices"][:] = self.row_lengths[rows]
@@ -244,7 +279,7 @@ class StaticOrtRunner(OrtRunner, RowsRunner):
         for name in self.extra_outputs:  # their shapes change from call to call
             calls.binding.bind_output(name, "cpu")
         self._count += 1
-        self.session.run_with_iobinding(calls.binding)
+        calls.session.run_with_iobinding(calls.binding)
         self._note_rope()
         if self.extra_outputs:
             names = [*(present for _, present in self.past), *self._rope_outputs, "logits", *self.extra_outputs]

@@ -38,6 +38,7 @@ def open_session(
     flush_denormals: bool = False,
     profile: Path | None = None,
     optimised: bool = False,
+    fold: bool = True,
     save_to: Path | None = None,
 ) -> onnxruntime.InferenceSession:
     """An ONNX Runtime session on the CPU provider.
@@ -53,6 +54,7 @@ def open_session(
             the calling thread too, for good, if this is the first session of the process.
         profile: record the time of every operator; `end_profiling` of the session writes a file of this name and more.
         optimised: the graph is what `save_to` wrote; it is taken as it is.
+        fold: let ONNX Runtime compute once what depends on constants alone.
         save_to: where to write the graph as ONNX Runtime optimised it, with its weights in a file beside it.
 
     Raises:
@@ -77,6 +79,8 @@ def open_session(
         options.enable_profiling, options.profile_file_prefix = True, str(profile)
     if optimised:
         options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    if not fold:
+        options.add_session_config_entry("optimization.disable_specified_optimizers", "ConstantFolding")
     if save_to is not None:
         options.optimized_model_filepath = str(save_to)
         options.add_session_config_entry(_SAVED_WEIGHTS, f"{save_to.stem}.weights")

@@ -74,7 +74,7 @@ class WindowOrtRunner(StaticOrtRunner):
     def has_dropped(self, row: int) -> bool:
         return bool(self._held[row] < self.row_lengths[row])
 
-    def _run_part(self, first: int, input_ids: IntArray, lengths: IntArray) -> FloatArray:
+    def _run_part(self, first: int, input_ids: IntArray, lengths: IntArray, last: int = 1) -> FloatArray:
         count, width = input_ids.shape
         rows = row_range(first, count)
         needed = int(self._held[rows].max()) + width
@@ -87,7 +87,7 @@ class WindowOrtRunner(StaticOrtRunner):
             tokens, slot = self.row_lengths[b] + np.arange(width), self._held[b]
             for positions in self._positions:
                 positions[b, :, slot : slot + width] = tokens
-        logits = super()._run_part(first, input_ids, lengths)
+        logits = super()._run_part(first, input_ids, lengths, last)
         self._held[rows] += lengths
         self.extra = {name: self._by_position(name, value, rows) for name, value in self.extra.items()}
         return logits

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import asyncio
 import socket
+import struct
 import sys
 from dataclasses import dataclass
 
@@ -104,9 +105,16 @@ class PatientProtocol(H11Protocol):
     def _check_reader(self, before: int) -> None:
         self._unread = None
         if self.transport.get_write_buffer_size() >= before:
+            _forget_unsent(self.transport.get_extra_info("socket"))
             self.transport.abort()
         else:
             self._watch_reader()
+
+
+def _forget_unsent(connection: socket.socket | None) -> None:
+    """At its end the system drops what it still holds for the peer, instead of trying for minutes to deliver it."""
+    if connection is not None:
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
 
 
 def patient(patience: Patience) -> type[PatientProtocol]:

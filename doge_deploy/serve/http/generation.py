@@ -199,7 +199,7 @@ async def plan_completion(body: CompletionBody, model: ServedText, name: str, of
     if body.echo and body.logprobs is not None and not model.all_logits:
         raise ApiError(
             400,
-            "echo with logprobs needs the logits of the prompt's tokens, which this model's bundle does not give; "
+            "echo with logprobs needs the logits of the prompt's tokens, which this model does not give here; "
             "export it with --logits all",
             param="echo",
         )

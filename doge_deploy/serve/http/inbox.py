@@ -40,6 +40,7 @@ class Inbox:
         self._model, self._metrics = model, metrics
         self._waiters: dict[str, _Waiter] = {}
         self._loop: asyncio.AbstractEventLoop | None = None
+        self._failed: str | None = None
 
     def attach(self, loop: asyncio.AbstractEventLoop) -> None:
         """The loop that events go to; before the engine starts."""
@@ -87,6 +88,8 @@ class Inbox:
         """
         try:
             for request in requests:
+                if self._failed is not None:
+                    raise EngineStoppedError(self._failed)
                 self._waiters[request.id] = _Waiter(engine)
                 await asyncio.wrap_future(engine.submit(request))
             yield [self._events(request.id) for request in requests]
@@ -105,7 +108,8 @@ class Inbox:
                 return
 
     def fail(self, message: str) -> None:
-        """End everything that waits with an error: the engine will send nothing more."""
+        """End everything that waits, and all that comes, with an error: the engine will send nothing more."""
+        self._failed = message
         for waiter in self._waiters.values():
             if not (waiter.ended or waiter.closed):
                 waiter.closed = True

@@ -28,12 +28,12 @@ MAX_EMBEDDED = 2048
 """Texts of one embedding request, as in OpenAI's API; clients send as many where they have them."""
 MAX_STOP_TEXTS = 4
 MAX_TOP_LOGPROBS = 20
-MAX_MESSAGES = 4096
-MAX_PARTS = 1024
+MAX_MESSAGES = 1024
+MAX_PARTS = 256
 """Parts of one message."""
 MAX_BIASES = 1024
 MAX_GUIDED_CHOICES = 4096
-MAX_TOKEN_IDS = 2**20
+MAX_TOKEN_IDS = 2**16
 """Of one prompt, before it is held against the model's own limit."""
 MAX_FIELDS = 128
 """Of a body or of an object in it, those that are refused by name included."""

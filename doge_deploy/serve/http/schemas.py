@@ -200,6 +200,13 @@ class Readiness(_Answer):
 
 EVENTS: dict[str, Any] = {
     "text/event-stream": {
-        "schema": {"type": "string", "description": "With `stream`: events `data: {...}`, at last `data: [DONE]`."}
+        "schema": {
+            "type": "object",
+            "description": "With `stream`: one event for each piece of text, its data a chunk as JSON; the last one's "
+            "data is [DONE].",
+            "properties": {"data": {"type": "string"}},
+            "required": ["data"],
+        }
     }
 }
+"""The schema is that of one event."""

@@ -15,6 +15,8 @@ from doge_deploy.targets.ort.experts import RoutedExpertsPass
 from doge_deploy.targets.ort.growing_attention import FuseGrowingAttentionPass
 from doge_deploy.targets.ort.head import TiedHeadPass
 from doge_deploy.targets.ort.linears import PackLinearsPass
+from doge_deploy.targets.ort.logit_rows import LogitRowsPass
+from doge_deploy.targets.ort.long_calls import UnpackInCallPass
 from doge_deploy.targets.ort.matching import Declined
 from doge_deploy.targets.ort.norms import FuseNormsPass
 from doge_deploy.targets.ort.quantized import QuantizedWeightsPass
@@ -26,8 +28,18 @@ PASSES: tuple[type[ir.passes.PassBase], ...] = (
     PackLinearsPass,
     TiedHeadPass,
     FuseNormsPass,
+    LogitRowsPass,
 )
 """For the static layout, in the order in which they run."""
+
+LONG_PASSES: tuple[type[ir.passes.PassBase], ...] = (
+    *(make for make in PASSES if make not in (PackLinearsPass, LogitRowsPass)),
+    UnpackInCallPass,
+    LogitRowsPass,
+)
+"""For calls of many tokens of the static layout with quantized weights, see `long_calls`. Weights are not joined: that
+would be done in every call.
+"""
 
 GROWING_PASSES: tuple[type[ir.passes.PassBase], ...] = (
     QuantizedWeightsPass,
@@ -56,6 +68,11 @@ class Lowering:
         return any(value.name == SLOT_INDICES for value in self.model.graph.inputs)
 
     @property
+    def gives_logit_rows(self) -> bool:
+        """The graph has the signature of `doge_deploy.bundle.signature.with_logit_rows`."""
+        return LogitRowsPass.__name__ in self.applied
+
+    @property
     def shares_buffers(self) -> bool:
         """Past and present of the growing graph may be the same buffers."""
         return SHARES_BUFFERS in self.model.metadata_props
@@ -71,7 +88,7 @@ def lower(model: ir.Model, passes: Sequence[type[ir.passes.PassBase]] = PASSES) 
     """Rewrite a bundle's standard graph, in place, into a fast form for ONNX Runtime's CPU provider.
 
     Args:
-        model: the graph as exported; its inputs and outputs stay the same.
+        model: the graph as exported; its inputs and outputs stay the same, but for one that may be left out.
         passes: what to apply, in order. A pass that declines leaves the graph as it was; one that finds nothing to
             do does so without a reason.
     """

@@ -7,9 +7,10 @@ from pathlib import Path
 import onnx_ir as ir
 
 from doge_deploy.bundle.manifest import Layout, Lowered
-from doge_deploy.bundle.signature import windowed
+from doge_deploy.bundle.signature import windowed, with_logit_rows
 from doge_deploy.graph.check import check_model
-from doge_deploy.targets.ort.lower import GROWING_PASSES, PASSES, lower
+from doge_deploy.targets.ort.lower import GROWING_PASSES, LONG_PASSES, PASSES, lower
+from doge_deploy.targets.ort.quantized import QuantizedWeightsPass
 
 
 def write_lowered(directory: Path, layout: Layout) -> Lowered:
@@ -29,5 +30,14 @@ def write_lowered(directory: Path, layout: Layout) -> Lowered:
     file = layout.file.replace(".onnx", ".ort.onnx")
     ir.save(lowering.model, directory / file)
     drops = lowering.drops_keys
-    check_model(directory / file, windowed(layout.signature) if drops else layout.signature)
-    return Lowered(file, lowering.applied, lowering.declined, lowering.requires, drops, lowering.shares_buffers)
+    signature = windowed(layout.signature) if drops else layout.signature
+    signature = with_logit_rows(signature) if lowering.gives_logit_rows else signature
+    check_model(directory / file, signature)
+    long_calls = None
+    if layout.signature.layout == "static" and QuantizedWeightsPass.__name__ in lowering.applied:
+        long_calls = file.replace(".ort.onnx", ".ort.long.onnx")
+        ir.save(lower(ir.load(directory / layout.file), LONG_PASSES).model, directory / long_calls)
+        check_model(directory / long_calls, signature)
+    return Lowered(
+        file, lowering.applied, lowering.declined, lowering.requires, drops, lowering.shares_buffers, long_calls
+    )

@@ -18,6 +18,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 
 HERE = Path(__file__).parent
@@ -28,9 +29,10 @@ from processes import export_bundles, serving  # noqa: E402
 ACCEPTED = 0.3
 """Of the legal bodies of each operation that takes one, this part at least."""
 OPERATIONS = 9
+ROUNDS = 4
 
 
-def judge(counts: dict[str, int], wanted: int) -> list[str]:
+def judge(counts: Mapping[str, int], wanted: int) -> list[str]:
     """Print what came back; what is wrong with it."""
     by_operation: dict[tuple[str, str], collections.Counter[str]] = collections.defaultdict(collections.Counter)
     for key, number in counts.items():
@@ -64,23 +66,28 @@ def main() -> int:
     # the phase of single deviations from the schema sends some hundred requests whatever is asked for
     examples = max(options.requests // OPERATIONS, 10)
     with tempfile.TemporaryDirectory() as folder, serving([*bundles.values()], "--slots", "4", *names) as server:
-        counts = Path(folder, "counts.json")
-        command = [
-            *(options.schemathesis, "--config-file", str(HERE / "schemathesis.toml"), "run"),
-            *(f"{server.url}/openapi.json", "--mode", "all", "--phases", "examples,coverage,fuzzing"),
-            *("--max-examples", str(examples), "--seed", str(options.seed), "--generation-database", "none"),
-            *("--suppress-health-check", "all", "--request-timeout", "60", "--warnings", "off", "--no-color"),
-            *("--continue-on-failure",),
-        ]
-        environment = {**os.environ, "SCHEMATHESIS_HOOKS": str(HERE / "hooks.py"), "DOGE_FUZZ_COUNTS": str(counts)}
-        done = subprocess.run(command, cwd=folder, env=environment)
-        alive = server.process.poll() is None
-        wrong = judge(json.loads(counts.read_text()), options.requests)
-        if not alive:
+        file = Path(folder, "counts.json")
+        environment = {**os.environ, "SCHEMATHESIS_HOOKS": str(HERE / "hooks.py"), "DOGE_FUZZ_COUNTS": str(file)}
+        counts: collections.Counter[str] = collections.Counter()
+        failed = 0
+        for seed in range(options.seed, options.seed + ROUNDS):  # it sends no request twice, so one round may end early
+            command = [
+                *(options.schemathesis, "--config-file", str(HERE / "schemathesis.toml"), "run"),
+                *(f"{server.url}/openapi.json", "--mode", "all", "--phases", "examples,coverage,fuzzing"),
+                *("--max-examples", str(examples), "--seed", str(seed), "--generation-database", "none"),
+                *("--suppress-health-check", "all", "--request-timeout", "60", "--warnings", "off", "--no-color"),
+                *("--continue-on-failure",),
+            ]
+            failed |= subprocess.run(command, cwd=folder, env=environment).returncode
+            counts.update(json.loads(file.read_text()))
+            if failed or counts.total() >= options.requests:
+                break
+        wrong = judge(counts, options.requests)
+        if server.process.poll() is not None:
             wrong.append(f"the server ended: {server.log.read_text()[-2000:]}")
     for line in wrong:
         print(line)
-    return 1 if wrong or done.returncode else 0
+    return 1 if wrong or failed else 0
 
 
 if __name__ == "__main__":

@@ -1,0 +1,75 @@
+"""What guessed tokens bring: texts with and without them in turns, and what calls of several tokens cost.
+
+python guesses.py DIR [--size 20M] [--rounds 5]
+
+Two kinds of text of the same random checkpoint: greedy ones, which repeat themselves after a while as texts that copy
+do, and sampled ones at temperature 1, in which nothing repeats.
+"""
+
+from __future__ import annotations
+
+import random
+import time
+from pathlib import Path
+from statistics import median
+
+import click
+
+from doge_deploy.bundle.opening import open_bundle
+from doge_deploy.options.generation import SamplingOptions
+from doge_deploy.runtime.generate import generate
+from doge_deploy.runtime.rows import RowsRunner
+from doge_deploy.runtime.sampling import Sampler
+from doge_deploy.runtime.slots import open_slots
+from doge_deploy.runtime.speculation import Guesser, exact_length
+from doge_deploy.serve.start import measure_step_costs
+
+KINDS = {
+    "greedy": SamplingOptions(),
+    "sampled": SamplingOptions(do_sample=True, seed=1, temperature=1.0, top_k=0),
+}
+
+
+@click.command()
+@click.argument("directory", type=click.Path(path_type=Path))
+@click.option("--size", "sizes", multiple=True, default=("20M", "60M"))
+@click.option("--rounds", default=5, show_default=True)
+@click.option("--tokens", default=256, show_default=True)
+def main(directory: Path, sizes: tuple[str, ...], rounds: int, tokens: int) -> None:
+    """One row a bundle and a kind of text."""
+    click.echo("| bundle | text | guessed tokens that were right | tok/s without | with | times | Q = 2, 4, 8 over 1 |")
+    click.echo("| --- " * 7 + "|")
+    for size in sizes:
+        for name in ("fp32", "int8"):
+            bundle = open_bundle(directory / size / name)
+            costs = measure_step_costs(open_slots(bundle, 1, flush_denormals=True), rounds=15)
+            runner = open_slots(bundle, 1, flush_denormals=True)._runner
+            assert isinstance(runner, RowsRunner)
+            for kind, options in KINDS.items():
+                guesser = Guesser(runner, exact_length(bundle.manifest))
+                times: dict[bool, list[float]] = {False: [], True: []}
+                for number in range(rounds):
+                    prompt = random.Random(number).choices(range(3, 32000), k=64)
+                    texts = []
+                    for guess in (number % 2 == 0, number % 2 == 1):
+                        sampler = Sampler(options)
+                        helper = guesser if guess else None
+                        produced = generate(runner, prompt, sampler, max_new_tokens=tokens, guesser=helper)
+                        first = next(produced)
+                        start = time.perf_counter()
+                        texts.append([first, *produced])
+                        times[guess].append(time.perf_counter() - start)
+                    if texts[0] != texts[1]:
+                        click.echo(f"texts of seed {number} differ: the first near tie goes the other way", err=True)
+                share = f"{guesser.accepted / guesser.drafted:.2f} of {guesser.drafted}" if guesser.drafted else "none"
+                ratios = [a / b for a, b in zip(times[False], times[True], strict=True)]
+                rate = {guess: (tokens - 1) / median(found) for guess, found in times.items()}
+                click.echo(
+                    f"| {size} {name} | {kind} | {share} | {rate[False]:.0f} | {rate[True]:.0f} "
+                    f"| {median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f}) "
+                    f"| {', '.join(f'{costs[width]:.2f}' for width in (2, 4, 8))} |"
+                )
+
+
+if __name__ == "__main__":
+    main()

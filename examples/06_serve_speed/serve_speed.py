@@ -1,0 +1,313 @@
+"""How fast `doge-deploy serve` is, beside transformers' own server and a plain web server around `generate`.
+
+python serve_speed.py prepare DIR                      checkpoints of random weights and their bundles
+python serve_speed.py run DIR --size 20M [...]         DIR/results/20M.json: all candidates in turns
+python serve_speed.py alone DIR --size 20M [...]       the server and its scheduler without HTTP, in turns
+python serve_speed.py gap DIR --size 20M [...]         what a long prompt does to streams, by --step-tokens
+python serve_speed.py table DIR                        the results as tables
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import click
+import load
+
+HERE = Path(__file__).parent
+MAKE_RANDOM = HERE.parent / "02_published_sizes" / "make_random.py"
+KINDS = {"fp32": (), "int8": ("--quantize", "int8")}
+"""Kind of bundle: options of `export`."""
+TICKS = os.sysconf("SC_CLK_TCK")
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A server."""
+
+    name: str
+    command: tuple[str, ...]
+    """Starts it; `PORT` stands for the port."""
+    model: str
+    """What a request calls its model."""
+
+
+@dataclass
+class Server:
+    """A server that runs."""
+
+    candidate: Candidate
+    port: int
+    process: subprocess.Popen[bytes]
+    loads: list[load.Load] = field(default_factory=list)
+    cpu: list[float] = field(default_factory=list)
+    """CPU time that its process took during each of them, in seconds."""
+
+    def seconds(self) -> float:
+        """CPU time of the process so far."""
+        fields = Path(f"/proc/{self.process.pid}/stat").read_text().rsplit(")", 1)[1].split()
+        return (int(fields[11]) + int(fields[12])) / TICKS
+
+
+def write_tokenizer(directory: Path, vocabulary: int = 32768) -> None:
+    """One word a token, so that each token is a piece of text and each word of a prompt is a token."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    names = ["<|begin_of_text|>", "<|end_of_text|>", "<|finetune_right_pad_id|>"]
+    words = names + [f"w{number}" for number in range(len(names), vocabulary)]
+    tokenizer = Tokenizer(models.WordLevel({word: number for number, word in enumerate(words)}, unk_token=names[2]))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer.add_special_tokens(names)
+    tokenizer.save(str(directory / "tokenizer.json"))
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": names[0], "eos_token": names[1]}
+    (directory / "tokenizer_config.json").write_text(json.dumps(config))
+
+
+def call(*command: str | Path) -> None:
+    click.echo(" ".join(map(str, command)), err=True)
+    subprocess.run([str(part) for part in command], check=True)
+
+
+@click.group()
+def cli() -> None:
+    """Speed of the server."""
+
+
+@cli.command()
+@click.argument("directory", type=click.Path(path_type=Path))
+@click.option("--size", "sizes", multiple=True, default=("20M", "60M"))
+def prepare(directory: Path, sizes: Sequence[str]) -> None:
+    """Make what is not there yet."""
+    for size in sizes:
+        checkpoint = directory / size / "checkpoint"
+        if not checkpoint.is_dir():
+            call(sys.executable, MAKE_RANDOM, size, checkpoint)
+            write_tokenizer(checkpoint)
+        for kind, options in KINDS.items():
+            bundle = directory / size / kind
+            if not bundle.is_dir():
+                call(sys.executable, "-m", "doge_deploy.cli", "export", checkpoint, "-o", bundle, *options)
+
+
+def candidates(directory: Path, size: str, transformers: Path | None, threads: int) -> list[Candidate]:
+    """All servers of a size; those of transformers where its `python` is given."""
+    found = []
+    for kind in KINDS:
+        command = (sys.executable, "-m", "doge_deploy.cli", "serve", str(directory / size / kind), "--port", "PORT")
+        options = ("--slots", "16", "--no-speculate", "--served-model-name", kind)
+        found.append(Candidate(f"doge-deploy {kind}", (*command, *options), kind))
+    if transformers is not None:
+        checkpoint = str(directory / size / "checkpoint")
+        serve = (str(transformers.parent / "transformers"), "serve", checkpoint, "--device", "cpu", "--port", "PORT")
+        for dtype in ("float32", "bfloat16"):
+            command = (*serve, "--dtype", dtype, "--host", "127.0.0.1")
+            found.append(Candidate(f"transformers serve {dtype}", command, checkpoint))
+        plain = (str(transformers), str(HERE / "plain_server.py"), checkpoint, "PORT", str(threads))
+        found.append(Candidate("plain server", plain, checkpoint))
+    return found
+
+
+@contextlib.contextmanager
+def running(candidate: Candidate, log: Path) -> Iterator[Server]:
+    """The server, from its first answer on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = [str(port) if part == "PORT" else part for part in candidate.command]
+    with log.open("wb") as file, subprocess.Popen(command, stdout=file, stderr=file) as process:
+        try:
+            deadline = time.monotonic() + 120
+            while True:
+                if process.poll() is not None or time.monotonic() > deadline:
+                    raise click.ClickException(f"{candidate.name} did not start:\n{log.read_text()[-2000:]}")
+                with contextlib.suppress(OSError):
+                    socket.create_connection(("127.0.0.1", port), 1).close()
+                    break
+                time.sleep(0.2)
+            yield Server(candidate, port, process)
+        finally:
+            process.terminate()
+
+
+@cli.command()
+@click.argument("directory", type=click.Path(path_type=Path))
+@click.option("--size", default="20M")
+@click.option("--clients", default="1,4,8,16", help="Numbers of clients, with commas.")
+@click.option("--rounds", default=3)
+@click.option(
+    "--answers", default=1, help="Of each client in a round, from transformers; doge-deploy gives four times as many."
+)
+@click.option("--transformers", type=click.Path(path_type=Path), help="A python that has transformers[serving].")
+@click.option("--spread", default=0.0, help="Of the lengths of answers; 0.5: 32 to 96 tokens.")
+@click.option("--only", default="", help="Candidates whose name holds this.")
+@click.option("--output", type=click.Path(path_type=Path), help="DIR/results/SIZE.json where it is not given.")
+def run(
+    directory: Path,
+    size: str,
+    clients: str,
+    rounds: int,
+    answers: int,
+    transformers: Path | None,
+    spread: float,
+    only: str,
+    output: Path | None,
+) -> None:
+    """Load all servers in turns, in an order that is rotated every round."""
+    results = directory / "results"
+    results.mkdir(exist_ok=True)
+    counts = [int(number) for number in clients.split(",")]
+    found = [one for one in candidates(directory, size, transformers, os.cpu_count() or 1) if only in one.name]
+    with contextlib.ExitStack() as stack:
+        servers = [stack.enter_context(running(one, results / f"{one.name.replace(' ', '-')}.log")) for one in found]
+        for server in servers:  # the first answers take longer, and are not counted
+            load.run(server.port, server.candidate.model, max(counts), 1, new=4, seed=99)
+        for number in range(rounds):
+            for count in counts:
+                for server in servers[number % len(servers) :] + servers[: number % len(servers)]:
+                    ours = server.candidate.name.startswith("doge-deploy")
+                    time.sleep(0.3)
+                    before = server.seconds()
+                    name, times = server.candidate.model, answers * (4 if ours else 1)
+                    server.loads.append(load.run(server.port, name, count, times, spread=spread, seed=number))
+                    server.cpu.append(server.seconds() - before)
+    runs = {
+        one.candidate.name: [{**found.json(), "server_cpu": cpu} for found, cpu in zip(one.loads, one.cpu, strict=True)]
+        for one in servers
+    }
+    target = output or results / f"{size}.json"
+    target.write_text(json.dumps(runs) + "\n")
+    show(size, runs)
+
+
+def show(size: str, runs: dict[str, list[dict[str, Any]]]) -> None:
+    """A Markdown table; throughput with the smallest and largest of a round, and over that of each baseline."""
+    baselines = [name for name in runs if not name.startswith("doge-deploy")]
+    ratios = " | ".join(f"times {name}" for name in baselines)
+    click.echo(
+        f"\n| {size} | clients | tok/s | first token ms, p95 | gap ms, p95 | CPUs: server, clients"
+        f"{' | ' + ratios if baselines else ''} |"
+    )
+    click.echo("| --- " * (6 + len(baselines)) + "|")
+    for name, all_runs in runs.items():
+        for count in dict.fromkeys(one["clients"] for one in all_runs):
+            row = [str(name), str(count), *_cells(_loads(all_runs, count), all_runs, count)]
+            for baseline in baselines:
+                row.append(_ratio(_loads(all_runs, count), _loads(runs[baseline], count)) if name != baseline else "")
+            click.echo("| " + " | ".join(row) + " |")
+
+
+def _loads(runs: list[dict[str, Any]], count: int) -> list[load.Load]:
+    plain = [{key: value for key, value in one.items() if key != "server_cpu"} for one in runs]
+    return [load.Load(**one) for one in plain if one["clients"] == count]
+
+
+def _cells(loads: list[load.Load], runs: list[dict[str, Any]], count: int) -> Iterator[str]:
+    rates = [one.throughput for one in loads]
+    yield f"{median(rates):.0f} ({min(rates):.0f} to {max(rates):.0f})"
+    first = [value for one in loads for value in one.first]
+    gaps = [value for one in loads for value in one.gaps]
+    yield f"{1e3 * median(first):.1f}, {1e3 * load.percentile(first, 0.95):.1f}"
+    yield f"{1e3 * median(gaps):.2f}, {1e3 * load.percentile(gaps, 0.95):.2f}"
+    seconds = sum(one.seconds for one in loads)
+    server = sum(one["server_cpu"] for one in runs if one["clients"] == count)
+    yield f"{server / seconds:.2f}, {sum(one.client_cpu for one in loads) / seconds:.2f}"
+
+
+def _ratio(mine: list[load.Load], theirs: list[load.Load]) -> str:
+    rounds = [one.throughput / other.throughput for one, other in zip(mine, theirs, strict=True)]
+    return f"{median(rounds):.1f} ({min(rounds):.1f} to {max(rounds):.1f})"
+
+
+def of_doge(directory: Path, size: str, kind: str, *options: str) -> Candidate:
+    """Our server with further options."""
+    found = next(one for one in candidates(directory, size, None, 0) if one.model == kind)
+    return Candidate(" ".join((found.name, *options)), (*found.command, *options), kind)
+
+
+@cli.command()
+@click.argument("directory", type=click.Path(path_type=Path))
+@click.option("--size", "sizes", multiple=True, default=("20M", "60M"))
+@click.option("--clients", default="1,8,16")
+@click.option("--rounds", default=5)
+def alone(directory: Path, sizes: Sequence[str], clients: str, rounds: int) -> None:
+    """Throughput over HTTP over that of the scheduler alone, in turns; the clients' own share is part of the first."""
+    click.echo("| bundle | clients | tok/s over HTTP | scheduler alone | HTTP over alone | CPUs of the clients |")
+    click.echo("| --- " * 6 + "|")
+    for size in sizes:
+        for kind in KINDS:
+            command = [sys.executable, str(HERE / "alone.py"), str(directory / size / kind)]
+            with (
+                running(of_doge(directory, size, kind), directory / "alone.log") as server,
+                subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as driver,
+            ):
+                assert driver.stdin is not None and driver.stdout is not None
+                found: dict[int, list[tuple[float, float, float]]] = {}
+                for number in range(-1, rounds):  # the first round is not counted
+                    for count in map(int, clients.split(",")):
+                        over = load.run(server.port, kind, count, 3, seed=2 * number + 50)
+                        driver.stdin.write(f"{count} 3 {2 * number + 51}\n")
+                        driver.stdin.flush()
+                        rate = float(driver.stdout.readline())
+                        if number >= 0:
+                            found.setdefault(count, []).append((over.throughput, rate, over.client_cpu / over.seconds))
+                driver.stdin.close()
+            for count, rows in found.items():
+                ratios = [http / bare for http, bare, _ in rows]
+                http, bare, cpu = (median(column) for column in zip(*rows, strict=True))
+                spread = f"{median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
+                click.echo(f"| {size} {kind} | {count} | {http:.0f} | {bare:.0f} | {spread} | {cpu:.2f} |")
+
+
+@cli.command()
+@click.argument("directory", type=click.Path(path_type=Path))
+@click.option("--size", "sizes", multiple=True, default=("20M", "60M"))
+@click.option("--kind", default="int8")
+@click.option("--streams", default=4)
+@click.option("--rounds", default=4)
+@click.option("--steps", default="64,128,256,512", help="Values of --step-tokens.")
+def gap(directory: Path, sizes: Sequence[str], kind: str, streams: int, rounds: int, steps: str) -> None:
+    """Gaps of streams while a prompt of 1,500 tokens arrives, and its time to first token."""
+    click.echo("| bundle | step tokens | gap ms: median, p95, largest | first token of the long prompt ms |")
+    click.echo("| --- " * 4 + "|")
+    for size in sizes:
+        with contextlib.ExitStack() as stack:
+            servers = [
+                stack.enter_context(
+                    running(of_doge(directory, size, kind, "--step-tokens", step), directory / f"gap{step}.log")
+                )
+                for step in steps.split(",")
+            ]
+            found: dict[str, tuple[list[float], list[float]]] = {}
+            for number in range(-1, rounds):
+                for server in servers:
+                    seen, other = load.run_with_long_prompt(server.port, kind, streams, seed=number + 9)
+                    gaps, first = found.setdefault(server.candidate.command[-1], ([], []))
+                    if number >= 0:
+                        gaps += seen.gaps
+                        first += other.first
+        for step, (gaps, first) in found.items():
+            times = f"{1e3 * median(gaps):.1f}, {1e3 * load.percentile(gaps, 0.95):.1f}, {1e3 * max(gaps):.1f}"
+            click.echo(f"| {size} {kind} | {step} | {times} | {1e3 * median(first):.0f} |")
+
+
+@cli.command()
+@click.argument("directory", type=click.Path(path_type=Path))
+def table(directory: Path) -> None:
+    """The tables of all results."""
+    for file in sorted((directory / "results").glob("*.json")):
+        show(file.stem, json.loads(file.read_text()))
+
+
+if __name__ == "__main__":
+    cli()
