@@ -121,7 +121,7 @@ def _uncached(call: Call, before: Array, _past: Array, facts: DogeFacts, longest
     batch, width = call.input_ids.shape
     real = np.arange(width) < call.lengths[:, None]
     padding = call.input_ids if facts.pad_token_id is None else facts.pad_token_id
-    columns = np.broadcast_to(np.arange(width), (batch, width))
+    columns = np.tile(np.arange(width), (batch, 1))
     return CallView(
         ids=np.where(real, call.input_ids, padding),
         positions=columns,
