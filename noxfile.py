@@ -64,6 +64,16 @@ def tensorrt_contract(session: nox.Session) -> None:
     session.run("pytest", "tests/kernels/test_tensorrt_contract.py", *session.posargs, env=environment)
 
 
+@nox.session(name="bisect-packages")
+def bisect_packages(session: nox.Session) -> None:
+    """`bisect` of one bundle, with another ONNX Runtime in an environment of its own: the package is named."""
+    require_project(session)
+    install(session, "cpu,graph")
+    session.install("--no-deps", "onnxruntime==1.31.0")
+    python = str(Path(session.bin, "python"))
+    session.run(sys.executable, "tests/verify/bisect_packages.py", python, external=True)
+
+
 @nox.session
 def lint(session: nox.Session) -> None:
     """Rules and format."""

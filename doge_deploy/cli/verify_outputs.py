@@ -41,9 +41,16 @@ def _markdown(report: Report, path: Path) -> None:
     write_markdown(report, path)
 
 
+def _html(report: Report, path: Path) -> None:
+    from doge_deploy.verify.page.write import write_html
+
+    write_html(report, path)
+
+
 _OUTPUTS = (
     _Output("json", "Write every number here; a later run can take it for its --baseline.", _json),
     _Output("junit", "Write a JUnit report here.", _junit),
+    _Output("html", "Write a page for people here: one file, no network, no script.", _html),
     _Output("markdown", "Write a summary here; to the file of $GITHUB_STEP_SUMMARY it is appended.", _markdown),
 )
 

@@ -75,11 +75,6 @@ class Comparison:
     def passed(self) -> bool:
         return not self.drifts
 
-    @property
-    def names(self) -> str:
-        """The cases that drift, for people."""
-        return ", ".join(drift.case for drift in self.drifts)
-
 
 def read_baseline(path: str | Path) -> Baseline:
     """Read a report that `verify --json` wrote.

@@ -18,7 +18,7 @@ SUMMARY_VARIABLE = "GITHUB_STEP_SUMMARY"
 MOST_FAILURES = 20
 """Failures that are said; a job's summary may have one megabyte."""
 
-_SPECIAL = re.compile(r"([\\`*_{}\[\]<>#+!|~&])")
+_SPECIAL = re.compile(r"([\\`*_{}\[\]<>#|~&])")
 
 
 def report_markdown(report: Report) -> str:

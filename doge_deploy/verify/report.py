@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -11,6 +12,9 @@ from doge_deploy.verify.environment import Environment
 from doge_deploy.verify.oracle import SelfDifference, WeightsResult
 from doge_deploy.verify.parity import CaseResult
 from doge_deploy.verify.quality import QualityResult
+
+MOST_NAMES = 6
+"""Cases that a verdict names."""
 
 
 @dataclass
@@ -68,15 +72,26 @@ class Report:
 
     @property
     def verdict(self) -> str:
-        """In a sentence."""
-        cases = f"{sum(result.passed for result in self.results)} of {len(self.results)} cases within tolerance"
+        """In a sentence, which names the first of many cases."""
+        return self._verdict(MOST_NAMES)
+
+    def _verdict(self, most: int | None) -> str:
+        """With at most so many names."""
+        passed = f"{sum(result.passed for result in self.results)} of {len(self.results)} cases within tolerance"
         if self.passed:
-            return f"computes what {self.reference} computes: {cases}"
-        if self.failed_cases or self.baseline is None:
-            return f"does not compute what {self.reference} computes: {', '.join(self.failed_cases) or cases}"
-        return f"computes what {self.reference} computes, but drifts from {self.baseline.name}: {self.baseline.names}"
+            return f"computes what {self.reference} computes: {passed}"
+        failed = self.failed_cases
+        if failed or self.baseline is None:
+            return f"does not compute what {self.reference} computes: {_names(failed, most) or passed}"
+        drifts = [drift.case for drift in self.baseline.drifts]
+        return f"computes what {self.reference} computes, but drifts from {self.baseline.name}: {_names(drifts, most)}"
 
     def require_passed(self) -> None:
         """Raises MismatchError with the names of the cases that failed or drifted, where `passed` is false."""
         if not self.passed:
-            raise MismatchError(f"{self.bundle} {self.verdict}")
+            raise MismatchError(f"{self.bundle} {self._verdict(None)}")
+
+
+def _names(names: Sequence[str], most: int | None) -> str:
+    shown = list(names[:most])
+    return ", ".join(shown) + (f" and {len(names) - len(shown)} more" if len(names) > len(shown) else "")

@@ -13,6 +13,7 @@ import pytest
 from doge_deploy.verify import run
 from doge_deploy.verify.files import report_json
 from doge_deploy.verify.markdown import report_markdown
+from doge_deploy.verify.page.write import report_html
 from doge_deploy.verify.report import Report
 
 SCHEMA = Path(__file__).parents[2] / "docs" / "verify-report.schema.json"
@@ -34,6 +35,7 @@ def _reports_are_as_documented(report_validator: jsonschema.Draft202012Validator
         text = json.dumps(report_json(report), allow_nan=False)
         report_validator.validate(json.loads(text))
         assert report.bundle.name.replace("_", "\\_") in report_markdown(report)
+        assert report_html(report).rstrip().endswith("</html>")
         return report
 
     with pytest.MonkeyPatch.context() as patch:

@@ -209,11 +209,11 @@ class _Search:
         ends = [reading for reading in found.readings if reading.point in ("head", "norm") and reading.column == first]
         still = any(reading.inherited is not None and not reading.inherited.passed for reading in found.readings)
         errs = found.errs()
+        allowed = max((end.inherited.allowed.max_abs for end in ends if end.inherited is not None), default=0.0)
         if errs and walk.first is not None:
             found.finding = self._finding(found, errs, *walk.first)
         elif found.failures:
-            found.finding = self._without_a_stage(found, still)
-        allowed = max((end.inherited.allowed.max_abs for end in ends if end.inherited is not None), default=0.0)
+            found.finding = self._without_a_stage(found, still, changed=watched > allowed)
         if found.failures and watched > allowed and (errs or still):
             found.notes.append(
                 f"watched, the {first} graph gives other logits (by {watched:.1e}): what it computes depends "
@@ -264,9 +264,15 @@ class _Search:
         made = {node.metadata_props.get(MADE_BY) for node in load(column.file).graph}
         return f"{', '.join(makers) or 'the lowering'} ({column.file.name})" if made else column.file.name
 
-    def _without_a_stage(self, found: Localization, still: bool) -> Finding:
-        """A case that fails though no stage errs."""
+    def _without_a_stage(self, found: Localization, still: bool, *, changed: bool) -> Finding:
+        """A case that fails though no stage errs; `changed`: with its stages shown it gives other numbers."""
         first = self.columns[0].name
+        if not still and not changed:
+            words = (
+                "no stage errs by itself, and the run as a whole stays within the noise of all stages: errors within "
+                f"noise add up to what was found ({found.failures[0]})"
+            )
+            return Finding(found.case, 0, None, "", (first,), 0.0, 0.0, NOISE, words, "noise")
         if not still:
             words = (
                 "it fails, and with its stages shown it does not: the fault vanishes when it is watched, so it lies in "

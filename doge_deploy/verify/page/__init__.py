@@ -1,0 +1,1 @@
+"""A report as one HTML page for people: no network, no script."""
