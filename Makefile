@@ -36,7 +36,7 @@ GPU_ARCH  ?= sm_90
 gpu-check: setup ## one folder that checks the kernels on a machine with a GPU and no network: GPU_ARCH=sm_90
 	rm -rf $(GPU_CHECK) && mkdir -p $(GPU_CHECK)
 	TRITON_INTERPRET=1 $(BIN)/doge-deploy plugins record --arch $(GPU_ARCH) -o $(GPU_CHECK)/kernels.recording
-	$(BIN)/python examples/06_gpu_check/prepare.py $(GPU_CHECK)
+	$(BIN)/python examples/09_gpu_check/prepare.py $(GPU_CHECK)
 
 demo: setup ## export both demo models, verify them, generate text, serve one
 	PATH="$(CURDIR)/$(BIN):$$PATH" bash examples/00_demo/demo.sh
