@@ -29,7 +29,7 @@ ORDER = [
     {"doctor", "serve"},
     {"bench"},
     {"api"},
-    {"cli"},
+    {"cli", "testing"},
 ]
 """Every package and root module; each imports only from its own set and from those before it."""
 

@@ -71,7 +71,8 @@ def histogram(sample: Sample, allowed: float) -> Markup:
     parts.append(_LINE.format("axis", LEFT, HEIGHT - BOTTOM, WIDTH - RIGHT, HEIGHT - BOTTOM))
     step = max(1, math.ceil((high - low) / 6))
     for decade in range(low, high + 1, step):
-        parts.append(_TEXT.format("tick middle", LEFT + (decade - low) * span, HEIGHT - 14, f"1e{decade}"))
+        anchor = "tick end" if decade == high else "tick middle"
+        parts.append(_TEXT.format(anchor, LEFT + (decade - low) * span, HEIGHT - 14, f"1e{decade}"))
     if limit is not None:
         place = LEFT + (limit - low) * span
         parts.append(_LINE.format("limit", place, TOP, place, HEIGHT - BOTTOM))

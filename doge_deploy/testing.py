@@ -1,0 +1,85 @@
+"""A fixture for pytest that holds a checkpoint against its bundle; pytest finds it by itself (`pytest11`).
+
+Nothing but pytest is imported until a test asks for the fixture: every run of pytest in the environment loads this.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol, Unpack
+
+import pytest
+
+if TYPE_CHECKING:
+    from doge_deploy.options.keywords import ExportKeywords
+    from doge_deploy.verify.report import Report
+
+
+class Parity(Protocol):
+    """What `doge_parity` is."""
+
+    def __call__(
+        self,
+        model: str | Path,
+        *,
+        adapter: str | Path | None = None,
+        baseline: str | Path | None = None,
+        layouts: Sequence[str] = (),
+        greedy_steps: int = 128,
+        portable: bool = False,
+        **options: Unpack[ExportKeywords],
+    ) -> Report:
+        """Export `model` into a temporary folder and verify the bundle; fail the test with a table where they differ.
+
+        Args:
+            model: a directory, a Hub id, or a bundled name.
+            adapter, options: as of `doge_deploy.export`.
+            baseline, layouts, greedy_steps, portable: as of `doge_deploy.verify`.
+
+        Returns:
+            The report, where it passed.
+        """
+
+
+@pytest.fixture
+def doge_parity(tmp_path_factory: pytest.TempPathFactory) -> Parity:
+    """A function that exports a checkpoint and fails the test unless the bundle computes what the checkpoint does.
+
+    What cannot be exported or judged, for want of a package say, fails too: a test that proves nothing must not pass.
+    """
+
+    def check(
+        model: str | Path,
+        *,
+        adapter: str | Path | None = None,
+        baseline: str | Path | None = None,
+        layouts: Sequence[str] = (),
+        greedy_steps: int = 128,
+        portable: bool = False,
+        **options: Unpack[ExportKeywords],
+    ) -> Report:
+        from doge_deploy import api
+
+        folder = tmp_path_factory.mktemp("doge_parity") / "bundle"
+        merged = None if adapter is None else str(adapter)
+        try:
+            api.export(model, folder, adapter=adapter, **options)
+            report = api.verify(
+                folder,
+                reference=str(model),
+                adapter=merged,
+                baseline=baseline,
+                layouts=layouts,
+                greedy_steps=greedy_steps,
+                portable=portable,
+            )
+        except api.DogeDeployError as error:
+            pytest.fail(f"{model}: {error}", pytrace=False)
+        if not report.passed:
+            from doge_deploy.verify.markdown import report_markdown
+
+            pytest.fail(report_markdown(report), pytrace=False)
+        return report
+
+    return check
