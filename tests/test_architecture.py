@@ -111,7 +111,8 @@ def test_the_runtime_needs_neither_torch_nor_transformers_nor_the_graph() -> Non
 
 
 def test_a_judge_needs_neither_torch_nor_transformers_nor_onnx() -> None:
-    found = modules_after("import doge_deploy.verify.run, doge_deploy.verify.files")
+    names = ("run", "files", "markdown", "baseline", "node_data", "page.write")
+    found = modules_after(f"import {', '.join(f'doge_deploy.verify.{name}' for name in names)}")
     assert not {"torch", "transformers", "onnx", "onnx_ir", "safetensors", "doge_deploy.verify.live"} & found
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from doge_deploy.errors import UsageError
-from doge_deploy.verify.tolerance import TOLERANCES
+from doge_deploy.verify.tolerance import TOLERANCES, share_text
 
 if TYPE_CHECKING:
     from doge_deploy.verify.parity import CaseResult
@@ -52,8 +52,8 @@ class Drift:
 
     def __str__(self) -> str:
         return (
-            f"{self.case}: {self.tensor} uses {self.now:.0%} of its tolerance; the case used {self.before:.0%} before "
-            f"(allowed {self.allowed:.0%})"
+            f"{self.case}: {self.tensor} uses {share_text(self.now)} of its tolerance; the case used "
+            f"{share_text(self.before)} before (allowed {share_text(self.allowed)})"
         )
 
 

@@ -11,6 +11,7 @@ from doge_deploy.errors import UsageError
 from doge_deploy.verify.files import write_text
 from doge_deploy.verify.parity import CaseResult
 from doge_deploy.verify.report import Report
+from doge_deploy.verify.tolerance import share_text
 
 SUMMARY_VARIABLE = "GITHUB_STEP_SUMMARY"
 """Names the file to which every command of a step appends what its page should show."""
@@ -49,7 +50,7 @@ def table(results: Iterable[CaseResult]) -> str:
             result.layout,
             result.case,
             f"{result.logits.difference.max_abs:.1e}",
-            f"{result.load:.0%}",
+            share_text(result.load),
             f"`{result.worst.name}`",
             f"{result.top1.agreeing}/{result.top1.total}" if result.top1.total else "",
             f"{result.selected}{tied}",
@@ -95,6 +96,8 @@ def _ground(report: Report) -> str:
     ran = ", ".join(f"{file} ({layout})" for layout, file in report.graphs.items())
     same = "" if report.weights.passed else "NOT "
     words = f"{report.dtype}; ran {ran}; {report.weights.compared} weights {same}bit for bit the checkpoint's"
+    if report.recording:
+        words += f"; judged by {report.recording}"
     if report.baseline is not None:
         words += f"; {report.baseline.compared} cases held against {report.baseline.name}"
     if report.environment is not None:

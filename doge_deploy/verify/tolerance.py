@@ -86,6 +86,13 @@ class AllowedDifference:
     rms: float
 
 
+def share_text(share: float) -> str:
+    """A share of a tolerance for people: in per cent, or how many times it is used."""
+    if not math.isfinite(share):
+        return "∞"
+    return f"{share:.0%}" if share < 10 else f"{share:.0f}×"
+
+
 def small_sample_factor(count: float) -> float:
     """How much larger one of two root mean squares of `count` equally large errors may be by chance alone.
 

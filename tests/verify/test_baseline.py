@@ -14,6 +14,7 @@ from doge_deploy.cli.main import run_command
 from doge_deploy.errors import MismatchError, UsageError
 from doge_deploy.verify.baseline import FLOOR, Baseline, compare, read_baseline
 from doge_deploy.verify.files import report_json, write_json
+from doge_deploy.verify.tolerance import share_text
 
 
 def drifts(before: float, now: float) -> bool:
@@ -54,6 +55,10 @@ def test_a_drift_names_case_tensor_and_both_shares(tmp_path: Path) -> None:
     )
     with pytest.raises(MismatchError, match=r"drifts from old\.json: static/prefill$"):
         report.require_passed()
+
+
+def test_large_shares_are_said_as_factors() -> None:
+    assert [share_text(share) for share in (0.304, 1.5, 12.04, math.inf)] == ["30%", "150%", "12×", "∞"]
 
 
 def test_cases_of_one_side_are_told_and_not_judged() -> None:

@@ -69,6 +69,7 @@ def test_a_page_is_whole_and_alone(key: float) -> None:
         Baseline("old.json", "float32", {"static/prefill": 0.1, "static/x": 1}), "float32", report.results
     )
     report.localized = ("static/decode, call 3, layer 5, stage `score`", "  reason: tie")
+    report.recording = "the recording a.rec"
     reader = check_alone(report_html(report, lambda token: f"t{token}"))
     for words in (
         "Passed: bundle" if report.passed else "Failed: bundle",
@@ -80,6 +81,7 @@ def test_a_page_is_whole_and_alone(key: float) -> None:
         "needs 128 tokens",
         "stage `score`",
         "Since old.json",
+        "the recording a.rec",
         "a processor, 2 CPUs",
         "doge-deploy verify bundle",
     ):

@@ -63,7 +63,9 @@ def test_the_schema_refuses(damage: object, report_validator: jsonschema.Draft20
 
 def test_markdown_has_the_verdict_the_table_and_the_reasons() -> None:
     report = made.report(made.case("prefill"), made.case("window K=w", key=1.5))
+    report.recording = "a recording"
     text = report_markdown(report)
+    assert "judged by a recording" in text
     assert text.startswith("### ❌ bundle does not compute what transformers computes: static/window K=w")
     assert "| ok | static | prefill |" in text
     assert "| **FAIL** | static | window K=w | 3.0e-06 | 150% | `present.0.key` | 3/4 |  |" in text

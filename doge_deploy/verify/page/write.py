@@ -15,6 +15,7 @@ from doge_deploy.verify.page.charts import error_by_position, histogram, scatter
 from doge_deploy.verify.page.tokens import token_texts
 from doge_deploy.verify.parity import CaseResult
 from doge_deploy.verify.report import Report
+from doge_deploy.verify.tolerance import share_text
 
 MOST_OPEN = 4
 """Failed cases that are unfolded; a reader unfolds others."""
@@ -85,8 +86,7 @@ class CaseView:
     @property
     def used(self) -> str:
         """Share of the tolerance."""
-        load = self.result.load
-        return "∞" if not math.isfinite(load) else f"{load:.0%}" if load < 10 else f"{load:.0f}×"
+        return share_text(self.result.load)
 
 
 def report_html(report: Report, text: Callable[[int], str] = lambda token: "") -> str:
