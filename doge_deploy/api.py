@@ -184,10 +184,13 @@ def verify(
     from doge_deploy.verify.needs import require_reference
 
     require_reference(recording, backend)
+    from doge_deploy.bundle.opening import open_bundle
     from doge_deploy.verify.baseline import compare, read_baseline
     from doge_deploy.verify.run import verify as run
 
     before = None if baseline is None else read_baseline(baseline)
+    if before is not None:  # told before the work
+        before.check_dtype(open_bundle(bundle).manifest.dtype)
     report = run(
         bundle,
         recording=recording,

@@ -37,6 +37,11 @@ class Baseline:
     loads: Mapping[str, float]
     """Per `<layout>/<case>` the share of its tolerance that it used."""
 
+    def check_dtype(self, dtype: str) -> None:
+        """Raises UsageError for a bundle of another dtype: shares of another noise say nothing of it."""
+        if dtype != self.dtype:
+            raise UsageError(f"--baseline {self.name} is of a bundle in {self.dtype}, this one is in {dtype}")
+
 
 @dataclass(frozen=True)
 class Drift:
@@ -110,14 +115,13 @@ def compare(baseline: Baseline, dtype: str, results: Sequence[CaseResult]) -> Co
 
     Args:
         baseline: of the same model, as it was.
-        dtype: of the bundle; shares of the noise of another one say nothing.
+        dtype: of the bundle.
         results: the cases.
 
     Raises:
         UsageError: the baseline is of another dtype, or has none of these cases.
     """
-    if dtype != baseline.dtype:
-        raise UsageError(f"--baseline {baseline.name} is of a bundle in {baseline.dtype}, this one is in {dtype}")
+    baseline.check_dtype(dtype)
     now = {f"{result.layout}/{result.case}": result for result in results}
     common = [name for name in now if name in baseline.loads]
     if not common:

@@ -123,6 +123,16 @@ def test_a_baseline_that_is_not_there_is_told_before_the_work(
     assert "none.json cannot be read: No such file" in capfd.readouterr().err
 
 
+def test_a_baseline_of_another_dtype_is_told_before_the_work(
+    tiny_bundle: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    write_json(made.report(made.case("prefill"), dtype="float16"), tmp_path / "old.json")
+    assert run_command(["verify", str(tiny_bundle), "--baseline", str(tmp_path / "old.json")]) == 2
+    captured = capfd.readouterr()
+    assert "old.json is of a bundle in float16, this one is in float32" in captured.err
+    assert "load the reference" not in captured.err
+
+
 def test_a_report_can_be_its_own_baseline(tmp_path: Path) -> None:
     report = made.report(made.case("prefill", logits=0.0, key=0.0))
     write_json(report, tmp_path / "r.json")
