@@ -24,6 +24,10 @@ os.environ.setdefault("TRITON_INTERPRET", "1")
 os.environ.setdefault("DOGE_DEPLOY_GRAPH_CACHE", "off")
 
 
+collect_ignore = ["page"]
+"""Its session of nox has a browser and settings of its own."""
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _shared_files(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """Name the folder that `shared_files` uses, and complain at the end if a test wrote into what all share."""

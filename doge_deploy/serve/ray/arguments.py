@@ -92,7 +92,7 @@ class Arguments(BaseModel):
             threads=self.threads,
             speculate=self.speculate,
             names=tuple(self.names),
-            limits=Limits(self.step_tokens, self.ongoing),
+            limits=Limits(step_tokens=self.step_tokens, queue_requests=self.ongoing),
         )
 
     @property
