@@ -60,7 +60,7 @@ def main(directory: Path, sizes: tuple[str, ...], rounds: int, tokens: int) -> N
                         texts.append([first, *produced])
                         times[guess].append(time.perf_counter() - start)
                     if texts[0] != texts[1]:
-                        click.echo(f"texts of seed {number} differ: the first near tie goes the other way", err=True)
+                        click.echo(f"{size} {name}, {kind}: the texts of seed {number} differ", err=True)
                 share = f"{guesser.accepted / guesser.drafted:.2f} of {guesser.drafted}" if guesser.drafted else "none"
                 ratios = [a / b for a, b in zip(times[False], times[True], strict=True)]
                 rate = {guess: (tokens - 1) / median(found) for guess, found in times.items()}
