@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from doge_deploy.cli.backend_name import BackendName
 from doge_deploy.cli.verify_outputs import Outputs, command_line, output_options
 from doge_deploy.options.backends import DEFAULT_BACKEND, TORCH_KERNELS
+
+if TYPE_CHECKING:
+    from doge_deploy.verify.localize.finding import Localization
+    from doge_deploy.verify.report import Report
 
 
 @click.command("verify")
@@ -91,11 +96,13 @@ def verify(
     if recording is not None and (localized or case is not None):
         raise UsageError(f"--recording {recording}: the localiser runs the reference itself; leave one of them out")
     steps = GREEDY_STEPS if greedy_steps is None else greedy_steps
-    if case is not None:
+
+    def localize(case: str | None = None, report: Report | None = None) -> Localization:
         with VerifyTable() as table:
             found = api.localize(
                 bundle,
                 case,
+                report=report,
                 reference=reference,
                 adapter=adapter,
                 portable=portable,
@@ -104,7 +111,10 @@ def verify(
                 started=table.started,
             )
         say(found)
-        found.require_passed()
+        return found
+
+    if case is not None:
+        localize(case).require_passed()
         return
 
     with VerifyTable() as table:
@@ -127,19 +137,7 @@ def verify(
     table.summary(report)
     try:
         if localized:
-            with VerifyTable() as table:
-                found = api.localize(
-                    bundle,
-                    report=report,
-                    reference=reference,
-                    adapter=adapter,
-                    portable=portable,
-                    lowering=lowering,
-                    greedy_steps=steps,
-                    started=table.started,
-                )
-            say(found)
-            report.localized = tuple(found.lines())
+            report.localized = tuple(localize(report=report).lines())
     finally:  # a place that is not found takes nothing from the numbers
         outputs.write(report)
     report.require_passed()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import onnx_ir as ir
@@ -28,7 +29,7 @@ from doge_deploy.targets.ort.window import window_bias_function
 FUSED_ATTENTION_SINCE = "1.32"
 """The first ONNX Runtime whose GroupQueryAttention has the inputs used here."""
 
-_HEADS_FIRST = (0, 2, 1, 3)
+HEADS_FIRST = (0, 2, 1, 3)
 
 
 @dataclass(frozen=True)
@@ -111,9 +112,7 @@ class FuseAttentionPass(ir.passes.InPlacePass):
         graph = model.graph
         nodes = [node for node in graph if node.domain == DOMAIN and node.op_type == DYNAMIC_MASK_ATTENTION]
         layers = [_match(node) for node in nodes]
-        expect(bool(layers), "the graph has no DynamicMaskAttention")
-        windows = {layer.window for layer in layers}
-        expect(len(windows) == 1, f"layers keep different numbers of keys: {sorted(windows)}")
+        expect_one_window([layer.window for layer in layers])
         slots = layers[0].write_indices
         if layers[0].window:
             slots = _add_slots(model, layers)
@@ -124,17 +123,56 @@ class FuseAttentionPass(ir.passes.InPlacePass):
         return ir.passes.PassResult(model, True)
 
 
-def _match(node: ir.Node) -> _Layer:
-    expect(len(node.inputs) == 5, f"DynamicMaskAttention has {len(node.inputs)} inputs; 5 are known here")
+def expect_one_window(windows: Sequence[int]) -> None:
+    """There are layers, given by what they keep, and all keep as many keys.
+
+    Raises:
+        Declined: it is not so.
+    """
+    expect(bool(windows), "the graph has no DynamicMaskAttention")
+    expect(len(set(windows)) == 1, f"layers keep different numbers of keys: {sorted(set(windows))}")
+
+
+def expect_known(node: ir.Node, inputs: int) -> None:
+    """A DynamicMaskAttention has so many inputs, and no attribute but those that are replaced here.
+
+    Raises:
+        Declined: it has others.
+    """
+    expect(len(node.inputs) == inputs, f"DynamicMaskAttention has {len(node.inputs)} inputs; {inputs} are known here")
     unknown = set(node.attributes) - {"keep_window_size", "scale"}
     expect(not unknown, f"DynamicMaskAttention has attributes that are not known here: {', '.join(sorted(unknown))}")
+
+
+def match_value(value: ir.Value | None) -> Linear:
+    """The projection that gave values of new tokens, `[B, Hkv, Q, D]`.
+
+    Raises:
+        Declined: they come from elsewhere.
+    """
+    transpose = producer(value, "Transpose", "the new value")
+    expect(attribute(transpose, "perm") == HEADS_FIRST, "the new value is transposed otherwise")
+    return match_linear(producer(transpose.inputs[0], "Reshape", "the new value").inputs[0], "the value")
+
+
+def match_output(node: ir.Node) -> ir.Value:
+    """What a DynamicMaskAttention gives, heads merged, `[B, Q, H*D]`.
+
+    Raises:
+        Declined: heads are not merged, or it is used otherwise.
+    """
+    merge = only_use(node.outputs[0], "Transpose", "the attention output")
+    expect(attribute(merge, "perm") == HEADS_FIRST, "heads are merged otherwise")
+    return only_use(merge.outputs[0], "Reshape", "the transposed attention output").outputs[0]
+
+
+def _match(node: ir.Node) -> _Layer:
+    expect_known(node, 5)
     query, key, value, score, first_slot = node.inputs
     query_head = match_head(query, "the query")
     scatters = [_scatter(v, what) for v, what in ((key, "the key"), (value, "the value"), (score, "the score"))]
     key_head = match_head(scatters[0].inputs[1], "the new key")
-    transpose = producer(scatters[1].inputs[1], "Transpose", "the new value")
-    expect(attribute(transpose, "perm") == _HEADS_FIRST, "the new value is transposed otherwise")
-    value_linear = match_linear(producer(transpose.inputs[0], "Reshape", "the new value").inputs[0], "the value")
+    value_linear = match_value(scatters[1].inputs[1])
     write_indices = _first_position(query_head.positions, "the query")
     starts = {write_indices, _first_position(key_head.positions, "the new key"), first_slot}
     starts |= {scatter.inputs[2] for scatter in scatters}
@@ -144,9 +182,7 @@ def _match(node: ir.Node) -> _Layer:
     expect(all(p is not None and p.dtype == ir.DataType.FLOAT for p in past), "the caches are not float32")
     per_key_head = past[2] is not None and past[2].shape is not None and past[2].shape[1] == key_head.heads
     expect(per_key_head, "there is not one score per key head")
-    merge = only_use(node.outputs[0], "Transpose", "the attention output")
-    expect(attribute(merge, "perm") == _HEADS_FIRST, "heads are merged otherwise")
-    reshape = only_use(merge.outputs[0], "Reshape", "the transposed attention output")
+    output = match_output(node)
     new_key, new_score = (scatter.inputs[1] for scatter in (scatters[0], scatters[2]))
     assert new_key is not None and new_score is not None
     return _Layer(
@@ -159,7 +195,7 @@ def _match(node: ir.Node) -> _Layer:
         new_key,
         new_score,
         tuple(scatter.outputs[0] for scatter in scatters),  # type: ignore[arg-type]
-        reshape.outputs[0],
+        output,
         query_head.positions,
         attribute(node, "keep_window_size"),
     )
@@ -192,7 +228,7 @@ def match_head(value: ir.Value | None, what: str) -> Head:
     whole = attribute(rotary, "rotary_embedding_dim", 0) == 0 and attribute(rotary, "interleaved", 0) == 0
     expect(whole, f"{what} is rotated in part, or interleaved")
     transpose = producer(rotary.inputs[0], "Transpose", what)
-    expect(attribute(transpose, "perm") == _HEADS_FIRST, f"{what} is transposed otherwise")
+    expect(attribute(transpose, "perm") == HEADS_FIRST, f"{what} is transposed otherwise")
     norm = producer(transpose.inputs[0], "RMSNormalization", what)
     expect(attribute(norm, "stash_type", 1) == 1 and attribute(norm, "axis", -1) == -1, f"{what} is normed otherwise")
     reshape = producer(norm.inputs[0], "Reshape", what)

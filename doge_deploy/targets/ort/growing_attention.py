@@ -9,7 +9,18 @@ import onnx_ir as ir
 from doge_deploy.bundle.signature import SHARES_BUFFERS
 from doge_deploy.graph import stages
 from doge_deploy.graph.schemas import CDMOE, DOMAIN, DYNAMIC_MASK_ATTENTION, WINDOW_BIAS
-from doge_deploy.targets.ort.attention import Head, emit_norms, expect_alike, first_user, match_head
+from doge_deploy.targets.ort.attention import (
+    HEADS_FIRST,
+    Head,
+    emit_norms,
+    expect_alike,
+    expect_known,
+    expect_one_window,
+    first_user,
+    match_head,
+    match_output,
+    match_value,
+)
 from doge_deploy.targets.ort.matching import (
     CONTRIB,
     Declined,
@@ -19,14 +30,11 @@ from doge_deploy.targets.ort.matching import (
     constant_ints,
     expect,
     match_linear,
-    only_use,
     producer,
     require_contrib,
     take_place,
 )
 from doge_deploy.targets.ort.window import HIDDEN_BIAS, window_bias_function
-
-_HEADS_FIRST = (0, 2, 1, 3)
 
 
 @dataclass(frozen=True)
@@ -107,9 +115,7 @@ class FuseGrowingAttentionPass(ir.passes.InPlacePass):
         expect(not mixes, "experts are routed as in the reference, which mixes padding with tokens")
         nodes = [node for node in ours if node.op_type == DYNAMIC_MASK_ATTENTION]
         layers = [_match(node) for node in nodes]
-        expect(bool(layers), "the graph has no DynamicMaskAttention")
-        windows = {layer.window for layer in layers}
-        expect(len(windows) == 1, f"layers keep different numbers of keys: {sorted(windows)}")
+        expect_one_window([layer.window for layer in layers])
         shared = {(layer.key_mask, layer.query.positions) for layer in layers}
         expect(len(shared) == 1, "layers have masks or positions of their own")
         if layers[0].window:
@@ -124,17 +130,13 @@ class FuseGrowingAttentionPass(ir.passes.InPlacePass):
 
 
 def _match(node: ir.Node) -> _Layer:
-    expect(len(node.inputs) == 6, f"DynamicMaskAttention has {len(node.inputs)} inputs; 6 are known here")
-    unknown = set(node.attributes) - {"keep_window_size", "scale"}
-    expect(not unknown, f"DynamicMaskAttention has attributes that are not known here: {', '.join(sorted(unknown))}")
+    expect_known(node, 6)
     query, key, value, score, first_slot, key_mask = node.inputs
     query_head = match_head(query, "the query")
     past_key, new_key = _appended(key, "the key")
     past_value, new_value = _appended(value, "the value")
     key_head = match_head(new_key, "the new key")
-    transpose = producer(new_value, "Transpose", "the new value")
-    expect(attribute(transpose, "perm") == _HEADS_FIRST, "the new value is transposed otherwise")
-    value_linear = match_linear(producer(transpose.inputs[0], "Reshape", "the new value").inputs[0], "the value")
+    value_linear = match_value(new_value)
     expect_alike(query_head, key_head, value_linear)
     expect(query_head.positions is key_head.positions, "query and key have different positions")
     expect(query_head.positions.is_graph_input(), "positions are computed")
@@ -144,14 +146,12 @@ def _match(node: ir.Node) -> _Layer:
     states = product.inputs[0]
     merged = producer(states, "Reshape", "the state of the score")
     heads_last = producer(merged.inputs[0], "Transpose", "the state of the score")
-    whole = attribute(heads_last, "perm") == _HEADS_FIRST and heads_last.inputs[0] is value
+    whole = attribute(heads_last, "perm") == HEADS_FIRST and heads_last.inputs[0] is value
     expect(whole, "the score is not computed from the values")
     expect(_is_length(first_slot, past_key), "the first slot is not the length of the past")
     assert key_mask is not None and states is not None
     expect(_mask_input(key_mask) is not None, "the mask of keys is computed otherwise")
-    merge = only_use(node.outputs[0], "Transpose", "the attention output")
-    expect(attribute(merge, "perm") == _HEADS_FIRST, "heads are merged otherwise")
-    reshape = only_use(merge.outputs[0], "Reshape", "the transposed attention output")
+    output = match_output(node)
     return _Layer(
         node,
         query_head,
@@ -164,7 +164,7 @@ def _match(node: ir.Node) -> _Layer:
         product,
         score,
         token_score,
-        reshape.outputs[0],
+        output,
         key_mask,
         attribute(node, "keep_window_size"),
     )
