@@ -181,7 +181,15 @@ def serve_clients(session: nox.Session) -> None:
     """The examples of docs/serve.md, run as they stand there, with the clients of other people.  Needs Node and npm."""
     packages = node_packages(session, "tests/serve_clients/node")
     session.install("-r", "tests/serve_clients/requirements.txt")
-    session.run("python", "tests/serve_clients/run_page.py", own_programs(session), packages)
+    programs = ["--bin", own_programs(session), "--node", packages]
+    session.run("python", "tests/pages/run_pages.py", *programs, "docs/serve.md")
+
+
+@nox.session(venv_backend="none")
+def pages(session: nox.Session) -> None:
+    """The blocks of README and docs/, run as they stand there; other sessions run the rest:  nox -s pages -- PAGE"""
+    own_programs(session)
+    session.run(sys.executable, "tests/pages/run_pages.py", *session.posargs)
 
 
 @nox.session(name="serve-update", venv_backend="none")
