@@ -73,6 +73,12 @@ def test_the_page_is_made_of_the_files_alone(tmp_path: Path) -> None:
     assert target.read_text() == text, "made twice is made once"
 
 
+def test_the_results_in_the_readme_are_those_of_the_files() -> None:
+    load("page")
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert load("readme").renewed(text) == text, "stale: python examples/03_benchmarks/readme.py"
+
+
 def test_what_is_published_has_no_path_of_a_machine() -> None:
     for file in (ROOT / "docs").glob("benchmarks*/*.json"):
         assert not re.search(r'"/[a-z]', file.read_text()), file.name

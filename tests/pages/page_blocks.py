@@ -30,7 +30,7 @@ KINDS = {
 """Why a block is not run."""
 
 RUN = ("console", "python", "javascript")
-SHOWN = ("text", "sh", "yaml", "make", "json", "")
+SHOWN = ("text", "sh", "yaml", "toml", "make", "json", "")
 
 _FENCE = re.compile(
     r"^(?P<comments>(?:[ ]*<!-- [^\n]*? -->\n)*)```(?P<language>\w*)[^\n]*\n(?P<text>.*?)^```[ ]*$", re.M | re.S

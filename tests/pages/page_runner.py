@@ -163,7 +163,11 @@ class Runner:
     def _environment(self) -> dict[str, str]:
         path = f"{self.bin}{os.pathsep}{os.environ['PATH']}"
         # what a page shows is as wide as a page
-        return {**os.environ, "PATH": path, "PYTHONUNBUFFERED": "1", "COLUMNS": "100"}
+        environment = {**os.environ, "PATH": path, "PYTHONUNBUFFERED": "1", "COLUMNS": "100"}
+        installed = sorted((self.folder / "installed").glob("*"))
+        if installed:  # packages of the page, see page_setups.py
+            environment["PYTHONPATH"] = os.pathsep.join(map(str, [*installed, self.folder]))
+        return environment
 
 
 def _belongs(one: Block, block: Block) -> bool:

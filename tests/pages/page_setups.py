@@ -39,24 +39,50 @@ def checkpoint(target: Path) -> None:
 def broken(target: Path) -> None:
     """Checkpoints with one thing wrong each."""
     _import_tests()
-    from broken_checkpoints import main
+    from broken_checkpoints import BROKEN, make_bases, make_broken
 
-    main(str(target))
+    bases = make_bases(target / "sound")
+    for name in BROKEN:
+        make_broken(name, bases, target / name)
+
+
+def beyond(target: Path) -> None:
+    """A checkpoint whose tokenizer knows a token that its embedding has no row for."""
+    from tokenizers import Tokenizer
+
+    checkpoint(target)
+    tokenizer = Tokenizer.from_file(str(target / "tokenizer.json"))
+    tokenizer.add_tokens(["<tool>"])
+    tokenizer.save(str(target / "tokenizer.json"))
 
 
 def wrong(target: Path) -> None:
-    """`build/doge-tiny` with one weight of k_proj changed, and its manifest made to fit."""
+    """`build/doge-tiny` with one number of one weight changed by 1 %, and its manifest made to fit."""
     _import_tests()
     from bundles import broken_copy, edit_tensor, make_bundle
 
     def edit(path: Path) -> None:
-        edit_tensor(path, "model.layers.1.self_attn.k_proj.weight.T", lambda tensor: tensor[13, 10:11].mul_(1.5))
+        edit_tensor(path, "model.layers.1.self_attn.k_proj.weight.T", lambda tensor: tensor[13, 10:11].mul_(1.01))
 
     with tempfile.TemporaryDirectory() as folder:
         broken_copy(make_bundle("doge-tiny", Path(folder, "sound")), target, weights=edit)
 
 
-MADE: dict[str, Callable[[Path], None]] = {"checkpoint": checkpoint, "broken": broken, "build/wrong": wrong}
+def toy(target: Path) -> None:
+    """The entry point of docs/extend-backend.md, as pip would install it; the page itself has the module."""
+    information = target / "toy-1.dist-info"
+    information.mkdir(parents=True)
+    (information / "METADATA").write_text("Metadata-Version: 2.1\nName: toy\nVersion: 1\n")
+    (information / "entry_points.txt").write_text("[doge_deploy.backends]\ntoy = toy_backend:BACKEND\n")
+
+
+MADE: dict[str, Callable[[Path], None]] = {
+    "checkpoint": checkpoint,
+    "beyond": beyond,
+    "broken": broken,
+    "build/wrong": wrong,
+    "installed/toy": toy,
+}
 """Everything else, by name."""
 
 _made: dict[str, Path] = {}

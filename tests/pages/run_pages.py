@@ -17,17 +17,21 @@ import socket
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from page_blocks import PageError, begins_with, blocks, run_by
+from page_blocks import RUN, PageError, begins_with, blocks, run_by
 from page_runner import Runner
 from page_setups import forget, put
 
 ROOT = Path(__file__).parents[2]
 FILES = ROOT / "examples" / "05_serve"
+
+FAST = ("docs/generate.md", "docs/doctor.md", "docs/devices.md")
+"""Pages that `make test` runs too."""
 
 PORTS = range(8000, 8003)
 """As the pages and the files write them."""
@@ -48,6 +52,20 @@ def all_pages() -> list[Path]:
         text = page.read_text(encoding="utf-8")
         if run_by(text) is None and any(block.runs for block in blocks(text)):
             found.append(page)
+    return found
+
+
+def count() -> Counter[str]:
+    """How many blocks of commands and programs are executed, by whom, and how many are not, by the kind of reason."""
+    found: Counter[str] = Counter()
+    for page in [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]:
+        for block in blocks(page.read_text(encoding="utf-8")):
+            if block.not_run and block.language in RUN:
+                found[block.not_run.partition(": ")[0]] += 1
+            elif block.language in RUN:
+                found["executed"] += 1
+            else:
+                found["shown"] += 1
     return found
 
 
@@ -81,8 +99,12 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--node", type=Path)
     parser.add_argument("--section")
     parser.add_argument("--have", action="append", default=[])
+    parser.add_argument("--count", action="store_true", help="only count the blocks")
     parser.add_argument("pages", type=Path, nargs="*")
     given = parser.parse_args(arguments)
+    if given.count:
+        print(", ".join(f"{number} {kind}" for kind, number in count().most_common()))
+        return 0
     have = {name: Path(path).resolve() for name, _, path in (one.partition("=") for one in given.have)}
     failed = ran = 0
     for page in given.pages or all_pages():
