@@ -1,6 +1,9 @@
 """What int4 loses by block size and by how the scales of blocks are chosen.
 
-    python int4_scales.py [--dtype fp32] [MODEL ...]        # doge-tiny and doge-tiny-moe where none is named
+    python int4_scales.py [--dtype fp32] [--block 32] [--text FILE] [MODEL ...]
+
+MODEL is doge-tiny and doge-tiny-moe where none is named. With `--text`, divergence and perplexity are those of that
+text in place of the 256 tokens of `verify`.
 
 In fp32 a scale may have either sign: the seven ranges that `export` tries, against scales of least squared error (each
 of many ranges of a block is the start of a few rounds: numbers for the scale, then the scale that is best for those
@@ -15,7 +18,7 @@ import math
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import click
 import torch
@@ -25,6 +28,7 @@ from doge_deploy.graph.weight_formats import _scales
 from doge_deploy.graph.weight_formats._base import as_array
 from doge_deploy.graph.weight_formats.int4 import Format
 from doge_deploy.options.export import ExportOptions
+from doge_deploy.verify import live
 
 BLOCKS = (32, 64, 128)
 STARTS, ROUNDS = torch.linspace(1.05, 0.55, 21).tolist(), 4
@@ -98,8 +102,12 @@ def measure(model: str, block: int, dtype: Any, store: Store) -> str:
 @click.command()
 @click.argument("models", nargs=-1)
 @click.option("--dtype", type=click.Choice(["fp32", "fp16", "bf16"]), default="fp32", show_default=True)
-def main(models: tuple[str, ...], dtype: str) -> None:
+@click.option("--block", "blocks", type=int, multiple=True, default=BLOCKS, show_default=True)
+@click.option("--text", type=click.File(encoding="utf-8"))
+def main(models: tuple[str, ...], dtype: str, blocks: tuple[int, ...], text: TextIO | None) -> None:
     """Measure MODELS."""
+    if text is not None:
+        live.HELD_OUT = text.read()
     chosen = Format.store
     stores: dict[str, Store] = {"export": chosen}
     if dtype == "fp32":
@@ -107,7 +115,7 @@ def main(models: tuple[str, ...], dtype: str) -> None:
     else:
         stores |= {"largest number": positive((1.0,)), "seven ranges": positive(Format.shrink)}
     for model in models or ("doge-tiny", "doge-tiny-moe"):
-        for block in BLOCKS:
+        for block in blocks:
             for name, store in stores.items():
                 print(f"{model} block {block}, {name}: {measure(model, block, dtype, store)}", flush=True)
 
