@@ -143,6 +143,15 @@ def print_steps(session: nox.Session, rounds: int = 3) -> None:
             session.log(f"{name} {what}: {statistics.median(values):.3f} ms, {ratio} {spread}")
 
 
+@nox.session(name="bench-against")
+def bench_against(session: nox.Session) -> None:
+    """`bench` against what else people run, tiny; what is compiled by name:  nox -s bench-against -- llama.cpp"""
+    rivals = ["genai", "openvino", *session.posargs]
+    extras = ["export", "cpu", *(name.removesuffix(".cpp") for name in rivals if name != "compile")]
+    install(session, ",".join(extras))
+    session.run("python", "tests/bench/against_real.py", *rivals)
+
+
 @nox.session(name="interop-openvino")
 def interop_openvino(session: nox.Session) -> None:
     """Bundles without local functions in OpenVINO: the same greedy tokens."""
@@ -206,6 +215,14 @@ def page(session: nox.Session) -> None:
     python = str(Path(own_programs(session), "python"))
     checks = ["-c", "tests/page/pytest.ini", "--confcutdir", "tests/page", "tests/page/check_page.py"]
     session.run("pytest", "-p", "no:cacheprovider", *checks, "--python", python, *session.posargs)
+
+
+@nox.session
+def docs(session: nox.Session) -> None:
+    """The pages as a site in build/site: no warning, no broken link, no page that the navigation leaves out."""
+    session.install("-r", "site/requirements.txt")
+    session.run("mkdocs", "build", "--strict", "--quiet", *session.posargs, env={"NO_MKDOCS_2_WARNING": "1"})
+    session.run("python", "site/check.py", "build/site")
 
 
 @nox.session

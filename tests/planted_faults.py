@@ -194,6 +194,36 @@ FAULTS: dict[str, Fault] = {
         "a window that TensorRT cannot select ends in an error of the vendor's",
         ("test_lowering.py",),
     ),
+    "widened-weights-pass": Fault(
+        "targets/trt",
+        Patch(
+            "doge_deploy/targets/trt/low_bits.py",
+            """if any(read["name"] in changing for read in kernel.inputs):""",
+            """if any(read["name"] in changing for read in kernel.inputs + kernel.outputs):""",
+        ),
+        "an engine that widens its 4-bit weights in every call is called good",
+        ("test_low_bits.py",),
+    ),
+    "scale-of-no-sign": Fault(
+        "graph",
+        Patch(
+            "doge_deploy/graph/weight_formats/_scales.py",
+            "torch.where(nothing, torch.ones_like(best_scale), best_scale)",
+            "torch.where(nothing, torch.zeros_like(best_scale), best_scale)",
+        ),
+        "TensorRT refuses a bundle with a row of zeros",
+        ("test_weight_formats.py",),
+    ),
+    "scale-with-all-its-bits": Fault(
+        "graph",
+        Patch(
+            "doge_deploy/graph/weight_formats/_scales.py",
+            "bits = SIGNIFICANT_BITS[dtype] - NUMBER_BITS",
+            "bits = SIGNIFICANT_BITS[dtype]",
+        ),
+        "runtimes that round number times scale have other 4-bit weights than those that do not",
+        ("test_weight_formats.py",),
+    ),
     "score-judged-in-float32": Fault(
         "pipelines",
         Patch(
