@@ -791,6 +791,7 @@ def main() -> int:
     """Plant the faults; 0 if each was caught."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("names", nargs="*", metavar="NAME", help="faults to plant; all where none is named")
+    parser.add_argument("--package", action="append", choices=sorted({one.package for one in FAULTS.values()}))
     parser.add_argument("--list", action="store_true", help="show the faults")
     parser.add_argument("--tree", type=Path, default=ROOT, help="the checkout to plant them in")
     parser.add_argument("--python", type=Path, default=Path(sys.executable), help="the Python of that checkout")
@@ -799,7 +800,8 @@ def main() -> int:
     options = parser.parse_args()
     if unknown := set(options.names) - set(FAULTS):
         parser.error(f"no fault {', '.join(sorted(unknown))}; known: {', '.join(FAULTS)}")
-    chosen = {name: FAULTS[name] for name in options.names or FAULTS}
+    packages = options.package or [fault.package for fault in FAULTS.values()]
+    chosen = {name: fault for name in options.names or FAULTS if (fault := FAULTS[name]).package in packages}
     if options.list:
         for name, fault in chosen.items():
             print(f"{fault.package:12} {name}: {fault.effect}")
