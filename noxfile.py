@@ -143,6 +143,15 @@ def print_steps(session: nox.Session, rounds: int = 3) -> None:
             session.log(f"{name} {what}: {statistics.median(values):.3f} ms, {ratio} {spread}")
 
 
+@nox.session(name="bench-against")
+def bench_against(session: nox.Session) -> None:
+    """`bench` against what else people run, tiny; what is compiled by name:  nox -s bench-against -- llama.cpp"""
+    rivals = ["genai", "openvino", *session.posargs]
+    extras = ["export", "cpu", *(name.removesuffix(".cpp") for name in rivals if name != "compile")]
+    install(session, ",".join(extras))
+    session.run("python", "tests/bench/against_real.py", *rivals)
+
+
 @nox.session(name="interop-openvino")
 def interop_openvino(session: nox.Session) -> None:
     """Bundles without local functions in OpenVINO: the same greedy tokens."""

@@ -22,8 +22,8 @@ HEAD = """# Licences of dependencies
 
 doge-deploy has the Apache License 2.0. It contains no code of others; these packages are installed with it. Written by
 `python tests/licenses_page.py` from the metadata of each package at the version that is tested, on Linux with Python
-3.11; a test fails when this page is stale. *For* names the extras that bring a package, directly or not; all installations
-have those without one.
+3.11; a test fails when this page is stale. *For* names the extras that bring a package, directly or not; packages
+without one are in all installations.
 
 The extras `trt` (tensorrt: NVIDIA's own licence) and `ray` (ray: Apache-2.0) are not in the environment that this page
 is made in. On other platforms torch may bring further packages, such as NVIDIA's CUDA libraries.
