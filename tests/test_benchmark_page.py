@@ -60,13 +60,26 @@ def test_the_page_is_made_of_the_files_alone(tmp_path: Path) -> None:
     results.mkdir()
     for name in matrix.ROWS:
         (results / f"{name}.json").write_text(json.dumps({**a_run(name), "path": str(tmp_path / "bundles" / name)}))
-    (results / "generate.json").write_text(json.dumps({"int4": {"median_s": 0.5, "p90_s": 0.6, "n": 20}}))
+    (results / "generate.json").write_text(
+        json.dumps(
+            {
+                "int4": {
+                    "median_s": 0.5,
+                    "p90_s": 0.6,
+                    "over_imports": 2.0,
+                    "over_imports_low": 1.9,
+                    "over_imports_high": 2.1,
+                    "n": 20,
+                }
+            }
+        )
+    )
     target = tmp_path / "benchmarks.md"
     shutil.copyfile(ROOT / "docs" / "benchmarks.md", target)
     page.write_page(results, target)
     text = target.read_text()
     assert "| 20M fp32 | 500 | 2.000 (2.000) | 4 | 3.00 (3.00 to 3.00) |" in text
-    assert "A processor, 2 CPUs" in text and "| int4 | 0.500 (0.600) | 20 |" in text
+    assert "A processor, 2 CPUs" in text and "| int4 | 0.500 (0.600) | 2.00 (1.90 to 2.10) | 20 |" in text
     assert (tmp_path / "benchmarks" / "decode.png").is_file() and (tmp_path / "benchmarks" / "prefill.png").is_file()
     assert json.loads((tmp_path / "benchmarks" / "20M.json").read_text())["path"] == "bundles/20M"
     page.write_page(results, target)
