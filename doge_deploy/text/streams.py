@@ -41,7 +41,7 @@ class Vocabulary:
         }
         # A special token is left out by its text: another id of that text is left out too.
         self._special_texts = frozenset(self._special.values())
-        # What pickle stores of a decoder is its part of tokenizer.json; writing all of that takes 30 ms for 32768 tokens.
+        # What pickle stores of a decoder is its part of tokenizer.json; to write out all of that takes longer.
         decoder = backend.decoder
         steps = list(_steps(None if decoder is None else json.loads(decoder.__getstate__())))
         self.joins_bytes = any(step["type"] == "ByteFallback" for step in steps)
