@@ -12,10 +12,12 @@ import subprocess
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
-from statistics import quantiles
+from statistics import median, quantiles
 from time import perf_counter
 
 import click
+
+import doge_deploy as doge_deploy_package
 
 HERE = Path(__file__).parent
 MAKE_RANDOM = HERE.parent / "02_published_sizes" / "make_random.py"
@@ -146,23 +148,50 @@ def run(directory: Path, rows: tuple[str, ...]) -> None:
 
 
 def time_generate(directory: Path, runs: int = 20) -> dict[str, dict[str, float]]:
-    """Wall time of `generate` of one token, from starting the process to its end, after one run that is not counted."""
-    times: dict[str, dict[str, float]] = {}
+    """Wall time of `generate` of one token, from starting the process to its end, after one run that is not counted.
+
+    Each kind's run has a process beside it that only imports the libraries: `over_imports` is the ratio of the medians,
+    `over_imports_low` and `over_imports_high` the quartiles of the ratios of single pairs.
+    """
     bundles = {kind: bundle_of(directory, ROWS["20M"], kind) for kind in QUANTIZATIONS}
     samples: dict[str, list[float]] = {kind: [] for kind, bundle in bundles.items() if bundle.is_dir()}
+    imports: dict[str, list[float]] = {kind: [] for kind in samples}
     script = Path(sys.executable).with_name("doge-deploy")
+    # a checkout's modules have byte code, as installed ones do, also where the environment says not to write it
+    call(sys.executable, "-m", "compileall", "-q", Path(doge_deploy_package.__file__).parent)
     for number in range(runs + 1):
-        for kind in samples:
-            command = [script, "generate", bundles[kind], "--prompt", "import", "--max-new-tokens", "1", "--quiet"]
-            start = perf_counter()
-            subprocess.run([*map(str, command), "--threads", "2"], check=True, stdout=subprocess.DEVNULL)
+        for kind, bundle in bundles.items():
+            if kind not in samples:
+                continue
+            command = [script, "generate", bundle, "--prompt", "import", "--max-new-tokens", "1", "--quiet"]
+            pair = (
+                wall_time(sys.executable, "-c", "import numpy, onnxruntime, tokenizers"),
+                wall_time(*command, "--threads", "2"),
+            )
             if number:
-                samples[kind].append(perf_counter() - start)
+                imports[kind].append(pair[0])
+                samples[kind].append(pair[1])
+    times: dict[str, dict[str, float]] = {}
     for kind, seconds in samples.items():
         deciles = quantiles(seconds, n=10)
-        times[kind] = {"median_s": quantiles(seconds, n=2)[0], "p90_s": deciles[8], "n": len(seconds)}
+        ratios = quantiles([mine / other for mine, other in zip(seconds, imports[kind], strict=True)], n=4)
+        times[kind] = {
+            "median_s": median(seconds),
+            "p90_s": deciles[8],
+            "over_imports": median(seconds) / median(imports[kind]),
+            "over_imports_low": ratios[0],
+            "over_imports_high": ratios[2],
+            "n": len(seconds),
+        }
         click.echo(f"generate, 20M {kind}: {times[kind]}", err=True)
     return times
+
+
+def wall_time(*command: str | Path) -> float:
+    """Seconds from starting the process to its end."""
+    start = perf_counter()
+    subprocess.run(list(map(str, command)), check=True, stdout=subprocess.DEVNULL)
+    return perf_counter() - start
 
 
 @cli.command("page")
