@@ -240,7 +240,9 @@ def release(session: nox.Session) -> None:
     shutil.rmtree(folder)
     folder.mkdir()
     session.install("-r", "tests/release/requirements.txt")
-    session.run("python", "-m", "build", "--quiet", "--outdir", f"{folder}/dist", ".")
+    # what is committed, and outside of this folder, in which setuptools would leave files
+    session.run("git", "clone", "--quiet", "--depth", "1", Path.cwd().as_uri(), f"{folder}/tree", external=True)
+    session.run("python", "-m", "build", "--outdir", f"{folder}/dist", f"{folder}/tree", silent=True)
     files = sorted(map(str, (folder / "dist").iterdir()))
     session.run("twine", "check", "--strict", *files)
     session.run("python", "tests/release/install.py", str(folder), *files)
