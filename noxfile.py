@@ -243,7 +243,7 @@ def release(session: nox.Session) -> None:
     # what is committed, and outside of this folder, in which setuptools would leave files
     session.run("git", "clone", "--quiet", "--depth", "1", Path.cwd().as_uri(), f"{folder}/tree", external=True)
     session.run("python", "-m", "build", "--outdir", f"{folder}/dist", f"{folder}/tree", silent=True)
-    files = sorted(map(str, (folder / "dist").iterdir()))
+    files = [str(file) for end in (".tar.gz", ".whl") for file in (folder / "dist").glob(f"*{end}")]
     session.run("twine", "check", "--strict", *files)
     session.run("python", "tests/release/install.py", str(folder), *files)
 
