@@ -16,6 +16,7 @@ from doge_deploy.checkpoint import Checkpoint, check_finite, check_score_range, 
 from doge_deploy.checkpoint.tokenizer import write_tokenizer
 from doge_deploy.devices.packages import require_export_packages
 from doge_deploy.dtypes import NAMES
+from doge_deploy.errors import UsageError
 from doge_deploy.graph.weight_formats import format_of, resolve_options
 from doge_deploy.options.compatibility import check_facts, resolve_max_length
 from doge_deploy.options.export import ExportOptions
@@ -57,6 +58,7 @@ def export(
     from doge_deploy.graph.write import inline_functions, write_graphs
 
     options = resolve_options(options)
+    _check_lower_for(options)
     dtype = NAMES[options.dtype]
     with writing_bundle(output, force=force) as directory:
         advance = progress.stage("check checkpoint")
@@ -73,7 +75,7 @@ def export(
         layouts, hashed = write_graphs(
             directory, checkpoint, options, dtype=dtype, max_length=max_length, progress=progress
         )
-        layouts = _lowered(directory, layouts, progress)
+        layouts = _lowered(directory, layouts, options.lower_for, progress)
         if options.inline_functions:  # only now: a lowering looks for the operators that the functions stand for
             advance = progress.stage("inline functions")
             for layout in layouts.values():
@@ -107,10 +109,25 @@ def export(
     return manifest
 
 
-def _lowered(directory: Path, layouts: Mapping[str, Layout], progress: Progress) -> dict[str, Layout]:
-    """The layouts with what every installed backend made of them."""
+def _check_lower_for(options: ExportOptions) -> None:
+    """Raises UsageError where a graph is to be lowered for what lowers none when asked, or not of this bundle."""
+    for name in options.lower_for:
+        known = [backend for backend in backends() if backend.lowers_when_asked]
+        asked = next((backend for backend in known if backend.name == name), None)
+        if asked is None:
+            raise UsageError(f"--lower-for {name}: must be one of {', '.join(backend.name for backend in known)}")
+        if options.task != "causal-lm" or not set(asked.lowers) & set(options.kv_cache):
+            raise UsageError(f"--lower-for {name} needs a bundle with --kv-cache {' or '.join(asked.lowers)}")
+
+
+def _lowered(
+    directory: Path, layouts: Mapping[str, Layout], asked: tuple[str, ...], progress: Progress
+) -> dict[str, Layout]:
+    """The layouts with what every installed backend made of them, but for those that were not asked to."""
     found = dict(layouts)
     for backend in backends():
+        if backend.lowers_when_asked and backend.name not in asked:
+            continue
         for name in (one for one in backend.lowers if one in layouts):
             advance = progress.stage(f"lower for {backend.title}")
             lowered = backend.lower(directory, layouts[name])
