@@ -25,11 +25,11 @@ TABLE = Path(__file__).parent.parent / "doge_deploy" / "targets" / "cuda" / "ker
 CONTRIB = "com.microsoft"
 
 OPERATORS = """
-    Add And Attention BitwiseXor Cast CastLike Clip Concat ConstantOfShape Cos CumSum DequantizeLinear Div Equal
-    Erf Exp Expand Gather GatherElements GatherND Gelu Greater GreaterOrEqual HardSwish Identity IsNaN LeakyRelu Less
-    LessOrEqual MatMul Max Min Mish Mod Mul Neg Not Or PRelu Pow RMSNormalization Range Reciprocal ReduceMax ReduceSum Relu
-    Reshape RotaryEmbedding ScatterElements ScatterND Shape Sigmoid Sin Slice Softmax Softplus Split Sqrt Squeeze Sub Tanh
-    TensorScatter TopK Transpose Unsqueeze Where
+    Add And Attention BitwiseXor Cast CastLike Clip Concat ConstantOfShape Cos CumSum DequantizeLinear Div
+    Equal Erf Exp Expand Gather GatherElements GatherND Gelu Greater GreaterOrEqual HardSwish Identity IsNaN
+    LeakyRelu Less LessOrEqual MatMul Max Min Mish Mod Mul Neg Not Or PRelu Pow RMSNormalization Range
+    Reciprocal ReduceMax ReduceSum Relu Reshape RotaryEmbedding ScatterElements ScatterND Shape Sigmoid Sin
+    Slice Softmax Softplus Split Sqrt Squeeze Sub Tanh TensorScatter TopK Transpose Unsqueeze Where
 """.split()
 
 DTYPES = {
@@ -120,7 +120,9 @@ def placement(model: bytes, level: Any = None, folder: str = ".") -> dict[str, l
 def probe(op: str) -> dict[str, Any]:
     """What the table says of an operator of ONNX."""
     schema = onnx.defs.get_schema(op, OPSET, "")
-    required = [i for i, spec in enumerate(schema.inputs) if spec.option != onnx.defs.OpSchema.FormalParameterOption.Optional]
+    required = [
+        i for i, spec in enumerate(schema.inputs) if spec.option != onnx.defs.OpSchema.FormalParameterOption.Optional
+    ]
     wanted = _INPUTS.get(op, tuple(required))
     parameters = {
         one.type_param_str: [name for name in DTYPES if f"tensor({_onnx_name(name)})" in one.allowed_type_strs]
@@ -131,7 +133,9 @@ def probe(op: str) -> dict[str, Any]:
     return {"since": schema.since_version, "types": _types(op, strings, parameters, schema.outputs[0].type_str)}
 
 
-def _types(op: str, strings: list[str], parameters: dict[str, list[str]], out: str, domain: str = "") -> dict[str, list[str]]:
+def _types(
+    op: str, strings: list[str], parameters: dict[str, list[str]], out: str, domain: str = ""
+) -> dict[str, list[str]]:
     used = [name for name in parameters if name in strings or name == out]
     found: dict[str, list[str]] = {}
     for parameter in used:

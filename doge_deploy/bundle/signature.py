@@ -29,8 +29,8 @@ LOGIT_OFFSETS, LOGIT_ROWS = "logit_offsets", "logit_rows"
 distances from its last one."""
 
 BEST_TOKENS, BEST_LOGITS = "best_tokens", "best_logits"
-"""Outputs of a lowered graph: for each place that has logits the lowest of its likeliest tokens, and that token's logit,
-infinite where one is not a number."""
+"""Outputs of a lowered graph: for each place that has logits the lowest of its likeliest tokens, and the logit of that
+token, infinite where one is not a number."""
 
 LAYOUTS = ("static", "growing")
 """Cache layouts, the default first."""

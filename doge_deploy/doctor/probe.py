@@ -61,9 +61,7 @@ class Found:
 def probe_libraries(wanted: Mapping[str, Library], timeout_s: float = TIMEOUT_S) -> dict[str, Found]:
     """Look at all of them."""
     deadline = time.monotonic() + timeout_s
-    children = {
-        name: _start(library) for name, library in wanted.items() if library.probe and _is_installed(library)
-    }
+    children = {name: _start(library) for name, library in wanted.items() if library.probe and _is_installed(library)}
     found = {}
     for name, library in wanted.items():
         if name in children:

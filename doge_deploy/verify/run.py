@@ -69,7 +69,9 @@ def verify(
         MissingDependencyError: torch, transformers or ONNX Runtime is missing.
     """
     if lowering_for is not None and (lowering or portable or engine is not None or backend != DEFAULT_BACKEND):
-        raise UsageError("--lowering-for names what is judged; leave out --lowering, --portable, --engine and --backend")
+        raise UsageError(
+            "--lowering-for names what is judged; leave out --lowering, --portable, --engine and --backend"
+        )
     found = _on_processor(lowering_for) if lowering_for is not None else None
     bundle = open_bundle(path)
     oracle: Oracle

@@ -20,6 +20,7 @@ from transformers import DogeForCausalLM
 from doge_deploy.bundle.engine_record import EngineProfile
 from doge_deploy.bundle.opening import Bundle, open_bundle
 from doge_deploy.errors import UnsupportedModelError, UsageError
+from doge_deploy.runtime import cuda
 from doge_deploy.runtime.ort import open_runner, window
 from doge_deploy.runtime.ort.window import WindowOrtRunner
 from doge_deploy.runtime.rows import RowsRunner
@@ -48,6 +49,8 @@ CONFIGS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "int8": ({"hidden_size": 64, "intermediate_size": 64}, {"quantize": "int8"}),
 }
 
+CUDA_CONFIGS = ("dense", "window", "moe-window", "dynamic", "dense-all-logits")
+
 PROFILES = (
     EngineProfile(name="prefill", axes=axes((1, 1, SLOTS), (1, 32, 64))),
     EngineProfile(name="decode", axes=axes((1, 1, SLOTS), (1, 1, 1))),
@@ -57,9 +60,15 @@ BACKENDS: dict[str, Callable[[Bundle], RowsRunner]] = {
     "ort": lambda bundle: open_runner(bundle, "static", threads=1),  # type: ignore[return-value]
     "ort-portable": lambda bundle: open_runner(bundle, "static", threads=1, portable=True),  # type: ignore[return-value]
     "engine": lambda bundle: held_runner(bundle, profiles=PROFILES),
+    "cuda-on-cpu": lambda bundle: cuda.open_runner(bundle, bundle.layout("static"), device="cpu"),
 }
 
-CASES = [(config, backend) for config in CONFIGS for backend in BACKENDS if (config, backend) != ("int8", "engine")]
+CASES = [
+    (config, backend)
+    for config in CONFIGS
+    for backend in BACKENDS
+    if (config, backend) != ("int8", "engine") and (backend != "cuda-on-cpu" or config in CUDA_CONFIGS)
+]
 OFTEN = ("dense", "window", "moe-window", "sliding", "dynamic", "longrope", "int8")
 """Configurations of the usual run."""
 

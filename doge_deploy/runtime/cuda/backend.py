@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from doge_deploy.bundle.manifest import Layout, Lowered
 from doge_deploy.bundle.opening import Bundle
 from doge_deploy.targets.backend import Backend, Library, SessionOptions
-from doge_deploy.targets.deployment import Constraints, DeployableModel, Obstacle
+from doge_deploy.targets.deployment import Constraints, Obstacle
 
 if TYPE_CHECKING:
     from doge_deploy.devices.facts import DeviceFacts
@@ -50,7 +50,9 @@ class CudaBackend(Backend["CudaRunner"]):
 
         return write_lowered(directory, layout)
 
-    def open(self, bundle: Bundle, layout: Layout, options: SessionOptions, *, graph: bytes | None = None) -> CudaRunner:
+    def open(
+        self, bundle: Bundle, layout: Layout, options: SessionOptions, *, graph: bytes | None = None
+    ) -> CudaRunner:
         from doge_deploy.runtime import cuda
 
         return cuda.open_runner(bundle, layout, device=self._device, model=graph)

@@ -58,7 +58,9 @@ class DeviceMemory:
         open_session: opens a session on that device from a serialized graph.
     """
 
-    def __init__(self, device: str, device_id: int, open_session: Callable[[bytes], onnxruntime.InferenceSession]) -> None:
+    def __init__(
+        self, device: str, device_id: int, open_session: Callable[[bytes], onnxruntime.InferenceSession]
+    ) -> None:
         self.device, self.device_id = device, device_id
         self._open_session = open_session
         self._copier: onnxruntime.InferenceSession | None = None

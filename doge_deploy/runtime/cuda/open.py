@@ -26,7 +26,7 @@ FIRST_VERSION = "1.31"
 """The one whose kernels were listed; older ones lack some for opset 24. See targets/cuda/kernels.json."""
 
 INSTALL = f"pip uninstall {CPU_PACKAGE} {PACKAGE}, then pip install 'doge-deploy[gpu]'"
-"""In this order: both packages are the module `onnxruntime`, and the one that is uninstalled takes files of the other."""
+"""In this order: both packages are the module `onnxruntime`, and uninstalling one removes files of the other."""
 
 
 def open_runner(
@@ -42,8 +42,8 @@ def open_runner(
         model: a changed graph to run instead, lowered or not.
 
     Raises:
-        MissingDependencyError: the library, the provider in it, a driver or a GPU is missing, or the packages that lower
-            a graph, where that must be done.
+        MissingDependencyError: the library, the provider in it, a driver or a GPU is missing, or the packages that
+            lower a graph, where that must be done.
         UnsupportedModelError: the graph cannot be lowered, or ONNX Runtime refuses it.
     """
     ort = _import(device)

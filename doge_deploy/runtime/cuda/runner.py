@@ -58,8 +58,8 @@ class _Call:
                 self.binding.bind_ortvalue_output(spec.name, self.outputs[spec.name].value)
         for past, present in runner.past:
             cache = runner.caches[past]
-            shape, address = [rows, *cache.shape[1:]], cache.address + first * _row_bytes(cache)
-            place = (memory.device, memory.device_id, cache.dtype.type, shape, address)
+            address = cache.address + first * _row_bytes(cache)
+            place = (memory.device, memory.device_id, cache.dtype.type, [rows, *cache.shape[1:]], address)
             self.binding.bind_input(past, *place)
             self.binding.bind_output(present, *place)
 
@@ -186,8 +186,8 @@ class CudaRunner(RowsRunner):
         if self._extra_outputs:
             # in the order in which they were bound
             bound = [*call.outputs, *(present for _, present in self.past), *self._extra_outputs]
-            values = dict(zip(bound, call.binding.get_outputs(), strict=True))
-            self.extra = {name: values[name].numpy() for name in self._extra_outputs}
+            given = dict(zip(bound, call.binding.get_outputs(), strict=True))
+            self.extra = {name: given[name].numpy() for name in self._extra_outputs}
         return call
 
     def _call_for(self, first: int, rows: int, width: int) -> _Call:

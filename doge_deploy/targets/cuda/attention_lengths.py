@@ -14,10 +14,10 @@ class AttentionLengthsPass(ir.passes.InPlacePass):
     """Tell `Attention` how many slots of each row's cache hold something: `nonpad_kv_seqlen`.
 
     A static cache has `max_length` slots, and the mask hides those behind the last token. With the number of keys the
-    provider's kernels need not read them. Slots that hold padding of this call are counted: the mask hides them too.
+    provider's kernels need not read them. Slots that hold padding of this call are counted: the mask hides them.
 
-    Needs: functions inlined; inputs `input_ids` `[B, Q]` and `write_indices` `[B]`; `Attention` of opset 24 without past
-    and present. Promises: the same numbers.
+    Needs: functions inlined; inputs `input_ids` `[B, Q]` and `write_indices` `[B]`; `Attention` of opset 24 without
+    past and present. Promises: the same numbers.
 
     1. Must not fire where the node already has lengths.
     """

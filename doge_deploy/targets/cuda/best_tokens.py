@@ -59,6 +59,6 @@ def _append(graph: ir.Graph, op_type: str, *inputs: ir.Value, outputs: int = 1, 
 def _constant(graph: ir.Graph, name: str, array: npt.NDArray[Any]) -> ir.Value:
     name = f"best.{name}"
     tensor = ir.tensor(array, name=name)
-    value = ir.Value(name=name, shape=tensor.shape, type=ir.TensorType(tensor.dtype), const_value=tensor)
+    value = ir.Value(name=name, shape=ir.Shape(array.shape), type=ir.TensorType(tensor.dtype), const_value=tensor)
     graph.register_initializer(value)
     return value

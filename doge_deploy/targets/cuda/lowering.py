@@ -1,8 +1,8 @@
 """The order of the lowering for ONNX Runtime's CUDA provider.
 
 It is the standard graph with its bodies inlined, as TensorRT's parser gets it: the provider has kernels for the same
-operators of opset 24. What is added is small: weights of few bits in the provider's own operators, one mask of causality
-for all layers, how many keys each row holds, and the likeliest token.
+operators of opset 24. What is added is small: weights of few bits in the provider's own operators, one mask of
+causality for all layers, how many keys each row holds, and the likeliest token.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def lower(model: ir.Model) -> Lowering:
     if dtype not in DTYPES:
         found = "nothing" if dtype is None else dtype.name.lower()
         raise UnsupportedModelError(
-            f"the cuda backend reads logits in float32 or float16, and this graph gives {found}: export with --dtype fp16"
+            f"the cuda backend reads logits in float32 or float16, this graph gives {found}: export with --dtype fp16"
         )
     applied: list[str] = []
     declined: dict[str, str] = {}

@@ -23,8 +23,8 @@ OPSET = 24
 SHAPE_OPERATORS = frozenset(
     "Add Cast Concat Div Equal Gather Identity Max Min Mul Reshape Shape Size Slice Squeeze Sub Unsqueeze".split()
 )
-"""What ONNX Runtime may compute on the CPU although the provider has kernels: a few whole numbers that begin as a shape,
-which lies in the processor's memory anyway."""
+"""What ONNX Runtime may compute on the CPU although the provider has kernels: a few whole numbers that begin as a
+shape, which lies in the processor's memory anyway."""
 
 
 @dataclass(frozen=True)
@@ -122,21 +122,20 @@ def _types(model: ir.Model) -> dict[str, str]:
     for node in model.graph:  # ONNX knows nothing of ONNX Runtime's own operators
         if node.domain and node.op_type in _CONTRIB_PARAMETERS and node.outputs[0].dtype is None:
             source = node.inputs[0 if node.op_type == "MatMulNBits" else 2]
-            node.outputs[0].dtype = None if source is None else source.dtype
+            if source is not None and source.dtype is not None:
+                node.outputs[0].dtype = source.dtype
     proto = ir.to_proto(model)
     del proto.graph.initializer[:]
-    known = [(name, value.dtype) for name, value in model.graph.initializers.items()]
     listed = {value.name for value in proto.graph.input}
-    for name, dtype in known:
-        if name not in listed and dtype is not None:
-            proto.graph.input.append(
-                onnx.ValueInfoProto(name=name, type=onnx.helper.make_tensor_type_proto(dtype.value, None))
-            )
+    for name, value in model.graph.initializers.items():
+        if name not in listed and value.dtype is not None:
+            kind = onnx.helper.make_tensor_type_proto(value.dtype.value, None)
+            proto.graph.input.append(onnx.ValueInfoProto(name=name, type=kind))
     inferred = onnx.shape_inference.infer_shapes(proto).graph
     return {
-        value.name: _name(value.type.tensor_type.elem_type)
-        for values in (inferred.input, inferred.output, inferred.value_info)
-        for value in values
+        info.name: _name(info.type.tensor_type.elem_type)
+        for infos in (inferred.input, inferred.output, inferred.value_info)
+        for info in infos
     }
 
 

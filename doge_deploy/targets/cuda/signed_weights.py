@@ -7,6 +7,9 @@ import onnx_ir as ir
 
 from doge_deploy.targets.ort.matching import CONTRIB, Emitter, attribute, require_contrib, take_place
 
+FLIP = 0x88
+"""The highest bits of two numbers."""
+
 _FLIP = "signed_weights.flip"
 
 
@@ -14,8 +17,8 @@ class SignedWeightsPass(ir.passes.InPlacePass):
     """DequantizeLinear + Transpose + MatMul -> BitwiseXor + MatMulNBits, DequantizeLinear + Gather ->
     GatherBlockQuantized, for numbers from -8 to 7.
 
-    `MatMulNBits` reads unsigned numbers of which 8 stands for zero. Bits of a signed number and of the unsigned one that
-    stands for it differ in the highest bit alone, so an exclusive or with 0x88 turns two of them at once. It depends on
+    `MatMulNBits` reads unsigned numbers of which 8 stands for zero. A signed number and the unsigned one that stands
+    for it differ in the highest bit alone, so an exclusive or with 0x88 turns two of them at once. It depends on
     constants only: ONNX Runtime computes it when it loads the graph, and forgets the stored form.
 
     Needs: INT4 in external data, blocked along the rows of a 2-D weight, whole blocks, no zero point.
@@ -52,17 +55,19 @@ def _is_signed(node: ir.Node) -> bool:
         and stored.dtype == ir.DataType.INT4
         and len(stored.shape) == 2
         and block >= 16
-        and int(stored.shape[1]) % block == 0
+        and stored.shape.numpy()[1] % block == 0
     )
 
 
 def _multiply(graph: ir.Graph, weight: ir.Node, product: ir.Node) -> None:
     values, scale = weight.inputs
     assert values is not None and isinstance(values.const_value, ir.ExternalTensor)
-    rows, columns = (int(size) for size in values.const_value.shape)
+    rows, columns = values.const_value.shape.numpy()
     block = attribute(weight, "block_size")
     emit = Emitter(product, product.outputs[0].name or "product")
-    unsigned = emit("BitwiseXor", _bytes(graph, values.const_value, rows, columns, block), _flip(graph), name="unsigned")
+    unsigned = emit(
+        "BitwiseXor", _bytes(graph, values.const_value, rows, columns, block), _flip(graph), name="unsigned"
+    )
     node = emit(
         "MatMulNBits",
         product.inputs[0],
@@ -119,6 +124,6 @@ def _bytes(graph: ir.Graph, tensor: ir.ExternalTensor, rows: int, columns: int, 
 def _flip(graph: ir.Graph) -> ir.Value:
     if _FLIP not in graph.initializers:
         value = ir.Value(name=_FLIP, shape=ir.Shape(()), type=ir.TensorType(ir.DataType.UINT8))
-        value.const_value = ir.tensor(np.uint8(0x88), name=_FLIP)
+        value.const_value = ir.tensor(np.uint8(FLIP), name=_FLIP)
         graph.register_initializer(value)
     return graph.initializers[_FLIP]
