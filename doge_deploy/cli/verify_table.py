@@ -121,7 +121,7 @@ class VerifyTable:
         say(
             f"{report.weights.compared} weights {'' if report.weights.passed else 'NOT '}bit for bit the checkpoint's; "
             f"{passed} of {len(report.results)} cases within tolerance{_greedy(report)}; "
-            f"{tied} rows chose among ties or near-ties",
+            f"{tied} rows had tied or nearly tied scores",
             highlight=False,
             soft_wrap=True,
         )
@@ -129,7 +129,7 @@ class VerifyTable:
     def _say_baseline(self, baseline: Comparison) -> None:
         for drift in baseline.drifts:
             self.console.print(f"DRIFT {drift}", style="red", highlight=False, soft_wrap=True)
-        held = f"{baseline.compared} cases held against {baseline.name}, {len(baseline.drifts)} drift"
+        held = f"{baseline.compared} cases compared with {baseline.name}, {len(baseline.drifts)} drift"
         for what, names in (("not judged now", baseline.missing), ("not in it", baseline.new)):
             held += f"; {what}: {', '.join(names)}" if names else ""
         self.console.print(held, highlight=False, soft_wrap=True)
