@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from doge_deploy.verify.quality import QualityResult
     from doge_deploy.verify.report import Report
 
-_WIDTH_WITHOUT_TERMINAL = 150
+_WIDTH_WITHOUT_TERMINAL = 170
 _FAILURES_SHOWN = 3
 
 
@@ -57,7 +57,10 @@ class VerifyTable:
         self.columns = [column for column in _COLUMNS if self.console.width >= column.from_width]
         self.table = Table(title="Bundle against reference (eager)", title_justify="left")
         for column in self.columns:
-            self.table.add_column(column.name, justify="right" if column.number else "left", no_wrap=True)
+            width = None if column.name else 4  # the verdict is never cut
+            self.table.add_column(
+                column.name, justify="right" if column.number else "left", no_wrap=True, min_width=width
+            )
         self.live = Live(self.table, console=self.console, auto_refresh=False)
 
     def __enter__(self) -> VerifyTable:
