@@ -121,6 +121,7 @@ def interop_genai(session: nox.Session) -> None:
     session.install("-r", "tests/interop/requirements-genai.txt")
     if session.posargs:
         print_steps(session)
+        session.run("python", "tests/interop/genai_parts.py", *session.posargs)
     else:
         session.run("python", "tests/interop/genai_client.py", interop_bundles(session))
 

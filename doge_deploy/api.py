@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Unpack
 
+from doge_deploy.bundle.archive import Packed, pack, unpack
 from doge_deploy.errors import (
     BrokenBundleError,
     DogeDeployError,
@@ -40,6 +41,8 @@ if TYPE_CHECKING:  # what takes long to import is imported by the function that 
 __all__ = [
     "export",
     "build",
+    "pack",
+    "unpack",
     "verify",
     "record",
     "localize",
@@ -51,6 +54,7 @@ __all__ = [
     "TextChoices",
     "TextModel",
     "Generation",
+    "Packed",
     "DogeDeployError",
     "MismatchError",
     "UsageError",
