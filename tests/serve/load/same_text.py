@@ -9,10 +9,10 @@ logits, which guesses tokens where it runs alone.
 
 A call of another number of rows may round the last bit otherwise, and another key may then be kept where two are almost
 equal. So a text that differs needs a certificate, which explains all of it: tokens that may have been picked instead
-(`near_ties.py`), and between them what the run alone gives after such a token. A token may have been picked instead
-where the sampler, with its own random number, picks it from logits that are as far from those of the run alone as they
-are among `LAYOUTS` other ways to feed the same tokens (cut into even and uneven chunks, decoded beside 0 to 7 random
-neighbours). A text that is not explained is a fault.
+(`near_ties.py`), and between them what the run alone gives after such a token. For that the tokens before are fed alone
+and in `LAYOUTS` other ways (cut into even and uneven chunks, decoded beside 0 to 7 random neighbours), and the number
+that the sampler draws must lie between the boundaries of the token, as far as these move among the ways. A text that is
+not explained is a fault.
 """
 
 from __future__ import annotations
@@ -313,7 +313,7 @@ class Layouts:
         return rows
 
 
-MOST_TURNS = 4
+MOST_TURNS = 12
 """Tokens of a text that may have been picked otherwise, one after the other."""
 
 
@@ -347,18 +347,18 @@ class Certificates:
         prompt = self.alone.ids(case)
         ways = [self.layouts.rows(prompt, output, seed) for seed in (None, *range(LAYOUTS))]
         for place in places:
-            noise, possible = self._possible(case, [rows[place] for rows in ways], found, place)
+            possible = self._possible(case, [rows[place] for rows in ways], found, place)
             for token in possible:
                 if token == found.tokens[place] or not self._begins(case, [*found.tokens[:place], token], answer[0]):
                     continue
                 rest = self.explain(case, answer, [*found.tokens[:place], token], turns - 1)
                 if rest is not None:
-                    turn = {"place": place, "from": found.tokens[place], "to": token, "noise": noise}
-                    return [{**turn, "possible": possible}, *rest]
+                    turn = {"place": place, "from": found.tokens[place], "to": token, "possible": possible}
+                    return [turn, *rest]
         return None
 
-    def _possible(self, case: Case, rows: Sequence[Any], found: Run, place: int) -> tuple[float, list[int]]:
-        """What logits differ by among the ways to feed the same tokens, and the tokens that may be picked there."""
+    def _possible(self, case: Case, rows: Sequence[Any], found: Run, place: int) -> list[int]:
+        """The tokens that may be picked there, by the logits of each way to feed the tokens before."""
         options = self.alone.options(case).sampling
         context = Context(self.alone.ids(case))
         grammar = self.alone.grammar(case)
@@ -367,11 +367,9 @@ class Certificates:
             if grammar is not None:
                 grammar.accept(token)
         sampler = Sampler(options)
-        scores = [sampler.scores(row if grammar is None else grammar.allow(row), context) for row in rows]
-        allowed = scores[0] > -np.inf
-        noise = max(float(np.abs(other[allowed] - scores[0][allowed]).max()) for other in scores[1:])
         sampler._random.bit_generator.state = found.states[place]
-        return noise, possible_tokens(options, scores[0].astype(np.float64), noise, float(sampler._random.random()))
+        allowed = [row if grammar is None else grammar.allow(row) for row in rows]
+        return possible_tokens(sampler, allowed, context, float(sampler._random.random()))
 
     def _places(self, case: Case, tokens: list[int], text: str, first: int) -> list[int]:
         """Where the texts part: what a token is shows only when it is whole, so some earlier places are looked at too;
