@@ -638,6 +638,11 @@ class TestModels:
     def test_models(self, server: Running) -> None:
         (card,) = server.client.get("/v1/models").json()["data"]
         assert card["id"] == NAME and card["max_model_len"] == 512
+        assert card["doge_deploy"]["verified"] is None
+        server.served.verified = {NAME: {"verdict": "computes the same"}, "other": {}}
+        (judged,) = server.client.get("/v1/models").json()["data"]
+        server.served.verified = {}
+        assert judged["doge_deploy"]["verified"] == {"verdict": "computes the same"}
         assert server.client.get(f"/v1/models/{NAME}").json() == card
         assert server.client.get("/v1/models/other").status_code == 404
 
