@@ -87,10 +87,13 @@ class Sampler:
     def pick(self, logits: FloatArray, context: Sequence[int]) -> int:
         """The next token: one of `distribution`, drawn by inverse transform sampling.
 
+        A drawn token takes one random number, also where only one token is left: else a last bit that leaves two would
+        change every token that follows.
+
         Args, Raises: those of `distribution`.
         """
         ids, probabilities = self.distribution(logits, context)
-        if len(ids) == 1:
+        if not self.options.do_sample:
             return int(ids[0])
         cumulative = np.cumsum(probabilities)
         # To the right of equals: an id of probability 0 is never drawn.

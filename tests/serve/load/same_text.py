@@ -10,9 +10,9 @@ logits, which guesses tokens where it runs alone.
 A call of another number of rows may round the last bit otherwise, and another key may then be kept where two are almost
 equal. So a text that differs needs a certificate, which explains all of it: tokens that may have been picked instead
 (`near_ties.py`), and between them what the run alone gives after such a token. For that the tokens before are fed alone
-and in `LAYOUTS` other ways (cut into even and uneven chunks, decoded beside 0 to 7 random neighbours), and the number
-that the sampler draws must lie between the boundaries of the token, as far as these move among the ways. A text that is
-not explained is a fault.
+and in `LAYOUTS` other ways (behind the beginning of another text, in even and uneven pieces, decoded beside 0 to 7
+random neighbours), and the number that the sampler draws must lie between the boundaries of the token, as far as these
+move among the ways. A text that is not explained is a fault.
 """
 
 from __future__ import annotations
@@ -281,6 +281,21 @@ async def ask_all(url: str, cases: list[Case], leaving: list[Case], seed: int) -
     return [results[number] for number in range(len(cases))]
 
 
+def _cuts(length: int, seed: int | None, chosen: random.Random) -> list[int]:
+    """Where the pieces of a prompt begin, and the end of the last one: even pieces, uneven ones, and one cut anywhere,
+    as where a slot held the beginning already, of a text that went on in another way.
+    """
+    if seed is None or length < 2:
+        return [0, length]
+    if seed % 3 == 0:
+        return [0, chosen.randrange(1, length), length]
+    starts = [0]
+    while starts[-1] < length:
+        even = length // (seed // 3 + 2) + 1
+        starts.append(starts[-1] + (chosen.choice((1, 1, 2, 5, 16, 64)) if seed % 3 == 1 else even))
+    return [*(start for start in starts if start < length), length]
+
+
 class Layouts:
     """The same tokens fed in other ways."""
 
@@ -299,12 +314,15 @@ class Layouts:
         runner = self._slots
         for slot in (self._own, *self._others):
             runner.truncate(slot, 0)
-        starts = [0]
-        while seed is not None and starts[-1] < len(prompt):  # half of them in even chunks, half in uneven ones
-            even = len(prompt) // (seed // 2 + 1) + 1
-            starts.append(starts[-1] + (chosen.choice((1, 1, 2, 5, 16, 64)) if seed % 2 else even))
-        for start, end in pairwise([*(start for start in starts if start < len(prompt)), len(prompt)]):
-            last = runner.prefill(self._own, prompt[start:end]).numpy()[0, -1]
+        for start, end in pairwise(_cuts(len(prompt), seed, chosen)):
+            before = seed is not None and seed % 3 == 0 and end < len(prompt)
+            behind = [chosen.randrange(6, self._vocab) for _ in range(chosen.randrange(64 * before + 1))]
+            last = runner.prefill(self._own, [*prompt[start:end], *behind]).numpy()[0, -1]
+            if behind and runner.can_cut(self._own):
+                runner.truncate(self._own, end)
+            elif behind:  # it has dropped keys: a server would not keep it either
+                runner.truncate(self._own, 0)
+                last = runner.prefill(self._own, prompt[:end]).numpy()[0, -1]
         rows = [last.astype(np.float32)]
         for token in output:
             others = [] if seed is None else chosen.sample(self._others, chosen.randrange(len(self._others) + 1))
@@ -313,8 +331,8 @@ class Layouts:
         return rows
 
 
-MOST_TURNS = 12
-"""Tokens of a text that may have been picked otherwise, one after the other."""
+MOST_TRIED = 200
+"""Beginnings of one text that are followed: where another key was kept early, many later tokens may be other ones."""
 
 
 @dataclass
@@ -325,7 +343,11 @@ class Certificates:
     layouts: Layouts
 
     def explain(
-        self, case: Case, answer: tuple[str, str, int], given: Sequence[int] = (), turns: int = MOST_TURNS
+        self,
+        case: Case,
+        answer: tuple[str, str, int],
+        given: Sequence[int] = (),
+        tried: set[tuple[int, ...]] | None = None,
     ) -> list[dict[str, Any]] | None:
         """The turns by which the text of the run alone becomes that of `answer`; None where there are none.
 
@@ -333,13 +355,15 @@ class Certificates:
             case: the request.
             answer: text, reason and number of tokens that the server gave.
             given: first tokens, which were explained already.
-            turns: how many more there may be.
+            tried: all that was given before.
         """
+        tried = set() if tried is None else tried
+        if tuple(given) in tried or len(tried) > MOST_TRIED:
+            return None
+        tried.add(tuple(given))
         found = self.alone.follow(case, given)
         if found.answer == answer:
             return []
-        if not turns:
-            return None
         places = self._places(case, found.tokens, answer[0], len(given))
         if not places:
             return None
@@ -351,7 +375,7 @@ class Certificates:
             for token in possible:
                 if token == found.tokens[place] or not self._begins(case, [*found.tokens[:place], token], answer[0]):
                     continue
-                rest = self.explain(case, answer, [*found.tokens[:place], token], turns - 1)
+                rest = self.explain(case, answer, [*found.tokens[:place], token], tried)
                 if rest is not None:
                     turn = {"place": place, "from": found.tokens[place], "to": token, "possible": possible}
                     return [turn, *rest]
