@@ -10,6 +10,7 @@ from doge_deploy.bundle.opening import Bundle
 from doge_deploy.bundle.signature import SHARES_BUFFERS, SLOT_INDICES, UNCACHED
 from doge_deploy.devices.host import multiplies_bytes
 from doge_deploy.devices.packages import require_graph_packages
+from doge_deploy.graph.weight_formats import format_of
 from doge_deploy.runtime.memory import check_memory
 from doge_deploy.runtime.ort.graph_cache import open_cached
 from doge_deploy.runtime.ort.growing import InPlaceGrowingOrtRunner
@@ -51,6 +52,12 @@ def open_runner(
     check_memory(bundle, chosen)
     file = graph_file(chosen, portable=portable)
     source: Path | bytes = bundle.path / file if model is None else model
+    weights = format_of(bundle.manifest.options)
+    if weights is not None and weights.rounds_inputs_to == "float4_e2m1":
+        require_graph_packages("a bundle with weights of float4 on the CPU")
+        from doge_deploy.targets.ort import widen_float4
+
+        source = widen_float4(source)
     if bundle.manifest.dtype == "bfloat16":
         require_graph_packages("a bfloat16 bundle on the CPU")
         from doge_deploy.targets.ort import widen_bfloat16
