@@ -25,7 +25,7 @@ def rounding(scale: float) -> onnxruntime.InferenceSession:
     product = ir.node("MatMul", [x, eye])
     product.outputs[0].name, product.outputs[0].type = "y", ir.TensorType(ir.DataType.FLOAT16)
     product.outputs[0].shape = x.shape
-    mark_rounded(product, "float4_e2m1", scale)
+    mark_rounded(product, "float4_e2m1fn", scale)
     graph = ir.Graph(
         [x], product.outputs, nodes=[product], initializers=[eye], opset_imports={"": 24, "doge": 1}, name="g"
     )

@@ -31,7 +31,7 @@ BLOCK = 16
 LARGEST, LARGEST_SCALE, SMALLEST_SCALE = 6.0, 448.0, 2.0**-9
 """Of float4 e2m1, and of the scales, float8 e4m3."""
 
-SUFFIXES = {"values": (".f4", "float4_e2m1"), "block_scale": (".block_scale", "float8_e4m3fn")}
+SUFFIXES = {"values": (".f4", "float4_e2m1fn"), "block_scale": (".block_scale", "float8_e4m3fn")}
 WHOLE = ".whole_scale"
 
 PRODUCTS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -49,7 +49,7 @@ class Format(WeightFormat):
     title = "4 bits, floating point, for engines (experimental)"
     dtypes = ("fp16", "bf16")
     rounds_activations = True
-    rounds_inputs_to = "float4_e2m1"
+    rounds_inputs_to = "float4_e2m1fn"
     first_capability = "12.0"
     targets = frozenset({"ort", "trt", "trt-rtx"})
     quality = Quality(

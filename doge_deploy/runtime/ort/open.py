@@ -53,7 +53,7 @@ def open_runner(
     file = graph_file(chosen, portable=portable)
     source: Path | bytes = bundle.path / file if model is None else model
     weights = format_of(bundle.manifest.options)
-    if weights is not None and weights.rounds_inputs_to == "float4_e2m1":
+    if weights is not None and weights.rounds_inputs_to == "float4_e2m1fn":
         require_graph_packages("a bundle with weights of float4 on the CPU")
         from doge_deploy.targets.ort import widen_float4
 

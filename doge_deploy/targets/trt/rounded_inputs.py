@@ -29,9 +29,9 @@ class RoundInputsPass(ir.passes.InPlacePass):
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         products = [(node, found) for node in model.graph if (found := rounded_input(node)) is not None]
         for product, found in products:
-            round_input = _to_float4 if found.dtype == "float4_e2m1" else _to_float8
+            round_input = _to_float4 if found.dtype == "float4_e2m1fn" else _to_float8
             product.replace_input_with(0, round_input(model.graph, product, found))
-        if any(found.dtype == "float4_e2m1" for _, found in products):
+        if any(found.dtype == "float4_e2m1fn" for _, found in products):
             model.graph.opset_imports[TENSORRT] = 1
         return ir.passes.PassResult(model, bool(products))
 
