@@ -121,6 +121,7 @@ def interop_genai(session: nox.Session) -> None:
     session.install("-r", "tests/interop/requirements-genai.txt")
     if session.posargs:
         print_steps(session)
+        session.run("python", "tests/interop/genai_parts.py", *session.posargs)
     else:
         session.run("python", "tests/interop/genai_client.py", interop_bundles(session))
 
@@ -190,7 +191,15 @@ def serve_clients(session: nox.Session) -> None:
     """The examples of docs/serve.md, run as they stand there, with the clients of other people.  Needs Node and npm."""
     packages = node_packages(session, "tests/serve_clients/node")
     session.install("-r", "tests/serve_clients/requirements.txt")
-    session.run("python", "tests/serve_clients/run_page.py", own_programs(session), packages)
+    programs = ["--bin", own_programs(session), "--node", packages]
+    session.run("python", "tests/pages/run_pages.py", *programs, "docs/serve.md")
+
+
+@nox.session(venv_backend="none")
+def pages(session: nox.Session) -> None:
+    """The blocks of README and docs/, run as they stand there; other sessions run the rest:  nox -s pages -- PAGE"""
+    own_programs(session)
+    session.run(sys.executable, "tests/pages/run_pages.py", *session.posargs)
 
 
 @nox.session(name="serve-update", venv_backend="none")
@@ -223,6 +232,21 @@ def docs(session: nox.Session) -> None:
     session.install("-r", "site/requirements.txt")
     session.run("mkdocs", "build", "--strict", "--quiet", *session.posargs, env={"NO_MKDOCS_2_WARNING": "1"})
     session.run("python", "site/check.py", "build/site")
+
+
+@nox.session(python=["3.11", "3.12", "3.13"])
+def release(session: nox.Session) -> None:
+    """The sdist, its wheel, twine's check, a clean installation on each Python, and `pipx run` of the wheel."""
+    folder = Path(session.create_tmp()).resolve()
+    shutil.rmtree(folder)
+    folder.mkdir()
+    session.install("-r", "tests/release/requirements.txt")
+    # what is committed, and outside of this folder, in which setuptools would leave files
+    session.run("git", "clone", "--quiet", "--depth", "1", Path.cwd().as_uri(), f"{folder}/tree", external=True)
+    session.run("python", "-m", "build", "--outdir", f"{folder}/dist", f"{folder}/tree", silent=True)
+    files = [str(file) for end in (".tar.gz", ".whl") for file in (folder / "dist").glob(f"*{end}")]
+    session.run("twine", "check", "--strict", *files)
+    session.run("python", "tests/release/install.py", str(folder), *files)
 
 
 @nox.session

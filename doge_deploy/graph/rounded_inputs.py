@@ -1,6 +1,6 @@
 """Which products of a graph an engine computes in few bits on both sides, and what the other side is rounded to.
 
-The standard graph rounds weights only, so that it can be held against a reference with the same weights. What engines
+The standard graph rounds weights only, so that it can be compared with a reference of the same weights. What engines
 round beside it is noted at the product, and becomes operators where the graph is lowered for them.
 """
 

@@ -10,7 +10,6 @@ from doge_deploy.bundle.opening import Bundle
 from doge_deploy.bundle.signature import SHARES_BUFFERS, SLOT_INDICES, UNCACHED
 from doge_deploy.devices.host import multiplies_bytes
 from doge_deploy.devices.packages import require_graph_packages
-from doge_deploy.graph.weight_formats import format_of
 from doge_deploy.runtime.memory import check_memory
 from doge_deploy.runtime.ort.graph_cache import open_cached
 from doge_deploy.runtime.ort.growing import InPlaceGrowingOrtRunner
@@ -52,8 +51,7 @@ def open_runner(
     check_memory(bundle, chosen)
     file = graph_file(chosen, portable=portable)
     source: Path | bytes = bundle.path / file if model is None else model
-    weights = format_of(bundle.manifest.options)
-    if weights is not None and weights.rounds_inputs_to == "float4_e2m1fn":
+    if _has_float4(bundle):
         require_graph_packages("a bundle with weights of float4 on the CPU")
         from doge_deploy.targets.ort import widen_float4
 
@@ -91,3 +89,14 @@ def open_runner(
     if any(value.name == SLOT_INDICES for value in session.get_inputs()):
         return WindowOrtRunner(session, chosen, window=facts.keep_window_size, **options)
     return StaticOrtRunner(session, chosen, **options)
+
+
+def _has_float4(bundle: Bundle) -> bool:
+    """Whether weights are stored in numbers that ONNX Runtime does not have."""
+    options = bundle.manifest.options
+    if options.quantize is None or options.dtype == "fp32":
+        return False
+    from doge_deploy.graph.weight_formats import format_of  # only such bundles wait for it
+
+    weights = format_of(options)
+    return weights is not None and weights.rounds_inputs_to == "float4_e2m1fn"
