@@ -729,6 +729,20 @@ FAULTS: dict[str, Fault] = {
         ("test_behaviour.py",),
         select="TestSecurity",
     ),
+    "first-token-waits": Fault(
+        "serve",
+        Patch("doge_deploy/serve/engine.py", "or request.produced == 1", ""),
+        "a first token is held back for the second one",
+        ("test_engine.py",),
+        select="first_token",
+    ),
+    "held-while-a-prompt-is-fed": Fault(
+        "serve",
+        Patch("doge_deploy/serve/engine.py", "if self._urgent or not next_is_step or", "if self._urgent or"),
+        "tokens that were made wait until a piece of another one's prompt is fed",
+        ("test_engine.py",),
+        select="prompt_that_is_fed",
+    ),
     "heads-without-end": Fault(
         "serve",
         Patch("doge_deploy/serve/http/connections.py", "if self._head > MAX_HEAD_BYTES:", "if self._head > 10**12:"),
