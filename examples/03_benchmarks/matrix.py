@@ -147,44 +147,53 @@ def run(directory: Path, rows: tuple[str, ...]) -> None:
         )
 
 
-def time_generate(directory: Path, runs: int = 20) -> dict[str, dict[str, float]]:
+LIBRARIES = "import numpy, onnxruntime, tokenizers"
+LOADED = f"""{LIBRARIES}
+import sys
+tokenizers.Tokenizer.from_file(sys.argv[1] + "/tokenizer.json")
+onnxruntime.InferenceSession(sys.argv[1] + "/model.ort.onnx")"""
+"""The libraries alone, and the least that they do for one token: read the tokenizer, open the graph."""
+
+
+def time_generate(directory: Path, runs: int = 20) -> dict[str, dict[str, float | list[float]]]:
     """Wall time of `generate` of one token, from starting the process to its end, after one run that is not counted.
 
-    Each kind's run has a process beside it that only imports the libraries: `over_imports` is the ratio of the medians,
-    `over_imports_low` and `over_imports_high` the quartiles of the ratios of single pairs.
+    In turns with it: a process that imports the libraries, and one in which they also load what is needed.
+    `over_imports` and `over_loaded` are the ratio of the medians to these, then the quartiles of single turns' ratios.
     """
     bundles = {kind: bundle_of(directory, ROWS["20M"], kind) for kind in QUANTIZATIONS}
-    samples: dict[str, list[float]] = {kind: [] for kind, bundle in bundles.items() if bundle.is_dir()}
-    imports: dict[str, list[float]] = {kind: [] for kind in samples}
     script = Path(sys.executable).with_name("doge-deploy")
     # a checkout's modules have byte code, as installed ones do, also where the environment says not to write it
     call(sys.executable, "-m", "compileall", "-q", Path(doge_deploy_package.__file__).parent)
-    for number in range(runs + 1):
-        for kind, bundle in bundles.items():
-            if kind not in samples:
-                continue
-            command = [script, "generate", bundle, "--prompt", "import", "--max-new-tokens", "1", "--quiet"]
-            pair = (
-                wall_time(sys.executable, "-c", "import numpy, onnxruntime, tokenizers"),
+    times: dict[str, dict[str, float | list[float]]] = {}
+    for kind, bundle in bundles.items():
+        if not bundle.is_dir():
+            continue
+        command = [script, "generate", bundle, "--prompt", "import", "--max-new-tokens", "1", "--quiet"]
+        turns = [
+            (
                 wall_time(*command, "--threads", "2"),
+                wall_time(sys.executable, "-c", LIBRARIES),
+                wall_time(sys.executable, "-c", LOADED, bundle),
             )
-            if number:
-                imports[kind].append(pair[0])
-                samples[kind].append(pair[1])
-    times: dict[str, dict[str, float]] = {}
-    for kind, seconds in samples.items():
-        deciles = quantiles(seconds, n=10)
-        ratios = quantiles([mine / other for mine, other in zip(seconds, imports[kind], strict=True)], n=4)
+            for _ in range(runs + 1)
+        ][1:]
+        own = [turn[0] for turn in turns]
         times[kind] = {
-            "median_s": median(seconds),
-            "p90_s": deciles[8],
-            "over_imports": median(seconds) / median(imports[kind]),
-            "over_imports_low": ratios[0],
-            "over_imports_high": ratios[2],
-            "n": len(seconds),
+            "median_s": median(own),
+            "p90_s": quantiles(own, n=10)[8],
+            "over_imports": ratio_of_turns(turns, 1),
+            "over_loaded": ratio_of_turns(turns, 2),
+            "n": len(turns),
         }
         click.echo(f"generate, 20M {kind}: {times[kind]}", err=True)
     return times
+
+
+def ratio_of_turns(turns: list[tuple[float, ...]], other: int) -> list[float]:
+    """The first time over another one: the ratio of the medians, and the quartiles of the ratios of single turns."""
+    single = quantiles([turn[0] / turn[other] for turn in turns], n=4)
+    return [median(turn[0] for turn in turns) / median(turn[other] for turn in turns), single[0], single[2]]
 
 
 def wall_time(*command: str | Path) -> float:

@@ -57,9 +57,9 @@ CPU = DeviceFacts(kind="cpu", product="a processor", bandwidth_gb_per_s=50.0)
 
 USABLE = {
     "cpu": ["ort"],
-    "rtx-desktop": ["trt", "trt-rtx", "ort"],
-    "rtx-4090": ["trt", "trt-rtx", "ort"],
-    "h100": ["trt", "ort"],
+    "rtx-desktop": ["cuda", "trt", "trt-rtx", "ort"],
+    "rtx-4090": ["cuda", "trt", "trt-rtx", "ort"],
+    "h100": ["cuda", "trt", "ort"],
     "jetson-orin-nano-8gb-jp6": ["ort"],
     "jetson-orin-nano-8gb-jp7": ["trt", "ort"],
     "jetson-agx-orin-jp7": ["trt", "ort"],
@@ -180,6 +180,14 @@ def test_an_engine_that_build_refuses_is_no_option(backend: str, tmp_path: Path)
     assert served.usable and served.needs
     plain = option("rtx-desktop", "ort", replace(TINY, max_length=32)).needs
     assert plain and served.needs.weight_bytes < plain.weight_bytes / 4
+
+
+def test_a_device_without_such_numbers(tmp_path: Path) -> None:
+    model = open_model(str(make_bundle("doge-tiny", tmp_path / "b", quantize="nvfp4", dtype="fp16", max_length=32)))
+    older, newer = option("rtx-4090", "trt-rtx", model), option("rtx-4090", "ort", model)
+    assert older.reason == "engines of nvfp4 weights need compute capability 12.0; this is 8.9"
+    assert older.remedy == "export with --quantize int4 --dtype fp16"
+    assert newer.usable
 
 
 def test_plugins_take_no_expert_tables_of_few_bits(tmp_path: Path) -> None:

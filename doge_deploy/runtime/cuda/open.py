@@ -140,7 +140,7 @@ def _open_session(
         raise UnsupportedModelError(f"ONNX Runtime {ort.__version__} refuses the graph: {error}") from error
     if device == "cuda" and PROVIDER not in session.get_providers():
         raise MissingDependencyError(
-            f"the CUDA provider of {PACKAGE} {ort.__version__} does not start: it needs CUDA 13, cuBLAS and an NVIDIA GPU "
+            f"the CUDA provider of {PACKAGE} {ort.__version__} does not start: it needs CUDA 13 and an NVIDIA GPU "
             "(doge-deploy doctor says what is there)"
         )
     return session

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
-from doge_deploy.targets.ort.matching import CONTRIB, Emitter, attribute, require_contrib, take_place
+from doge_deploy.targets.ort.matching import CONTRIB, Emitter, attribute, require_contrib, stored_again, take_place
 
 FLIP = 0x88
 """The highest bits of two numbers."""
@@ -103,22 +103,8 @@ def _gather(weight: ir.Node, gather: ir.Node) -> None:
 
 def _bytes(graph: ir.Graph, tensor: ir.ExternalTensor, rows: int, columns: int, block: int) -> ir.Value:
     """`[N, C/block, block/2]` uint8 on the bytes of `tensor`."""
-    name = f"{tensor.name}.signed_blocks"
-    if name in graph.initializers:
-        return graph.initializers[name]
-    shape = ir.Shape((rows, columns // block, block // 2))
-    value = ir.Value(name=name, shape=shape, type=ir.TensorType(ir.DataType.UINT8))
-    value.const_value = ir.ExternalTensor(
-        tensor.location,
-        tensor.offset,
-        tensor.length,
-        ir.DataType.UINT8,
-        shape=shape,
-        name=name,
-        base_dir=tensor.base_dir,
-    )
-    graph.register_initializer(value)
-    return value
+    shape = (rows, columns // block, block // 2)
+    return stored_again(graph, tensor, f"{tensor.name}.signed_blocks", dtype=ir.DataType.UINT8, shape=shape)
 
 
 def _flip(graph: ir.Graph) -> ir.Value:

@@ -189,8 +189,8 @@ class TestWithoutADevice:
 
     @pytest.mark.parametrize("command", ["generate", "verify", "serve"])
     def test_here(self, command: str, capsys: pytest.CaptureFixture[str]) -> None:
-        more = ["--prompt", "1"] if command == "generate" else []
-        assert run_command([command, str(bundle_of("window")), "--backend", "cuda", *more]) == 4
+        more = ["--prompt", "A list"] if command == "generate" else []
+        assert run_command([command, str(shared_bundle("doge-tiny")), "--backend", "cuda", *more]) == 4
         captured = capsys.readouterr()
         assert captured.err.count("\n") == 1 and "has no CUDA provider" in captured.err
         assert "pip install 'doge-deploy[gpu]'" in captured.err
@@ -205,7 +205,9 @@ class TestWithoutADevice:
 
         monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: [opening.PROVIDER])
         monkeypatch.setattr(onnxruntime, "__version__", "1.30.2")
-        with pytest.raises(MissingDependencyError, match="onnxruntime-gpu 1.30.2 is older than 1.31: pip uninstall"):
+        with pytest.raises(
+            MissingDependencyError, match=r"onnxruntime-gpu 1\.30\.2 is older than 1\.31: pip uninstall"
+        ):
             opening._import("cuda")
 
     def test_no_gpu(self, monkeypatch: pytest.MonkeyPatch) -> None:

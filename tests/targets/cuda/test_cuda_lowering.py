@@ -35,7 +35,7 @@ PAGE = Path(__file__).parents[3] / "docs" / "cuda.md"
 
 def bundle_of(config: str) -> Path:
     model, options = CONFIGS[config]
-    checkpoint = shared_doge(**{**SMALL, "hidden_size": 64, "head_dim": 16, **MODELS[model], "hidden_size": 64})
+    checkpoint = shared_doge(**{**SMALL, **MODELS[model], "hidden_size": 64, "head_dim": 16})
     return shared_bundle(checkpoint, **options)
 
 
