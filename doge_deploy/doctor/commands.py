@@ -119,4 +119,5 @@ def _gpu(machine: Machine, backend: Backend[Any]) -> Obstacle | None:
 
 
 def _install(library: Library) -> str:
-    return f"pip install 'doge-deploy[{library.extra}]'"
+    first = f"pip uninstall {library.module}, then " if library.shares_module else ""
+    return f"{first}pip install 'doge-deploy[{library.extra}]'"

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from doge_deploy.bundle.manifest import Layout, Lowered
 from doge_deploy.bundle.opening import Bundle
 from doge_deploy.targets.backend import Backend, Library, SessionOptions
-from doge_deploy.targets.deployment import Constraints, DeployableModel, Obstacle
+from doge_deploy.targets.deployment import Constraints, Obstacle
 
 if TYPE_CHECKING:
     from doge_deploy.devices.facts import DeviceFacts
@@ -76,19 +76,11 @@ class CudaBackend(Backend["CudaRunner"]):
 
         capability = device.compute_capability or "0"
         if device.kind == "jetson":
-            yield Obstacle("onnxruntime-gpu has no wheel for a Jetson", "use trt or ort")
-        if device.platform == "linux-aarch64" and device.kind != "jetson":
-            yield Obstacle("onnxruntime-gpu has no wheel for linux-aarch64", "use trt or ort")
+            yield Obstacle("onnxruntime-gpu was not tried on a Jetson", "use trt or ort")
         if not at_least(capability, FIRST_CAPABILITY):
             yield _too_old(capability)
         if dtype == "bf16":
             yield Obstacle("this backend reads logits in fp32 or fp16", "export with --dtype fp16")
-
-    def model_obstacles(self, model: DeployableModel, dtype: str, lowering: str) -> Iterator[Obstacle]:
-        yield from super().model_obstacles(model, dtype, lowering)
-        form = model.weight_format
-        if form is not None and (refusal := form.target_refusal("ort")):
-            yield Obstacle(refusal, form.target_remedy("ort"))
 
     def gpu_obstacle(self, capabilities: Sequence[str]) -> Obstacle | None:
         from doge_deploy.devices.versions import at_least

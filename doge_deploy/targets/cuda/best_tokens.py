@@ -19,8 +19,8 @@ class BestTokensPass(ir.passes.InPlacePass):
         best_logits `[B, Q]` = the largest of clean; best_tokens `[B, Q]` = the lowest index that has it
 
     Who reads them takes a `best_logits` that is not finite for "no token", which makes it `Logits.argmax`. The lowest
-    index is found by a second TopK, because the provider's does not say which of equals it gives; its ArgMax and
-    ReduceMin need cuDNN, which onnxruntime-gpu does not bring.
+    index is found by a second TopK, because nothing says which of equals the provider's TopK and ArgMax give; its
+    ReduceMin needs cuDNN, which onnxruntime-gpu does not bring.
 
     Needs: the output `logits` `[B, Q, V]` of a known V. Promises: all other outputs stay as they are.
     """
