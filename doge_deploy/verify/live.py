@@ -34,7 +34,7 @@ from doge_deploy.verify.cases import (
 )
 from doge_deploy.verify.compare import Array, Difference, Distribution, difference
 from doge_deploy.verify.held_out import HELD_OUT
-from doge_deploy.verify.noise import DRAWS, Noise, pool
+from doge_deploy.verify.noise import DRAWS, Noise, noise_of
 from doge_deploy.verify.oracle import Expected, HeldOut, Oracle, SelfDifference, WeightsResult
 from doge_deploy.verify.parity import Judge
 from doge_deploy.verify.quality import held_out_cases, predicted
@@ -129,8 +129,8 @@ class LiveExpected(Expected):
         draws = self.draws(more=more)
         if name not in self.same.present:
             # A pair of class logits is too small a sample of noise: that of every token's is taken.
-            return pool([_noise_of_output(draw, self.wider) for draw in draws])
-        return pool([difference(draw.present[name], self.wider.present[name]) for draw in draws])
+            return noise_of([_of_every_token(draw) for draw in draws], _of_every_token(self.wider))
+        return noise_of([draw.present[name] for draw in draws], self.wider.present[name])
 
     def draws(self, *, more: bool) -> list[ReplayTrace]:
         """The run in the bundle's dtype; with `more`, those with other rounding errors after it."""
@@ -153,8 +153,8 @@ class LiveExpected(Expected):
         return np.concatenate([rows[-1:] if positions == "last" else rows for rows in self.same.logits])
 
 
-def _noise_of_output(draw: ReplayTrace, exact: ReplayTrace) -> Difference:
-    return difference(draw.classes, exact.classes) if draw.classes else difference(draw.logits, exact.logits)
+def _of_every_token(trace: ReplayTrace) -> list[Array]:
+    return trace.classes or trace.logits
 
 
 class LiveOracle(Oracle):

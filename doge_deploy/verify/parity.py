@@ -239,6 +239,7 @@ class Judge:
                 noise_rms=noise.rms,
                 scale=noise.scale,
                 count=noise.effective,
+                draws=noise.draws,
             )
             result.quantities.append(Quantity(name, expected.difference(name, candidate), allowed))
 
