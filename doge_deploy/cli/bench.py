@@ -33,7 +33,9 @@ def _numbers(minimum: int) -> Callable[[click.Context, click.Parameter, tuple[st
 
 
 def _baselines(context: click.Context, parameter: click.Parameter, values: tuple[str, ...]) -> tuple[str, ...]:
-    legal = ("transformers", "naive")
+    from doge_deploy.bench.baselines.catalog import BASELINES
+
+    legal = tuple(BASELINES)
     for name in _parts(values):
         if name not in legal:
             raise click.BadParameter(f"{name!r} is not one of {', '.join(legal)}", context, parameter)
@@ -110,15 +112,15 @@ def _parts(values: tuple[str, ...]) -> list[str]:
     "--against",
     multiple=True,
     callback=_baselines,
-    metavar="transformers,naive",
-    help="Baselines that take turns with the bundle, in the same dtype.",
+    metavar="NAME,...",
+    help="What takes turns with the bundle: transformers, naive, compile, genai, openvino, llama.cpp.",
 )
 @click.option("--reference", metavar="MODEL", help="The checkpoint of baselines; default: what the bundle says.")
-@click.option("--roofline", is_flag=True, help="Measure memory bandwidth, and which share of it decode reaches.")
+@click.option("--roofline", is_flag=True, help="Measure bandwidth and matrix products, and which share decode reaches.")
 @click.option("--json", "json_file", type=click.Path(path_type=Path), metavar="FILE", help="Write every time here.")
 @click.option("--plot", "plot_file", type=click.Path(path_type=Path), metavar="FILE.png", help="Draw the result.")
 @click.option(
-    "--cache-dir", "cache", type=click.Path(path_type=Path), metavar="DIR", help="Where plain exports are kept."
+    "--cache-dir", "cache", type=click.Path(path_type=Path), metavar="DIR", help="Where what baselines need is kept."
 )
 def bench(bundles: tuple[Path, ...], json_file: Path | None, plot_file: Path | None, **choices: Any) -> None:
     """Time BUNDLE: first token, prefill, decode, memory, load.

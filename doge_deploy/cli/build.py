@@ -68,6 +68,8 @@ def build(bundle: Path, config_file: Path | None, assignments: tuple[str, ...], 
     )
     layers = record.layers
     click.echo(f"{layers.kv_cache_update} cache writes in place, {layers.attention} native attention layers")
+    if record.kernels is not None and record.kernels.low_bit:
+        click.echo(f"{record.kernels.low_bit} kernels read weights of few bits as they are stored")
     for reason in sorted({layer.reason for layer in layers.decomposed}):
         count = sum(layer.reason == reason for layer in layers.decomposed)
         click.echo(f"{count} of them decomposed: {reason}")

@@ -62,6 +62,8 @@ def _facts(record: EngineRecord, report: dict[str, Any]) -> dict[str, str]:
         f"({len(record.aliases)} outputs share the buffer of an input)",
         "attention": f"{record.layers.attention} native layers" + _fused(record),
     }
+    if record.kernels is not None and record.kernels.low_bit:
+        facts["weights"] = f"of few bits, read as they are stored by {record.kernels.low_bit} kernels"
     for reason in sorted({layer.reason for layer in record.layers.decomposed}):
         named = [layer.layer for layer in record.layers.decomposed if layer.reason == reason]
         facts["decomposed"] = f"{len(named)} attention layers ({named[0]} to {named[-1]}): {reason}"

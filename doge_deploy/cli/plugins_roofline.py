@@ -93,7 +93,7 @@ def _show(result: Roofline, model: str, sources: list[str]) -> None:
 
     console, machine, call = Console(), result.machine, result.call
     console.print(
-        f"[bold]On paper, not measured.[/bold] {model}, {call.dtype}, {call.new} new token(s) on {call.past}, batch "
+        f"[bold]Computed, not measured.[/bold] {model}, {call.dtype}, {call.new} new token(s) on {call.past}, batch "
         f"{call.batch}; {machine.name}: {machine.bandwidth_gb_per_s:g} GB/s, {machine.fp16_tflops:g} TFLOPS",
         highlight=False,
     )

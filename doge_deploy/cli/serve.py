@@ -29,6 +29,13 @@ from doge_deploy.options.backends import DEFAULT_BACKEND
 @click.option(
     "--api-key-file", type=click.Path(path_type=Path), metavar="FILE", help="Keys that clients must send, one a line."
 )
+@click.option(
+    "--cors-origin",
+    "cors_origins",
+    multiple=True,
+    metavar="ORIGIN",
+    help="Let pages of https://... use the server from a browser; * for all of them. Can be repeated.",
+)
 @click.option("--no-auth", is_flag=True, help="Serve other machines without a key.")
 @click.option("--max-queue", type=click.IntRange(min=1), default=256, show_default=True, help="Requests that may wait.")
 @click.option(
@@ -75,6 +82,7 @@ def serve(
     speculate: bool,
     names: tuple[str, ...],
     api_key_file: Path | None,
+    cors_origins: tuple[str, ...],
     no_auth: bool,
     max_queue: int,
     max_queue_tokens: int,
@@ -105,6 +113,7 @@ def serve(
         speculate=speculate,
         names=names,
         api_key_file=api_key_file,
+        cors_origins=cors_origins,
         no_auth=no_auth,
         recordings=recordings,
         drain_seconds=drain_seconds,

@@ -70,6 +70,7 @@ def build(path: str | Path, options: BuildOptions, *, force: bool, progress: Pro
             signature=layout.signature,
             compute_capabilities=capabilities,
             plugins=tuple(plugin.operator for plugin in lowered.plugins),
+            low_bit_numbers=lowered.low_bit_numbers(),
         )
         start = time.perf_counter()
         finished = run_job(job, progress)

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
+from rivals import HEADER, machine_line, rivals_rows
 
 Result = dict[str, Any]
 
@@ -39,6 +40,7 @@ def write_page(results: Path, page: Path) -> None:
         "bandwidth": lambda: bandwidth_table(runs),
         "window": lambda: window_table(runs),
         "load": lambda: load_table(runs),
+        "rivals": lambda: rivals_part(runs),
         "commands": lambda: commands(runs),
     }
     text = page.read_text(encoding="utf-8")
@@ -233,8 +235,14 @@ def load_table(runs: dict[str, Result]) -> str:
     return text
 
 
+def rivals_part(runs: dict[str, Result]) -> str:
+    rows = rivals_rows(runs)
+    return f"{machine_line(runs)}\n\n{table(HEADER, rows)}" if rows else ""
+
+
 def commands(runs: dict[str, Result]) -> str:
     lines = [
+        "<!-- not run: time: hours; the figures are of such a run -->",
         "```console",
         *(f"$ python examples/03_benchmarks/matrix.py run build/bench {name}" for name in runs),
         "```",
