@@ -4,8 +4,8 @@ A tolerance is calibrated, not chosen: the reference is run twice on the same ca
 next wider one (float64 for float32, float32 for float16 and bfloat16). Their difference is the noise of that arithmetic
 on that very input; a bundle may differ from the reference by `factor` times that noise, in the largest element and in
 the root mean square. The fewer independent errors there are, the further two root mean squares may be apart by chance,
-that of the noise and that of the bundle: `small_sample_factor` allows for it. The floor is for tensors on which the reference happens to
-make (nearly) no error.
+that of the noise and that of the bundle: `small_sample_factor` allows for it. The floor is for tensors on which the
+reference happens to make (nearly) no error.
 """
 
 from __future__ import annotations
@@ -96,13 +96,13 @@ def share_text(share: float) -> str:
 def small_sample_factor(count: float, draws: int = 1) -> float:
     """How much larger than the root mean square of the noise that of equally large errors may be by chance alone.
 
-    What is judged is one draw of `count` independent errors; the noise was measured on `draws` of them. The ratio of the
-    two mean squares has Fisher's F distribution with `count` and `count * draws` degrees of freedom; the factor, a root,
-    is passed once in ten thousand times. For 9 draws: 6.6 for 1 error, 3.3 for 3, 2.1 for 10, 1.3 for 100.
+    What is judged is one draw of `count` independent errors; the noise was measured on `draws` of them. The ratio of
+    the two mean squares has Fisher's F distribution with `count` and `count * draws` degrees of freedom; the factor, a
+    root, is passed once in ten thousand times. For 9 draws: 6.9 for 1 error, 3.3 for 3, 2.0 for 10, 1.3 for 100.
 
-    For one draw it is taken from Fisher's z (1924): half the logarithm of the ratio is normal with variance 1/count. That
-    is too strict for a few errors (6.4 for 4); what fails by it is judged by more draws. Otherwise the cube root of F is
-    taken for normal (Paulson 1942), which is right to 4 % of the factor for one error and better for more.
+    For one draw it is taken from Fisher's z (1924): half the logarithm of the ratio is normal with variance 1/count.
+    That is too strict for a few errors (6.4 for 4); what fails by it is judged by more draws. Otherwise the cube root
+    of F is taken for normal (Paulson 1942), which is right to 4 % of the factor for one error and better for more.
     """
     count = max(count, 1)
     z = _ONCE_IN_TEN_THOUSAND

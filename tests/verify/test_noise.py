@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from bundles import make_bundle
+from bundles import make_bundle, shared_bundle
 from random_doge import random_doge, save_random_doge
 from torch import nn
 
@@ -24,6 +24,7 @@ from doge_deploy.verify.reference_run import ReplayTrace
 from doge_deploy.verify.replay import CandidateTrace, Replay
 from doge_deploy.verify.rounding import rounded_once_more
 from doge_deploy.verify.runners import open_runners
+from doge_deploy.verify.source import open_reference
 
 
 def test_a_pool_is_the_sample_that_its_draws_make_together() -> None:
@@ -186,3 +187,18 @@ def test_without_more_draws_a_sound_bundle_is_refused(
     monkeypatch.setattr(LiveExpected, "_draw", of_the_reference)
     monkeypatch.setattr("doge_deploy.verify.parity.MOST_BY_CHANCE", most)
     assert judge.judge(CASE).passed == bool(most)
+
+
+@pytest.mark.sweep
+def test_a_row_of_logits_is_few_errors() -> None:
+    """A sound bundle that was refused: one row of 1024 logits, whose errors follow two or three directions."""
+    bundle = open_bundle(shared_bundle("doge-tiny-moe", routing="per-token"))
+    with LiveOracle(bundle, open_reference(bundle, None)) as oracle:
+        judge = Judge(bundle, "static", open_runners(bundle, "static"), oracle)
+        case = oracle.case("window K=w", judge)
+        assert isinstance(case, Case)
+        result = judge.judge(case)
+        assert result.passed, result.failures
+        expected = oracle.expected("static", judge.replay, case, None)
+        assert expected.noise("logits", more=False).effective > 100
+        assert expected.noise("logits", more=True).effective < 40

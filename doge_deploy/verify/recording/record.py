@@ -344,8 +344,7 @@ class Recorder:
 
         exact, values = picked(expected.wider), picked(expected.same)
         noise = [
-            _noise(noise_of([picked(draw) for draw in expected.draws(more=more)], exact))
-            for more in (False, True)
+            _noise(noise_of([picked(draw) for draw in expected.draws(more=more)], exact)) for more in (False, True)
         ]
         flat = np.concatenate([row.reshape(-1) for row in values])
         return RecordedTensor(tuple(row.shape for row in rows), step, self.tensors.add(flat, self.dtype), *noise)
