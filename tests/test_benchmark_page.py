@@ -68,13 +68,28 @@ def test_the_page_is_made_of_the_files_alone(tmp_path: Path) -> None:
     results.mkdir()
     for name in matrix.ROWS:
         (results / f"{name}.json").write_text(json.dumps({**a_run(name), "path": str(tmp_path / "bundles" / name)}))
-    (results / "generate.json").write_text(json.dumps({"int4": {"median_s": 0.5, "p90_s": 0.6, "n": 20}}))
+    (results / "generate.json").write_text(
+        json.dumps(
+            {
+                "int4": {
+                    "median_s": 0.5,
+                    "p90_s": 0.6,
+                    "over_imports": [2.0, 1.9, 2.1],
+                    "over_loaded": [1.5, 1.4, 1.6],
+                    "n": 20,
+                }
+            }
+        )
+    )
     target = tmp_path / "benchmarks.md"
     shutil.copyfile(ROOT / "docs" / "benchmarks.md", target)
     page.write_page(results, target)
     text = target.read_text()
     assert "| 20M fp32 | 500 | 2.000 (2.000) | 4 | 3.00 (3.00 to 3.00) |" in text
-    assert "A processor, 2 CPUs" in text and "| int4 | 0.500 (0.600) | 20 |" in text
+    assert (
+        "A processor, 2 CPUs" in text
+        and "| int4 | 0.500 (0.600) | 2.00 (1.90 to 2.10) | 1.50 (1.40 to 1.60) | 20 |" in text
+    )
     three = "3.00 (3.00 to 3.00)"
     assert f"| 20M fp32 | llama.cpp F32 | {three} | {three} | 2e-06 / 2e-06 | 3 / 3 | {three} |" in text
     assert "- 60M: 10 (10 to 10) GB/s, 2147 (2147 to 2147) G operations/s of products in int8 (torch)" in text

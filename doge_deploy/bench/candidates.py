@@ -44,7 +44,7 @@ class Candidate:
     num_layers: int | None = None
     """Of transformers: only so many layers; all where None."""
     weights: str | None = None
-    """Of a bundle: how it stores them, see `weights_of`. Of a baseline: those of the bundles that it is held against,
+    """Of a bundle: how it stores them, see `weights_of`. Of a baseline: those of the bundles that it is compared with,
     of all where None."""
     rows: int | None = None
     """Most rows that it takes at once; any number where None."""

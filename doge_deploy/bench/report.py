@@ -154,7 +154,7 @@ RATIOS: dict[str, Callable[[Measurements], list[list[float]]]] = {
     "first token of a new process": lambda found: [[load.first_token_ns] for load in found.loads],
     "peak memory": lambda found: [[load.peak_bytes] for load in found.loads if load.peak_bytes is not None],
 }
-"""Which figures are held against each other, each with its samples by round."""
+"""Which figures are compared with each other, each with its samples by round."""
 
 
 def ratios(own: Measurements, other: Measurements) -> dict[str, Ratio]:
@@ -249,7 +249,7 @@ def bundles(report: Report) -> list[str]:
 
 
 def compared(report: Report) -> list[tuple[str, str]]:
-    """Which candidates are held against which: every bundle against baselines, and against the first bundle.
+    """Which candidates are compared with which: every bundle against baselines, and against the first bundle.
 
     A baseline may be for bundles of one kind of weights alone.
     """

@@ -89,7 +89,7 @@ def _parts(values: tuple[str, ...]) -> list[str]:
     metavar="N",
     help="Fresh processes, for load time and memory.",
 )
-@click.option("--threads", type=click.IntRange(min=1), metavar="N", help="Of every candidate; default: one a core.")
+@click.option("--threads", type=click.IntRange(min=1), metavar="N", help="Of every candidate; default: one per core.")
 @click.option(
     "--spin",
     "spins",
@@ -125,7 +125,7 @@ def _parts(values: tuple[str, ...]) -> list[str]:
 def bench(bundles: tuple[Path, ...], json_file: Path | None, plot_file: Path | None, **choices: Any) -> None:
     """Time BUNDLE: first token, prefill, decode, memory, load.
 
-    Of several bundles the first is what the others are held against. Every candidate lives in a process of its own;
+    Of several bundles the first is what the others are compared with. Every candidate lives in a process of its own;
     timed sections take turns.
     """
     from doge_deploy.bench.files import check_writable, write_json

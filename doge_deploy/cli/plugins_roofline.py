@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 def roofline(device: str, model: str, past: int, new: int, batch_size: int, dtype: str, as_json: bool) -> None:
     """What each kernel should cost, beside the standard operators that it replaces.
 
-    A model on paper: bytes and operations, counted, at the device's published bandwidth and peak. Nothing is measured.
+    A calculation: bytes and operations are counted, at the device's published bandwidth and peak. Nothing is measured.
     """
     from doge_deploy.devices.packages import require_graph_packages
 
@@ -122,7 +122,7 @@ def _to_json(result: Roofline, model: str, sources: list[str]) -> dict[str, obje
     from dataclasses import asdict
 
     return {
-        "kind": "on paper, not measured",
+        "kind": "computed, not measured",
         "model": model,
         "device": asdict(result.machine),
         "sources": sources,

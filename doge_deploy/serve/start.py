@@ -112,7 +112,7 @@ def model_name(bundle: Bundle) -> str:
 
 
 def judge(paths: Sequence[Path], options: ServeOptions) -> list[Report]:
-    """Hold what is going to be served against recordings of the reference: a report for each bundle, all of them
+    """Compare what is going to be served with recordings of the reference: a report for each bundle, all of them
     passed; none where there are no recordings.
 
     Raises:

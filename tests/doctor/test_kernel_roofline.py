@@ -63,7 +63,7 @@ def test_the_command_says_that_it_is_on_paper(capsys: pytest.CaptureFixture[str]
     assert "DynamicMaskSplitSelected" in shown
     assert run_command([*arguments, "--json"]) == 0
     answer = json.loads(capsys.readouterr().out)
-    assert answer["kind"] == "on paper, not measured"
+    assert answer["kind"] == "computed, not measured"
     assert any("bandwidth" in source for source in answer["sources"])
 
 

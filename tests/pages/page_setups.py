@@ -99,18 +99,28 @@ def put(name: str, folder: Path, bin_folder: Path, have: dict[str, Path]) -> Non
     if name in FILES:
         target.symlink_to(FILES[name])
         return
-    source = have.get(name) or _made.get(name)
-    if source is None:
-        source = _made[name] = Path(tempfile.mkdtemp(prefix="page-"), "made")
+    source = have.get(name)
+    shutil.copytree(source or make(name, bin_folder), target, symlinks=True)
+
+
+def make(name: str, bin_folder: Path) -> Path:
+    """Make what is called `name`, once, and say where it is.
+
+    Raises:
+        PageError: nothing is called so.
+    """
+    if name not in _made:
+        path = Path(tempfile.mkdtemp(prefix="page-"), "made")
         if name in EXPORTS:
-            command = [str(bin_folder / "doge-deploy"), "export", *EXPORTS[name], "-o", str(source)]
+            command = [str(bin_folder / "doge-deploy"), "export", *EXPORTS[name], "-o", str(path)]
             subprocess.run(command, check=True, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
         elif name in MADE:
-            MADE[name](source)
+            MADE[name](path)
         else:
             known = sorted([*FILES, *EXPORTS, *MADE])
             raise PageError(f"begins with {name}: not known; known: {', '.join(known)}")
-    shutil.copytree(source, target, symlinks=True)
+        _made[name] = path
+    return _made[name]
 
 
 def forget() -> None:

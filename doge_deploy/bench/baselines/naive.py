@@ -1,4 +1,4 @@
-"""A plain export of transformers' model: what one gets without this tool.
+"""A plain export of transformers' model: what you get without this tool.
 
 `torch.onnx.export` of `DogeForCausalLM` with its defaults, a growing cache as inputs and outputs, run by ONNX Runtime
 with I/O binding so that the caches are not copied through NumPy. Two things had to be decided for it:

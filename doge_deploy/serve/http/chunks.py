@@ -20,7 +20,7 @@ _MARK = "\0"
 class Chunks:
     """The stream of one answer.
 
-    Most chunks differ in their text alone. So all that stands before and behind the text is made once for each choice,
+    Most chunks differ in their text alone. So everything before and behind the text is made once for each choice,
     and only the text is encoded for each token; `slow` is the same chunk made from its parts.
     """
 

@@ -143,7 +143,7 @@ class Inbox:
                     engine.cancel(request.id)
 
     def fail(self, message: str) -> None:
-        """End everything that waits, and all that comes, with an error: the engine will send nothing more."""
+        """End everything that waits, and everything that comes, with an error: the engine will send nothing more."""
         self._failed = message
         for waiter in self._waiters.values():
             if not waiter.closed:

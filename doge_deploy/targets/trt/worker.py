@@ -146,7 +146,7 @@ def _examined(trt: ModuleType, job: Job, log: BuilderLog) -> LowBits | None:
 
 
 def _failure(trt: ModuleType, job: Job, log: BuilderLog) -> DogeDeployError:
-    """The vendor's last error in one line, and whose move it is."""
+    """The vendor's last error in one line, and who can mend it."""
     product = f"{PRODUCTS[job.target].name} {trt.__version__}"
     reason = " ".join(log.errors[-1].split()) if log.errors else "it does not say why"
     if _NEEDS_DEVICE in reason:
