@@ -72,6 +72,12 @@ _DEFAULT_BLOCKS = ", ".join(
 )
 @click.option("--adapter", metavar="DIRECTORY", help="Merge this PEFT LoRA adapter; a Hub id works too.")
 @click.option(
+    "--calibration-text",
+    type=click.Path(path_type=Path, dir_okay=False),
+    metavar="FILE",
+    help="Text for formats that round activations.  [default: the checkpoint's calibration.txt, or the tool's own]",
+)
+@click.option(
     "--record",
     type=click.Path(path_type=Path),
     metavar="FILE",
@@ -85,6 +91,7 @@ def export(
     config_file: Path | None,
     assignments: tuple[str, ...],
     adapter: str | None,
+    calibration_text: Path | None,
     record: Path | None,
     strict: bool,
     force: bool,
@@ -104,7 +111,14 @@ def export(
     options = load_export_options(config_file, choices, assignments)
     with progress() as display:
         manifest = api.export(
-            model, output, options, adapter=adapter, strict=strict, force=force, progress=display
+            model,
+            output,
+            options,
+            adapter=adapter,
+            strict=strict,
+            force=force,
+            progress=display,
+            calibration_text=calibration_text,
         ).manifest
     for warning in manifest.warnings:
         click.echo(f"warning: {warning}", err=True)
