@@ -155,8 +155,8 @@ def bounded(signature: Signature, window: int, *, decode: bool) -> Signature:
 
     def any_order(spec: GraphTensor) -> GraphTensor:
         if not spec.name.startswith(("past_key_values.", "present.")):
-            is_wide = decode and SEQUENCE in spec.shape
-            return replace(spec, shape=tuple(1 if axis == SEQUENCE else axis for axis in spec.shape)) if is_wide else spec
+            shape = tuple(1 if decode and axis == SEQUENCE else axis for axis in spec.shape)
+            return replace(spec, shape=shape)
         stem, _, kind = spec.name.rpartition(".")
         if kind == "score":
             return replace(spec, name=f"{stem}.{RANK}", shape=(CACHE_ROWS, 1, window, 2))

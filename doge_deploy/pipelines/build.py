@@ -75,7 +75,7 @@ def _build_part(
 
     layout = bundle.layout(LAYOUT)
     advance = progress.stage("lower graph")
-    lowered = lower_layout(bundle, layout, use_plugins=use_plugins, bounded=part.bounded_pass)
+    lowered = lower_layout(bundle, layout, use_plugins=use_plugins, bounded=part.bounded_pass())
     data = lowered.serialized()
     advance(1)
     (aside / LOWERED_FILE).write_bytes(data)

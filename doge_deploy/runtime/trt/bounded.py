@@ -26,8 +26,8 @@ from doge_deploy.runtime.trt.runner import Context, Engine, TrtRunner, _Call
 class BoundedTrtRunner(TrtRunner):
     """An engine of w slots.
 
-    A row whose text fits into them holds its tokens in order, and may be cut; beyond, tokens lie in any order, and those
-    that were pushed out are gone.
+    A row whose text fits into them holds its tokens in order, and may be cut; beyond, tokens lie in any order, and
+    those that were pushed out are gone.
 
     Args:
         window: w.
@@ -137,17 +137,13 @@ class BoundedTrtRunner(TrtRunner):
         held: dict[int, list[IntArray]] = {}
         for layer, positions in self._positions().items():
             orders = self._orders_of(positions)
-            held[layer] = [
-                np.take_along_axis(row, slots, axis=1) for row, slots in zip(positions, orders, strict=True)
-            ]
+            held[layer] = [np.take_along_axis(row, slots, axis=1) for row, slots in zip(positions, orders, strict=True)]
         return held
 
     def _positions(self) -> dict[int, IntArray]:
         """Per layer the token in each slot, -1 where there is none, `[B, Hkv, w]`."""
         ranks = (cache for cache in self.plan.caches if cache.present.endswith(f".{RANK}"))
-        return {
-            int(cache.present.split(".")[1]): self._read(cache)[..., 1].astype(np.int64) - 1 for cache in ranks
-        }
+        return {int(cache.present.split(".")[1]): self._read(cache)[..., 1].astype(np.int64) - 1 for cache in ranks}
 
     def _orders(self) -> dict[int, list[IntArray]]:
         return {layer: self._orders_of(positions) for layer, positions in self._positions().items()}

@@ -127,6 +127,10 @@ class OrtEngine(Engine):
         self.records_itself = records_itself
         self.contexts: list[OrtContext] = []
         self.types = {value.name: value.type for value in session.get_inputs()}
+        declared = {tensor.name for tensor in record.outputs}
+        self.extra_outputs = [value.name for value in session.get_outputs() if value.name not in declared]
+        self.extra: dict[str, np.ndarray[Any, Any]] = {}
+        """Values of `extra_outputs` in the last run."""
 
     def create_context(self) -> OrtContext:
         self.contexts.append(OrtContext(self))
@@ -185,8 +189,10 @@ class OrtContext(Context):
         self.runs += 1
         record = self.engine.record
         feeds = {tensor.name: self._fed(tensor) for tensor in record.inputs}
-        names = [tensor.name for tensor in record.outputs]
-        for tensor, value in zip(record.outputs, self.engine.session.run(names, feeds), strict=True):
+        names = [*(tensor.name for tensor in record.outputs), *self.engine.extra_outputs]
+        made = dict(zip(names, self.engine.session.run(names, feeds), strict=True))
+        self.engine.extra = {name: made.pop(name) for name in self.engine.extra_outputs}
+        for tensor, value in zip(record.outputs, made.values(), strict=True):
             if tensor.dtype == "bfloat16":
                 value = (value.view(np.uint32) >> 16).astype(np.uint16)  # a bfloat16 number: the rest is zero
             self._view(tensor)[:] = value

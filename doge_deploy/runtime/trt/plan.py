@@ -114,9 +114,7 @@ def kv_heads_of(signature: Signature) -> int:
     return heads
 
 
-def plan_of(
-    directory: str, record: Interface, signature: Signature, kv_heads: int, *, in_place: bool
-) -> BindingPlan:
+def plan_of(directory: str, record: Interface, signature: Signature, kv_heads: int, *, in_place: bool) -> BindingPlan:
     """Hold a network against its signature.
 
     Args:

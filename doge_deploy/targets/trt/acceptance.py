@@ -62,7 +62,7 @@ def refusals(
         yield Refusal(reason, "export without --quantize")
     window, sliding = facts.reachable_windows(max_length)
     if plugins is None:
-        if window > TOPK_LIMIT and not window_of(facts, max_length):
+        if window > TOPK_LIMIT and not window_of(facts, max_length, inlined=inlined):
             yield Refusal(
                 f"keep_window_size {window} is more than TensorRT's TopK takes ({TOPK_LIMIT})",
                 f"export with --max-length {window}, which needs no selection, or use ort",

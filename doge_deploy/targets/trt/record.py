@@ -18,6 +18,7 @@ from doge_deploy.targets.trt.vendor import PRODUCTS
 if TYPE_CHECKING:  # brings onnx_ir, whose absence `build` reports
     from doge_deploy.targets.trt.layout import LoweredLayout
 
+
 @dataclass(frozen=True)
 class Built:
     """A network, once it is built."""

@@ -246,7 +246,7 @@ def bounded_function(
         hidden_dtype: of the model, whose lowest number hides a key: half of it, as in the standard body.
     """
     body = _OLD_AND_NEW + (_DECODE if kind == DECODE else _PREFILL) + _ATTEND
-    hidden = float(ml_dtypes.finfo(hidden_dtype.numpy()).min) / 2
+    hidden = float(ml_dtypes.finfo(hidden_dtype.numpy()).min) / 2  # type: ignore[no-untyped-call]
     words = {
         "HEAD_ZEROS": ", ".join(["0"] * kv_heads),
         "HEADS": str(heads),

@@ -21,13 +21,15 @@ WHOLE = 2048
 _ONE = Range(min=1, opt=1, max=1)
 
 
-def window_of(facts: DogeFacts, max_length: int) -> int:
+def window_of(facts: DogeFacts, max_length: int, *, inlined: bool) -> int:
     """w where a cache of native layers holds the window; 0 where it has a slot for each token.
 
     That is so where no key is ever dropped; where keys are dropped by their age too, since what a row sees no longer
-    only grows; where the query heads of a key head keep different keys (legacy revisions); and where positions are no
-    exact numbers of float32.
+    only grows; where the query heads of a key head keep different keys (legacy revisions); where positions are no exact
+    numbers of float32; and where attention is no longer one node (`inlined`).
     """
+    if inlined:
+        return 0
     window, sliding = facts.reachable_windows(max_length)
     is_shared = facts.num_score_heads == facts.num_key_value_heads
     return window if not sliding and is_shared and max_length <= LONGEST_TEXT else 0
@@ -59,7 +61,8 @@ def bounded_profiles(
     asked = options.sequence_length or Range(min=1, opt=min(CHUNK, longest), max=longest)
     if asked.max > max_length:
         raise UsageError(
-            f"sequence_length={asked}: a call of {asked.max} tokens does not fit, the bundle's max_length is {max_length}"
+            f"sequence_length={asked}: a call of {asked.max} tokens does not fit, "
+            f"the bundle's max_length is {max_length}"
         )
     if min(asked.max, window) > TOPK_LIMIT:
         raise UsageError(

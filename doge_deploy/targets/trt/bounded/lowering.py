@@ -49,6 +49,8 @@ class BoundedAttentionPass(ir.passes.InPlacePass):
         inputs = {value.name: value for value in graph.inputs}
         nodes = [node for node in graph if node.domain == DOMAIN and node.op_type == DYNAMIC_MASK_ATTENTION]
         layers = [_match(node) for node in nodes]
+        if not layers:
+            raise UnsupportedModelError("the graph has no attention whose cache can be bounded by the window")
         heads, kv_heads = (int(value.shape[1]) for value in (layers[0].node.inputs[0], layers[0].past[0]))  # type: ignore
         function = bounded_function(
             self.kind,
@@ -117,11 +119,11 @@ def _match(node: ir.Node) -> _Layer:
     if any(write.inputs[2] is not position for write in found):
         raise UnsupportedModelError(f"node {node.name} sees other slots than those that are written")
     past, new, present = zip(*((write.inputs[0], write.inputs[1], write.outputs[0]) for write in found), strict=True)
-    return _Layer(node, tuple(found), past, new, present)  # type: ignore[arg-type]
+    return _Layer(node, tuple(found), past, new, present)
 
 
 def _raw_lengths(graph: ir.Graph, position: ir.Value) -> ir.Value:
-    """How many tokens of each row are real, which may be none; for what is computed of the last one it is at least 1."""
+    """How many tokens of each row are real, maybe none; what is computed of the last one gets at least 1."""
     for value in graph.inputs:
         if value.name == SEQUENCE_LENGTHS:
             first = next(node for node in graph if value in node.inputs)
