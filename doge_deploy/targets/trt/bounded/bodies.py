@@ -195,14 +195,12 @@ _PREFILL = """
     length_column = Unsqueeze (lengths, one_1d)
     row_lengths = Add (length_column, heads)
     row_length = Reshape (row_lengths, one_a_row)
-    is_real = Less (tokens, row_length)
     real_end = Cast <to = 1> (row_length)
     is_freed = Less (until_old, real_end)
     freed = Cast <to = 1> (is_freed)
     freed_number = CumSum (freed, two)
     new_until_row = Reshape (until_new, one_row)
-    is_kept = GreaterOrEqual (new_until_row, real_end)
-    is_staying = And (is_kept, is_real)
+    is_staying = GreaterOrEqual (new_until_row, real_end)
     staying = Cast <to = 1> (is_staying)
     staying_number = CumSum (staying, three)
     is_same_number = Equal (freed_number, staying_number)
@@ -228,7 +226,7 @@ worst of the cache and the new ones: nothing else can be pushed out by Q <= M to
 
 Padding is counted as the standard graph counts it, by its own rows alone, since it comes last; but it never stays in
 the cache, nor pushes a key out of it: what stays is what the last real token leaves. The slots that are freed take the
-new keys in order.
+new keys in order; padding has the last numbers, for which no slot is left.
 """
 
 
