@@ -94,7 +94,8 @@ _DECODE = """
     next_position = Add (row_position, one)
     new_position = Cast <to = 1> (next_position)
     new_rank = Concat <axis = 3> (new_score, new_position)
-    worst = ReduceMin <keepdims = 1> (old_worth, two_1d)
+    worth_or_new = Min (old_worth, new_score)
+    worst = ReduceMin <keepdims = 1> (worth_or_new, two_1d)
     is_worst = Equal (old_worth, worst)
     youngest = Constant <value_float = YOUNGEST> ()
     age_of_worst = Where (is_worst, old_age, youngest)
@@ -119,6 +120,11 @@ _DECODE = """
     row_score = Reshape (kept_score, one_row)
     row_kept_position = Reshape (kept_position, one_row)
     visible = Greater (row_kept_position, none)
+"""
+
+"""The new key takes part in the search for the worst, though it never lies in the slot that is found: a search that
+depends on the cache alone TensorRT-RTX 1.7 does for all layers at once, and then it fails with "uses before defs" (seen
+with mixtures). Where the new key is the worst, any slot is found, and its own row is written back.
 """
 
 _PREFILL = """
