@@ -8,7 +8,7 @@ STAMP  := $(VENV)/.installed
 PARALLEL := -n auto --maxprocesses 8 --dist worksteal
 
 .DEFAULT_GOAL := help
-.PHONY: help setup test test-full test-gpu gpu-check demo lint typing format clean
+.PHONY: help setup test test-full test-gpu gpu-check demo docs lint typing format clean
 
 help: ## show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/make \1|\2/' | column -t -s '|'
@@ -40,6 +40,9 @@ gpu-check: setup ## one folder that checks the kernels on a machine with a GPU a
 
 demo: setup ## export both demo models, verify them, generate text, serve one
 	PATH="$(CURDIR)/$(BIN):$$PATH" bash examples/00_demo/demo.sh
+
+docs: setup ## the pages of docs/ as a site in build/site, built strictly
+	$(BIN)/nox -s docs
 
 lint: setup ## ruff: rules and format
 	$(BIN)/ruff check .

@@ -143,6 +143,15 @@ def print_steps(session: nox.Session, rounds: int = 3) -> None:
             session.log(f"{name} {what}: {statistics.median(values):.3f} ms, {ratio} {spread}")
 
 
+@nox.session(name="bench-against")
+def bench_against(session: nox.Session) -> None:
+    """`bench` against what else people run, tiny; what is compiled by name:  nox -s bench-against -- llama.cpp"""
+    rivals = ["genai", "openvino", *session.posargs]
+    extras = ["export", "cpu", *(name.removesuffix(".cpp") for name in rivals if name != "compile")]
+    install(session, ",".join(extras))
+    session.run("python", "tests/bench/against_real.py", *rivals)
+
+
 @nox.session(name="interop-openvino")
 def interop_openvino(session: nox.Session) -> None:
     """Bundles without local functions in OpenVINO: the same greedy tokens."""
@@ -181,7 +190,15 @@ def serve_clients(session: nox.Session) -> None:
     """The examples of docs/serve.md, run as they stand there, with the clients of other people.  Needs Node and npm."""
     packages = node_packages(session, "tests/serve_clients/node")
     session.install("-r", "tests/serve_clients/requirements.txt")
-    session.run("python", "tests/serve_clients/run_page.py", own_programs(session), packages)
+    programs = ["--bin", own_programs(session), "--node", packages]
+    session.run("python", "tests/pages/run_pages.py", *programs, "docs/serve.md")
+
+
+@nox.session(venv_backend="none")
+def pages(session: nox.Session) -> None:
+    """The blocks of README and docs/, run as they stand there; other sessions run the rest:  nox -s pages -- PAGE"""
+    own_programs(session)
+    session.run(sys.executable, "tests/pages/run_pages.py", *session.posargs)
 
 
 @nox.session(name="serve-update", venv_backend="none")
@@ -206,6 +223,29 @@ def page(session: nox.Session) -> None:
     python = str(Path(own_programs(session), "python"))
     checks = ["-c", "tests/page/pytest.ini", "--confcutdir", "tests/page", "tests/page/check_page.py"]
     session.run("pytest", "-p", "no:cacheprovider", *checks, "--python", python, *session.posargs)
+
+
+@nox.session
+def docs(session: nox.Session) -> None:
+    """The pages as a site in build/site: no warning, no broken link, no page that the navigation leaves out."""
+    session.install("-r", "site/requirements.txt")
+    session.run("mkdocs", "build", "--strict", "--quiet", *session.posargs, env={"NO_MKDOCS_2_WARNING": "1"})
+    session.run("python", "site/check.py", "build/site")
+
+
+@nox.session(python=["3.11", "3.12", "3.13"])
+def release(session: nox.Session) -> None:
+    """The sdist, its wheel, twine's check, a clean installation on each Python, and `pipx run` of the wheel."""
+    folder = Path(session.create_tmp()).resolve()
+    shutil.rmtree(folder)
+    folder.mkdir()
+    session.install("-r", "tests/release/requirements.txt")
+    # what is committed, and outside of this folder, in which setuptools would leave files
+    session.run("git", "clone", "--quiet", "--depth", "1", Path.cwd().as_uri(), f"{folder}/tree", external=True)
+    session.run("python", "-m", "build", "--outdir", f"{folder}/dist", f"{folder}/tree", silent=True)
+    files = [str(file) for end in (".tar.gz", ".whl") for file in (folder / "dist").glob(f"*{end}")]
+    session.run("twine", "check", "--strict", *files)
+    session.run("python", "tests/release/install.py", str(folder), *files)
 
 
 @nox.session

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
         GenerationOptions,
         MismatchError,
         MissingDependencyError,
+        Packed,
         TextChoices,
         TextModel,
         UnsupportedModelError,
@@ -28,7 +29,9 @@ if TYPE_CHECKING:
         export,
         load,
         localize,
+        pack,
         record,
+        unpack,
         verify,
     )
 else:
@@ -48,6 +51,8 @@ else:
 __all__ = [
     "export",
     "build",
+    "pack",
+    "unpack",
     "verify",
     "record",
     "localize",
@@ -59,6 +64,7 @@ __all__ = [
     "TextChoices",
     "TextModel",
     "Generation",
+    "Packed",
     "DogeDeployError",
     "MismatchError",
     "UsageError",

@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Unpack
 
+from doge_deploy.bundle.archive import Packed, pack, unpack
 from doge_deploy.errors import (
     BrokenBundleError,
     DogeDeployError,
@@ -40,6 +41,8 @@ if TYPE_CHECKING:  # what takes long to import is imported by the function that 
 __all__ = [
     "export",
     "build",
+    "pack",
+    "unpack",
     "verify",
     "record",
     "localize",
@@ -51,6 +54,7 @@ __all__ = [
     "TextChoices",
     "TextModel",
     "Generation",
+    "Packed",
     "DogeDeployError",
     "MismatchError",
     "UsageError",
@@ -269,7 +273,7 @@ def localize(
     greedy_steps: int = 128,
     started: Callable[[str], None] = lambda what: None,
 ) -> Localization:
-    """Name the call, the layer and the stage in which a bundle parts from its reference, and why.
+    """Name the call, the layer and the stage in which a bundle differs from its reference, and why.
 
     Every stage is run alone on the reference's own input, in the standard graph and in the lowered one, so that an
     error is charged to the stage that makes it.
@@ -367,7 +371,7 @@ def load(
         backend: `ort`, ONNX Runtime on the CPU; or `trt-rtx` or `trt`, an engine that `build` made.
         layout: of ONNX Runtime: "static" or "growing"; the bundle's first where None.
         portable: of ONNX Runtime: run the standard graph, not the one lowered for it.
-        threads: of ONNX Runtime: CPU threads, at most one a CPU; one a core where None.
+        threads: of ONNX Runtime: CPU threads, at most one per CPU; one per core where None.
         spin: of ONNX Runtime: microseconds that an idle thread waits for work before it sleeps; 50 where None.
         engine: the name of an engine, where several fit.
         flush_denormals: of ONNX Runtime: take numbers below 1.2e-38 for zero, which is faster on processors of Intel.

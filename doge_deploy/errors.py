@@ -1,4 +1,4 @@
-"""What can go wrong, by whose move it is mended; each class knows the exit code of the command line.
+"""What can go wrong, by who can mend it; each class knows the exit code of the command line.
 
 A message is one line that names the culprit, its value and what would be legal.
 """

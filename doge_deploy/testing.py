@@ -1,4 +1,4 @@
-"""A fixture for pytest that holds a checkpoint against its bundle; pytest finds it by itself (`pytest11`).
+"""A fixture for pytest that compares a checkpoint with its bundle; pytest finds it by itself (`pytest11`).
 
 Nothing but pytest is imported until a test asks for the fixture: every run of pytest in the environment loads this.
 """
@@ -46,7 +46,8 @@ class Parity(Protocol):
 def doge_parity(tmp_path_factory: pytest.TempPathFactory) -> Parity:
     """A function that exports a checkpoint and fails the test unless the bundle computes what the checkpoint does.
 
-    What cannot be exported or judged, for want of a package say, fails too: a test that proves nothing must not pass.
+    What cannot be exported or judged, because a package is missing for example, fails too: a test that proves nothing
+    must not pass.
     """
 
     def check(

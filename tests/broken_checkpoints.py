@@ -423,7 +423,7 @@ BROKEN: dict[str, Broken] = {
         ("config keys num_cdmoe_experts: February 2025", "config keys keep_window_size, num_experts"),
     ),
     "old-names-of-before": Broken(
-        early(config(num_cdmmoe_experts=16)), ("of before February 2025", "num_cdmmoe_experts=16")
+        early(config(num_cdmmoe_experts=16)), ("from before February 2025", "num_cdmmoe_experts=16")
     ),
     "mask-ratio": Broken(early(config(dynamic_mask_ratio=0.5)), ("legacy Doge of 2025-03: dynamic_mask_ratio=0.5",)),
     "mask-ratio-of-february": Broken(

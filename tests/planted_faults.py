@@ -238,6 +238,36 @@ FAULTS: dict[str, Fault] = {
         ("test_bounded.py", "test_slots.py"),
         select="other_rows or bounded",
     ),
+    "widened-weights-pass": Fault(
+        "targets/trt",
+        Patch(
+            "doge_deploy/targets/trt/low_bits.py",
+            """if any(read["name"] in changing for read in kernel.inputs):""",
+            """if any(read["name"] in changing for read in kernel.inputs + kernel.outputs):""",
+        ),
+        "an engine that widens its 4-bit weights in every call is called good",
+        ("test_low_bits.py",),
+    ),
+    "scale-of-no-sign": Fault(
+        "graph",
+        Patch(
+            "doge_deploy/graph/weight_formats/_scales.py",
+            "torch.where(nothing, torch.ones_like(best_scale), best_scale)",
+            "torch.where(nothing, torch.zeros_like(best_scale), best_scale)",
+        ),
+        "TensorRT refuses a bundle with a row of zeros",
+        ("test_weight_formats.py",),
+    ),
+    "scale-with-all-its-bits": Fault(
+        "graph",
+        Patch(
+            "doge_deploy/graph/weight_formats/_scales.py",
+            "bits = SIGNIFICANT_BITS[dtype] - NUMBER_BITS",
+            "bits = SIGNIFICANT_BITS[dtype]",
+        ),
+        "runtimes that round number times scale have other 4-bit weights than those that do not",
+        ("test_weight_formats.py",),
+    ),
     "score-judged-in-float32": Fault(
         "pipelines",
         Patch(
@@ -330,9 +360,9 @@ FAULTS: dict[str, Fault] = {
     "stream-loses-its-end": Fault(
         "serve",
         Patch(
-            "doge_deploy/serve/http/generation.py",
-            "yield chunk(form.part(choice, text, [], plan))",
-            'yield chunk(form.part(choice, "", [], plan))',
+            "doge_deploy/serve/http/chunks.py",
+            "return (self.part(choice, text), last) if text else (last,)",
+            "return (last,)",
         ),
         "1: what was withheld of a character or of a beginning of a stop text never reaches a stream",
         ("test_behaviour.py",),
@@ -382,9 +412,9 @@ FAULTS: dict[str, Fault] = {
     "usage-for-everybody": Fault(
         "serve",
         Patch(
-            "doge_deploy/serve/http/generation.py",
-            "        if plan.include_usage:\n            yield",
-            "        if plan is not None:\n            yield",
+            "doge_deploy/serve/http/chunks.py",
+            "        if not self._plan.include_usage:\n",
+            "        if self._plan is None:\n",
         ),
         "4: a usage chunk comes though nobody asked",
         ("test_behaviour.py",),
@@ -411,9 +441,9 @@ FAULTS: dict[str, Fault] = {
     "logprobs-only-with-text": Fault(
         "serve",
         Patch(
-            "doge_deploy/serve/http/generation.py",
-            "if isinstance(found, Produced) and (text or found.logprobs is not None):",
-            "if isinstance(found, Produced) and text:",
+            "doge_deploy/serve/http/chunks.py",
+            "            if found.logprobs is not None:\n                return (self",
+            "            if found.logprobs is not None and text:\n                return (self",
         ),
         "5: a stream leaves out the logprobs of tokens without text",
         ("test_behaviour.py",),
@@ -440,7 +470,7 @@ FAULTS: dict[str, Fault] = {
     "seed-where-there-is-none": Fault(
         "serve",
         Patch(
-            "doge_deploy/serve/http/generation.py",
+            "doge_deploy/serve/http/plans.py",
             '"seed": None if body.seed is None else',
             '"seed": 0 if body.seed is None else',
         ),
@@ -490,7 +520,7 @@ FAULTS: dict[str, Fault] = {
     ),
     "typed-text-becomes-a-special-token": Fault(
         "serve",
-        Patch("doge_deploy/serve/http/generation.py", "literal=True", "literal=False"),
+        Patch("doge_deploy/serve/http/plans.py", "literal=True", "literal=False"),
         "10: a user can end the turn",
         ("test_behaviour.py",),
         select="TestPrompts",
@@ -498,7 +528,7 @@ FAULTS: dict[str, Fault] = {
     "a-template-that-refuses-is-a-500": Fault(
         "serve",
         Patch(
-            "doge_deploy/serve/http/generation.py",
+            "doge_deploy/serve/http/plans.py",
             'raise ApiError(400, str(error), param="messages") from error',
             "raise RuntimeError(str(error)) from error",
         ),
@@ -586,9 +616,9 @@ FAULTS: dict[str, Fault] = {
     "error-without-an-event": Fault(
         "serve",
         Patch(
-            "doge_deploy/serve/http/generation.py",
-            "yield event(error_body(failed.status, failed.message, param=failed.param, code=failed.code))",
-            "pass",
+            "doge_deploy/serve/http/chunks.py",
+            "return (event(error_body(found.status, found.message, param=found.param, code=found.code)), DONE)",
+            "return (DONE,)",
         ),
         "13: a stream that fails looks as one that has ended",
         ("test_behaviour.py",),
@@ -652,7 +682,7 @@ FAULTS: dict[str, Fault] = {
     ),
     "name-of-a-histogram": Fault(
         "serve",
-        Patch("doge_deploy/serve/http/metrics.py", 'seconds("time_to_first_token"', 'seconds("first_token"'),
+        Patch("doge_deploy/serve/http/metrics.py", 'family("time_to_first_token"', 'family("first_token"'),
         "16: dashboards find no time to the first token",
         ("test_behaviour.py",),
         select="TestMetrics",
@@ -668,12 +698,36 @@ FAULTS: dict[str, Fault] = {
         "serve",
         Patch(
             "doge_deploy/serve/http/inbox.py",
-            "if waiter.events.qsize() > MAX_UNREAD and",
-            "if waiter.events.qsize() > 10**9 and",
+            "elif waiter.unread > MAX_UNREAD:",
+            "elif waiter.unread > 10**9:",
         ),
         "limits: a client that does not read fills the memory",
         ("test_connections.py",),
         select="bounded",
+    ),
+    "chunks-of-another-choice": Fault(
+        "serve",
+        Patch(
+            "doge_deploy/serve/http/chunks.py",
+            "around = self._around.get(choice.index)",
+            "around = next(iter(self._around.values()), None)",
+        ),
+        "1: what was prepared for the chunks of one choice is sent for all",
+        ("test_chunks.py", "test_behaviour.py"),
+    ),
+    "every-origin": Fault(
+        "serve",
+        Patch("doge_deploy/serve/http/app.py", "allow_origins=list(cors_origins)", 'allow_origins=["*"]'),
+        "15: a page of any origin may use the server where one was named",
+        ("test_behaviour.py",),
+        select="TestSecurity",
+    ),
+    "heads-without-end": Fault(
+        "serve",
+        Patch("doge_deploy/serve/http/connections.py", "if self._head > MAX_HEAD_BYTES:", "if self._head > 10**12:"),
+        "limits: the headers of a request fill the memory",
+        ("test_connections.py",),
+        select="head_without_end",
     ),
     "silent-connections": Fault(
         "serve",
@@ -781,6 +835,7 @@ def main() -> int:
     """Plant the faults; 0 if each was caught."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("names", nargs="*", metavar="NAME", help="faults to plant; all where none is named")
+    parser.add_argument("--package", action="append", choices=sorted({one.package for one in FAULTS.values()}))
     parser.add_argument("--list", action="store_true", help="show the faults")
     parser.add_argument("--tree", type=Path, default=ROOT, help="the checkout to plant them in")
     parser.add_argument("--python", type=Path, default=Path(sys.executable), help="the Python of that checkout")
@@ -789,7 +844,8 @@ def main() -> int:
     options = parser.parse_args()
     if unknown := set(options.names) - set(FAULTS):
         parser.error(f"no fault {', '.join(sorted(unknown))}; known: {', '.join(FAULTS)}")
-    chosen = {name: FAULTS[name] for name in options.names or FAULTS}
+    packages = options.package or [fault.package for fault in FAULTS.values()]
+    chosen = {name: fault for name in options.names or FAULTS if (fault := FAULTS[name]).package in packages}
     if options.list:
         for name, fault in chosen.items():
             print(f"{fault.package:12} {name}: {fault.effect}")

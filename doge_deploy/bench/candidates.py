@@ -7,30 +7,25 @@ from __future__ import annotations
 
 import importlib
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Literal
 
+from doge_deploy.bundle.opening import Bundle, open_bundle
 from doge_deploy.options.backends import DEFAULT_BACKEND
 from doge_deploy.runtime.base import Runner
 from doge_deploy.targets.backend import find
 
-Kind = Literal["bundle", "transformers", "naive"]
-
-_LIBRARIES = {
-    "bundle": ("doge_deploy.runtime.backend",),
-    "transformers": ("torch", "transformers.models.doge.modeling_doge", "doge_deploy.bench.baselines.eager"),
-    "naive": ("onnxruntime", "doge_deploy.bench.baselines.naive"),
-}
+BUNDLE = "bundle"
+"""The kind of a candidate that is a bundle; every other kind is the name of a baseline."""
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """Something that runs a Doge."""
+    """Something that runs a Doge, or a model of its size."""
 
     name: str
-    kind: Kind
+    kind: str
+    """`BUNDLE`, or the name of a baseline."""
     path: str
-    """The bundle, the checkpoint of transformers, or the directory of a plain export."""
+    """The bundle, the checkpoint of transformers, or what was made for a baseline."""
     dtype: str
     """NumPy's name of the dtype that it computes in."""
     max_length: int
@@ -48,13 +43,34 @@ class Candidate:
     """Of a bundle: microseconds that idle threads wait for work, see `SessionOptions`."""
     num_layers: int | None = None
     """Of transformers: only so many layers; all where None."""
+    weights: str | None = None
+    """Of a bundle: how it stores them, see `weights_of`. Of a baseline: those of the bundles that it is compared with,
+    of all where None."""
+    rows: int | None = None
+    """Most rows that it takes at once; any number where None."""
+    same_model: bool = True
+    """False where it runs another model of the same size."""
+
+    @property
+    def is_bundle(self) -> bool:
+        return self.kind == BUNDLE
+
+
+def weights_of(bundle: Bundle) -> str:
+    """How a bundle stores its weights: the name of the weight format, or else of the dtype (`int8`, `fp32`)."""
+    options = bundle.manifest.options
+    return options.quantize or options.dtype
 
 
 def import_libraries(candidate: Candidate) -> None:
     """Import what `open_candidate` needs, so that loading can be timed without it."""
-    if candidate.kind == "bundle":
+    if candidate.is_bundle:
         find(candidate.backend).import_libraries()
-    for name in _LIBRARIES[candidate.kind]:
+        importlib.import_module("doge_deploy.runtime.backend")
+        return
+    from doge_deploy.bench.baselines.catalog import BASELINES
+
+    for name in BASELINES[candidate.kind].load().LIBRARIES:
         importlib.import_module(name)
 
 
@@ -64,33 +80,19 @@ def open_candidate(candidate: Candidate, threads: int) -> Runner:
     Raises:
         DogeDeployError: it cannot be loaded.
     """
-    if candidate.kind == "bundle":
-        from doge_deploy.bundle.opening import open_bundle
-        from doge_deploy.runtime.backend import open_backend
+    if not candidate.is_bundle:
+        from doge_deploy.bench.baselines.catalog import BASELINES
 
-        takes_threads = "threads" in find(candidate.backend).session_options
-        return open_backend(
-            open_bundle(candidate.path, check="quick"),
-            candidate.backend,
-            layout=candidate.layout,
-            threads=threads if takes_threads else None,
-            spin=candidate.spin,
-            flush_denormals=True,
-            portable=candidate.portable,
-        )
-    if candidate.kind == "transformers":
-        from doge_deploy.bench.baselines.eager import open_eager
+        return BASELINES[candidate.kind].load().open_runner(candidate, threads)
+    from doge_deploy.runtime.backend import open_backend
 
-        return open_eager(
-            Path(candidate.path),
-            dtype=candidate.dtype,
-            num_layers=candidate.num_layers,
-            max_length=candidate.max_length,
-            last_logits=candidate.last_logits,
-            threads=threads,
-        )
-    from doge_deploy.bench.baselines.naive import open_naive
-
-    return open_naive(
-        Path(candidate.path), max_length=candidate.max_length, last_logits=candidate.last_logits, threads=threads
+    takes_threads = "threads" in find(candidate.backend).session_options
+    return open_backend(
+        open_bundle(candidate.path, check="quick"),
+        candidate.backend,
+        layout=candidate.layout,
+        threads=threads if takes_threads else None,
+        spin=candidate.spin,
+        flush_denormals=True,
+        portable=candidate.portable,
     )

@@ -16,6 +16,7 @@ import numpy as np
 from doge_deploy.bench.candidates import Candidate
 from doge_deploy.bench.machine import BenchHost
 from doge_deploy.bench.measure import RoundTimes
+from doge_deploy.bench.products import OPERATIONS
 from doge_deploy.bench.workload import Workload
 from doge_deploy.graph.decode_traffic import Traffic
 
@@ -79,6 +80,8 @@ class WorkloadResult:
     sweeps_ns: list[list[int]] = field(default_factory=list)
     """Per round, what reads of `probe_bytes` took; empty without a roofline."""
     probe_bytes: int = 0
+    products_ns: list[dict[str, dict[str, list[int]]]] = field(default_factory=list)
+    """Per round, dtype and library, what products of `products.SIZE` took; empty without a roofline."""
 
     def of(self, candidate: str) -> Measurements:
         return next(found for found in self.measurements if found.candidate == candidate)
@@ -92,6 +95,8 @@ class Report:
     settings: Settings
     candidates: list[Candidate]
     results: list[WorkloadResult] = field(default_factory=list)
+    left_out: dict[str, str] = field(default_factory=dict)
+    """Why a baseline that was asked for is none of the candidates, by its name."""
 
 
 @dataclass(frozen=True)
@@ -149,7 +154,7 @@ RATIOS: dict[str, Callable[[Measurements], list[list[float]]]] = {
     "first token of a new process": lambda found: [[load.first_token_ns] for load in found.loads],
     "peak memory": lambda found: [[load.peak_bytes] for load in found.loads if load.peak_bytes is not None],
 }
-"""Which figures are held against each other, each with its samples by round."""
+"""Which figures are compared with each other, each with its samples by round."""
 
 
 def ratios(own: Measurements, other: Measurements) -> dict[str, Ratio]:
@@ -188,6 +193,11 @@ def equal_tokens(own: Measurements, other: Measurements) -> tuple[int, int]:
         (a, b) for mine, theirs in zip(own.tokens, other.tokens, strict=True) for a, b in zip(mine, theirs, strict=True)
     ]
     return sum(a == b for a, b in pairs), len(pairs)
+
+
+def same_model(report: Report, name: str) -> bool:
+    """Whether a candidate runs the model of the bundles."""
+    return next(candidate.same_model for candidate in report.candidates if candidate.name == name)
 
 
 def neighbours(result: WorkloadResult) -> float | None:
@@ -235,14 +245,36 @@ def _spread(values: Sequence[float]) -> dict[str, float]:
 
 def bundles(report: Report) -> list[str]:
     """Names of the candidates that are bundles; the others are baselines."""
-    return [candidate.name for candidate in report.candidates if candidate.kind == "bundle"]
+    return [candidate.name for candidate in report.candidates if candidate.is_bundle]
 
 
 def compared(report: Report) -> list[tuple[str, str]]:
-    """Which candidates are held against which: every bundle against every baseline, and against the first bundle."""
-    own = bundles(report)
-    baselines = [candidate.name for candidate in report.candidates if candidate.kind != "bundle"]
-    return [(name, other) for name in own for other in (*baselines, *own[:1]) if name != other]
+    """Which candidates are compared with which: every bundle against baselines, and against the first bundle.
+
+    A baseline may be for bundles of one kind of weights alone.
+    """
+    own = [candidate for candidate in report.candidates if candidate.is_bundle]
+    baselines = [candidate for candidate in report.candidates if not candidate.is_bundle]
+    pairs = []
+    for one in own:
+        fitting = [other for other in baselines if other.weights in (None, one.weights)]
+        pairs += [(one.name, other.name) for other in (*fitting, *own[:1]) if other.name != one.name]
+    return pairs
+
+
+def product_rates(result: WorkloadResult) -> dict[str, tuple[str, list[float]]]:
+    """By dtype the fastest library, and its multiplications and additions per second, one figure per round: of its best
+    product, as for `bandwidths`.
+    """
+    found: dict[str, tuple[str, list[float]]] = {}
+    for dtype in result.products_ns[0] if result.products_ns else ():
+        rates = {
+            library: [OPERATIONS / min(libraries[dtype][library]) * 1e9 for libraries in result.products_ns]
+            for library in result.products_ns[0][dtype]
+        }
+        best = max(rates, key=lambda library: median(rates[library]))
+        found[dtype] = (best, rates[best])
+    return found
 
 
 def to_json(report: Report) -> dict[str, Any]:
@@ -258,12 +290,16 @@ def to_json(report: Report) -> dict[str, Any]:
                 "lowest": min(measured),
                 "highest": max(measured),
             }
+        raw["products_per_s"] = {
+            dtype: {"library": library, **_spread(rates)} for dtype, (library, rates) in product_rates(result).items()
+        }
         for row, found in zip(raw["measurements"], result.measurements, strict=True):
             row["figures"] = figures(result, found)
         raw["ratios"] = [
             {
                 "candidate": own,
                 "against": other,
+                "same_model": same_model(report, other),
                 "equal_tokens": equal_tokens(result.of(own), result.of(other)),
                 **{name: asdict(value) for name, value in ratios(result.of(own), result.of(other)).items()},
             }

@@ -8,8 +8,10 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from time import sleep
+from typing import Any
 
-from doge_deploy.bench.candidates import Candidate
+from doge_deploy.bench.baselines.catalog import BASELINES, LeftOut, Wanted
+from doge_deploy.bench.candidates import BUNDLE, Candidate, weights_of
 from doge_deploy.bench.machine import this_machine
 from doge_deploy.bench.measure import RoundTimes
 from doge_deploy.bench.process import WorkerProcess
@@ -20,14 +22,11 @@ from doge_deploy.bench.workload import Workload
 from doge_deploy.bundle.opening import Bundle, open_bundle
 from doge_deploy.checkpoint import Checkpoint
 from doge_deploy.devices.host import usable_threads
-from doge_deploy.devices.packages import require_export_packages
 from doge_deploy.errors import UsageError
 from doge_deploy.graph.decode_traffic import bundle_traffic
 from doge_deploy.options.backends import DEFAULT_BACKEND
 from doge_deploy.targets.backend import SessionOptions, find
 from doge_deploy.verify.source import open_reference
-
-BASELINES = ("transformers", "naive")
 
 _SETTLE_S = 0.1
 """Pause before a section, so that threads of the one before it stop waiting for work and go to sleep. Those of ONNX
@@ -60,7 +59,7 @@ class BenchOptions:
     reference: str | None = None
     roofline: bool = False
     cache: Path | None = None
-    """Where plain exports are kept; `default_cache()` where None."""
+    """Where what is made for baselines is kept; `default_cache()` where None."""
 
     def workloads(self) -> list[Workload]:
         return [
@@ -106,10 +105,10 @@ def bench(
     bundles = _bundle_candidates(opened, options)
     _check_lengths(list(bundles), options.workloads())
     threads = usable_threads(options.threads)
-    baselines = _baselines(opened, options, threads, started) if options.against else []
+    baselines, left_out = _baselines(opened, options, threads, started) if options.against else ([], {})
     candidates = [*bundles, *baselines]
     settings = Settings(threads, options.rounds, options.loads, tuple(argv))
-    report = Report(this_machine(), settings, candidates)
+    report = Report(this_machine(), settings, candidates, left_out=left_out)
     for workload in options.workloads():
         result = WorkloadResult(workload, [_empty(candidate, workload) for candidate in candidates])
         for candidate, bundle in bundles.items():
@@ -146,7 +145,7 @@ def _bundle_candidates(bundles: Sequence[Bundle], options: BenchOptions) -> dict
             ]
             candidate = Candidate(
                 name=" ".join(parts),
-                kind="bundle",
+                kind=BUNDLE,
                 path=str(bundle.path),
                 dtype=manifest.dtype,
                 max_length=manifest.max_length,
@@ -156,6 +155,7 @@ def _bundle_candidates(bundles: Sequence[Bundle], options: BenchOptions) -> dict
                 backend=backend,
                 last_logits=manifest.last_logits,
                 spin=spin,
+                weights=weights_of(bundle),
             )
             if candidate in candidates:
                 raise UsageError(f"{candidate.name} is named twice")
@@ -202,76 +202,51 @@ def _check_lengths(candidates: Sequence[Candidate], workloads: Sequence[Workload
 
 
 def _empty(candidate: Candidate, workload: Workload) -> Measurements:
-    fits = workload.total_length <= candidate.max_length
-    reason = None if fits else f"right for at most {candidate.max_length} tokens, needs {workload.total_length}"
+    reason = None
+    if workload.total_length > candidate.max_length:
+        reason = f"right for at most {candidate.max_length} tokens, needs {workload.total_length}"
+    elif candidate.rows is not None and workload.batch_size > candidate.rows:
+        reason = f"takes at most {candidate.rows} row at once, the workload has {workload.batch_size}"
     return Measurements(candidate.name, not_measured=reason)
 
 
 def _baselines(
     bundles: Sequence[Bundle], options: BenchOptions, threads: int, started: Callable[[str], None]
-) -> list[Candidate]:
-    """The baselines that were asked for, in the dtype of the first bundle; a plain export is made where none is."""
-    require_export_packages("bench --against")
-    first = bundles[0]
-    others = {bundle.manifest.checkpoint["sha256"] for bundle in bundles}
-    if len(others) > 1:
+) -> tuple[list[Candidate], dict[str, str]]:
+    """Candidates of the baselines that were asked for, and why others of them are left out, by name."""
+    if len(others := {bundle.manifest.checkpoint["sha256"] for bundle in bundles}) > 1:
         raise UsageError(f"--against needs bundles of one checkpoint; these come from {len(others)}")
-    checkpoint = open_reference(first, options.reference)
-    manifest, facts = first.manifest, checkpoint.facts
-    if facts.is_legacy:
-        raise UsageError(
-            f"--against: transformers cannot run {checkpoint.path}, a checkpoint of the {facts.revision} code"
-        )
+    checkpoint = open_reference(bundles[0], options.reference)
+
+    def make(module: str, request: dict[str, Any]) -> None:
+        with WorkerProcess(threads) as process:
+            process.ask("make", module=module, request=request)
+
+    wanted = Wanted(bundles, checkpoint, options.workloads(), options.cache or default_cache(), make, started)
+    candidates: list[Candidate] = []
+    left_out: dict[str, str] = {}
+    for name in options.against:
+        baseline = BASELINES[name]
+        try:
+            baseline.require()
+            if baseline.loads_checkpoint:
+                _check_loadable(checkpoint)
+            candidates += baseline.load().candidates(wanted)
+        except LeftOut as reason:
+            left_out[name] = str(reason)
+    return candidates, left_out
+
+
+def _check_loadable(checkpoint: Checkpoint) -> None:
+    """Raises UsageError where transformers would not read the checkpoint as `export` did."""
+    if checkpoint.facts.is_legacy:
+        revision = checkpoint.facts.revision
+        raise UsageError(f"--against: transformers cannot run {checkpoint.path}, a checkpoint of the {revision} code")
     if not checkpoint.as_stored:
         raise UsageError(
             f"--against: baselines load {checkpoint.path} with transformers, which does not read it as the bundle's "
             "export did (an adapter, names of a wrapper, or an index without metadata)"
         )
-    last = manifest.last_logits
-    baselines = []
-    for name in options.against:
-        path, length = str(checkpoint.path), facts.max_position_embeddings
-        if name == "naive":
-            from doge_deploy.bench.baselines.naive import naive_max_length
-
-            path, length = _naive(checkpoint, first, options, threads, started), naive_max_length(facts)
-        baselines.append(
-            Candidate(
-                name=name,
-                kind="naive" if name == "naive" else "transformers",
-                path=path,
-                dtype=manifest.dtype,
-                max_length=max(length, manifest.max_length) if name == "transformers" else length,
-                vocab_size=facts.vocab_size,
-                last_logits=last,
-                num_layers=facts.num_hidden_layers,
-            )
-        )
-    return baselines
-
-
-def _naive(
-    checkpoint: Checkpoint, bundle: Bundle, options: BenchOptions, threads: int, started: Callable[[str], None]
-) -> str:
-    from doge_deploy.bench.baselines.naive import naive_directory
-
-    manifest, facts = bundle.manifest, checkpoint.facts
-    last = manifest.last_logits
-    cache = options.cache or default_cache()
-    directory = naive_directory(cache, checkpoint.sha256, facts, manifest.dtype, last_logits=last)
-    if not directory.is_dir():
-        started("export transformers' model plainly (kept for next time)")
-        with WorkerProcess(threads) as process:
-            process.ask(
-                "export_naive",
-                checkpoint=str(checkpoint.path),
-                output=str(directory),
-                facts=facts.to_json(),
-                dtype=manifest.dtype,
-                num_layers=facts.num_hidden_layers,
-                last_logits=last,
-            )
-    return str(directory)
 
 
 def _measure_loads(
@@ -308,7 +283,7 @@ def _measure_rounds(
     report: Report,
     started: Callable[[str], None],
 ) -> None:
-    """All alive, one timed at a time; the bandwidth probe is one more that takes turns."""
+    """All alive, one timed at a time; the probe of bandwidth and products is one more that takes turns."""
     threads, workload = report.settings.threads, asdict(result.workload)
     with contextlib.ExitStack() as stack:
         processes: dict[str | None, WorkerProcess] = {}
@@ -321,12 +296,15 @@ def _measure_rounds(
             probe = processes[None] = stack.enter_context(WorkerProcess(1))
             nbytes = buffer_bytes(report.machine.last_level_cache_bytes)
             result.probe_bytes = probe.ask("probe", threads=threads, nbytes=nbytes)["nbytes"]
+            products = stack.enter_context(WorkerProcess(threads))
         for number in range(options.rounds):
             started(f"{result.workload.name}: round {number + 1} of {options.rounds}")
             for name in rotated(list(processes), number):
                 sleep(_SETTLE_S)
                 if name is None:
                     result.sweeps_ns.append(processes[name].ask("sweep")["sweeps_ns"])
+                    sleep(_SETTLE_S)
+                    result.products_ns.append(products.ask("multiply", threads=threads)["products_ns"])
                 else:
                     answer = processes[name].ask("round", workload=workload)
                     result.of(name).rounds.append(RoundTimes(**answer))

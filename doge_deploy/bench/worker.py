@@ -4,9 +4,10 @@
     {"do": "first", "workload": {...}}                 the first calls
     {"do": "round", "workload": {...}}                 one timed round
     {"do": "memory"}                                   peak resident memory so far
-    {"do": "export_naive", ...}                        make a plain export (in a process that times nothing)
+    {"do": "make", "module": "naive", "request": {}}   make what a baseline needs (in a process that times nothing)
     {"do": "probe", "threads": 2, "nbytes": ...}       become a bandwidth probe
     {"do": "sweep"}                                    read the probe's array
+    {"do": "multiply", "threads": 2}                   matrix products of every library that is here
 
 Errors of this package are raised again by the other end; any other ends the process.
 """
@@ -15,13 +16,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import asdict
-from pathlib import Path
 from time import perf_counter_ns
 from typing import TYPE_CHECKING, Any
 
 from doge_deploy.process.worker import serve
 
 if TYPE_CHECKING:
+    from doge_deploy.bench.products import ProductProbe
     from doge_deploy.bench.roofline import BandwidthProbe
     from doge_deploy.bench.workload import Workload
     from doge_deploy.runtime.base import IntArray, Runner
@@ -34,14 +35,16 @@ class Worker:
         self._runner: Runner | None = None
         self._vocab_size = 0
         self._probe: BandwidthProbe | None = None
+        self._products: ProductProbe | None = None
         self.answers: dict[str, Callable[..., dict[str, Any]]] = {
             "load": self.load,
             "first": self.first,
             "round": self.round,
             "memory": self.memory,
-            "export_naive": self.export_naive,
+            "make": self.make,
             "probe": self.probe,
             "sweep": self.sweep,
+            "multiply": self.multiply,
         }
 
     def load(self, candidate: dict[str, Any], threads: int) -> dict[str, Any]:
@@ -83,11 +86,10 @@ class Worker:
 
         return {"peak_bytes": peak_memory_bytes()}
 
-    def export_naive(self, checkpoint: str, output: str, facts: dict[str, Any], **choices: Any) -> dict[str, Any]:
-        from doge_deploy.bench.baselines.naive import export_naive
-        from doge_deploy.config.model import DogeFacts
+    def make(self, module: str, request: dict[str, Any]) -> dict[str, Any]:
+        from doge_deploy.bench.baselines.catalog import make
 
-        export_naive(Path(checkpoint), Path(output), facts=DogeFacts.from_json(facts), **choices)
+        make(module, **request)
         return {}
 
     def probe(self, threads: int, nbytes: int) -> dict[str, Any]:
@@ -99,6 +101,12 @@ class Worker:
     def sweep(self) -> dict[str, Any]:
         assert self._probe is not None
         return {"sweeps_ns": self._probe.time_sweeps()}
+
+    def multiply(self, threads: int) -> dict[str, Any]:
+        from doge_deploy.bench.products import ProductProbe
+
+        self._products = self._products or ProductProbe(threads)
+        return {"products_ns": self._products.time_products()}
 
 
 def main() -> None:

@@ -75,6 +75,8 @@ class KernelCounts(_Record):
     """Of the first output, in the vendor's words; kernels without one, such as waits, are not counted."""
     fused_attention: int
     """Kernels that compute a whole attention."""
+    low_bit: int = 0
+    """Kernels that read weights of few bits as they are stored."""
 
 
 class PluginUse(_Record):

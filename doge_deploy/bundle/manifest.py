@@ -1,4 +1,4 @@
-"""manifest.json, format version 2: what a bundle says of itself. The annotations are the schema.
+"""manifest.json, format version 2: what a bundle says about itself. The annotations are the schema.
 
 manifest.json          what it is, where it came from, the hash of every other file
 model.onnx             the graph of the first layout; model.<layout>.onnx of a second one

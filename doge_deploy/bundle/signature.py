@@ -1,4 +1,4 @@
-"""Every input and output of an exported graph: the contract between the trace and all later rooms.
+"""Every input and output of an exported graph: the contract between the trace and all later packages.
 
 Axes: B `batch_size`, Q `sequence_length`, P `past_sequence_length`, K `past_sequence_length + sequence_length`,
 L `max_length` (a number, fixed at export).

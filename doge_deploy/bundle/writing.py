@@ -34,12 +34,16 @@ _FULL = frozenset(
 _TAKEN = frozenset((errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR, errno.EISDIR))
 
 
+def manifest_bytes(manifest: Manifest) -> bytes:
+    """What manifest.json holds, the same bytes for the same manifest."""
+    return (json.dumps(manifest.to_json(), indent=2, ensure_ascii=False) + "\n").encode()
+
+
 def write_manifest(directory: Path, manifest: Manifest) -> None:
-    """Write manifest.json, the same bytes for the same manifest. An older one is replaced in one step."""
-    text = json.dumps(manifest.to_json(), indent=2, ensure_ascii=False) + "\n"
+    """Write manifest.json. An older one is replaced in one step."""
     aside = directory / f".{MANIFEST}.partial"
-    with aside.open("w", encoding="utf-8") as file:
-        file.write(text)
+    with aside.open("wb") as file:
+        file.write(manifest_bytes(manifest))
         file.flush()
         os.fsync(file.fileno())
     aside.replace(directory / MANIFEST)

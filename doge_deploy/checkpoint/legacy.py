@@ -136,7 +136,7 @@ def _early_revision(
     if unknown:
         keys = ", ".join(f"{key}={config[key]!r}" for key in unknown)
         raise UnsupportedModelError(
-            f"{source}: legacy Doge of before February 2025, another architecture, not supported: config keys {keys}"
+            f"{source}: legacy Doge from before February 2025, another architecture, not supported: config keys {keys}"
         )
     if bool(february) == bool(march):
         found = [f"config keys {', '.join(february)}: February 2025"] if february else ["no config key num_cdmoe_*"]

@@ -22,7 +22,7 @@ Shapes = dict[str, tuple[int, ...]]
 
 
 PREFIX = "model."
-"""Before the names of the decoder's tensors, but for a `DogeModel` that was saved without a head."""
+"""Before the names of the decoder's tensors, except in a `DogeModel` that was saved without a head."""
 
 
 def with_prefix(tensors: Mapping[str, TensorInfo]) -> dict[str, TensorInfo]:

@@ -1,1 +1,1 @@
-"""The command line; the only room that imports click. One command a file, loaded when it is called."""
+"""The command line; the only package that imports click. One command a file, loaded when it is called."""

@@ -33,7 +33,9 @@ def _numbers(minimum: int) -> Callable[[click.Context, click.Parameter, tuple[st
 
 
 def _baselines(context: click.Context, parameter: click.Parameter, values: tuple[str, ...]) -> tuple[str, ...]:
-    legal = ("transformers", "naive")
+    from doge_deploy.bench.baselines.catalog import BASELINES
+
+    legal = tuple(BASELINES)
     for name in _parts(values):
         if name not in legal:
             raise click.BadParameter(f"{name!r} is not one of {', '.join(legal)}", context, parameter)
@@ -87,7 +89,7 @@ def _parts(values: tuple[str, ...]) -> list[str]:
     metavar="N",
     help="Fresh processes, for load time and memory.",
 )
-@click.option("--threads", type=click.IntRange(min=1), metavar="N", help="Of every candidate; default: one a core.")
+@click.option("--threads", type=click.IntRange(min=1), metavar="N", help="Of every candidate; default: one per core.")
 @click.option(
     "--spin",
     "spins",
@@ -110,20 +112,20 @@ def _parts(values: tuple[str, ...]) -> list[str]:
     "--against",
     multiple=True,
     callback=_baselines,
-    metavar="transformers,naive",
-    help="Baselines that take turns with the bundle, in the same dtype.",
+    metavar="NAME,...",
+    help="What takes turns with the bundle: transformers, naive, compile, genai, openvino, llama.cpp.",
 )
 @click.option("--reference", metavar="MODEL", help="The checkpoint of baselines; default: what the bundle says.")
-@click.option("--roofline", is_flag=True, help="Measure memory bandwidth, and which share of it decode reaches.")
+@click.option("--roofline", is_flag=True, help="Measure bandwidth and matrix products, and which share decode reaches.")
 @click.option("--json", "json_file", type=click.Path(path_type=Path), metavar="FILE", help="Write every time here.")
 @click.option("--plot", "plot_file", type=click.Path(path_type=Path), metavar="FILE.png", help="Draw the result.")
 @click.option(
-    "--cache-dir", "cache", type=click.Path(path_type=Path), metavar="DIR", help="Where plain exports are kept."
+    "--cache-dir", "cache", type=click.Path(path_type=Path), metavar="DIR", help="Where what baselines need is kept."
 )
 def bench(bundles: tuple[Path, ...], json_file: Path | None, plot_file: Path | None, **choices: Any) -> None:
     """Time BUNDLE: first token, prefill, decode, memory, load.
 
-    Of several bundles the first is what the others are held against. Every candidate lives in a process of its own;
+    Of several bundles the first is what the others are compared with. Every candidate lives in a process of its own;
     timed sections take turns.
     """
     from doge_deploy.bench.files import check_writable, write_json

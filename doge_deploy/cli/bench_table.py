@@ -18,11 +18,14 @@ from doge_deploy.bench.report import (
     Report,
     WorkloadResult,
     bandwidths,
+    bundles,
     compared,
     equal_tokens,
     figures,
     neighbours,
+    product_rates,
     ratios,
+    same_model,
 )
 
 if TYPE_CHECKING:
@@ -82,6 +85,8 @@ class BenchTables:
         """Print one workload."""
         if not self._any:
             self._print(_conditions(report))
+            for name, reason in report.left_out.items():
+                self._print(f"{name} is left out: {reason}")
             self._any = True
         self._print("")
         self.console.print(_table(result))
@@ -120,13 +125,14 @@ def _notes(report: Report, result: WorkloadResult) -> list[str]:
     for own, other in compared(report):
         mine, theirs = result.of(own), result.of(other)
         if mine.rounds and theirs.rounds:
-            lines.append(_ratio_line(own, other, mine, theirs))
+            lines.append(_ratio_line(report, own, other, mine, theirs))
     if result.sweeps_ns:
         measured = [value / 1e9 for value in bandwidths(result)]
         lines.append(
             f"memory bandwidth: {median(measured):.1f} GB/s ({min(measured):.1f} to {max(measured):.1f}), best "
             f"read of a round by {report.settings.threads} threads"
         )
+        lines += [_product_line(dtype, *rates) for dtype, rates in product_rates(result).items()]
         lines += [_roofline_line(report, result, found) for found in result.measurements if found.traffic is not None]
     others = neighbours(result)
     if others is None:
@@ -146,10 +152,10 @@ def _waiting_lines(report: Report, result: WorkloadResult, others: float) -> lis
     """Bundles whose steps stalled while others used the machine: what spinning threads do there."""
     if others <= NOTABLE_NEIGHBOURS or report.settings.threads == 1:
         return []
-    kinds = {candidate.name: candidate.kind for candidate in report.candidates}
+    own = set(bundles(report))
     lines = []
     for found in result.measurements:
-        if kinds[found.candidate] != "bundle" or not found.rounds:
+        if found.candidate not in own or not found.rounds:
             continue
         times = figures(result, found)["decode_step_ms"]
         ratio = times["p90"] / times["median"]
@@ -161,10 +167,19 @@ def _waiting_lines(report: Report, result: WorkloadResult, others: float) -> lis
     return lines
 
 
-def _ratio_line(own: str, other: str, mine: Measurements, theirs: Measurements) -> str:
-    same, of = equal_tokens(mine, theirs)
+def _ratio_line(report: Report, own: str, other: str, mine: Measurements, theirs: Measurements) -> str:
     shown = ", ".join(f"{name} {_ratio(value)}" for name, value in ratios(mine, theirs).items())
-    return f"{own} against {other}, times better: {shown}; likeliest tokens equal: {same}/{of}"
+    if same_model(report, other):
+        same, of = equal_tokens(mine, theirs)
+        computes = f"likeliest tokens equal: {same}/{of}"
+    else:
+        computes = "that is another model of this size"
+    return f"{own} against {other}, times better: {shown}; {computes}"
+
+
+def _product_line(dtype: str, library: str, rates: list[float]) -> str:
+    spread = f"{min(rates) / 1e9:.0f} to {max(rates) / 1e9:.0f}"
+    return f"matrix products in {dtype}: {median(rates) / 1e9:.0f} G operations/s ({spread}), by {library}"
 
 
 def _roofline_line(report: Report, result: WorkloadResult, found: Measurements) -> str:

@@ -73,6 +73,8 @@ def build(bundle: Path, config_file: Path | None, assignments: tuple[str, ...], 
     for network, what in zip(networks, ("", "prefill: "), strict=False):
         layers = network.layers
         click.echo(f"{what}{layers.kv_cache_update} cache writes in place, {layers.attention} native attention layers")
+        if network.kernels is not None and network.kernels.low_bit:
+            click.echo(f"{what}{network.kernels.low_bit} kernels read weights of few bits as they are stored")
         for reason in sorted({layer.reason for layer in layers.decomposed}):
             count = sum(layer.reason == reason for layer in layers.decomposed)
             click.echo(f"{what}{count} of them decomposed: {reason}")

@@ -20,6 +20,8 @@ _COMMANDS = {
     "doctor": "Say what this machine, or another device, can do.",
     "export": "Trace a checkpoint to an ONNX bundle.",
     "build": "Build a TensorRT engine of a bundle.",
+    "pack": "Write a bundle with its engines into one compressed file.",
+    "unpack": "Make a bundle of such a file, and check every byte.",
     "verify": "Prove by numbers that a bundle computes what transformers computes.",
     "record": "Write what `verify` asks of the reference, for machines without it.",
     "bisect": "Name the weight, pass or package by which two bundles of one checkpoint differ.",

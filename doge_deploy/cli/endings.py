@@ -1,6 +1,6 @@
 """Every error as one line and an exit code; the table of docs/errors.md.
 
-The code says whose move it is. 1 is left to one class alone, `MismatchError`: whoever reads it may be sure that numbers
+The code says who can mend it. 1 is left to one class alone, `MismatchError`: whoever reads it may be sure that numbers
 were compared.
 """
 

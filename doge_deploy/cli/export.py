@@ -70,7 +70,7 @@ _DEFAULT_BLOCKS = ", ".join(
 @click.option(
     "--set", "assignments", multiple=True, metavar="KEY=VALUE", help="Change an option of the file; repeatable."
 )
-@click.option("--adapter", metavar="DIRECTORY", help="Merge this PEFT LoRA adapter; a Hub id will do too.")
+@click.option("--adapter", metavar="DIRECTORY", help="Merge this PEFT LoRA adapter; a Hub id works too.")
 @click.option(
     "--record",
     type=click.Path(path_type=Path),

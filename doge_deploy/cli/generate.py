@@ -55,7 +55,7 @@ if TYPE_CHECKING:
 )
 @click.option("--layout", metavar="static|growing", help="Graph to run; default: the bundle's first.")
 @click.option("--portable", is_flag=True, help="Run the standard graph, not the one lowered for ONNX Runtime.")
-@click.option("--threads", type=click.IntRange(min=1), metavar="N", help="At most one a CPU; default: one a core.")
+@click.option("--threads", type=click.IntRange(min=1), metavar="N", help="At most one per CPU; default: one per core.")
 @click.option("--spin", type=click.IntRange(min=0), metavar="US", help="How long idle threads wait before they sleep.")
 @click.option("--speculate/--no-speculate", default=True, show_default=True, help="Guess tokens where that pays.")
 @click.option("--backend", type=BackendName(), default=DEFAULT_BACKEND, show_default=True, help="What runs the bundle.")

@@ -117,8 +117,11 @@ def _lowering(layout: Layout) -> Iterator[str]:
         title = _title(name)
         if lowered.file is not None:
             yield f"for {title}: {lowered.file} ({', '.join(lowered.applied)})"
+        steps: dict[str, list[str]] = {}
         for step, reason in lowered.declined.items():
-            yield f"for {title}: {step} declined: {reason}"
+            steps.setdefault(reason, []).append(step)
+        for reason, declined in steps.items():
+            yield f"for {title}: declined by {', '.join(declined)}: {reason}"
 
 
 def _title(backend: str) -> str:

@@ -83,6 +83,8 @@ def _network_facts(network: Network) -> dict[str, str]:
         f"({len(network.aliases)} outputs share the buffer of an input)",
         "attention": f"{network.layers.attention} native layers" + _fused(network),
     }
+    if network.kernels is not None and network.kernels.low_bit:
+        facts["weights"] = f"of few bits, read as they are stored by {network.kernels.low_bit} kernels"
     for reason in sorted({layer.reason for layer in network.layers.decomposed}):
         named = [layer.layer for layer in network.layers.decomposed if layer.reason == reason]
         facts["decomposed"] = f"{len(named)} attention layers ({named[0]} to {named[-1]}): {reason}"

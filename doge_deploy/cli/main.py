@@ -27,7 +27,7 @@ _SETTLE_SECONDS = 2.0
 
 class _Signals:
     """Turns Ctrl-C and SIGTERM into exceptions, so that nothing half-written is left behind; a context manager that
-    gives the handlers of before back.
+    gives the earlier handlers back.
     """
 
     def __init__(self) -> None:

@@ -82,7 +82,7 @@ def _to_json(registry: Registry) -> list[dict[str, object]]:
 @plugins.command("check")
 @click.argument("model", type=click.Path(path_type=Path))
 def check(model: Path) -> None:
-    """Hold every plugin node of MODEL (a bundle, or an ONNX file) against the installed plugins.
+    """Compare every plugin node of MODEL (a bundle, or an ONNX file) with the installed plugins.
 
     Operators that have a plugin are lowered first, in memory.
 

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 def roofline(device: str, model: str, past: int, new: int, batch_size: int, dtype: str, as_json: bool) -> None:
     """What each kernel should cost, beside the standard operators that it replaces.
 
-    A model on paper: bytes and operations, counted, at the device's published bandwidth and peak. Nothing is measured.
+    A calculation: bytes and operations are counted, at the device's published bandwidth and peak. Nothing is measured.
     """
     from doge_deploy.devices.packages import require_graph_packages
 
@@ -93,7 +93,7 @@ def _show(result: Roofline, model: str, sources: list[str]) -> None:
 
     console, machine, call = Console(), result.machine, result.call
     console.print(
-        f"[bold]On paper, not measured.[/bold] {model}, {call.dtype}, {call.new} new token(s) on {call.past}, batch "
+        f"[bold]Computed, not measured.[/bold] {model}, {call.dtype}, {call.new} new token(s) on {call.past}, batch "
         f"{call.batch}; {machine.name}: {machine.bandwidth_gb_per_s:g} GB/s, {machine.fp16_tflops:g} TFLOPS",
         highlight=False,
     )
@@ -122,7 +122,7 @@ def _to_json(result: Roofline, model: str, sources: list[str]) -> dict[str, obje
     from dataclasses import asdict
 
     return {
-        "kind": "on paper, not measured",
+        "kind": "computed, not measured",
         "model": model,
         "device": asdict(result.machine),
         "sources": sources,

@@ -20,14 +20,21 @@ from doge_deploy.options.backends import DEFAULT_BACKEND
     "--backend", type=BackendName(), default=DEFAULT_BACKEND, show_default=True, help="What runs the bundles."
 )
 @click.option("--engine", metavar="NAME", help="Which engine, where the backend has several.")
-@click.option("--threads", type=click.IntRange(min=1), metavar="N", help="At most one a CPU; default: one a core.")
+@click.option("--threads", type=click.IntRange(min=1), metavar="N", help="At most one per CPU; default: one per core.")
 @click.option("--spin", type=click.IntRange(min=0), metavar="US", help="How long idle threads wait before they sleep.")
 @click.option("--speculate/--no-speculate", default=True, show_default=True, help="Guess tokens where that pays.")
 @click.option(
     "--served-model-name", "names", multiple=True, metavar="NAME", help="What clients call the bundle; once for each."
 )
 @click.option(
-    "--api-key-file", type=click.Path(path_type=Path), metavar="FILE", help="Keys that clients must send, one a line."
+    "--api-key-file", type=click.Path(path_type=Path), metavar="FILE", help="Keys that clients must send, one per line."
+)
+@click.option(
+    "--cors-origin",
+    "cors_origins",
+    multiple=True,
+    metavar="ORIGIN",
+    help="Let pages of https://... use the server from a browser; * for all of them. Can be repeated.",
 )
 @click.option("--no-auth", is_flag=True, help="Serve other machines without a key.")
 @click.option("--max-queue", type=click.IntRange(min=1), default=256, show_default=True, help="Requests that may wait.")
@@ -75,6 +82,7 @@ def serve(
     speculate: bool,
     names: tuple[str, ...],
     api_key_file: Path | None,
+    cors_origins: tuple[str, ...],
     no_auth: bool,
     max_queue: int,
     max_queue_tokens: int,
@@ -105,6 +113,7 @@ def serve(
         speculate=speculate,
         names=names,
         api_key_file=api_key_file,
+        cors_origins=cors_origins,
         no_auth=no_auth,
         recordings=recordings,
         drain_seconds=drain_seconds,

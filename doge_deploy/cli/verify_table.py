@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from doge_deploy.verify.quality import QualityResult
     from doge_deploy.verify.report import Report
 
-_WIDTH_WITHOUT_TERMINAL = 150
+_WIDTH_WITHOUT_TERMINAL = 170
 _FAILURES_SHOWN = 3
 
 
@@ -57,7 +57,10 @@ class VerifyTable:
         self.columns = [column for column in _COLUMNS if self.console.width >= column.from_width]
         self.table = Table(title="Bundle against reference (eager)", title_justify="left")
         for column in self.columns:
-            self.table.add_column(column.name, justify="right" if column.number else "left", no_wrap=True)
+            width = None if column.name else 4  # the verdict is never cut
+            self.table.add_column(
+                column.name, justify="right" if column.number else "left", no_wrap=True, min_width=width
+            )
         self.live = Live(self.table, console=self.console, auto_refresh=False)
 
     def __enter__(self) -> VerifyTable:
@@ -121,7 +124,7 @@ class VerifyTable:
         say(
             f"{report.weights.compared} weights {'' if report.weights.passed else 'NOT '}bit for bit the checkpoint's; "
             f"{passed} of {len(report.results)} cases within tolerance{_greedy(report)}; "
-            f"{tied} rows chose among ties or near-ties",
+            f"{tied} rows had tied or nearly tied scores",
             highlight=False,
             soft_wrap=True,
         )
@@ -129,7 +132,7 @@ class VerifyTable:
     def _say_baseline(self, baseline: Comparison) -> None:
         for drift in baseline.drifts:
             self.console.print(f"DRIFT {drift}", style="red", highlight=False, soft_wrap=True)
-        held = f"{baseline.compared} cases held against {baseline.name}, {len(baseline.drifts)} drift"
+        held = f"{baseline.compared} cases compared with {baseline.name}, {len(baseline.drifts)} drift"
         for what, names in (("not judged now", baseline.missing), ("not in it", baseline.new)):
             held += f"; {what}: {', '.join(names)}" if names else ""
         self.console.print(held, highlight=False, soft_wrap=True)

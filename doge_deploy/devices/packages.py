@@ -7,6 +7,9 @@ from collections.abc import Iterable
 
 from doge_deploy.errors import MissingDependencyError
 
+EXPORT_PACKAGES = ("torch", "transformers", "onnxscript", "onnx", "onnx-ir", "safetensors")
+"""What tracing and transformers' models need."""
+
 
 def require_packages(names: Iterable[str], *, user: str, extra: str) -> None:
     """Check that packages are installed, without importing them.
@@ -30,8 +33,7 @@ def require_packages(names: Iterable[str], *, user: str, extra: str) -> None:
 
 def require_export_packages(user: str) -> None:
     """Raises MissingDependencyError where a package that tracing and transformers' models need is absent."""
-    names = ("torch", "transformers", "onnxscript", "onnx", "onnx-ir", "safetensors")
-    require_packages(names, user=user, extra="export")
+    require_packages(EXPORT_PACKAGES, user=user, extra="export")
 
 
 def require_graph_packages(user: str) -> None:

@@ -1,6 +1,6 @@
 """What NVIDIA's two inference libraries need and can do, as far as this tool depends on it.
 
-The numbers are the vendor's, with their place; a test holds them against the libraries that are installed.
+The numbers are the vendor's, with their place; a test compares them with the libraries that are installed.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What the plugins should cost beside the standard operators that they replace: a model on paper, not a measurement.
+"""What the plugins should cost beside the standard operators that they replace: calculated, not measured.
 
 The time of a launch is the larger of (bytes over the memory bus) / bandwidth and (operations) / peak, both the maker's
 figures. Launches, latency, occupancy and what a small GPU cannot keep in its caches are not in it.
@@ -182,7 +182,7 @@ def _standard(
 
 
 def _rest(facts: DogeFacts, call: Call) -> Cost:
-    """Every weight that a step reads but for the experts, which the operator reads; and the caches' new slots."""
+    """Every weight that a step reads except the experts, which the operator reads; and the caches' new slots."""
     item = item_bytes(call.dtype)
     tensors = expected_tensors(facts)
     embedding = tensors[EMBEDDING] if HEAD in tensors else ()

@@ -13,7 +13,7 @@ from doge_deploy.errors import BrokenBundleError
 
 
 def check_model(path: Path, signature: Signature) -> None:
-    """Run onnx's own checker on the file, and hold its inputs and outputs against the signature.
+    """Run onnx's own checker on the file, and compare its inputs and outputs with the signature.
 
     Raises:
         BrokenBundleError: naming every input or output that differs.

@@ -1,4 +1,4 @@
-"""What a graph of standard operators moves and calculates, on paper: the other side of a plugin's cost.
+"""What a graph of standard operators moves and calculates, by calculation: the other side of a plugin's cost.
 
 The count is kind to the standard operators. A runtime is assumed to fuse everything that it can: only `_LAYERS` read
 and write tensors of their own; all nodes between two of them are one pass, which reads what comes from outside and

@@ -1,4 +1,4 @@
-"""Plugin nodes of a graph, held against the plugins that are installed."""
+"""Plugin nodes of a graph, compared with the plugins that are installed."""
 
 from __future__ import annotations
 

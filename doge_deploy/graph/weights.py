@@ -107,12 +107,12 @@ class TensorSources:
 
 
 def packed(values: torch.Tensor, bits: int) -> torch.Tensor:
-    """Numbers of 4 bits, below 16, as bytes; of two the first is in the low half. Others as they are."""
+    """Numbers of 4 bits, from -8 to 15, as bytes; of two the first is in the low half. Others as they are."""
     if bits >= 8:
         return values
     if bits != 4:
         raise ValueError(f"numbers of {bits} bits cannot be packed; of 4 they can")
-    flat = values.reshape(-1)
+    flat = values.reshape(-1).to(torch.uint8) & 15
     if len(flat) % 2:
         flat = torch.cat((flat, flat.new_zeros(1)))
     return flat[0::2] | (flat[1::2] << 4)

@@ -1,6 +1,6 @@
-"""What a kernel moves and calculates, on paper: bytes and floating-point operations of one launch.
+"""What a kernel moves and calculates, by calculation: bytes and floating-point operations of one launch.
 
-A plugin brings a cost model for each of its kernels; tests hold the bytes against what Triton's interpreter loads
+A plugin brings a cost model for each of its kernels; tests compare the bytes with what Triton's interpreter loads
 and stores.
 """
 

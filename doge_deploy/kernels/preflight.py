@@ -51,7 +51,7 @@ class Verdict:
 
 
 def check_node(node: PluginNode, registry: Registry) -> Verdict:
-    """Hold a node against the plugins that are there."""
+    """Compare a node with the plugins that are there."""
     spec = registry.spec(node.id)
     if spec is None or spec.version != node.version:
         return Verdict(node, None, (_not_registered(node, registry),), ())

@@ -1,7 +1,7 @@
 """Standard operators that must trace to exactly one ONNX node each.
 
 Each is a `torch.library` custom operator with an eager body, so that the traced model can also be run in PyTorch
-and held against transformers without any ONNX in between. `graph/trace.py` maps them to nodes of opset 24.
+and compared with transformers without any ONNX in between. `graph/trace.py` maps them to nodes of opset 24.
 Reference: https://onnx.ai/onnx/operators/ for the ONNX semantics.
 """
 

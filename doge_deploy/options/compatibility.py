@@ -21,12 +21,7 @@ def resolve_max_length(facts: DogeFacts, asked: int | None) -> int:
 
 
 def check_quantize(options: ExportOptions) -> None:
-    """Raises UsageError where weights are to be quantized with a dtype or for a task that this is not offered for."""
-    if options.quantize is not None and options.dtype != "fp32":
-        raise UsageError(
-            f"quantize={options.quantize} with dtype={options.dtype}: quantized weights are computed with in fp32; "
-            "leave dtype at fp32"
-        )
+    """Raises UsageError where weights are to be quantized for a task that this is not offered for."""
     if options.quantize is not None and options.task != "causal-lm":
         raise UsageError(
             f"quantize={options.quantize} with task={options.task}: what rounding costs is judged by the "

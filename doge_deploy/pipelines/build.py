@@ -89,6 +89,7 @@ def _build_part(
         signature=part.signature,
         compute_capabilities=capabilities,
         plugins=tuple(plugin.operator for plugin in lowered.plugins),
+        low_bit_numbers=lowered.low_bit_numbers(),
     )
     start = time.perf_counter()
     finished = run_job(job, progress)

@@ -1,1 +1,1 @@
-"""Run a bundle: neither torch nor transformers nor the graph room is imported here."""
+"""Run a bundle: neither torch nor transformers nor the graph package is imported here."""

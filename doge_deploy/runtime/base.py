@@ -77,7 +77,7 @@ class Runner(ABC):
 
     @abstractmethod
     def _run(self, input_ids: IntArray, lengths: IntArray) -> FloatArray:
-        """Compute one call and keep the new caches; `row_lengths` is still that of before the call."""
+        """Compute one call and keep the new caches; `row_lengths` is still the one before the call."""
 
     @abstractmethod
     def cache(self) -> dict[str, list[FloatArray]]:

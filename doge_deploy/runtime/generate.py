@@ -75,70 +75,76 @@ def generate(
             f"cached={cached}: the runner's rows hold {runner.row_lengths.tolist()} tokens,"
             f" the prompt has {len(prompt_ids)}"
         )
+    text = _Text(runner, Context(prompt_ids), sampler, max_new_tokens, frozenset(eos_ids))
     if guesser is not None:
-        return _guessed(runner, Context(prompt_ids), sampler, max_new_tokens, eos_ids, prefill_chunk, cached, guesser)
-    return _tokens(runner, Context(prompt_ids), sampler, max_new_tokens, eos_ids, prefill_chunk, cached)
+        return _guessed(text, prefill_chunk, cached, guesser)
+    return _tokens(text, prefill_chunk, cached)
 
 
-def _tokens(
-    runner: Runner,
-    context: Context,
-    sampler: Sampler,
-    max_new_tokens: int,
-    eos_ids: Collection[int],
-    prefill_chunk: int | None,
-    cached: int,
-) -> Iterator[int]:
-    """The loop of `generate`; `context` grows by every token."""
-    if not cached:
-        runner.reset()
-    logits = _prefill(runner, context[cached:], prefill_chunk)
-    for count in range(1, max_new_tokens + 1):
-        token = sampler.pick(logits, context)
-        context.append(token)
+@dataclass(frozen=True)
+class _Text:
+    """A text in the making."""
+
+    runner: Runner
+    context: Context
+    """Grows by every token."""
+    sampler: Sampler
+    max_new_tokens: int
+    eos_ids: frozenset[int]
+
+    def begin(self, chunk: int | None, cached: int) -> FloatArray:
+        """Feed the prompt, of which the runner holds the `cached` first tokens; the logits `[V]` of its last one."""
+        if not cached:
+            self.runner.reset()
+        return _prefill(self.runner, self.context[cached:], chunk)
+
+    def pick(self, logits: FloatArray) -> int:
+        """The next token."""
+        token = self.sampler.pick(logits, self.context)
+        self.context.append(token)
+        return token
+
+    def ends(self, token: int, count: int) -> bool:
+        """Whether `token`, the `count`-th that was picked, is the last one."""
+        return token in self.eos_ids or count == self.max_new_tokens or len(self.context) > self.runner.max_length
+
+
+def _tokens(text: _Text, prefill_chunk: int | None, cached: int) -> Iterator[int]:
+    """The loop of `generate`."""
+    logits = text.begin(prefill_chunk, cached)
+    for count in range(1, text.max_new_tokens + 1):
+        token = text.pick(logits)
         yield token
-        if token in eos_ids or count == max_new_tokens or len(context) > runner.max_length:
+        if text.ends(token, count):
             return
-        logits = _feed(runner, [token])
+        logits = _feed(text.runner, [token])
 
 
-def _guessed(
-    runner: Runner,
-    context: Context,
-    sampler: Sampler,
-    max_new_tokens: int,
-    eos_ids: Collection[int],
-    prefill_chunk: int | None,
-    cached: int,
-    guesser: Guesser,
-) -> Iterator[int]:
+def _guessed(text: _Text, prefill_chunk: int | None, cached: int, guesser: Guesser) -> Iterator[int]:
     """The same with guesses. A token of a guess counts where it is what the sampler picks, with the random numbers that
     it would have used anyway, and only when it is asked for: who stops reading leaves the sampler where it was.
     """
-    if not cached:
-        runner.reset()
-    rows = _prefill(runner, context[cached:], prefill_chunk)[None]
-    guesser.begin(context)
+    rows = text.begin(prefill_chunk, cached)[None]
+    guesser.begin(text.context)
     draft: list[int] = []
     right = 0
     try:
-        for count in range(1, max_new_tokens + 1):
-            token = sampler.pick(rows[right], context)
-            context.append(token)
+        for count in range(1, text.max_new_tokens + 1):
+            token = text.pick(rows[right])
             guesser.append(token)
             yield token
-            if token in eos_ids or count == max_new_tokens or len(context) > runner.max_length:
+            if text.ends(token, count):
                 return
             if right < len(draft) and token == draft[right]:
                 right += 1
                 continue
             if draft:
                 guesser.learn(len(draft), right)
-                guesser.cut(len(context) - 1)
-            draft, right = guesser.draft(max_new_tokens - count - 1), 0
+                guesser.cut(len(text.context) - 1)
+            draft, right = guesser.draft(text.max_new_tokens - count - 1), 0
             rows = guesser.feed([token, *draft])
     finally:
-        guesser.cut(len(context) - 1)
+        guesser.cut(len(text.context) - 1)
 
 
 def _prefill(runner: Runner, ids: Sequence[int], chunk: int | None) -> FloatArray:

@@ -155,7 +155,7 @@ class RowsRunner(BundleRunner):
 
     @abstractmethod
     def _run_rows(self, first: int, input_ids: IntArray, lengths: IntArray) -> Logits:
-        """Compute one call and keep the new caches; `row_lengths` is still that of before the call."""
+        """Compute one call and keep the new caches; `row_lengths` is still the one before the call."""
 
     def _run_last(self, first: int, input_ids: IntArray, last: int) -> Logits:
         """The same for rows without padding, with the logits `[R, last, V]`; for those that have `many_logits`."""
@@ -170,7 +170,7 @@ class RowsRunner(BundleRunner):
 
     @abstractmethod
     def _copy_row(self, source: int, target: int, tokens: int) -> None:
-        """Copy the first `tokens`, or all that there is where some were dropped, into an empty row."""
+        """Copy the first `tokens`, or everything there is where some were dropped, into an empty row."""
 
     @abstractmethod
     def _swap_rows(self, a: int, b: int) -> None:

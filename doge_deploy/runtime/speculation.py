@@ -154,8 +154,13 @@ class Guesser:
         """Feed the last token and a draft; logits `[Q, V]`, one row for each of them."""
         start = perf_counter()
         width = len(ids)
-        last = width if self._runner.last_logits else 1
-        logits: FloatArray = self._runner.run_rows(0, np.array([ids], np.int64), np.array([width]), last).numpy()[0]
+        tokens = np.array([ids], np.int64)
+        logits: FloatArray
+        if width == 1:  # the very call of a text without guesses, which costs less of Python's time
+            logits = self._runner.run(tokens)[0]
+        else:
+            last = width if self._runner.last_logits else 1
+            logits = self._runner.run_rows(0, tokens, np.array([width]), last).numpy()[0]
         seconds = perf_counter() - start
         if width not in self._widths:
             self._widths.add(width)

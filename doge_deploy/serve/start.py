@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import re
 import signal
 import statistics
 from collections.abc import Iterator, Sequence
@@ -12,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from time import perf_counter
 from types import FrameType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from doge_deploy.bundle.opening import Bundle, open_bundle
 from doge_deploy.errors import MissingDependencyError, UsageError
@@ -27,10 +28,14 @@ if TYPE_CHECKING:
     from doge_deploy.serve.engine import Deliver
     from doge_deploy.serve.http.app import Served
     from doge_deploy.serve.model import ServedText
+    from doge_deploy.verify.report import Report
 
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
 
 DEFAULT_SLOTS = 8
+
+_ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://(?:[a-z0-9._-]+|\[[0-9a-f:.]+\])(?::[0-9]{1,5})?")
+"""As a browser sends it: small letters, and no path, not even a slash."""
 
 _FLUSH_SECONDS = 5.0
 """How long streams have to send their last event when the time to drain is over."""
@@ -66,6 +71,8 @@ class ServeOptions:
     api_key_file: Path | None = None
     no_auth: bool = False
     """Serve other machines without a key."""
+    cors_origins: tuple[str, ...] = ()
+    """Pages of which origins may use the server from a browser; `*` is any. None but its own where there are none."""
     recordings: tuple[Path, ...] = ()
     """Files of `doge-deploy record` by which the bundles are judged before they are served, in their order; none where
     they are not judged."""
@@ -75,6 +82,9 @@ class ServeOptions:
     def __post_init__(self) -> None:
         if not 0 <= self.port < 65536:
             raise UsageError(f"--port {self.port}: must be 0 (any free one) to 65535")
+        for origin in self.cors_origins:
+            if origin != "*" and not _ORIGIN.fullmatch(origin):
+                raise UsageError(f"--cors-origin {origin}: must be * or an origin such as https://example.org:8443")
         if self.drain_seconds < 0:
             raise UsageError(f"--drain-seconds {self.drain_seconds}: must be at least 0")
         if self.host not in LOOPBACK and self.api_key_file is None and not self.no_auth:
@@ -88,7 +98,7 @@ def require_server() -> None:
     """Raises MissingDependencyError where a package of the server is not installed."""
     import importlib.util
 
-    for name in ("fastapi", "uvicorn", "prometheus_client", "llguidance"):
+    for name in ("fastapi", "uvicorn", "httptools", "prometheus_client", "llguidance"):
         if importlib.util.find_spec(name) is None:
             raise MissingDependencyError(
                 f"serve needs {name}, which is not installed: pip install 'doge-deploy[serve]'"
@@ -101,8 +111,9 @@ def model_name(bundle: Bundle) -> str:
     return str(source) if source else bundle.path.resolve().name
 
 
-def judge(paths: Sequence[Path], options: ServeOptions) -> None:
-    """Hold what is going to be served against recordings of the reference, where there are any.
+def judge(paths: Sequence[Path], options: ServeOptions) -> list[Report]:
+    """Compare what is going to be served with recordings of the reference: a report for each bundle, all of them
+    passed; none where there are no recordings.
 
     Raises:
         MismatchError: a bundle computes something else in this backend.
@@ -110,13 +121,14 @@ def judge(paths: Sequence[Path], options: ServeOptions) -> None:
         UnsupportedModelError, BrokenBundleError, MissingDependencyError: it cannot be judged.
     """
     if not options.recordings:
-        return
+        return []
     if len(options.recordings) != len(paths):
         raise UsageError(
             f"{len(options.recordings)} recordings for {len(paths)} bundles: give --verify-on-start once for each"
         )
     from doge_deploy.verify.run import verify
 
+    reports = []
     for path, recording in zip(paths, options.recordings, strict=True):
         task = open_bundle(path, check="quick").manifest.task
         layouts = ("static",) if task == "causal-lm" else ()
@@ -124,6 +136,21 @@ def judge(paths: Sequence[Path], options: ServeOptions) -> None:
         report.require_passed()
         fields = {"bundle": str(path), "cases": len(report.results), "recording": str(recording)}
         _log.info("verified", extra={"fields": fields})
+        reports.append(report)
+    return reports
+
+
+def summary(report: Report) -> dict[str, Any]:
+    """Of a report that passed: what was judged by what, and the share of its tolerance that each case used."""
+    return {
+        "bundle": str(report.bundle),
+        "bundle_sha256": report.bundle_sha256,
+        "recording": report.recording,
+        "verdict": report.verdict,
+        "graphs": dict(report.graphs),
+        "cases": [{"case": one.case, "layout": one.layout, "load": one.load} for one in report.results],
+        "skipped": dict(report.skipped),
+    }
 
 
 def open_served(paths: Sequence[Path], options: ServeOptions) -> Served:
@@ -160,7 +187,7 @@ def open_served(paths: Sequence[Path], options: ServeOptions) -> Served:
         texts[name] = open_text(bundle, name, options, inboxes[name].deliver)
         metrics.watch(name, texts[name].engine.scheduler)
     runs_on = {"backend": options.backend, "engine": options.engine, "threads": options.threads}
-    return Served(texts, features, metrics, inboxes, runs_on=runs_on)
+    return Served(texts, features, metrics, inboxes, runs_on=runs_on, names=tuple(names))
 
 
 def open_text(bundle: Bundle, name: str, options: ServeOptions, deliver: Deliver) -> ServedText:
@@ -228,9 +255,11 @@ def run(paths: Sequence[Path], options: ServeOptions) -> None:
     from doge_deploy.serve.http.security import read_keys
 
     keys = read_keys(options.api_key_file) if options.api_key_file is not None else ()
-    judge(paths, options)
+    reports = judge(paths, options)
     served = open_served(paths, options)
-    app = create_app(served, api_keys=keys)
+    if reports:
+        served.verified = {name: summary(report) for name, report in zip(served.names, reports, strict=True)}
+    app = create_app(served, api_keys=keys, cors_origins=options.cors_origins)
     # beside connections there are files of libraries, and sockets that wait to be closed
     files = raise_file_limit(Patience().connections + _OTHER_FILES)
     config = uvicorn.Config(
@@ -303,7 +332,7 @@ def _make_server(config: uvicorn.Config, served: Served, drain_seconds: float) -
             if self.started:
                 address = self.servers[0].sockets[0].getsockname()
                 host = f"[{address[0]}]" if ":" in address[0] else address[0]
-                names = ", ".join([*served.texts, *served.features])
+                names = ", ".join(served.names)
                 _log.info("serving", extra={"fields": {"address": f"http://{host}:{address[1]}", "models": names}})
 
     return DrainingServer(config)

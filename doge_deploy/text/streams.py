@@ -41,7 +41,9 @@ class Vocabulary:
         }
         # A special token is left out by its text: another id of that text is left out too.
         self._special_texts = frozenset(self._special.values())
-        steps = list(_steps(json.loads(backend.to_str())["decoder"]))
+        # What pickle stores of a decoder is its part of tokenizer.json; to write out all of that takes longer.
+        decoder = backend.decoder
+        steps = list(_steps(None if decoder is None else json.loads(decoder.__getstate__())))
         self.joins_bytes = any(step["type"] == "ByteFallback" for step in steps)
         self.works_across_tokens = not all(map(_is_local, steps)) or _changes_after_fusing(steps)
 

@@ -64,7 +64,7 @@ class Drift:
 
 @dataclass(frozen=True)
 class Comparison:
-    """A report held against a baseline."""
+    """A report compared with a baseline."""
 
     name: str
     """Of the baseline's file."""
@@ -111,7 +111,7 @@ def _load(value: Any) -> float:
 
 
 def compare(baseline: Baseline, dtype: str, results: Sequence[CaseResult]) -> Comparison:
-    """Hold judged cases against a baseline.
+    """Compare judged cases with a baseline.
 
     Args:
         baseline: of the same model, as it was.

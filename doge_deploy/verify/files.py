@@ -30,6 +30,8 @@ def report_json(report: Report) -> dict[str, Any]:
         "failed_cases": report.failed_cases,
         "reference": report.reference,
         "recording": report.recording,
+        "bundle": str(report.bundle),
+        "bundle_sha256": report.bundle_sha256,
         "checkpoint": report.checkpoint,
         "task": report.task,
         "dtype": report.dtype,

@@ -66,6 +66,8 @@ def report_schema() -> dict[str, Any]:
             failed_cases=texts,
             reference=text,
             recording=_said(_or_null(text), "What took the place of the reference."),
+            bundle=_said(text, "Where the judged bundle was."),
+            bundle_sha256=_said(text, "Of its manifest, which holds the hashes of all its files."),
             checkpoint=text,
             task=text,
             dtype=text,

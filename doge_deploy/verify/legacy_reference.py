@@ -3,7 +3,7 @@
 Only the attention differs from today's: a score per query head, neither queries nor keys normalised, and in early 2025
 no key ever dropped. It is written here on its own, not with the operators of `doge_deploy.model` (which it judges), and
 takes the place of transformers' attention layer; caches, causal masks, rotation and feed-forward stay transformers'.
-tests/verify/test_legacy_reference.py holds it against numbers of the original code.
+tests/verify/test_legacy_reference.py compares it with numbers of the original code.
 
 Axes: B batch, Q tokens of the call, K cached keys after it, H query heads, Hkv key/value heads, D head_dim.
 """

@@ -99,7 +99,7 @@ def _ground(report: Report) -> str:
     if report.recording:
         words += f"; judged by {report.recording}"
     if report.baseline is not None:
-        words += f"; {report.baseline.compared} cases held against {report.baseline.name}"
+        words += f"; {report.baseline.compared} cases compared with {report.baseline.name}"
     if report.environment is not None:
         versions = ", ".join(f"{name} {version}" for name, version in report.environment.packages.items())
         words += f"; doge-deploy {report.environment.doge_deploy}, {versions}"

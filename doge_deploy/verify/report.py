@@ -39,6 +39,8 @@ class Report:
 
     The cases are then those of the standard graph, against a reference with the same dequantized weights.
     """
+    bundle_sha256: str = ""
+    """Of its manifest, which holds the hashes of all its files."""
     task: str = "causal-lm"
     checkpoint: str = ""
     """Where the bundle came from, and the hash of its weights."""

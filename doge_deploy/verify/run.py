@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from doge_deploy.bundle.files import MANIFEST, sha256_file
 from doge_deploy.bundle.opening import Bundle, open_bundle
 from doge_deploy.config.revisions import KEEPS_ALL
 from doge_deploy.errors import UsageError
@@ -143,6 +144,7 @@ def judge_bundle(
         oracle.weights(bundle),
         skipped=_unreachable(bundle),
         recording=oracle.description,
+        bundle_sha256=sha256_file(bundle.path / MANIFEST),
         task=manifest.task,
         checkpoint=f"{manifest.checkpoint['source'] or 'a directory'}, sha256 {manifest.checkpoint['sha256']}",
         environment=this_environment(),

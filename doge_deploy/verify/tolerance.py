@@ -51,9 +51,10 @@ TOLERANCES: dict[str, Tolerance] = {
         6.0,
         3.0,
         1.0,
-        "One operator against its slow twin: as logits. The noise is that of eight random inputs of one shape, since "
-        "few numbers' errors hang on the rounding of a few large logits: one input (2 rows, 257 keys) had a third of "
-        "the rms noise of all eight, and the kernel, which was within twice that of all, was five times as far off.",
+        "One operator against its reference implementation: as logits. The noise is that of eight random inputs of one "
+        "shape, since few numbers' errors hang on the rounding of a few large logits: one input (2 rows, 257 keys) had "
+        "a third of the rms noise of all eight, and the kernel, which was within twice that of all, was five times as "
+        "far off.",
     ),
     "kept": Tolerance(
         6.0,

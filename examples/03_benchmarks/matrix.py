@@ -12,10 +12,12 @@ import subprocess
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
-from statistics import quantiles
+from statistics import median, quantiles
 from time import perf_counter
 
 import click
+
+import doge_deploy as doge_deploy_package
 
 HERE = Path(__file__).parent
 MAKE_RANDOM = HERE.parent / "02_published_sizes" / "make_random.py"
@@ -39,6 +41,8 @@ class Row:
 
 _DECODE = ("--against", "transformers,naive", "--roofline")
 _PREFILL = ("--prompt-length", "512", "--decode-steps", "8", "--against", "transformers,naive")
+_RIVALS = ("--prompt-length", "128,512", "--against", "llama.cpp,openvino,genai,compile", "--roofline", "--rounds", "6")
+_EIGHT = ("--batch", "8", "--against", "llama.cpp,openvino", "--roofline", "--loads", "1")
 _ALL = tuple(QUANTIZATIONS)
 
 ROWS = {
@@ -54,8 +58,14 @@ ROWS = {
         ("fp32",),
         ("--past-length", "864,8032", "--rounds", "4", "--loads", "1"),
     ),
+    "20M-rivals": Row(("20M",), _ALL, _RIVALS, tokenizer=True),
+    "60M-rivals": Row(("60M",), _ALL, _RIVALS),
+    "20M-rivals-8": Row(("20M",), _ALL, _EIGHT, tokenizer=True),
+    "60M-rivals-8": Row(("60M",), _ALL, _EIGHT),
 }
-"""The last one decodes over about 1024 and 8192 keys, of which 512 are kept."""
+"""20M-w512 decodes over about 1024 and 8192 keys, of which 512 are kept. Rivals need their extras, see docs/bench.md;
+those that are not installed are left out.
+"""
 
 
 def checkpoint_of(directory: Path, row: Row) -> Path:
@@ -137,24 +147,60 @@ def run(directory: Path, rows: tuple[str, ...]) -> None:
         )
 
 
-def time_generate(directory: Path, runs: int = 20) -> dict[str, dict[str, float]]:
-    """Wall time of `generate` of one token, from starting the process to its end, after one run that is not counted."""
-    times: dict[str, dict[str, float]] = {}
+LIBRARIES = "import numpy, onnxruntime, tokenizers"
+LOADED = f"""{LIBRARIES}
+import sys
+tokenizers.Tokenizer.from_file(sys.argv[1] + "/tokenizer.json")
+onnxruntime.InferenceSession(sys.argv[1] + "/model.ort.onnx")"""
+"""The libraries alone, and the least that they do for one token: read the tokenizer, open the graph."""
+
+
+def time_generate(directory: Path, runs: int = 20) -> dict[str, dict[str, float | list[float]]]:
+    """Wall time of `generate` of one token, from starting the process to its end, after one run that is not counted.
+
+    In turns with it: a process that imports the libraries, and one in which they also load what is needed.
+    `over_imports` and `over_loaded` are the ratio of the medians to these, then the quartiles of single turns' ratios.
+    """
     bundles = {kind: bundle_of(directory, ROWS["20M"], kind) for kind in QUANTIZATIONS}
-    samples: dict[str, list[float]] = {kind: [] for kind, bundle in bundles.items() if bundle.is_dir()}
     script = Path(sys.executable).with_name("doge-deploy")
-    for number in range(runs + 1):
-        for kind in samples:
-            command = [script, "generate", bundles[kind], "--prompt", "import", "--max-new-tokens", "1", "--quiet"]
-            start = perf_counter()
-            subprocess.run([*map(str, command), "--threads", "2"], check=True, stdout=subprocess.DEVNULL)
-            if number:
-                samples[kind].append(perf_counter() - start)
-    for kind, seconds in samples.items():
-        deciles = quantiles(seconds, n=10)
-        times[kind] = {"median_s": quantiles(seconds, n=2)[0], "p90_s": deciles[8], "n": len(seconds)}
+    # a checkout's modules have byte code, as installed ones do, also where the environment says not to write it
+    call(sys.executable, "-m", "compileall", "-q", Path(doge_deploy_package.__file__).parent)
+    times: dict[str, dict[str, float | list[float]]] = {}
+    for kind, bundle in bundles.items():
+        if not bundle.is_dir():
+            continue
+        command = [script, "generate", bundle, "--prompt", "import", "--max-new-tokens", "1", "--quiet"]
+        turns = [
+            (
+                wall_time(*command, "--threads", "2"),
+                wall_time(sys.executable, "-c", LIBRARIES),
+                wall_time(sys.executable, "-c", LOADED, bundle),
+            )
+            for _ in range(runs + 1)
+        ][1:]
+        own = [turn[0] for turn in turns]
+        times[kind] = {
+            "median_s": median(own),
+            "p90_s": quantiles(own, n=10)[8],
+            "over_imports": ratio_of_turns(turns, 1),
+            "over_loaded": ratio_of_turns(turns, 2),
+            "n": len(turns),
+        }
         click.echo(f"generate, 20M {kind}: {times[kind]}", err=True)
     return times
+
+
+def ratio_of_turns(turns: list[tuple[float, ...]], other: int) -> list[float]:
+    """The first time over another one: the ratio of the medians, and the quartiles of the ratios of single turns."""
+    single = quantiles([turn[0] / turn[other] for turn in turns], n=4)
+    return [median(turn[0] for turn in turns) / median(turn[other] for turn in turns), single[0], single[2]]
+
+
+def wall_time(*command: str | Path) -> float:
+    """Seconds from starting the process to its end."""
+    start = perf_counter()
+    subprocess.run(list(map(str, command)), check=True, stdout=subprocess.DEVNULL)
+    return perf_counter() - start
 
 
 @cli.command("page")

@@ -33,33 +33,37 @@ KINDS = {
 @click.command()
 @click.argument("directory", type=click.Path(path_type=Path))
 @click.option("--size", "sizes", multiple=True, default=("20M", "60M"))
+@click.option("--kind", "kinds", multiple=True, default=("fp32", "int8"))
+@click.option("--text", "texts", multiple=True, default=tuple(KINDS))
 @click.option("--rounds", default=5, show_default=True)
 @click.option("--tokens", default=256, show_default=True)
-def main(directory: Path, sizes: tuple[str, ...], rounds: int, tokens: int) -> None:
+def main(
+    directory: Path, sizes: tuple[str, ...], kinds: tuple[str, ...], texts: tuple[str, ...], rounds: int, tokens: int
+) -> None:
     """One row a bundle and a kind of text."""
     click.echo("| bundle | text | guessed tokens that were right | tok/s without | with | times | Q = 2, 4, 8 over 1 |")
     click.echo("| --- " * 7 + "|")
     for size in sizes:
-        for name in ("fp32", "int8"):
+        for name in kinds:
             bundle = open_bundle(directory / size / name)
             costs = measure_step_costs(open_slots(bundle, 1, flush_denormals=True), rounds=15)
             runner = open_slots(bundle, 1, flush_denormals=True)._runner
             assert isinstance(runner, RowsRunner)
-            for kind, options in KINDS.items():
+            for kind in texts:
                 guesser = Guesser(runner, exact_length(bundle.manifest))
                 times: dict[bool, list[float]] = {False: [], True: []}
                 for number in range(rounds):
                     prompt = random.Random(number).choices(range(3, 32000), k=64)
-                    texts = []
+                    made = []
                     for guess in (number % 2 == 0, number % 2 == 1):
-                        sampler = Sampler(options)
+                        sampler = Sampler(KINDS[kind])
                         helper = guesser if guess else None
                         produced = generate(runner, prompt, sampler, max_new_tokens=tokens, guesser=helper)
                         first = next(produced)
                         start = time.perf_counter()
-                        texts.append([first, *produced])
+                        made.append([first, *produced])
                         times[guess].append(time.perf_counter() - start)
-                    if texts[0] != texts[1]:
+                    if made[0] != made[1]:
                         click.echo(f"{size} {name}, {kind}: the texts of seed {number} differ", err=True)
                 share = f"{guesser.accepted / guesser.drafted:.2f} of {guesser.drafted}" if guesser.drafted else "none"
                 ratios = [a / b for a, b in zip(times[False], times[True], strict=True)]

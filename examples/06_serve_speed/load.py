@@ -1,7 +1,7 @@
 """Clients that stream completions in a closed loop: each asks again as soon as its answer has ended.
 
-The client is written on asyncio's streams alone, because whatever it costs is taken from the server on a small machine:
-a line of a stream is only searched for, not parsed. `Load.client_cpu` says what it took.
+The client is written on asyncio's protocols alone, because whatever it costs is taken from the server on a small
+machine: a line of a stream is only searched for, not parsed. `Load.client_cpu` says what it took.
 """
 
 from __future__ import annotations
@@ -10,9 +10,10 @@ import asyncio
 import json
 import random
 import time
-from collections.abc import Sequence
+from collections.abc import Coroutine, Sequence
 from dataclasses import asdict, dataclass, field
 from statistics import median
+from typing import Any
 
 
 @dataclass
@@ -98,7 +99,7 @@ def run(
         await asyncio.gather(*map(client, prompts))
 
     start, cpu = time.perf_counter(), time.process_time()
-    asyncio.run(everybody())
+    _run(everybody())
     load.seconds, load.client_cpu = time.perf_counter() - start, time.process_time() - cpu
     return load
 
@@ -141,7 +142,7 @@ def run_with_long_prompt(
     async def everybody() -> None:
         await asyncio.gather(long(), *(_answer(port, body(64, 192), streams) for _ in range(clients)))
 
-    asyncio.run(everybody())
+    _run(everybody())
     streams.gaps = kept
     return streams, other
 
@@ -150,33 +151,70 @@ def _text(words: random.Random, count: int) -> str:
     return " ".join(f"w{words.randrange(3, 32000)}" for _ in range(count))
 
 
-async def _answer(port: int, body: bytes, load: Load) -> None:
+class _Answer(asyncio.Protocol):
     """One request on a connection of its own, read to its end."""
-    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+
+    def __init__(self, request: bytes, load: Load) -> None:
+        self._request, self._load = request, load
+        self._rest = b""
+        self._last = 0.0
+        self._finished = False
+        self.ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+
+    def connection_made(self, transport: Any) -> None:
+        """Ask."""
+        self._sent = time.perf_counter()
+        transport.write(self._request)
+
+    def data_received(self, data: bytes) -> None:
+        """A piece of the answer, which begins with its status."""
+        now = time.perf_counter()
+        *events, self._rest = (self._rest + data).split(b"\n\n")
+        for event in events:
+            if b'"text":""' in event or b"data: {" not in event:
+                self._finished = self._finished or b'"length"' in event
+            elif b'"error"' in event:
+                self._fail(event)
+            else:
+                self._finished = self._finished or b'"length"' in event
+                if self._last:
+                    self._load.gaps.append(now - self._last)
+                else:
+                    self._load.first.append(now - self._sent)
+                self._last = now
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """The server has closed it."""
+        if not self.ended.done():
+            if self._finished:
+                self.ended.set_result(None)
+            else:
+                self._fail(self._rest or b"an answer ended before its last token")
+
+    def _fail(self, what: bytes) -> None:
+        if not self.ended.done():
+            self.ended.set_exception(RuntimeError(what.decode()))
+
+
+async def _answer(port: int, body: bytes, load: Load) -> None:
     head = (
         "POST /v1/completions HTTP/1.1\r\nHost: 127.0.0.1\r\nConnection: close\r\n"
         f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
     )
-    sent = time.perf_counter()
-    writer.write(head.encode() + body)
-    status = await reader.readline()
-    if b" 200 " not in status:
-        raise RuntimeError(f"{status.decode().strip()}: {(await reader.read()).decode()}")
-    last, finished, rest = 0.0, False, b""
-    while data := await reader.read(65536):
-        now = time.perf_counter()
-        *events, rest = (rest + data).split(b"\n\n")
-        for event in events:
-            if b'"error"' in event:
-                raise RuntimeError(event.decode())
-            finished = finished or b'"length"' in event
-            if b'"text":""' in event or b"data: {" not in event:
-                continue
-            if last:
-                load.gaps.append(now - last)
-            else:
-                load.first.append(now - sent)
-            last = now
-    writer.close()
-    if not finished:
-        raise RuntimeError("an answer ended before its last token")
+    loop = asyncio.get_running_loop()
+    _, answer = await loop.create_connection(lambda: _Answer(head.encode() + body, load), "127.0.0.1", port)
+    await answer.ended
+
+
+def new_loop() -> asyncio.AbstractEventLoop:
+    """The quickest event loop that is installed."""
+    try:
+        import uvloop
+    except ImportError:
+        return asyncio.new_event_loop()
+    return uvloop.new_event_loop()
+
+
+def _run(work: Coroutine[Any, Any, None]) -> None:
+    with asyncio.Runner(loop_factory=new_loop) as runner:
+        runner.run(work)

@@ -3,6 +3,7 @@
 python serve_speed.py prepare DIR                      checkpoints of random weights and their bundles
 python serve_speed.py run DIR --size 20M [...]         DIR/results/20M.json: all candidates in turns
 python serve_speed.py alone DIR --size 20M [...]       the server and its scheduler without HTTP, in turns
+python serve_speed.py first DIR --size 20M [...]       first tokens of 8 prompts at once, and the least that is possible
 python serve_speed.py gap DIR --size 20M [...]         what a long prompt does to streams, by --step-tokens
 python serve_speed.py table DIR                        the results as tables
 """
@@ -16,7 +17,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
@@ -238,35 +239,156 @@ def of_doge(directory: Path, size: str, kind: str, *options: str) -> Candidate:
 @cli.command()
 @click.argument("directory", type=click.Path(path_type=Path))
 @click.option("--size", "sizes", multiple=True, default=("20M", "60M"))
+@click.option("--kind", "kinds", multiple=True, default=tuple(KINDS))
 @click.option("--clients", default="1,8,16")
 @click.option("--rounds", default=5)
-def alone(directory: Path, sizes: Sequence[str], clients: str, rounds: int) -> None:
-    """Throughput over HTTP over that of the scheduler alone, in turns; the clients' own share is part of the first."""
-    click.echo("| bundle | clients | tok/s over HTTP | scheduler alone | HTTP over alone | CPUs of the clients |")
-    click.echo("| --- " * 6 + "|")
+@click.option("--answers", default=3, help="Of each client in a round.")
+def alone(directory: Path, sizes: Sequence[str], kinds: Sequence[str], clients: str, rounds: int, answers: int) -> None:
+    """Throughput over HTTP over that of the scheduler alone, in turns, and what the least server over HTTP reaches."""
+    click.echo(
+        "| bundle | clients | tok/s over HTTP | bare | scheduler alone | HTTP over alone | bare over alone "
+        "| HTTP over bare | us of the clients' CPU a token |"
+    )
+    click.echo("| --- " * 9 + "|")
     for size in sizes:
-        for kind in KINDS:
-            command = [sys.executable, str(HERE / "alone.py"), str(directory / size / kind)]
+        for kind in kinds:
+            bundle = str(directory / size / kind)
+            bare = Candidate("bare", (sys.executable, str(HERE / "bare.py"), bundle, "PORT"), kind)
             with (
                 running(of_doge(directory, size, kind), directory / "alone.log") as server,
-                subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as driver,
+                running(bare, directory / "bare.log") as least,
+                subprocess.Popen(
+                    [sys.executable, str(HERE / "alone.py"), bundle],
+                    stdin=subprocess.PIPE,
+                    stdout=subprocess.PIPE,
+                    text=True,
+                ) as driver,
             ):
-                assert driver.stdin is not None and driver.stdout is not None
-                found: dict[int, list[tuple[float, float, float]]] = {}
+                found: dict[int, list[list[float]]] = {}
                 for number in range(-1, rounds):  # the first round is not counted
                     for count in map(int, clients.split(",")):
-                        over = load.run(server.port, kind, count, 3, seed=2 * number + 50)
-                        driver.stdin.write(f"{count} 3 {2 * number + 51}\n")
-                        driver.stdin.flush()
-                        rate = float(driver.stdout.readline())
+                        rates, cpu = [0.0, 0.0, 0.0], 0.0
+                        for turn in range(3):
+                            which = (number + turn) % 3
+                            if which == 2:
+                                rates[2] = _alone(driver, count, answers, seed=3 * number + 50 + turn)
+                                continue
+                            port = (server, least)[which].port
+                            over = load.run(port, kind, count, answers, seed=3 * number + 50 + turn)
+                            rates[which] = over.throughput
+                            cpu = over.client_cpu / over.tokens if which == 0 else cpu
                         if number >= 0:
-                            found.setdefault(count, []).append((over.throughput, rate, over.client_cpu / over.seconds))
+                            found.setdefault(count, []).append([*rates, 1e6 * cpu])
+                assert driver.stdin is not None
                 driver.stdin.close()
             for count, rows in found.items():
-                ratios = [http / bare for http, bare, _ in rows]
-                http, bare, cpu = (median(column) for column in zip(*rows, strict=True))
-                spread = f"{median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
-                click.echo(f"| {size} {kind} | {count} | {http:.0f} | {bare:.0f} | {spread} | {cpu:.2f} |")
+                http, less, alone, cpu = (median(column) for column in zip(*rows, strict=True))
+                cells = [_spread([row[a] / row[b] for row in rows]) for a, b in ((0, 2), (1, 2), (0, 1))]
+                figures = [f"{rate:.0f}" for rate in (http, less, alone)]
+                click.echo("| " + " | ".join([f"{size} {kind}", str(count), *figures, *cells, f"{cpu:.0f}"]) + " |")
+
+
+def _alone(driver: subprocess.Popen[str], clients: int, answers: int, seed: int) -> float:
+    assert driver.stdin is not None and driver.stdout is not None
+    driver.stdin.write(f"{clients} {answers} {seed}\n")
+    driver.stdin.flush()
+    return float(driver.stdout.readline())
+
+
+def _spread(values: Sequence[float]) -> str:
+    return f"{median(values):.2f} ({min(values):.2f} to {max(values):.2f})"
+
+
+class Products:
+    """Calls of a bundle's graph in a process of their own (`prefill.py`), timed while no server has work."""
+
+    def __init__(self, bundle: Path) -> None:
+        command = [sys.executable, str(HERE / "prefill.py"), str(bundle)]
+        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+    def __enter__(self) -> Products:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._process.terminate()
+
+    def ask(self, *line: str | int) -> list[float]:
+        """Seconds of each call; see `prefill.py`."""
+        assert self._process.stdin is not None and self._process.stdout is not None
+        self._process.stdin.write(" ".join(map(str, line)) + "\n")
+        self._process.stdin.flush()
+        found: list[float] = json.loads(self._process.stdout.readline())
+        return found
+
+
+GROUPS = (1, 2, 4, 8)
+"""Prompts that are fed in one call."""
+
+
+@cli.command()
+@click.argument("directory", type=click.Path(path_type=Path))
+@click.option("--size", "sizes", multiple=True, default=("20M", "60M"))
+@click.option("--kind", "kinds", multiple=True, default=tuple(KINDS))
+@click.option("--rounds", default=10)
+def first(directory: Path, sizes: Sequence[str], kinds: Sequence[str], rounds: int) -> None:
+    """Time to first token of 8 prompts of 64 tokens that arrive at the same moment, over that of one alone, and what
+    the calls themselves allow: a prompt waits for all calls before its own. The best order is that of calls of 1, 2, 4
+    or 8 prompts, in any mixture and with nothing between them, whose median is least.
+    """
+    click.echo(
+        "| bundle | first token of one ms | of 8: median, p95 | over one: median, p95 "
+        "| the least that calls allow: median, p95 | prompts in its calls | calls of 1, 2, 4, 8 prompts ms |"
+    )
+    click.echo("| --- " * 7 + "|")
+    for size in sizes:
+        for kind in kinds:
+            log = directory / "first.log"
+            with running(of_doge(directory, size, kind), log) as server, Products(directory / size / kind) as products:
+                ones: list[float] = []
+                eights: list[float] = []
+                calls: list[list[float]] = []
+                for number in range(-1, rounds):  # the first round is not counted
+                    one = load.run(server.port, kind, 1, 2, new=8, seed=3 * number + 500)
+                    eight = load.run(server.port, kind, 8, 1, new=8, seed=3 * number + 501)
+                    times = products.ask("together", 64, *GROUPS)
+                    if number >= 0:
+                        ones += one.first
+                        eights += eight.first
+                        calls.append(times)
+            alone, costs = median(ones), [median(column) for column in zip(*calls, strict=True)]
+            rest = max(alone - costs[0], 0.0)  # HTTP, tokenizer, sampling: whatever else a first token takes
+            cost_of = dict(zip(GROUPS, costs, strict=True))
+            best = min(_orders(8), key=lambda order: median(_waits(order, cost_of)))
+            least = [rest + wait for wait in _waits(best, cost_of)]
+            shown = (
+                f"{size} {kind}",
+                f"{1e3 * alone:.1f}",
+                f"{1e3 * median(eights):.1f}, {1e3 * load.percentile(eights, 0.95):.1f}",
+                f"{median(eights) / alone:.2f}, {load.percentile(eights, 0.95) / alone:.2f}",
+                f"{median(least) / alone:.2f}, {load.percentile(least, 0.95) / alone:.2f}",
+                " + ".join(map(str, best)),
+                ", ".join(f"{1e3 * cost:.1f}" for cost in costs),
+            )
+            click.echo(f"| {' | '.join(shown)} |")
+
+
+def _orders(prompts: int) -> Iterator[tuple[int, ...]]:
+    """Every way to feed so many prompts in calls of `GROUPS`, one call after the other."""
+    if not prompts:
+        yield ()
+    for group in GROUPS:
+        if group <= prompts:
+            yield from ((group, *rest) for rest in _orders(prompts - group))
+
+
+def _waits(order: Sequence[int], cost_of: Mapping[int, float]) -> list[float]:
+    """Seconds until the call of each prompt has ended."""
+    waits: list[float] = []
+    passed = 0.0
+    for group in order:
+        passed += cost_of[group]
+        waits += [passed] * group
+    return waits
 
 
 @cli.command()
@@ -277,28 +399,44 @@ def alone(directory: Path, sizes: Sequence[str], clients: str, rounds: int) -> N
 @click.option("--rounds", default=4)
 @click.option("--steps", default="64,128,256,512", help="Values of --step-tokens.")
 def gap(directory: Path, sizes: Sequence[str], kind: str, streams: int, rounds: int, steps: str) -> None:
-    """Gaps of streams while a prompt of 1,500 tokens arrives, and its time to first token."""
-    click.echo("| bundle | step tokens | gap ms: median, p95, largest | first token of the long prompt ms |")
-    click.echo("| --- " * 4 + "|")
+    """Gaps of streams while a prompt of 1,500 tokens arrives, its time to first token, and beside them the calls that a
+    gap is made of, timed alone in the same run: a step of the streams and the longest of the prompt's pieces.
+    """
+    click.echo(
+        "| bundle | step tokens | gap ms: median, p95, largest | a step, the longest piece alone ms "
+        "| gap over both: median, p95, largest | first token of the long prompt ms |"
+    )
+    click.echo("| --- " * 6 + "|")
     for size in sizes:
         with contextlib.ExitStack() as stack:
+            products = stack.enter_context(Products(directory / size / kind))
             servers = [
                 stack.enter_context(
                     running(of_doge(directory, size, kind, "--step-tokens", step), directory / f"gap{step}.log")
                 )
                 for step in steps.split(",")
             ]
-            found: dict[str, tuple[list[float], list[float]]] = {}
-            for number in range(-1, rounds):
+            found: dict[str, tuple[list[float], list[float], list[float], list[float]]] = {}
+            for number in range(-1, rounds):  # the first round is not counted
                 for server in servers:
+                    width = server.candidate.command[-1]
                     seen, other = load.run_with_long_prompt(server.port, kind, streams, seed=number + 9)
-                    gaps, first = found.setdefault(server.candidate.command[-1], ([], []))
+                    pieces = products.ask("chunk", 1500, width)
+                    one = products.ask("step", 128, streams)
                     if number >= 0:
+                        gaps, firsts, steps_, longest = found.setdefault(width, ([], [], [], []))
                         gaps += seen.gaps
-                        first += other.first
-        for step, (gaps, first) in found.items():
-            times = f"{1e3 * median(gaps):.1f}, {1e3 * load.percentile(gaps, 0.95):.1f}, {1e3 * max(gaps):.1f}"
-            click.echo(f"| {size} {kind} | {step} | {times} | {1e3 * median(first):.0f} |")
+                        firsts += other.first
+                        steps_.append(median(one))
+                        longest.append(max(pieces))
+        for width, (gaps, firsts, steps_, longest) in found.items():
+            whole = median(steps_) + median(longest)
+            three = (median(gaps), load.percentile(gaps, 0.95), max(gaps))
+            click.echo(
+                f"| {size} {kind} | {width} | {', '.join(f'{1e3 * one:.1f}' for one in three)} "
+                f"| {1e3 * median(steps_):.1f}, {1e3 * median(longest):.1f} "
+                f"| {', '.join(f'{one / whole:.2f}' for one in three)} | {1e3 * median(firsts):.0f} |"
+            )
 
 
 @cli.command()

@@ -1,4 +1,4 @@
-"""Capacity on paper: the server's own scheduler under a clock that is not real.
+"""Capacity, predicted: the server's own scheduler under a clock that is not real.
 
 python capacity.py costs BENCH.json... > costs.json     what steps cost, from `doge-deploy bench --json`
 python capacity.py predict costs.json                   throughput and latency for some clients
@@ -274,7 +274,7 @@ def simulate(costs: Costs, users: int, replicas: int, seconds: float, load: Work
 
 @click.group()
 def cli() -> None:
-    """Capacity on paper."""
+    """Capacity, predicted."""
 
 
 @cli.command()
@@ -345,7 +345,7 @@ def _cells(found: dict[str, float]) -> Iterator[str]:
 def compare(file: Path, speed: Path, name: str, slots: int) -> None:
     """Beside what NAME (`doge-deploy int8`) did in a file of examples/06_serve_speed."""
     runs = json.loads(speed.read_text())[name]
-    _head("clients", "tok/s on paper", "measured", "off by", "first token ms on paper", "measured", "off by")
+    _head("clients", "tok/s predicted", "measured", "off by", "first token ms predicted", "measured", "off by")
     for count in dict.fromkeys(one["clients"] for one in runs):
         found = _of_clients(Costs.load(file), count, 4.0, slots)
         mine = [one for one in runs if one["clients"] == count]

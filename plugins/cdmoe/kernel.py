@@ -3,8 +3,8 @@
     ids, weights = the k best sums x[i] + y[j] of a token's two halves, and their softmax
     output = sum over those experts e of act(h . down_embed[e]) * weight_e * up_embed[e]
 
-Slow twins: `doge_deploy.model.moe.route` and `cdmoe`. Axes: N tokens of the call, C hidden, n keys per half, E experts,
-k experts per token. All tensors are contiguous.
+Reference implementations: `doge_deploy.model.moe.route` and `cdmoe`. Axes: N tokens of the call, C hidden, n keys per
+half, E experts, k experts per token. All tensors are contiguous.
 """
 
 # Triton's language has its own types and reads these functions' text, so they are neither typed nor split at will.

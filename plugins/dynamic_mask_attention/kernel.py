@@ -6,9 +6,9 @@ Two kernels stand in every chain. With few new tokens `split` walks parts of the
 combines them; with many, `split` has nothing to do and `attend` walks the keys itself. Each finds out on the device
 which of the two it is, so one chain serves prompts and single tokens.
 
-Slow twin: `doge_deploy.model.attention.dynamic_mask_attention`. Which kernel takes what: `spec.py`. Axes: B batch, H
-query heads, Hkv key/value heads, S score heads, D head_dim, Q rows of the call, R = min(Q, SPLIT_ROWS), P parts, K
-cache slots, w keep_window_size. All tensors are contiguous.
+Reference implementation: `doge_deploy.model.attention.dynamic_mask_attention`. Which kernel takes what: `spec.py`.
+Axes: B batch, H query heads, Hkv key/value heads, S score heads, D head_dim, Q rows of the call, R = min(Q,
+SPLIT_ROWS), P parts, K cache slots, w keep_window_size. All tensors are contiguous.
 """
 
 # Triton's language has its own types and reads these functions' text, so they are neither typed nor split at will.

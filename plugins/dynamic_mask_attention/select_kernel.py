@@ -2,9 +2,9 @@
 
     kept[b, s, q] = the w best of score[b, s, j] over the slots j that row q sees, among equals the lowest first
 
-Slow twin: `doge_deploy.model.attention.keep_mask`. Which kernel takes what: `spec.py`; why the selection is built as it
-is: `README.md`. Axes: B batch, S score heads, Q rows of the call, K cache slots, w keep_window_size. All tensors are
-contiguous.
+Reference implementation: `doge_deploy.model.attention.keep_mask`. Which kernel takes what: `spec.py`; why the
+selection is built as it is: `README.md`. Axes: B batch, S score heads, Q rows of the call, K cache slots, w
+keep_window_size. All tensors are contiguous.
 """
 
 # Triton's language has its own types and reads these functions' text, so they are neither typed nor split at will.

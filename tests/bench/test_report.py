@@ -4,15 +4,22 @@ from __future__ import annotations
 
 import pytest
 
+from doge_deploy.bench.candidates import Candidate
+from doge_deploy.bench.machine import BenchHost
 from doge_deploy.bench.measure import RoundTimes
+from doge_deploy.bench.products import OPERATIONS
 from doge_deploy.bench.report import (
     Load,
     Measurements,
     Ratio,
+    Report,
+    Settings,
     WorkloadResult,
+    compared,
     equal_tokens,
     figures,
     neighbours,
+    product_rates,
     ratio,
     ratios,
     roofline_shares,
@@ -94,3 +101,31 @@ def test_equal_tokens_and_neighbours() -> None:
 def test_names_say_what_is_not_usual() -> None:
     assert Workload(1, 0, 128, 32).name == "prompt 128"
     assert Workload(4, 512, 128, 32).name == "batch 4, past 512, prompt 128"
+
+
+def test_a_baseline_of_some_weights_stands_beside_bundles_of_these() -> None:
+    candidates = [
+        Candidate("fp32", "bundle", "a", "float32", 9, 9, weights="fp32"),
+        Candidate("int8", "bundle", "b", "float32", 9, 9, weights="int8"),
+        Candidate("transformers", "transformers", "c", "float32", 9, 9),
+        Candidate("Q8_0", "llama.cpp", "d", "Q8_0", 9, 9, weights="int8"),
+    ]
+    machine = BenchHost("Linux", "A processor", 2, None, None, {})
+    assert compared(Report(machine, Settings(1, 1, 1), candidates)) == [
+        ("fp32", "transformers"),
+        ("int8", "transformers"),
+        ("int8", "Q8_0"),
+        ("int8", "fp32"),
+    ]
+
+
+def test_the_fastest_library_says_what_the_machine_multiplies() -> None:
+    rounds = [
+        {"float32": {"numpy": [100, 50], "torch": [40, 80]}, "int8": {"torch": [10]}},
+        {"float32": {"numpy": [20, 60], "torch": [40, 50]}, "int8": {"torch": [5]}},
+        {"float32": {"numpy": [90, 50], "torch": [30, 90]}, "int8": {"torch": [20]}},
+    ]
+    found = product_rates(WorkloadResult(WORKLOAD, products_ns=rounds))
+    assert found["float32"] == ("torch", [pytest.approx(OPERATIONS * 1e9 / ns) for ns in (40, 40, 30)])
+    assert found["int8"] == ("torch", [pytest.approx(OPERATIONS * 1e9 / ns) for ns in (10, 5, 20)])
+    assert product_rates(WorkloadResult(WORKLOAD)) == {}

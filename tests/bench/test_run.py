@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import golden_legacy
@@ -15,12 +17,14 @@ from engine_stand_ins import record_of
 from sweeps import cases
 
 from doge_deploy.bench import run as bench_run
+from doge_deploy.bench.baselines import catalog
 from doge_deploy.bench.baselines.eager import EagerRunner, load_model
-from doge_deploy.bench.baselines.naive import export_naive, open_naive
+from doge_deploy.bench.baselines.naive import export_naive
+from doge_deploy.bench.baselines.naive import open_runner as open_naive
 from doge_deploy.bench.candidates import Candidate, import_libraries, open_candidate
 from doge_deploy.bench.files import write_json
 from doge_deploy.bench.measure import PREFILLS, time_first_calls
-from doge_deploy.bench.report import figures, ratios, to_json
+from doge_deploy.bench.report import figures, product_rates, ratios, to_json
 from doge_deploy.bench.roofline import SWEEPS
 from doge_deploy.bench.run import BenchOptions, bench
 from doge_deploy.bench.workload import Workload
@@ -70,7 +74,8 @@ class ScriptedProcess:
             "memory": {"peak_bytes": 3 * len(self.alive)},
             "probe": {"nbytes": 1000},
             "sweep": {"sweeps_ns": [turn]},
-            "export_naive": {},
+            "make": {},
+            "multiply": {"products_ns": {"float32": {"numpy": [1000 * turn], "torch": [500]}}},
         }[do]
 
 
@@ -199,6 +204,47 @@ def test_a_plain_export_is_left_out_where_its_trace_would_be_wrong(
     assert to_json(bench([tiny_bundle], options))["results"][1]["ratios"] == []
 
 
+def test_what_is_not_installed_is_left_out_and_the_rest_is_timed(
+    tiny_bundle: Path, scripted: type[ScriptedProcess], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = importlib.metadata.version
+
+    def version(name: str) -> str:
+        if name == "llama-cpp-python":
+            raise importlib.metadata.PackageNotFoundError(name)
+        return original(name)
+
+    monkeypatch.setattr(importlib.metadata, "version", version)
+    options = BenchOptions((16,), decode_steps=4, rounds=2, loads=1, against=("llama.cpp", "transformers"))
+    report = bench([tiny_bundle], options)
+    assert [candidate.name for candidate in report.candidates] == ["doge-tiny", "transformers"]
+    line = "bench --against llama.cpp needs llama-cpp-python, which is not installed: pip install 'doge-deploy[llama]'"
+    assert report.left_out == {"llama.cpp": line} and to_json(report)["left_out"] == report.left_out
+    assert report.results[0].of("transformers").rounds
+
+
+def test_what_takes_one_row_is_left_out_of_larger_batches(
+    tiny_bundle: Path, scripted: type[ScriptedProcess], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one = Candidate("one", "genai", "x", "float32", 512, 1024, rows=1)
+    monkeypatch.setitem(catalog.BASELINES, "genai", StandIn([one]))
+    report = bench([tiny_bundle], BenchOptions((16,), (0,), (1, 4), 4, 2, 1, against=("genai",)))
+    single, batch = report.results
+    assert single.of("one").rounds and not batch.of("one").rounds
+    assert batch.of("one").not_measured == "takes at most 1 row at once, the workload has 4"
+
+
+class StandIn(catalog.Baseline):
+    """A baseline that needs nothing and is asked for nothing."""
+
+    def __init__(self, made: list[Candidate]) -> None:
+        super().__init__("genai", "genai", (), "eager")
+        object.__setattr__(self, "made", made)
+
+    def load(self) -> Any:
+        return SimpleNamespace(candidates=lambda wanted: self.made)  # type: ignore[attr-defined]
+
+
 def test_a_legacy_checkpoint_has_no_baselines(tmp_path: Path, scripted: type[ScriptedProcess]) -> None:
     checkpoint = golden_legacy.DIRECTORY / "dense"
     bundle = make_bundle(checkpoint, tmp_path / "bundle", num_layers=1)
@@ -217,7 +263,7 @@ def test_baselines_take_the_same_tokens(tmp_path: Path) -> None:
     runners: list[Runner] = [
         open_runner(opened),
         EagerRunner(load_model(checkpoint, dtype="float32", num_layers=1), **limits),
-        open_naive(tmp_path / "naive", threads=1, **limits),
+        open_naive(Candidate("naive", "naive", str(tmp_path / "naive"), "float32", 64, 1024), threads=1),
     ]
     workload = Workload(1, 0, 16, 3)
     calls = [time_first_calls(runner, workload, workload.input_ids(facts.vocab_size)) for runner in runners]
@@ -251,6 +297,8 @@ def test_for_real(against: tuple[str, ...], tmp_path: Path) -> None:
         assert all(time > 0 for times in found.rounds for time in (*times.prefill_ns, *times.decode_ns))
     assert [len(sweeps) for sweeps in result.sweeps_ns] == [SWEEPS] * 2
     assert figures(result, own)["bandwidth_share"]["lowest"] > 0
+    assert len(result.products_ns) == 2
+    assert {"float32", "int8"} == set(product_rates(result)) and product_rates(result)["float32"][1][0] > 1e6
     data = to_json(report)
     assert [row["against"] for row in data["results"][0]["ratios"]] == list(against)
     write_json(report, tmp_path / "bench.json")

@@ -38,13 +38,17 @@ def test_what_is_printed(capfd: pytest.CaptureFixture[str]) -> None:
         for name, times, slowest in (("doge", 1, 6_000_000), ("transformers", 3, 2_000_000))
     ]
     found[0].traffic = Traffic(59_000_000, 1_000_000)
-    result = WorkloadResult(workload, found, sweeps_ns=[[25_000_000]], probe_bytes=1_000_000_000)
+    llama = Measurements("llama.cpp F32", rounds=[RoundTimes([32_000_000], [1_000_000] * 10, 0.2)], tokens=[[7], [7]])
+    found.append(llama)
+    products = [{"int8": {"torch": [1_000_000]}}]
+    result = WorkloadResult(workload, found, sweeps_ns=[[25_000_000]], products_ns=products, probe_bytes=1_000_000_000)
     candidates = [
         Candidate("doge", "bundle", "b", "float32", 2048, 100),
         Candidate("transformers", "transformers", "c", "float32", 2048, 100),
+        Candidate("llama.cpp F32", "llama.cpp", "d", "F32", 2048, 100, same_model=False),
     ]
     machine = BenchHost("Linux", "A processor", 2, 32 << 20, None, {"numpy": "2"})
-    report = Report(machine, Settings(2, 1, 1), candidates, [result])
+    report = Report(machine, Settings(2, 1, 1), candidates, [result], {"genai": "it is not here"})
     with BenchTables() as tables:
         tables.finished(report, result)
     printed = capfd.readouterr().out
@@ -56,7 +60,11 @@ def test_what_is_printed(capfd: pytest.CaptureFixture[str]) -> None:
         "150 (100)",  # peak, and over libraries
         "doge against transformers, times better: decode 3.00 (3.00 to 3.00)",
         "likeliest tokens equal: 2/2",
+        "doge against llama.cpp F32, times better: decode 0.50 (0.50 to 0.50), prefill 0.50 (0.50 to 0.50); that is "
+        "another model of this size",
+        "genai is left out: it is not here",
         "memory bandwidth: 40.0 GB/s",
+        "matrix products in int8: 2147 G operations/s (2147 to 2147), by torch",
         "must read 60.0 MB: 75% of the bandwidth",
         "stays in the 32 MiB cache",
         "other processes used 20.0% of the CPUs during timed rounds; too much",

@@ -171,8 +171,8 @@ INT4 = format_of(ExportOptions(quantize="int4"))
 def test_an_engine_that_build_refuses_is_no_option(backend: str, tmp_path: Path) -> None:
     path = make_bundle("doge-tiny", tmp_path / "b", quantize="int4", max_length=32)
     found = option("rtx-desktop", backend, open_model(str(path)))
-    assert found.reason == "stores its weights as int4; engines are built of fp32, fp16 or bf16"
-    assert found.remedy == "export without --quantize"
+    assert found.reason == f"stores its weights as int4 of an fp32 graph, which {backend} does not take"
+    assert found.remedy == "export with --dtype fp16 or bf16"
     bundle = open_bundle(path)
     with pytest.raises(UnsupportedModelError, match=f"{found.reason}; {found.remedy}"):
         check_model(bundle, BuildOptions(target=backend))
@@ -180,6 +180,16 @@ def test_an_engine_that_build_refuses_is_no_option(backend: str, tmp_path: Path)
     assert served.usable and served.needs
     plain = option("rtx-desktop", "ort", replace(TINY, max_length=32)).needs
     assert plain and served.needs.weight_bytes < plain.weight_bytes / 4
+
+
+def test_plugins_take_no_expert_tables_of_few_bits(tmp_path: Path) -> None:
+    path = make_bundle("doge-tiny-moe", tmp_path / "b", quantize="int4", dtype="fp16", max_length=32)
+    check_model(open_bundle(path), BuildOptions(target="trt", plugins=False))
+    check_model(open_bundle(path), BuildOptions(target="trt-rtx"))
+    with pytest.raises(UnsupportedModelError, match="the plugins take them in float16; build with --no-plugins"):
+        check_model(open_bundle(path), BuildOptions(target="trt"))
+    dense = make_bundle("doge-tiny", tmp_path / "c", quantize="int4", dtype="fp16", max_length=32)
+    check_model(open_bundle(dense), BuildOptions(target="trt"))
 
 
 NOT_FOR_PLUGINS = {

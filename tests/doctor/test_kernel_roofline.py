@@ -58,12 +58,12 @@ def test_the_command_says_that_it_is_on_paper(capsys: pytest.CaptureFixture[str]
     arguments = ["plugins", "roofline", "--device", "jetson-orin-nano", "--model", "20M", "--past", "4096"]
     assert run_command(arguments) == 0
     shown = capsys.readouterr().out
-    assert "On paper, not measured" in shown
+    assert "Computed, not measured" in shown
     assert "102 GB/s" in shown
     assert "DynamicMaskSplitSelected" in shown
     assert run_command([*arguments, "--json"]) == 0
     answer = json.loads(capsys.readouterr().out)
-    assert answer["kind"] == "on paper, not measured"
+    assert answer["kind"] == "computed, not measured"
     assert any("bandwidth" in source for source in answer["sources"])
 
 

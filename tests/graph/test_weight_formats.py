@@ -16,6 +16,7 @@ import onnx_ir as ir
 import pytest
 import torch
 from bundles import broken_copy, make_bundle
+from onnx import helper
 from onnx.reference import ReferenceEvaluator
 
 import doge_deploy.graph.weight_formats as package
@@ -23,10 +24,13 @@ from doge_deploy.bundle.opening import open_bundle
 from doge_deploy.checkpoint import open_checkpoint
 from doge_deploy.checkpoint.headers import read_header
 from doge_deploy.cli.main import run_command
+from doge_deploy.dtypes import DTYPES, NAMES
 from doge_deploy.errors import UsageError
 from doge_deploy.graph.weight_file import TRANSPOSED_SUFFIX, read_weight_file
 from doge_deploy.graph.weight_formats import WeightFormat, find_weight_format, format_of, weight_formats
+from doge_deploy.graph.weight_formats._base import as_array
 from doge_deploy.graph.weight_formats._blocks import BlockFormat
+from doge_deploy.graph.weight_formats.int4 import Format
 from doge_deploy.graph.weights import packed
 from doge_deploy.options.export import ExportOptions, load_export_options
 from doge_deploy.options.resolved import weight_format_names
@@ -101,8 +105,61 @@ def test_rows_get_the_largest_block_that_divides_them(columns: int, block_size: 
         assert stored_as.store(weight)["scale"].shape == (3, columns // block)
 
 
+def signed(dtype: str, block_size: int = 32) -> Format:
+    found = format_of(ExportOptions(quantize="int4", dtype=dtype, block_size=block_size))
+    assert isinstance(found, Format)
+    return found
+
+
+@pytest.mark.parametrize("dtype", ["fp16", "bf16"])
+@pytest.mark.parametrize("size", [1.0, 1e-5, 1e-7, 1e4])
+def test_signed_numbers_have_positive_scales_and_exact_products(dtype: str, size: float) -> None:
+    """What a runtime rounds after the product, or does not, makes no difference."""
+    weight = size * torch.randn(16, 64, generator=torch.Generator().manual_seed(3))
+    weight[0], weight[1, :32] = 0, -size
+    stored_as = signed(dtype)
+    parts = stored_as.store(weight)
+    assert parts["values"].dtype == torch.int8 and parts["scale"].dtype == getattr(torch, NAMES[dtype])
+    assert int(parts["values"].min()) >= -8 and int(parts["values"].max()) <= 7
+    assert (parts["scale"] > 0).all() and (parts["scale"][0] == 1).all()
+    found = stored_as.dequantized(weight)
+    assert torch.equal(found, found.to(parts["scale"].dtype).float())
+    assert torch.equal(found[0], torch.zeros(64))
+    if size > 1e-6:  # below, fp16 itself has few bits
+        assert (found - weight).square().mean() < 0.02 * weight.square().mean()
+        torch.testing.assert_close(found[1, :32], weight[1, :32], rtol=0.05, atol=0)
+
+
+def test_the_largest_scale_does_not_leave_the_range() -> None:
+    weight = torch.tensor([[65504.0, -65504.0] * 16])
+    found = signed("fp16").dequantized(weight)
+    assert torch.isfinite(found.half()).all() and (found.abs() > 57000).all()
+
+
+def test_scales_are_those_of_least_squared_error() -> None:
+    """No other scale, for which the numbers are rounded anew, is much better; that of the largest number is worse."""
+    weight = torch.randn(64, 64, generator=torch.Generator().manual_seed(0)).reshape(64, 2, 32)
+
+    def error(scale: torch.Tensor) -> torch.Tensor:
+        rounded = torch.clamp(torch.round(weight / scale), -8, 7) * scale
+        return (rounded - weight).square().sum(-1, keepdim=True)
+
+    found = (signed("fp16").dequantized(weight.reshape(64, 64)).reshape(weight.shape) - weight).square()
+    whole = weight.abs().amax(-1, keepdim=True) / 7
+    best = torch.stack([error(whole * part) for part in torch.linspace(0.4, 1.1, 400)]).amin(0)
+    assert float(found.sum()) < 1.01 * float(best.sum())
+    assert float(found.sum()) < 0.9 * float(error(whole).sum())
+
+
+def test_no_zero_points_in_half_precision() -> None:
+    with pytest.raises(UsageError, match=r"symmetric=False with dtype=fp16: zero points are for graphs .* in fp32"):
+        format_of(ExportOptions(quantize="int4", dtype="fp16", symmetric=False))
+    assert "fp32" in signed("fp16").dtypes
+
+
 EVERY = [
     {"quantize": "fp16"},
+    *({"quantize": "int4", "dtype": dtype} for dtype in ("fp16", "bf16")),
     *({"quantize": f"int{bits}", "symmetric": symmetric} for bits in (4, 8) for symmetric in (True, False)),
 ]
 
@@ -114,7 +171,7 @@ def test_the_nodes_compute_what_the_reference_says(options: dict[str, Any], tran
     stored_as = format_of(ExportOptions(**options))
     assert stored_as is not None
     weight = torch.randn(6, 32, generator=torch.Generator().manual_seed(1))
-    model = matrix_product("w" + TRANSPOSED_SUFFIX * transposed, transposed)
+    model = matrix_product("w" + TRANSPOSED_SUFFIX * transposed, transposed, NAMES[stored_as_dtype(options)])
     value = next(iter(model.graph.initializers.values()))
     stored_as.rewrite(model.graph, value, "w", transposed=transposed)
     parts = stored_as.store(weight)
@@ -124,22 +181,27 @@ def test_the_nodes_compute_what_the_reference_says(options: dict[str, Any], tran
         assert part is not None and part.tensor in ("w", "")
         data = parts[part.key] if part.tensor else stored_as.constant(part.key)
         assert tuple(data.shape) == initializer.shape.numpy()
-        raw = packed(data, 4) if initializer.dtype == ir.DataType.UINT4 else data.contiguous()
+        raw = packed(data, DTYPES[part.dtype].bits).contiguous().reshape(-1).view(torch.uint8)
         initializer.const_value = ir.from_proto(
             onnx.helper.make_tensor(name, int(initializer.dtype), list(data.shape), raw.numpy().tobytes(), raw=True)
         )
-    expected = stored_as.dequantize({key: data.numpy() for key, data in parts.items()})
-    state = np.eye(32, dtype=np.float32)
+    expected = stored_as.dequantize({key: as_array(data) for key, data in parts.items()})
+    state = np.eye(32).astype(helper.tensor_dtype_to_np_dtype(DTYPES[stored_as.dtype].onnx_number))
     (found,) = ReferenceEvaluator(ir.to_proto(model)).run(None, {"x": state})  # type: ignore[misc]
-    assert np.array_equal(found, expected.T)
+    assert np.array_equal(found.astype(np.float32), expected.T)
     assert not np.array_equal(expected, weight.numpy()), "the format rounds"
 
 
-def matrix_product(name: str, transposed: bool) -> ir.Model:
+def stored_as_dtype(options: dict[str, Any]) -> str:
+    return str(options.get("dtype", "fp32"))
+
+
+def matrix_product(name: str, transposed: bool, dtype: str) -> ir.Model:
     """`[32, 32] @ w.T`, w `[6, 32]` stored as it is or transposed."""
-    x = ir.val("x", ir.DataType.FLOAT, ir.Shape([32, 32]))
+    kind = ir.DataType(DTYPES[dtype].onnx_number)
+    x = ir.val("x", kind, ir.Shape([32, 32]))
     shape = (32, 6) if transposed else (6, 32)
-    weight = ir.val(name, ir.DataType.FLOAT, ir.Shape(shape))
+    weight = ir.val(name, kind, ir.Shape(shape))
     nodes = [] if transposed else [ir.node("Transpose", [weight], {"perm": [1, 0]})]
     right = weight if transposed else nodes[0].outputs[0]
     nodes.append(ir.node("MatMul", [x, right]))

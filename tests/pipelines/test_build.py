@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 import signal
 import subprocess
 import sys
@@ -11,6 +12,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import onnx_ir as ir
 import pytest
 from bundles import NoProgress, make_bundle, own_bundle, shared_bundle
 from engine_stand_ins import made_up_record
@@ -21,12 +23,13 @@ from doge_deploy.bundle import engine_store
 from doge_deploy.bundle.engine_record import EngineRecord
 from doge_deploy.bundle.opening import open_bundle
 from doge_deploy.bundle.signature import bounded
+from doge_deploy.checkpoint import open_checkpoint
 from doge_deploy.cli.main import run_command
 from doge_deploy.errors import BrokenBundleError, MissingDependencyError, UnsupportedModelError, UsageError
 from doge_deploy.options.build import BuildOptions
 from doge_deploy.pipelines import build as building
 from doge_deploy.pipelines.build import build
-from doge_deploy.targets.trt import choices, vendor
+from doge_deploy.targets.trt import choices, layout, vendor
 from doge_deploy.targets.trt import run as run_module
 
 
@@ -213,8 +216,68 @@ def test_a_bundle_without_static_layout_is_refused(dense_doge: Path) -> None:
 
 def test_quantized_weights_are_refused() -> None:
     path = shared_bundle("doge-tiny", quantize="int8", max_length=64)
-    with pytest.raises(UnsupportedModelError, match=r"stores its weights as int8; .* export without --quantize"):
+    with pytest.raises(UnsupportedModelError, match=r"stores its weights as int8, .* export without --quantize"):
         run(path)
+
+
+def test_weights_of_few_bits_are_built_where_it_shows(tmp_path: Path) -> None:
+    path = own_bundle(tmp_path / "b", "doge-tiny", quantize="int4", dtype="fp16", max_length=64)
+    with pytest.raises(UsageError, match=r"verbosity=none with int4 weights: .* comes with verbosity=detailed only"):
+        run(path, verbosity="none")
+
+
+FEW_BITS = {
+    "int4-fp16": ("doge-tiny", {"quantize": "int4", "dtype": "fp16"}),
+    "int4-bf16-moe": ("doge-tiny-moe", {"quantize": "int4", "dtype": "bf16"}),
+    "int4-fp16-moe": ("doge-tiny-moe", {"quantize": "int4", "dtype": "fp16"}),
+}
+
+
+@pytest.mark.tensorrt
+@pytest.mark.parametrize(("model", "options"), cases(FEW_BITS, ["int4-fp16", "int4-bf16-moe"]))
+def test_kernels_read_weights_as_they_are_stored(model: str, options: dict[str, Any], tmp_path: Path) -> None:
+    path = own_bundle(tmp_path / "b", model, **options, max_length=64)
+    record = run(path)
+    assert record.kernels is not None and record.kernels.low_bit >= 12
+    report = json.loads((path / record.report_file).read_text())
+    assert any(read["dtype"] == "Int4" for kernel in report["kernels"] for read in kernel["inputs"])
+    assert record.engine_weight_bytes is not None
+    assert record.engine_weight_bytes < 1.1 * record.weight_bytes < 0.5 * plain_weight_bytes(model)
+
+
+def plain_weight_bytes(model: str) -> int:
+    """Of the same model in half precision."""
+    return 2 * sum(math.prod(info.shape) for info in open_checkpoint(model).tensors.values())
+
+
+def between_weight_and_product(node: ir.Node) -> None:
+    """Two operators that change nothing, and that the builder does not fuse."""
+    value = node.outputs[0]
+    there = ir.node("Neg", [value])
+    back = ir.node("Neg", [there.outputs[0]])
+    node.graph.insert_after(node, [there, back])
+    value.replace_all_uses_with(back.outputs[0])
+    there.replace_input_with(0, value)
+
+
+@pytest.mark.tensorrt
+def test_weights_that_are_widened_in_every_call_fail_the_build(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    original = layout.lower
+
+    def broken(*arguments: Any) -> ir.Model:
+        model = original(*arguments)
+        for node in [node for node in model.graph if node.op_type == "DequantizeLinear"]:
+            between_weight_and_product(node)
+        return model
+
+    monkeypatch.setattr(layout, "lower", broken)
+    path = own_bundle(tmp_path / "b", "doge-tiny", quantize="int4", dtype="fp16", max_length=64)
+    assert run_command(["build", str(path)]) == 3
+    (line,) = (line for line in capfd.readouterr().err.splitlines() if "error" in line)
+    assert "widens weights of few bits in every call instead of multiplying with them: kernel" in line
+    without_engine(path)
 
 
 def test_full_tensorrt_is_missing_here(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:

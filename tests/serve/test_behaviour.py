@@ -16,6 +16,7 @@ from typing import Any
 import httpx
 import numpy as np
 import pytest
+from prometheus_client import CollectorRegistry, Histogram, generate_latest
 from scripted_slots import ScriptedSlots
 from servers import NAME, Running, SlowSlots, of_bundle, running, scripted
 
@@ -23,6 +24,7 @@ from doge_deploy.bundle.opening import open_bundle
 from doge_deploy.runtime.backend import open_backend
 from doge_deploy.runtime.generate import GenerationOptions, TextGenerator
 from doge_deploy.serve.http import schemas
+from doge_deploy.serve.http.metrics import SECONDS, Metrics
 from doge_deploy.serve.scheduler import Limits
 from doge_deploy.text.tokenizer import Tokenizer
 
@@ -547,6 +549,23 @@ class TestSecurity:
         response = server.client.get("/v1/models", headers={"Origin": "http://elsewhere"})
         assert not [name for name in response.headers if name.startswith("access-control")]
 
+    def test_an_origin_that_was_named_is_allowed(self, tiny_bundle: Path) -> None:
+        """Also where a key is needed: a browser asks first, without one, and reads refusals."""
+        page, served = "https://page.example", scripted(tiny_bundle, slots_saying(tiny_bundle, [70], 1))
+        with running(served, api_keys=(b"right",), cors_origins=[page]) as server:
+            asked = {"Access-Control-Request-Method": "POST", "Access-Control-Request-Headers": "authorization"}
+            for origin in (page, "https://other.example"):
+                before = server.client.options("/v1/completions", headers={"Origin": origin, **asked})
+                refused = server.client.post("/v1/completions", json={"prompt": [7]}, headers={"Origin": origin})
+                assert refused.status_code == 401
+                for response in (before, refused):
+                    allowed = response.headers.get("access-control-allow-origin")
+                    assert allowed == (page if origin == page else None)
+                assert (before.status_code == 200) == (origin == page)
+            headers = {"Origin": page, "Authorization": "Bearer right"}
+            chunks = server.client.post("/v1/completions", json={"prompt": [7], "stream": True}, headers=headers)
+            assert chunks.headers["access-control-allow-origin"] == page and "[DONE]" in chunks.text
+
     @pytest.mark.parametrize(
         "path", ["/page/../start.py", "/page/%2e%2e%2fstart.py", "/page/index.html", "/page//etc/passwd"]
     )
@@ -579,6 +598,19 @@ class TestMetrics:
         text = server.client.get("/metrics").text
         for name in self.NAMES:
             assert f"\ndoge_{name}{{" in text, name
+
+    def test_times_are_counted_as_the_library_counts_them(self) -> None:
+        times, reference = Metrics(), CollectorRegistry()
+        theirs = Histogram("doge_e2e_request_latency_seconds", "x", ["model_name"], registry=reference, buckets=SECONDS)
+        mine = times.of("a").latency
+        for seconds in (0.0, 0.001, 0.0011, 0.05, 0.3, 60.0, 61.0, *(0.7**k for k in range(40))):
+            mine.observe(seconds)
+            theirs.labels("a").observe(seconds)
+        lines, expected = (
+            [line for line in generate_latest(one).decode().splitlines() if line.startswith("doge_e2e")]
+            for one in (times.registry, reference)
+        )
+        assert lines == [line for line in expected if "_created" not in line] and len(lines) == len(SECONDS) + 3
 
 
 class TestShapes:

@@ -85,6 +85,28 @@ def test_headers_that_come_byte_by_byte_are_not_waited_for(tiny_bundle: Path) ->
         assert closed_after(connection, letters()) < 10
 
 
+@pytest.mark.parametrize("piece", [b"X-Long: " + b"a" * 4000 + b"\r\n", b"a" * 4000], ids=["lines", "one line"])
+def test_a_head_without_end_is_refused(tiny_bundle: Path, piece: bytes) -> None:
+    with running(scripted(tiny_bundle, endless(tiny_bundle))) as server, connect(server) as connection:
+        connection.sendall(b"GET /health HTTP/1.1\r\nX-First: ")
+        with contextlib.suppress(OSError):  # it is closed while this side still sends
+            for _ in range(3 * connections.MAX_HEAD_BYTES // len(piece)):
+                connection.sendall(piece)
+        assert closed_after(connection) < 10
+        assert server.complete([7], max_tokens=3)["choices"]
+
+
+def test_requests_may_be_sent_before_the_answer_of_the_one_before(tiny_bundle: Path) -> None:
+    with running(scripted(tiny_bundle, endless(tiny_bundle)), patience=SHORT) as server, connect(server) as connection:
+        connection.sendall(post({"prompt": [7], "max_tokens": 2}) * 3)
+        received = b""
+        while received.count(b'"usage"') < 3:
+            piece = connection.recv(65536)
+            assert piece, "it was closed"
+            received += piece
+        assert received.count(b"HTTP/1.1 200") == 3
+
+
 def test_a_connection_may_wait_for_its_next_request(tiny_bundle: Path) -> None:
     with running(scripted(tiny_bundle, endless(tiny_bundle)), patience=SHORT) as server, connect(server) as connection:
         for _ in range(2):

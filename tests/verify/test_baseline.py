@@ -105,7 +105,7 @@ def test_the_command_fails_on_drift_and_says_which(
     old = json.loads((tmp_path / "old.json").read_text())
     assert old["command"] == f"doge-deploy verify {tiny_bundle} --layout static --greedy-steps 4"
     assert run_command([*arguments, "--baseline", str(tmp_path / "old.json")]) == 0
-    assert "12 cases held against old.json, 0 drift" in capfd.readouterr().out
+    assert "12 cases compared with old.json, 0 drift" in capfd.readouterr().out
     worst = max(old["cases"], key=lambda case: case["load"])
     assert worst["load"] > FLOOR
     worst["load"] /= 2.1

@@ -191,7 +191,7 @@ def logits_of(bundle: Path, *, portable: bool) -> np.ndarray[Any, Any]:
     return runner.run(np.arange(3, 11)[None])
 
 
-def test_quantized_weights_need_fp32(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    arguments = ["export", "doge-tiny", "-o", str(tmp_path / "b"), "--quantize", "int4", "--dtype", "fp16"]
+def test_bytes_need_fp32(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    arguments = ["export", "doge-tiny", "-o", str(tmp_path / "b"), "--quantize", "int8", "--dtype", "fp16"]
     assert run_command(arguments) == 2
-    assert "leave dtype at fp32" in capfd.readouterr().err
+    assert "int8 weights are computed with in fp32; give dtype=fp32" in capfd.readouterr().err

@@ -1,1 +1,1 @@
-"""What a bundle is held against: what people run who do not have this tool."""
+"""What a bundle is compared with: what people run who do not have this tool."""

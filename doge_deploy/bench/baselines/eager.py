@@ -10,8 +10,12 @@ from typing import Any
 
 import numpy as np
 
+from doge_deploy.bench.baselines.catalog import Wanted
+from doge_deploy.bench.candidates import Candidate
 from doge_deploy.errors import UnsupportedModelError
 from doge_deploy.runtime.base import FloatArray, IntArray, Runner
+
+LIBRARIES = ("torch", "transformers.models.doge.modeling_doge")
 
 
 def load_model(path: Path, *, dtype: str, num_layers: int | None, config: dict[str, Any] | None = None) -> Any:
@@ -48,17 +52,46 @@ def load_model(path: Path, *, dtype: str, num_layers: int | None, config: dict[s
     return loaded.eval()  # type: ignore[no-untyped-call]
 
 
-def open_eager(
-    path: Path, *, dtype: str, num_layers: int | None, max_length: int, last_logits: bool, threads: int
-) -> EagerRunner:
-    """A runner of a checkpoint in transformers; arguments as in `load_model` and `Runner`."""
+def candidates(wanted: Wanted) -> list[Candidate]:
+    """The checkpoint itself."""
+    manifest, facts = wanted.bundles[0].manifest, wanted.checkpoint.facts
+    return [
+        Candidate(
+            name="transformers",
+            kind="transformers",
+            path=str(wanted.checkpoint.path),
+            dtype=manifest.dtype,
+            max_length=max(facts.max_position_embeddings, manifest.max_length),
+            vocab_size=facts.vocab_size,
+            last_logits=manifest.last_logits,
+            num_layers=facts.num_hidden_layers,
+        )
+    ]
+
+
+def open_runner(candidate: Candidate, threads: int) -> EagerRunner:
+    """The checkpoint in transformers."""
+    set_threads(threads)
+    model = load_model(Path(candidate.path), dtype=candidate.dtype, num_layers=candidate.num_layers)
+    return EagerRunner(model, max_length=candidate.max_length, last_logits=candidate.last_logits)
+
+
+def set_threads(threads: int) -> None:
+    """Of PyTorch; and denormal numbers are taken for zero, as in sessions of bundles."""
     import torch
 
     torch.set_num_threads(threads)
     torch.set_num_interop_threads(1)
-    torch.set_flush_denormal(True)  # as sessions of bundles do
-    model = load_model(path, dtype=dtype, num_layers=num_layers)
-    return EagerRunner(model, max_length=max_length, last_logits=last_logits)
+    torch.set_flush_denormal(True)
+
+
+def logits_of(output: Any) -> FloatArray:
+    """The logits that a model of transformers gave, float32 where they are bfloat16, which NumPy does not have."""
+    import torch
+
+    logits = output.logits
+    values: FloatArray = (logits.float() if logits.dtype == torch.bfloat16 else logits).numpy()
+    return values
 
 
 class EagerRunner(Runner):
@@ -78,16 +111,13 @@ class EagerRunner(Runner):
 
         with torch.inference_mode():
             # Only the last token's logits where the bundle gives only those: nobody works for the bin.
-            logits = self._model(
+            output = self._model(
                 input_ids=torch.from_numpy(input_ids),
                 past_key_values=self._cache,
                 use_cache=True,
                 logits_to_keep=1 if self.last_logits else 0,
-            ).logits
-        if logits.dtype == torch.bfloat16:  # NumPy has no such dtype
-            logits = logits.float()
-        values: FloatArray = logits.numpy()
-        return values
+            )
+            return logits_of(output)
 
     def cache(self) -> dict[str, list[FloatArray]]:
         kept: dict[str, list[FloatArray]] = {}

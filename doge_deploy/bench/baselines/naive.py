@@ -1,4 +1,4 @@
-"""A plain export of transformers' model: what one gets without this tool.
+"""A plain export of transformers' model: what you get without this tool.
 
 `torch.onnx.export` of `DogeForCausalLM` with its defaults, a growing cache as inputs and outputs, run by ONNX Runtime
 with I/O binding so that the caches are not copied through NumPy. Two things had to be decided for it:
@@ -23,11 +23,14 @@ from typing import Any
 
 import numpy as np
 
+from doge_deploy.bench.baselines.catalog import Wanted
+from doge_deploy.bench.candidates import Candidate
 from doge_deploy.config.model import DogeFacts
 from doge_deploy.errors import UnsupportedModelError
 from doge_deploy.runtime.base import FloatArray, IntArray, Runner
 from doge_deploy.runtime.ort import open_session
 
+LIBRARIES = ("onnxruntime",)
 MODEL_FILE = "model.onnx"
 _VERSION = 1
 """Of the export below: a change of it makes old files unused."""
@@ -40,6 +43,40 @@ def naive_max_length(facts: DogeFacts) -> int:
     """Tokens up to which a plain export is right."""
     lengths = (facts.keep_window_size, facts.stateless_length or facts.max_position_embeddings)
     return min(lengths)
+
+
+def candidates(wanted: Wanted) -> list[Candidate]:
+    """The plain export of the checkpoint, which is made where there is none yet."""
+    manifest, facts = wanted.bundles[0].manifest, wanted.checkpoint.facts
+    last = manifest.last_logits
+    directory = naive_directory(wanted.cache, wanted.checkpoint.sha256, facts, manifest.dtype, last_logits=last)
+    if not directory.is_dir():
+        wanted.started("export transformers' model plainly (kept for next time)")
+        request = {
+            "checkpoint": str(wanted.checkpoint.path),
+            "output": str(directory),
+            "facts": facts.to_json(),
+            "dtype": manifest.dtype,
+            "num_layers": facts.num_hidden_layers,
+            "last_logits": last,
+        }
+        wanted.make("naive", request)
+    return [
+        Candidate(
+            name="naive",
+            kind="naive",
+            path=str(directory),
+            dtype=manifest.dtype,
+            max_length=naive_max_length(facts),
+            vocab_size=facts.vocab_size,
+            last_logits=last,
+        )
+    ]
+
+
+def make(checkpoint: str, output: str, facts: dict[str, Any], **choices: Any) -> None:
+    """`export_naive` of plain values."""
+    export_naive(Path(checkpoint), Path(output), facts=DogeFacts.from_json(facts), **choices)
 
 
 def naive_directory(cache: Path, checkpoint_sha256: str, facts: DogeFacts, dtype: str, *, last_logits: bool) -> Path:
@@ -134,10 +171,11 @@ def _export(module: Any, path: Path, facts: DogeFacts, dtype: Any) -> None:
     )
 
 
-def open_naive(directory: Path, *, max_length: int, last_logits: bool, threads: int) -> NaiveRunner:
-    """A runner of what `export_naive` wrote, with denormal numbers flushed as in sessions of bundles."""
+def open_runner(candidate: Candidate, threads: int) -> NaiveRunner:
+    """What `export_naive` wrote, with denormal numbers flushed as in sessions of bundles."""
+    directory = Path(candidate.path)
     session = open_session(directory / MODEL_FILE, directory, threads=threads, flush_denormals=True)
-    return NaiveRunner(session, max_length=max_length, last_logits=last_logits)
+    return NaiveRunner(session, max_length=candidate.max_length, last_logits=candidate.last_logits)
 
 
 class NaiveRunner(Runner):

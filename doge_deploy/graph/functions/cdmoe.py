@@ -4,7 +4,7 @@
     output = sum over those experts e of act(h . down_embed[e]) * weight_e * up_embed[e]
 
 With both halves sorted, only pairs of ranks (i, j) with (i+1)*(j+1) <= k can be among the k best: those are formed,
-never n*n sums. Slow twin: `doge_deploy.model.moe.cdmoe`.
+never n*n sums. Reference implementation: `doge_deploy.model.moe.cdmoe`.
 """
 
 from __future__ import annotations

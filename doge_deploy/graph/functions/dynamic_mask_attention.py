@@ -7,7 +7,7 @@
 "Visible" is j <= first_slot[b] + q, less than sliding_window slots back, and key_mask[b, j], the latter two where they
 are given. Ranking is done on the float32 score, over
 visible keys only, so a row that sees fewer than w keys keeps them all whatever the cache holds elsewhere.
-Slow twin: `doge_deploy.model.attention.dynamic_mask_attention`.
+Reference implementation: `doge_deploy.model.attention.dynamic_mask_attention`.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Graph passes, one a file; each says what it needs and what it promises."""
+"""Graph passes, one per file; each says what it needs and what it promises."""
 
 from __future__ import annotations
 

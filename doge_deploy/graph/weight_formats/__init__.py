@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Protocol
 
+from doge_deploy.dtypes import ShortName
 from doge_deploy.errors import UsageError
 from doge_deploy.graph.weight_formats._base import Part, PartSource, Quality, WeightFormat
 from doge_deploy.options.resolved import weight_format_names
@@ -54,6 +55,8 @@ class WeightOptions(Protocol):
     def block_size(self) -> int | None: ...
     @property
     def symmetric(self) -> bool: ...
+    @property
+    def dtype(self) -> ShortName: ...
 
 
 def format_of(options: WeightOptions) -> WeightFormat | None:
@@ -64,7 +67,9 @@ def format_of(options: WeightOptions) -> WeightFormat | None:
     """
     if options.quantize is None:
         return None
-    return find_weight_format(options.quantize)(block_size=options.block_size, symmetric=options.symmetric)
+    return find_weight_format(options.quantize)(
+        block_size=options.block_size, symmetric=options.symmetric, dtype=options.dtype
+    )
 
 
 def resolve_options(options: ExportOptions) -> ExportOptions:

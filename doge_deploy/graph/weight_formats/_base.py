@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from math import prod
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
-from doge_deploy.dtypes import DTYPES
+from doge_deploy.dtypes import DTYPES, NAMES, ShortName
 from doge_deploy.errors import UsageError
 
 if TYPE_CHECKING:
@@ -70,14 +70,15 @@ class PartSource(NamedTuple):
 
 
 class WeightFormat(ABC):
-    """One way to store the matrices of a bundle that is computed with in float32.
+    """One way to store the matrices of a bundle.
 
     Args:
         block_size: numbers of a row that share a scale, at most; the format's default where None.
         symmetric: whether the zero point is the middle of the range. Only formats with blocks have a choice.
+        dtype: what the graph computes in.
 
     Raises:
-        UsageError: the format has no blocks, or none of that size.
+        UsageError: the format has no blocks, or none of that size; or it is not offered for this dtype.
     """
 
     name: ClassVar[str]
@@ -88,20 +89,27 @@ class WeightFormat(ABC):
     block_sizes: ClassVar[tuple[int, ...]] = ()
     """Legal block sizes; empty where the format has no blocks."""
     default_block_size: ClassVar[int | None] = None
-    range_dtype: ClassVar[str] = "float32"
-    """The dtype whose range a weight must not leave."""
+    dtypes: ClassVar[tuple[ShortName, ...]] = ("fp32",)
+    """What a graph with such weights may compute in, the default first."""
     rounds_activations: ClassVar[bool] = False
     """Whether what ONNX Runtime runs for it rounds activations too, so that parity is judged on the standard graph."""
     targets: ClassVar[frozenset[str]] = frozenset({"ort"})
     """What accepts a bundle with such weights: `ort`, `trt`, `trt-rtx`, `torch-kernels`."""
 
-    def __init__(self, *, block_size: int | None = None, symmetric: bool = True) -> None:
+    def __init__(self, *, block_size: int | None = None, symmetric: bool = True, dtype: ShortName = "fp32") -> None:
+        if dtype not in self.dtypes:
+            legal = " or ".join(self.dtypes)
+            raise UsageError(
+                f"quantize={self.name} with dtype={dtype}: {self.name} weights are computed with in {legal}; give "
+                f"dtype={self.dtypes[0]}"
+            )
         if block_size is not None and block_size not in self.block_sizes:
             sizes = ", ".join(map(str, self.block_sizes))
             legal = f"must be one of {sizes}" if sizes else "this format has no blocks"
             raise UsageError(f"block_size={block_size} with quantize={self.name}: {legal}")
         self.block_size = block_size or self.default_block_size
         self.symmetric = symmetric
+        self.dtype = NAMES[dtype]
 
     def __str__(self) -> str:
         if not self.block_sizes:
@@ -115,7 +123,16 @@ class WeightFormat(ABC):
             return ""
         if target == "torch-kernels":
             return "has quantized weights; kernels are verified with unquantized ones"
-        return f"stores its weights as {self.name}; engines are built of fp32, fp16 or bf16"
+        return f"stores its weights as {self.name}, which {target} does not take"
+
+    def target_remedy(self, target: str) -> str:
+        """What helps where `target` does not accept it."""
+        return "export without --quantize"
+
+    @property
+    def range_dtype(self) -> str:
+        """The dtype whose range a weight must not leave."""
+        return self.dtype
 
     def refusal(self, name: str, shape: Sequence[int]) -> str:
         """Why a tensor of the checkpoint keeps the model's dtype; "" where it is stored in this format."""
@@ -188,7 +205,14 @@ class WeightFormat(ABC):
         """What a weight `[N, C]` of the checkpoint becomes, float32."""
         import torch
 
-        return torch.from_numpy(self.dequantize({key: part.numpy() for key, part in self.store(weight).items()}))
+        return torch.from_numpy(self.dequantize({key: as_array(part) for key, part in self.store(weight).items()}))
+
+
+def as_array(part: torch.Tensor) -> Array:
+    """A stored part for NumPy, which has no bfloat16: such numbers are widened to float32."""
+    import torch
+
+    return (part.float() if part.dtype == torch.bfloat16 else part).numpy()
 
 
 def add_part(graph: ir.Graph, part: Part) -> ir.Value:

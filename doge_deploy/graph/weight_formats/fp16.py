@@ -25,7 +25,6 @@ class Format(WeightFormat):
 
     name = "fp16"
     title = "half precision"
-    range_dtype = "float16"
     quality = Quality(
         0.002,
         1.01,
@@ -34,6 +33,10 @@ class Format(WeightFormat):
         "at the edge of the window or two experts. A projection 10 % too large loses more than the limit "
         "(tests/verify/test_quality.py).",
     )
+
+    @property
+    def range_dtype(self) -> str:
+        return "float16"
 
     def parts(self, name: str, shape: tuple[int, int]) -> dict[str, Part]:
         return {"values": Part(name, "float16", shape)}

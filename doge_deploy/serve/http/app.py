@@ -17,24 +17,17 @@ from fastapi.responses import FileResponse, JSONResponse, PlainTextResponse, Res
 from prometheus_client import generate_latest
 from prometheus_client.exposition import CONTENT_TYPE_LATEST
 from pydantic import BaseModel
+from starlette.middleware.cors import CORSMiddleware
 
 from doge_deploy import __version__
 from doge_deploy.serve.http import errors, schemas
+from doge_deploy.serve.http.answers import CLOSED_REQUEST, answer, new_name, unless_gone
 from doge_deploy.serve.http.embeddings import FeatureModel, encoded
 from doge_deploy.serve.http.errors import ApiError
-from doge_deploy.serve.http.generation import (
-    CLOSED_REQUEST,
-    ChatForm,
-    TextForm,
-    answer,
-    new_name,
-    plan_chat,
-    plan_completion,
-    rendered,
-    unless_gone,
-)
+from doge_deploy.serve.http.forms import ChatForm, TextForm
 from doge_deploy.serve.http.inbox import Inbox
 from doge_deploy.serve.http.metrics import Metrics
+from doge_deploy.serve.http.plans import plan_chat, plan_completion, rendered
 from doge_deploy.serve.http.requests import ChatBody, CompletionBody, DetokenizeBody, EmbeddingBody, TokenizeBody
 from doge_deploy.serve.http.schemas import ErrorAnswer
 from doge_deploy.serve.http.security import MAX_BODY_BYTES, MAX_HELD_BYTES, Gate
@@ -61,6 +54,10 @@ class Served:
     created: int = field(default_factory=lambda: int(time.time()))
     draining: bool = False
     """No new work is taken; what runs is finished."""
+    names: Sequence[str] = ()
+    """All models, in the order in which their bundles were given."""
+    verified: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    """What was found when a model's bundle was judged at the start, by the model's name."""
     runs_on: Mapping[str, str | int | None] = field(default_factory=dict)
     """For people: backend, engine, threads."""
     working: int = 0
@@ -105,6 +102,7 @@ def create_app(
     served: Served,
     *,
     api_keys: Collection[bytes] = (),
+    cors_origins: Collection[str] = (),
     max_body_bytes: int = MAX_BODY_BYTES,
     max_held_bytes: int = MAX_HELD_BYTES,
 ) -> FastAPI:
@@ -113,6 +111,7 @@ def create_app(
     Args:
         served: the models.
         api_keys: who may use it; everybody where there are none.
+        cors_origins: pages of which origins may use it from a browser; none but its own where there are none.
         max_body_bytes: of a request.
         max_held_bytes: of all requests together that are being received or answered.
     """
@@ -159,6 +158,14 @@ def create_app(
     app.add_middleware(WorkCount, served=served)
     app.add_middleware(Gate, keys=tuple(api_keys), max_body_bytes=max_body_bytes, max_held_bytes=max_held_bytes)
     app.add_middleware(RequestIds)
+    if cors_origins:  # outside of the keys: a browser asks whether it may before it sends one, and reads refusals too
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=list(cors_origins),
+            allow_methods=["GET", "POST"],
+            allow_headers=["*"],
+            expose_headers=["X-Request-Id", "Retry-After"],
+        )
     app.openapi = lambda: _openapi(app)  # type: ignore[method-assign]
     return app
 
@@ -195,7 +202,7 @@ def _add_generation(app: FastAPI, served: Served, offload: Any) -> None:
         """A vector for each text, of a bundle that was exported with `--task features`."""
         model = served.feature(body.model)
         texts = await offload(lambda: [model.encode(text) for text in body.texts])
-        vectors = await unless_gone(model.embed_all(texts), http)
+        vectors = await unless_gone(model.embed_all(texts), http.receive)
         if vectors is None:
             return Response(status_code=CLOSED_REQUEST)
         tokens, form = sum(map(len, texts)), body.encoding_format
@@ -304,6 +311,7 @@ def _card(served: Served, model: ServedText | FeatureModel) -> dict[str, Any]:
             "weights": manifest.options.quantize or manifest.options.dtype,
             "layouts": list(manifest.layouts),
             "lowered": sorted({name for layout in manifest.layouts.values() for name in layout.lowered}),
+            "verified": served.verified.get(model.name),
             **served.runs_on,
         },
     }

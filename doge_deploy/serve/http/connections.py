@@ -3,7 +3,8 @@
 Four rules, beside uvicorn's own time for a connection that waits for its next request:
 
 - a request must be there whole `receive_seconds` after its first byte, and the first one so long after the connection
-  was opened: headers that come one byte a second hold a connection no longer than that;
+  was opened: headers that come one byte a second hold a connection no longer than that. A head that is larger than
+  `MAX_HEAD_BYTES` is refused at once;
 - a client that takes nothing of what was sent to it for `read_seconds` is cut off. While it reads, however slowly, it
   is not; what is written to it waits meanwhile, since uvicorn writes no more than a buffer ahead;
 - the system asks after clients that are silent (keep-alive probes), so that one that lost its power is noticed;
@@ -18,8 +19,10 @@ import struct
 import sys
 from dataclasses import dataclass
 
-import h11
-from uvicorn.protocols.http.h11_impl import H11Protocol
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+
+MAX_HEAD_BYTES = 64 * 1024
+"""Of the first line and the headers of a request."""
 
 _SEND_BUFFER_BYTES = 256 * 1024
 """Of the system, for each connection: without a limit it grows to megabytes for a client that does not read."""
@@ -37,12 +40,18 @@ class Patience:
     connections: int = 4096
 
 
-class PatientProtocol(H11Protocol):
-    """uvicorn's HTTP/1.1, which closes connections as the module says."""
+class PatientProtocol(HttpToolsProtocol):
+    """uvicorn's HTTP/1.1, which closes connections as the module says. Of its two parsers the one written in C: that in
+    Python takes as long for each piece of a stream as all else that is done for it here.
+    """
 
     patience = Patience()
 
     _refused = False
+    _whole = False
+    """All of the latest request is there."""
+    _in_head, _head = False, 0
+    """Its head is not there whole, and how many bytes there are."""
     _receiving: asyncio.TimerHandle | None = None
     """Runs while a request is not there whole."""
     _unread: asyncio.TimerHandle | None = None
@@ -70,11 +79,35 @@ class PatientProtocol(H11Protocol):
         """More of a request."""
         if self._refused:
             return
+        if self.cycle is None or self.cycle.response_complete:
+            self._whole = False  # whatever it is, it is no request yet
         super().data_received(data)
-        if self.conn.their_state in (h11.IDLE, h11.SEND_BODY):
-            if self._receiving is None:
-                self._receiving = self.loop.call_later(self.patience.receive_seconds, self.transport.abort)
-        elif self._receiving is not None:
+        if self._in_head:
+            self._head += len(data)
+            if self._head > MAX_HEAD_BYTES:
+                self.send_400_response(f"The head of a request is larger than {MAX_HEAD_BYTES} bytes.")
+        if self._whole:
+            self._stop_receiving()
+        elif self._receiving is None:
+            self._receiving = self.loop.call_later(self.patience.receive_seconds, self.transport.abort)
+
+    def on_message_begin(self) -> None:
+        """The first byte of a request."""
+        self._whole, self._in_head, self._head = False, True, 0
+        super().on_message_begin()
+
+    def on_headers_complete(self) -> None:
+        """Its head is there."""
+        self._in_head = False
+        super().on_headers_complete()
+
+    def on_message_complete(self) -> None:
+        """It is there whole."""
+        self._whole = True
+        super().on_message_complete()
+
+    def _stop_receiving(self) -> None:
+        if self._receiving is not None:
             self._receiving.cancel()
             self._receiving = None
 

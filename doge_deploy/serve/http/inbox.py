@@ -16,16 +16,55 @@ MAX_UNREAD = 1024
 """Events of one request that wait to be sent: a client that does not read its stream loses it, and its slot is free."""
 
 
+class Mail(AsyncIterator[list[tuple[int, Event]]]):
+    """The events of an answer's requests: each time all that have come since, with the number of their request.
+
+    Its reader is woken once, however many events come in one turn of the loop.
+    """
+
+    def __init__(self) -> None:
+        self.waiters: list[_Waiter] = []
+        self._events: list[tuple[int, Event]] = []
+        self._arrived: asyncio.Future[None] | None = None
+
+    @property
+    def open(self) -> bool:
+        """More will come."""
+        return not all(waiter.closed for waiter in self.waiters)
+
+    def put(self, waiter: _Waiter, event: Event) -> None:
+        """One more event of a request."""
+        waiter.unread += 1
+        self._events.append((waiter.index, event))
+        if self._arrived is not None and not self._arrived.done():
+            self._arrived.set_result(None)
+
+    async def __anext__(self) -> list[tuple[int, Event]]:
+        if not self._events:
+            if not self.open:
+                raise StopAsyncIteration
+            self._arrived = asyncio.get_running_loop().create_future()
+            await self._arrived
+        events, self._events = self._events, []
+        for waiter in self.waiters:
+            waiter.unread = 0
+        return events
+
+
 class _Waiter:
-    def __init__(self, engine: Engine) -> None:
-        self.engine = engine
-        self.events: asyncio.Queue[Event] = asyncio.Queue()
+    """One request."""
+
+    def __init__(self, engine: Engine, mail: Mail) -> None:
+        self.engine, self.mail = engine, mail
+        self.index = len(mail.waiters)
+        self.unread = 0
         self.arrived = perf_counter()
         self.last: float | None = None
         self.ended = False
         """The engine is done with it."""
         self.closed = False
-        """Nothing more is put into `events`."""
+        """Nothing more is put into the mail."""
+        mail.waiters.append(self)
 
 
 class Inbox:
@@ -37,7 +76,7 @@ class Inbox:
     """
 
     def __init__(self, model: str, metrics: Metrics) -> None:
-        self._model, self._metrics = model, metrics
+        self._times = metrics.of(model)
         self._waiters: dict[str, _Waiter] = {}
         self._loop: asyncio.AbstractEventLoop | None = None
         self._failed: str | None = None
@@ -59,61 +98,57 @@ class Inbox:
             if waiter is None or waiter.closed:
                 continue
             self._time(waiter, event, now)
-            waiter.events.put_nowait(event)
-            if waiter.events.qsize() > MAX_UNREAD and not waiter.ended:
+            waiter.mail.put(waiter, event)
+            if waiter.ended:
+                waiter.closed = True
+            elif waiter.unread > MAX_UNREAD:
                 waiter.closed = True
                 waiter.engine.cancel(name)
-                waiter.events.put_nowait(Finished("error", "", _not_read()))
+                waiter.mail.put(waiter, Finished("error", "", _not_read()))
 
     def _time(self, waiter: _Waiter, event: Event, now: float) -> None:
-        if isinstance(event, Started):
-            self._metrics.queue_time.labels(self._model).observe(now - waiter.arrived)
-        elif isinstance(event, Produced):
+        times = self._times
+        if isinstance(event, Produced):
             if waiter.last is None:
-                self._metrics.first_token.labels(self._model).observe(now - waiter.arrived)
+                times.first_token.observe(now - waiter.arrived)
             else:
-                self._metrics.inter_token.labels(self._model).observe(now - waiter.last)
+                times.inter_token.observe(now - waiter.last)
             waiter.last = now
+        elif isinstance(event, Started):
+            times.queue_time.observe(now - waiter.arrived)
         elif isinstance(event, Finished):
             waiter.ended = True
-            self._metrics.latency.labels(self._model).observe(now - waiter.arrived)
+            times.latency.observe(now - waiter.arrived)
 
     @contextlib.asynccontextmanager
-    async def submitted(self, engine: Engine, requests: Sequence[Request]) -> AsyncIterator[list[AsyncIterator[Event]]]:
-        """The events of requests, one iterator each; what has not ended when the block is left is cancelled.
+    async def submitted(self, engine: Engine, requests: Sequence[Request]) -> AsyncIterator[Mail]:
+        """The events of requests; what has not ended when the block is left is cancelled.
 
         Raises:
             QueueFullError: the queue does not take all of them; then it has none of them.
             EngineStoppedError: the engine has ended.
         """
+        mail = Mail()
         try:
             for request in requests:
                 if self._failed is not None:
                     raise EngineStoppedError(self._failed)
-                self._waiters[request.id] = _Waiter(engine)
+                self._waiters[request.id] = _Waiter(engine, mail)
                 await asyncio.wrap_future(engine.submit(request))
-            yield [self._events(request.id) for request in requests]
+            yield mail
         finally:
             for request in requests:
                 waiter = self._waiters.pop(request.id, None)
                 if waiter is not None and not waiter.ended:
                     engine.cancel(request.id)
 
-    async def _events(self, name: str) -> AsyncIterator[Event]:
-        waiter = self._waiters[name]
-        while True:
-            event = await waiter.events.get()
-            yield event
-            if isinstance(event, Finished):
-                return
-
     def fail(self, message: str) -> None:
-        """End everything that waits, and all that comes, with an error: the engine will send nothing more."""
+        """End everything that waits, and everything that comes, with an error: the engine will send nothing more."""
         self._failed = message
         for waiter in self._waiters.values():
-            if not (waiter.ended or waiter.closed):
+            if not waiter.closed:
                 waiter.closed = True
-                waiter.events.put_nowait(Finished("error", "", EngineStoppedError(message)))
+                waiter.mail.put(waiter, Finished("error", "", EngineStoppedError(message)))
 
     @property
     def waiting(self) -> int:

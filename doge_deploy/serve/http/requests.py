@@ -34,7 +34,7 @@ MAX_PARTS = 256
 MAX_BIASES = 1024
 MAX_GUIDED_CHOICES = 4096
 MAX_TOKEN_IDS = 2**16
-"""Of one prompt, before it is held against the model's own limit."""
+"""Of one prompt, before it is compared with the model's own limit."""
 MAX_FIELDS = 128
 """Of a body or of an object in it, those that are refused by name included."""
 

@@ -1,4 +1,4 @@
-"""Shapes of answers, for `/openapi.json`: answers are built in `responses.py`, and tests hold them against these.
+"""Shapes of answers, for `/openapi.json`: answers are built in `responses.py`, and tests compare them with these.
 
 Reference: https://platform.openai.com/docs/api-reference
 """
@@ -23,7 +23,7 @@ class ErrorDetail(_Answer):
     message: str
     type: str
     param: str | None
-    """The field of the body that is to blame."""
+    """The field of the body that is at fault."""
     code: str | None
 
 
@@ -162,7 +162,7 @@ class ModelCard(_Answer):
     owned_by: str
     max_model_len: Annotated[int, Field(ge=1)]
     doge_deploy: dict[str, Any]
-    """What the bundle says of itself."""
+    """What the bundle says about itself."""
 
 
 class ModelList(_Answer):

@@ -21,7 +21,7 @@ MAX_HELD_BYTES = 64 * 1024 * 1024
 
 
 def read_keys(file: Path) -> tuple[bytes, ...]:
-    """API keys, one a line; blank lines and those that begin with # are passed over.
+    """API keys, one per line; blank lines and those that begin with # are passed over.
 
     Raises:
         UsageError: the file cannot be read or holds no key.
@@ -32,7 +32,7 @@ def read_keys(file: Path) -> tuple[bytes, ...]:
         raise UsageError(f"--api-key-file {file}: cannot be read: {error}") from error
     keys = tuple(line.strip().encode() for line in lines if line.strip() and not line.lstrip().startswith("#"))
     if not keys:
-        raise UsageError(f"--api-key-file {file}: holds no key; write one a line")
+        raise UsageError(f"--api-key-file {file}: holds no key; write one per line")
     return keys
 
 

@@ -394,6 +394,21 @@ async function loadModels() {
   }
 }
 
+// What was found when the bundle was judged at the start.
+function verified(report) {
+  if (!report) return element("p", "", "Not judged at this start; --verify-on-start FILE does it.");
+  const part = element("details");
+  part.append(element("summary", "", `Verified: ${report.verdict}`), element("p", "", `Judged by ${report.recording}.`));
+  const table = element("table");
+  for (const one of report.cases) {
+    const row = element("tr");
+    row.append(element("td", "", one.case), element("td", "", `${(100 * one.load).toFixed(1)} % of its tolerance`));
+    table.append(row);
+  }
+  part.append(table);
+  return part;
+}
+
 function showModels() {
   $("base").textContent = `${location.origin}/v1`;
   $("cards").replaceChildren(...models.map((model) => {
@@ -415,7 +430,7 @@ function showModels() {
       row.append(element("td", "", name), element("td", "", String(value)));
       table.append(row);
     }
-    card.append(table);
+    card.append(table, verified(facts.verified));
     return card;
   }));
 }

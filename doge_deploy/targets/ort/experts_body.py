@@ -7,7 +7,7 @@ The same sum as the body of doge::CDMoE, with
 - rows of the tables read where they are stored, quantized or not;
 - `[N, k, C]` numbers for at most `chunk` tokens at a time.
 
-Slow twin: the body of doge::CDMoE, `doge_deploy.graph.functions.cdmoe`.
+Reference implementation: the body of doge::CDMoE, `doge_deploy.graph.functions.cdmoe`.
 Axes: N tokens of the call, C hidden, n keys per half, k experts per token, P candidate pairs.
 """
 

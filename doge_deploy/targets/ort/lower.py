@@ -88,7 +88,7 @@ def lower(model: ir.Model, passes: Sequence[type[ir.passes.PassBase]] = PASSES) 
     """Rewrite a bundle's standard graph, in place, into a fast form for ONNX Runtime's CPU provider.
 
     Args:
-        model: the graph as exported; its inputs and outputs stay the same, but for one that may be left out.
+        model: the graph as exported; its inputs and outputs stay the same, except for one that may be left out.
         passes: what to apply, in order. A pass that declines leaves the graph as it was; one that finds nothing to
             do does so without a reason.
     """

@@ -57,9 +57,13 @@ def refusals(
         plugins: what operators are lowered with; None for the standard lowering. An operator without a plugin is not
             looked at.
     """
-    reason = weight_format.target_refusal(target) if weight_format else ""
-    if reason:
-        yield Refusal(reason, "export without --quantize")
+    if weight_format is not None and (reason := weight_format.target_refusal(target)):
+        yield Refusal(reason, weight_format.target_remedy(target))
+    elif weight_format is not None and plugins is not None and facts.is_moe:
+        yield Refusal(
+            f"its expert tables are stored as {weight_format.name}, and the plugins take them in {dtype}",
+            "build with --no-plugins",
+        )
     window, sliding = facts.reachable_windows(max_length)
     if plugins is None:
         if window > TOPK_LIMIT and not window_of(facts, max_length, inlined=inlined):

@@ -21,7 +21,9 @@ def check_options(options: BuildOptions) -> None:
 
 
 def check_model(bundle: Bundle, options: BuildOptions) -> None:
-    """Raises UnsupportedModelError where the product cannot build an engine of the bundle's model."""
+    """Raises UnsupportedModelError where the product cannot build an engine of the bundle's model, and UsageError where
+    it could not be seen what became of its weights.
+    """
     from doge_deploy.kernels.registry import installed
 
     manifest = bundle.manifest
@@ -37,6 +39,11 @@ def check_model(bundle: Bundle, options: BuildOptions) -> None:
     )
     for refusal in found:
         raise UnsupportedModelError(f"{bundle.path}: {refusal.reason}; {refusal.remedy}")
+    if manifest.options.quantize is not None and options.verbosity != "detailed":
+        raise UsageError(
+            f"verbosity={options.verbosity} with {manifest.options.quantize} weights: whether kernels read them as "
+            "they are stored shows in the builder's list, which comes with verbosity=detailed only"
+        )
 
 
 def resolve_capabilities(options: BuildOptions) -> tuple[str, ...]:

@@ -37,6 +37,8 @@ class Job(_Message):
     timing_cache: str | None
     plugins: tuple[str, ...]
     """`doge` operators whose plugins are to be registered first."""
+    low_bit_numbers: int = 0
+    """See `doge_deploy.targets.trt.low_bits`."""
 
 
 def make_job(
@@ -50,6 +52,7 @@ def make_job(
     signature: Signature,
     compute_capabilities: tuple[str, ...],
     plugins: tuple[str, ...],
+    low_bit_numbers: int,
 ) -> Job:
     """The job that the options ask for; see `Job` for the other arguments."""
     return Job(
@@ -67,6 +70,7 @@ def make_job(
         verbosity=options.verbosity,
         timing_cache=options.timing_cache,
         plugins=plugins,
+        low_bit_numbers=low_bit_numbers,
     )
 
 

@@ -87,8 +87,13 @@ def _tensors(text: str) -> list[dict[str, str]]:
     return [found.groupdict() for found in _TENSOR.finditer(text)]
 
 
-def count_kernels(kernels: Iterable[Kernel]) -> KernelCounts | None:
-    """The list in numbers; None where it is empty."""
+def count_kernels(kernels: Iterable[Kernel], low_bit: int = 0) -> KernelCounts | None:
+    """The list in numbers; None where it is empty.
+
+    Args:
+        kernels: the list.
+        low_bit: how many of them read weights of few bits.
+    """
     kernels = list(kernels)
     if not kernels:
         return None
@@ -98,6 +103,7 @@ def count_kernels(kernels: Iterable[Kernel]) -> KernelCounts | None:
         by_type=dict(Counter(kernel.type for kernel in kernels).most_common()),
         by_precision=dict(precisions.most_common()),
         fused_attention=sum("mha" in kernel.name for kernel in kernels),
+        low_bit=low_bit,
     )
 
 

@@ -14,6 +14,7 @@ from doge_deploy.errors import UnsupportedModelError
 from doge_deploy.graph.preflight import require_plugins
 from doge_deploy.kernels.registry import installed
 from doge_deploy.targets.trt.bounded.lowering import BoundedAttentionPass
+from doge_deploy.targets.trt.low_bits import low_bit_numbers
 from doge_deploy.targets.trt.lowering import lower
 from doge_deploy.targets.trt.plugins import PluginLowering, plugins_for
 
@@ -41,6 +42,10 @@ class LoweredLayout:
                 if past in inputs and value.name is not None and past is not None:
                     aliases[value.name] = past
         return aliases
+
+    def low_bit_numbers(self) -> int:
+        """Numbers of few bits that the graph multiplies with or looks up."""
+        return low_bit_numbers(self.model)
 
     def weight_bytes(self) -> int:
         """Bytes of the weights that the graph refers to, each once."""

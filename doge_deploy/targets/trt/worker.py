@@ -20,6 +20,7 @@ from doge_deploy.errors import DogeDeployError, MissingDependencyError, Unsuppor
 from doge_deploy.process.worker import Channel, connect, error_message
 from doge_deploy.targets.trt.job import Advanced, Finished, Job
 from doge_deploy.targets.trt.layers import BuilderLog, count_kernels, describe
+from doge_deploy.targets.trt.low_bits import LowBits, examine, problem
 from doge_deploy.targets.trt.network import (
     attention_layers,
     binding_tensors,
@@ -82,6 +83,7 @@ def run(job: Job, channel: Channel) -> Finished:
             config, engine = _attempt(trt, builder, network, job, channel, cache)
     if engine is None:
         raise _failure(trt, job, log)
+    low_bits = _examined(trt, job, log)
     report = {"network": describe_layers(network), "kernels": describe(log.kernels)}
     staged = Path(job.engine_file).parent
     with saying_where(staged.parent.parent, staged):  # the bundle
@@ -96,7 +98,7 @@ def run(job: Job, channel: Channel) -> Finished:
         outputs=outputs,
         layers_by_type=count_layers(network),
         decomposed=decomposed,
-        kernels=count_kernels(log.kernels),
+        kernels=count_kernels(log.kernels, low_bits.kernels if low_bits else 0),
         activation_bytes=log.activation_bytes,
         engine_weight_bytes=log.weight_bytes,
         peak_memory_bytes=peak_memory_bytes() or 0,
@@ -129,8 +131,22 @@ def _decompose(attentions: list[Any], job: Job) -> tuple[Decomposed, ...]:
     return tuple(Decomposed(layer=attention.name, reason=reason) for attention in attentions)
 
 
+def _examined(trt: ModuleType, job: Job, log: BuilderLog) -> LowBits | None:
+    """What kernels do with weights of few bits; None where there are none, or the builder listed no kernels.
+
+    Raises:
+        UnsupportedModelError: the builder widens them.
+    """
+    if not job.low_bit_numbers or not log.kernels:
+        return None
+    found = examine(log.kernels, job.axes)
+    if reason := problem(found, job.low_bit_numbers):
+        raise UnsupportedModelError(f"{PRODUCTS[job.target].name} {trt.__version__} {reason}")
+    return found
+
+
 def _failure(trt: ModuleType, job: Job, log: BuilderLog) -> DogeDeployError:
-    """The vendor's last error in one line, and whose move it is."""
+    """The vendor's last error in one line, and who can mend it."""
     product = f"{PRODUCTS[job.target].name} {trt.__version__}"
     reason = " ".join(log.errors[-1].split()) if log.errors else "it does not say why"
     if _NEEDS_DEVICE in reason:

@@ -1,8 +1,8 @@
 """Record kernels: compiled as an engine gets them, with inputs, launch parameters and what must come out.
 
-The output of a node must be that of its slow twin, in the next wider dtype, within the noise of the node's own; the
-integers that are handed from kernel to kernel must be those that Triton's interpreter finds at the tiles of the device.
-A node whose interpreted chain does not agree with its twin is not recorded.
+The output of a node must be that of its reference implementation, in the next wider dtype, within the noise of the
+node's own; the integers that are handed from kernel to kernel must be those that Triton's interpreter finds at the
+tiles of the device. A node whose interpreted chain does not agree with its reference implementation is not recorded.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def record_kernels(
     Raises:
         MissingDependencyError: Triton is missing, or is not told to interpret.
         UnsupportedModelError, CompileError: a kernel does not take the model or the device.
-        MismatchError: a kernel, interpreted, does not compute what its twin computes.
+        MismatchError: a kernel, interpreted, does not compute what its reference implementation computes.
         UsageError: the file cannot be written.
     """
     require_launcher("cpu")
@@ -149,7 +149,7 @@ def _launch(
 
 
 def _output(sample: Sample, found: torch.Tensor, inputs: Mapping[str, torch.Tensor], tensors: Tensors) -> Expectation:
-    """The twin's output, with how far a kernel's may be from it; the interpreter's must not be further."""
+    """The reference implementation's output, and how far from it a kernel's, and the interpreter's, may be."""
     dtype = sample.dtype
     exact = sample.twin(inputs, WIDER[dtype]).to(getattr(torch, dtype))
     allowed = _allowed(sample, dtype)
@@ -163,7 +163,7 @@ def _output(sample: Sample, found: torch.Tensor, inputs: Mapping[str, torch.Tens
 
 
 def _allowed(sample: Sample, dtype: str) -> AllowedDifference:
-    """By the noise of the twin on several inputs of the shape, see `TOLERANCES["kernel"]`."""
+    """By the noise of the reference implementation on several inputs of the shape, see `TOLERANCES["kernel"]`."""
     draws = []
     for seed in range(DRAWS):
         inputs = sample.inputs(seed)

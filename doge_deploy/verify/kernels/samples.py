@@ -1,4 +1,4 @@
-"""Nodes that every kernel is part of, with inputs, and their slow twins: what `plugins record` records.
+"""Nodes that every kernel is part of, with inputs, and their reference implementations: what `plugins record` records.
 
 Axes: B batch, H query heads, Hkv key/value heads, S score heads, D head_dim, Q new tokens, K cache slots, E experts.
 """

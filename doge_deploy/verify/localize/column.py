@@ -46,7 +46,7 @@ class Column:
     """A graph under test.
 
     `exact` undoes what the graph rounds on purpose (activations beside quantized weights), in cut graphs and taps, so
-    that the rest can be held against the reference.
+    that the rest can be compared with the reference.
     """
 
     name: str

@@ -1,7 +1,7 @@
 """Each stage of a Doge alone: transformers' own layers, called one by one on whatever input is given.
 
 A stage is run in the dtype of the bundle and in the next wider one, on the same numbers; the difference is what noise
-explains of that stage. tests/verify/localize/test_oracle.py holds the chain of them against transformers.
+explains of that stage. tests/verify/localize/test_oracle.py compares the chain of them with transformers.
 
 Axes: B rows, Q tokens of a call, K columns of the cache, H query heads, Hkv key/value heads, S heads of the score,
 D head_dim, C hidden, N = B*Q, n router keys, k experts. States are `[B, Q, heads*D]`, heads side by side.

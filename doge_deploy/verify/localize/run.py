@@ -1,4 +1,4 @@
-"""From a bundle to the stage that is to blame."""
+"""From a bundle to the stage that is at fault."""
 
 from __future__ import annotations
 

@@ -16,7 +16,7 @@ def of_last(array: Array, view: CallView) -> Array:
 
 
 def fitted(values: Arrays, shown: Arrays, view: CallView) -> Arrays:
-    """States with as many tokens as the graph has there: after the last selection of tokens it has one a row, and a
+    """States with as many tokens as the graph has there: after the last selection of tokens it has one per row, and a
     sliding cache has lost the first keys.
     """
     result = {}

@@ -112,7 +112,7 @@ def record(
     if not recording.cases:
         raise UnsupportedModelError(
             f"{bundle.path}: nothing can be recorded: {next(iter(recording.left_out.values()))}; verify it with its "
-            f"reference at hand"
+            f"reference available"
         )
     started(f"write {output}")
     return recording, write_container(output, KIND, asdict(recording), recorder.tensors)

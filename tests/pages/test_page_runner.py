@@ -1,19 +1,19 @@
-"""The program that runs the examples of docs/serve.md finds those that are stale; here on small pages."""
+"""The program that runs the examples of the pages finds those that are stale; here on small pages."""
 
 from __future__ import annotations
 
 import re
-import sys
 from pathlib import Path
 
+import page_blocks
 import pytest
+from page_runner import Runner
 
-sys.path.append(str(Path(__file__).parents[1] / "serve_clients"))
-import run_page
+SERVE = Path(__file__).parents[2] / "docs" / "serve.md"
 
 
 def failures(page: str, tmp_path: Path) -> list[str]:
-    runner = run_page.Runner(tmp_path, tmp_path, tmp_path, {8000: 12345})
+    runner = Runner(tmp_path, "page.md", tmp_path, tmp_path, {8000: 12345})
     runner.page(page)
     return runner.failures
 
@@ -24,6 +24,12 @@ GOOD = {
     "anything": "```console\n$ echo a b c\na ... c\n```\n",
     "a time": "```console\n$ date +%T\n12:00:00\n```\n",
     "a port": "```console\n$ echo 8000 | tr 1 x\nx2345\n```\n",
+    "sizes and times": "```console\n$ echo took 3.1 s, 4 MB\ntook 12 s, 2.5 MB\n```\n",
+    "a hash": "```console\n$ echo sha256 0123456789abcdef\nsha256 fedcba9876543210...\n```\n",
+    "an error": "```console\n$ echo doge-deploy: error: x; exit 2\ndoge-deploy: error: x\n```\n",
+    "a file": "<!-- file: a/b.yaml -->\n```yaml\na: 1\n```\n\n```console\n$ cat a/b.yaml\na: 1\n```\n",
+    "an exit code": "<!-- exit code: 3 -->\n```console\n$ exit 3\n```\n",
+    "numbers": "<!-- numbers vary -->\n```console\n$ echo 'at most 1.5e-05 of 20%'\nat most  2.1e-05 of 100%\n```\n",
     "names of a section": "## A\n```python\nx = 1\n```\n\n```python\nprint(x)\n```\n\n```text\n1\n```\n",
 }  # fmt: skip
 
@@ -31,6 +37,17 @@ STALE = {
     "an output": ("```console\n$ echo a b\na c\n```\n", "--- the page"),
     "more output": ("```console\n$ echo a; echo b\na\n```\n", "--- the page"),
     "an exit code": ("```console\n$ false\n```\n", "exit code 1"),
+    "an error that ends well": (
+        "```console\n$ echo doge-deploy: error: x\ndoge-deploy: error: x\n```\n",
+        "exit code 0",
+    ),
+    "another exit code": ("<!-- exit code: 3 -->\n```console\n$ exit 2\n```\n", "exit code 2"),
+    "a number without a unit": ("```console\n$ echo 3 cases\n4 cases\n```\n", "--- the page"),
+    "another unit": ("```console\n$ echo 3 MB\n3 GB\n```\n", "--- the page"),
+    "a word among numbers": (
+        "<!-- numbers vary -->\n```console\n$ echo 3 of 4 failed\n3 of 4 ok\n```\n",
+        "--- the page",
+    ),
     "a failure of Python": ("```python\nprint(y)\n```\n", "NameError"),
     "an output of Python": ("```python\nprint(1)\n```\n\n```text\n2\n```\n", "--- the page"),
     "names of another section": ("## A\n```python\nx = 1\n```\n## B\n```python\nprint(x)\n```\n", "NameError"),
@@ -53,13 +70,20 @@ def test_a_stale_example_fails(page: str, said: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("page", ["```text\na\n```\n", "```sh\nls\n```\n", "```yaml\na: 1\n```\n", "```\na\n```\n"])
 def test_nothing_is_passed_over_without_a_reason(page: str, tmp_path: Path) -> None:
-    with pytest.raises(run_page.PageError, match="line 2"):
+    with pytest.raises(page_blocks.PageError, match="line 2"):
+        failures(page, tmp_path)
+
+
+@pytest.mark.parametrize("comment", ["not run: no reason that is known", "not run: device", "begins", "exit codes: 1"])
+def test_a_mark_that_is_not_known_is_refused(comment: str, tmp_path: Path) -> None:
+    page = f"<!-- {comment} -->\n```console\n$ true\n```\n"
+    with pytest.raises(page_blocks.PageError, match="line 3"):
         failures(page, tmp_path)
 
 
 def test_every_way_to_ask_is_on_the_page() -> None:
-    text = run_page.PAGE.read_text()
-    found = run_page.blocks(text)
+    text = SERVE.read_text(encoding="utf-8")
+    found = page_blocks.blocks(text)
     assert {block.language for block in found if block.not_run is None} == {"console", "python", "javascript"}
     for reason in (block.not_run for block in found if block.not_run):
         assert len(reason.split()) > 3

@@ -1,0 +1,111 @@
+"""The chunks of a stream: one event of the engine as the bytes that a client gets."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+
+from doge_deploy.serve.http.errors import as_api_error, error_body
+from doge_deploy.serve.http.forms import Form
+from doge_deploy.serve.http.plans import Choice, Plan
+from doge_deploy.serve.http.responses import DONE, Json, event
+from doge_deploy.serve.request import Event, Finished, Produced, PromptScored, Started
+
+_TEXT = json.JSONEncoder(ensure_ascii=False).encode
+
+_MARK = "\0"
+"""Stands for the text of a chunk while its other bytes are made; nothing behind the text is this."""
+
+
+class Chunks:
+    """The stream of one answer.
+
+    Most chunks differ in their text alone. So everything before and behind the text is made once for each choice,
+    and only the text is encoded for each token; `slow` is the same chunk made from its parts.
+    """
+
+    def __init__(self, plan: Plan, form: Form) -> None:
+        self._plan, self._form = plan, form
+        self._around: dict[int, tuple[bytes, bytes]] = {}
+
+    def of(self, index: int, found: Event) -> Sequence[bytes]:
+        """What `found` of the choice `index` adds to the stream.
+
+        Raises:
+            ApiError: the request failed.
+        """
+        plan, choice = self._plan, self._plan.choices[index]
+        text = take(plan, choice, found)
+        if isinstance(found, Produced):
+            if found.logprobs is not None:
+                return (self._chunk(self._form.part(choice, text, [found.logprobs], plan)),)
+            return (self.part(choice, text),) if text else ()
+        if isinstance(found, Finished):
+            last = self._chunk(self._form.last(choice, plan))
+            return (self.part(choice, text), last) if text else (last,)
+        if isinstance(found, PromptScored) or not plan.answering.score_prompt:
+            opening = self._form.first(choice, plan)
+            return () if opening is None else (self._chunk(opening),)
+        return ()
+
+    def part(self, choice: Choice, text: str) -> bytes:
+        """A chunk with more text, and nothing else."""
+        if self._plan.answering.logprobs is not None:  # its list of them is empty, and counts on
+            return self.slow(choice, text)
+        around = self._around.get(choice.index)
+        if around is None:
+            before, after = self.slow(choice, _MARK).rsplit(_TEXT(_MARK).encode(), 1)
+            around = self._around[choice.index] = before, after
+        return b"%b%b%b" % (around[0], _TEXT(text).encode(), around[1])
+
+    def slow(self, choice: Choice, text: str) -> bytes:
+        """The same, made as every other chunk is."""
+        return self._chunk(self._form.part(choice, text, [], self._plan))
+
+    def end(self) -> Sequence[bytes]:
+        """What comes behind the last choice."""
+        if not self._plan.include_usage:
+            return (DONE,)
+        return (self._event({"choices": [], "usage": self._plan.usage.json()}), DONE)
+
+    def failed(self, error: Exception) -> Sequence[bytes]:
+        """The end of a stream that cannot go on."""
+        found = as_api_error(error)
+        return (event(error_body(found.status, found.message, param=found.param, code=found.code)), DONE)
+
+    def _chunk(self, choice: Json) -> bytes:
+        return self._event({"choices": [choice], "usage": None} if self._plan.include_usage else {"choices": [choice]})
+
+    def _event(self, rest: Json) -> bytes:
+        return event({**head(self._plan, self._form.chunk_object), **rest})
+
+
+def head(plan: Plan, kind: str) -> Json:
+    """What every body and chunk of an answer begins with."""
+    return {"id": plan.name, "object": kind, "created": plan.created, "model": plan.model.name}
+
+
+def take(plan: Plan, choice: Choice, found: Event) -> str:
+    """Put an event into its choice; the text that it brings.
+
+    Raises:
+        ApiError: the request failed.
+    """
+    if isinstance(found, Produced):
+        plan.usage.completion_tokens += 1
+        if not plan.stream:
+            choice.pieces.append(found.text)
+            if found.logprobs is not None:
+                choice.logprobs.append(found.logprobs)
+        return found.text
+    if isinstance(found, Finished):
+        if found.error is not None:
+            raise as_api_error(found.error) from found.error
+        choice.finish_reason = found.reason
+        choice.pieces.append(found.text)
+        return found.text
+    if isinstance(found, Started):
+        plan.usage.cached_tokens += found.cached_tokens
+    elif isinstance(found, PromptScored):
+        choice.prompt_logprobs = found.entries
+    return ""

@@ -1,0 +1,196 @@
+"""Chat and text completions: from a body to the requests that it takes."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+from doge_deploy.errors import DogeDeployError
+from doge_deploy.runtime.logprobs import TokenLogprobs
+from doge_deploy.serve.grammar import Grammar
+from doge_deploy.serve.http.errors import ApiError
+from doge_deploy.serve.http.requests import ChatBody, CompletionBody, GenerationBody
+from doge_deploy.serve.http.responses import Usage
+from doge_deploy.serve.model import Answering, ServedText
+from doge_deploy.serve.request import Request
+from doge_deploy.text.tokenizer import Tokenizer
+
+_Result = TypeVar("_Result")
+
+Offload = Callable[[Callable[[], _Result]], Awaitable[_Result]]
+"""Runs what takes long in a pool of threads: a long prompt must not hold up the streams of others."""
+
+COMPLETION_TOKENS = 16
+"""Of a text completion where nobody says, as in OpenAI's API."""
+
+
+@dataclass
+class Choice:
+    """One text of an answer."""
+
+    index: int
+    prompt_ids: Sequence[int]
+    prompt_text: str | None = None
+    """Where the prompt is echoed."""
+    pieces: list[str] = field(default_factory=list)
+    logprobs: list[TokenLogprobs] = field(default_factory=list)
+    prompt_logprobs: tuple[TokenLogprobs | None, ...] = ()
+    finish_reason: str | None = None
+
+    @property
+    def text(self) -> str:
+        """All of it so far, without the prompt."""
+        return "".join(self.pieces)
+
+
+@dataclass
+class Plan:
+    """What was asked for, checked, and the requests that it takes."""
+
+    model: ServedText
+    answering: Answering
+    choices: list[Choice]
+    requests: list[Request]
+    stream: bool
+    include_usage: bool
+    name: str
+    created: int = field(default_factory=lambda: int(time.time()))
+    usage: Usage = field(default_factory=Usage)
+
+
+@dataclass(frozen=True)
+class _Wanted:
+    """What chat and text completions say in fields of their own."""
+
+    prompts: Sequence[tuple[list[int], str | None]]
+    """Ids of each, and its text where that is echoed."""
+    length: int | None
+    """Tokens of an answer."""
+    default_length: int | None
+    """The same where nobody says; all that fit where None."""
+    logprobs: int | None
+    echo: bool = False
+
+
+async def plan_chat(body: ChatBody, model: ServedText, name: str, offload: Offload[Any]) -> Plan:
+    """Check a chat request; render and encode its messages.
+
+    Raises:
+        ApiError, UsageError: it cannot be answered.
+    """
+    messages = [{"role": message.role, "content": message.text} for message in body.messages]
+    ids = await offload(lambda: rendered(model.tokenizer, messages))
+    logprobs = (body.top_logprobs or 0) if body.logprobs else None
+    return await _plan(body, model, name, _Wanted([(ids, None)], body.max_new_tokens, None, logprobs), offload)
+
+
+def rendered(tokenizer: Tokenizer, messages: Sequence[Mapping[str, str]]) -> list[int]:
+    """Ids of a conversation; what the template makes of these messages is the client's business.
+
+    Raises:
+        ApiError: the template refuses them, breaks on them, or was stopped by a limit.
+    """
+    try:
+        return tokenizer.render_chat(messages, literal=True)
+    except DogeDeployError as error:
+        raise ApiError(400, str(error), param="messages") from error
+
+
+async def plan_completion(body: CompletionBody, model: ServedText, name: str, offload: Offload[Any]) -> Plan:
+    """Check a text completion request and encode its prompts; raises as `plan_chat`."""
+
+    def encoded() -> list[tuple[list[int], str | None]]:
+        found = []
+        for prompt in body.prompts:
+            ids = model.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
+            text = None
+            if body.echo:
+                text = prompt if isinstance(prompt, str) else model.tokenizer.text_of(ids)
+            found.append((ids, text))
+        return found
+
+    prompts = await offload(encoded)
+    if body.echo and body.logprobs is not None and not model.all_logits:
+        raise ApiError(
+            400,
+            "echo with logprobs needs the logits of the prompt's tokens, which this model does not give here; "
+            "export it with --logits all",
+            param="echo",
+        )
+    wanted = _Wanted(prompts, body.max_tokens, COMPLETION_TOKENS, body.logprobs, bool(body.echo))
+    plan = await _plan(body, model, name, wanted, offload)
+    if body.max_tokens == 0:
+        for request in plan.requests:
+            request.max_new_tokens = 0
+    return plan
+
+
+async def _plan(body: GenerationBody, model: ServedText, name: str, wanted: _Wanted, offload: Offload[Any]) -> Plan:
+    number, limit = len(wanted.prompts) * (body.n or 1), model.engine.limits.queue_requests
+    if number > limit:
+        raise ApiError(400, f"n: {number} texts in one request; this server takes at most {limit}", param="n")
+    # a grammar takes a moment to compile; and a request looks at each token of its prompt: there may be many of both
+    plan: Plan = await offload(lambda: _planned(body, model, name, wanted))
+    return plan
+
+
+def _planned(body: GenerationBody, model: ServedText, name: str, wanted: _Wanted) -> Plan:
+    grammar, asked = _grammar(body, model), _asked(body, wanted.length)
+    choices: list[Choice] = []
+    requests: list[Request] = []
+    answering: Answering | None = None
+    for prompt_ids, text in wanted.prompts:
+        model.check_prompt(prompt_ids)
+        options = model.options(asked, len(prompt_ids), wanted.default_length)
+        answering = Answering(options, wanted.logprobs, wanted.echo and wanted.logprobs is not None, grammar)
+        for number in range(body.n or 1):
+            index = len(choices)
+            choices.append(Choice(index, prompt_ids, text))
+            requests.append(model.request(f"{name}-{index}", prompt_ids, answering, number))
+    assert answering is not None
+    include_usage = body.stream_options is not None and body.stream_options.include_usage
+    plan = Plan(model, answering, choices, requests, bool(body.stream), include_usage, name)
+    plan.usage.prompt_tokens = sum(len(ids) for ids, _ in wanted.prompts)
+    return plan
+
+
+def _asked(body: GenerationBody, length: int | None) -> dict[str, Any]:
+    """The body's options under their names in generation_config.json."""
+    asked: dict[str, Any] = {
+        "top_p": body.top_p,
+        "top_k": None if body.top_k is None else max(body.top_k, 0),
+        "min_p": body.min_p,
+        "repetition_penalty": body.repetition_penalty,
+        "presence_penalty": body.presence_penalty,
+        "frequency_penalty": body.frequency_penalty,
+        "logit_bias": {int(token): bias for token, bias in (body.logit_bias or {}).items()} or None,
+        "seed": None if body.seed is None else body.seed % 2**64,
+        "stop_strings": body.stop,
+        "max_new_tokens": length,
+    }
+    if body.temperature == 0:
+        asked["do_sample"] = False
+    elif body.temperature is not None:
+        asked |= {"temperature": body.temperature, "do_sample": True}
+    elif any(asked[name] is not None for name in ("top_p", "top_k", "min_p")):
+        asked["do_sample"] = True
+    return asked
+
+
+def _grammar(body: GenerationBody, model: ServedText) -> Grammar | None:
+    form = body.response_format
+    if body.guided_regex is not None:
+        return model.compiler.compile("regex", body.guided_regex)
+    if body.guided_choice is not None:
+        return model.compiler.compile("choice", body.guided_choice)
+    if body.guided_grammar is not None:
+        return model.compiler.compile("grammar", body.guided_grammar)
+    if body.guided_json is not None:
+        return model.compiler.compile("json_schema", body.guided_json)
+    if form is not None and form.json_schema is not None:
+        return model.compiler.compile("json_schema", form.json_schema.schema_)
+    if form is not None and form.type == "json_object":
+        return model.compiler.compile("json_object")
+    return None

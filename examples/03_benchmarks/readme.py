@@ -1,0 +1,45 @@
+"""The table of results in README.md, from the JSON files beside docs/benchmarks.md.
+
+    python examples/03_benchmarks/readme.py          # writes it
+
+A test fails where README.md has another table than the files.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+from page import BASELINES, DECODE_ROWS, kinds_of, number, only, ratio, row_of, table
+
+ROOT = Path(__file__).resolve().parents[2]
+README = ROOT / "README.md"
+RESULTS = ROOT / "docs" / "benchmarks"
+
+_PART = re.compile(r"(<!-- results -->\n).*?(<!-- end -->)", re.DOTALL)
+
+
+def results(folder: Path) -> str:
+    """The machine and the table, in Markdown."""
+    runs = {name: json.loads((folder / f"{name}.json").read_text(encoding="utf-8")) for name in DECODE_ROWS}
+    machine = next(iter(runs.values()))["machine"]
+    versions = ", ".join(f"{name} {machine['versions'][name]}" for name in ("onnxruntime", "torch", "transformers"))
+    rows = []
+    for name, run in runs.items():
+        result = only(run)
+        for kind in kinds_of(result):
+            figures = row_of(result, kind)
+            plain, eager = (ratio(result, kind, against, "decode") for against in reversed(BASELINES))
+            rows.append([f"{name} {kind}", number(figures["decode_tokens_per_s"]), plain, eager])
+    header = ["", "tokens/s", "times a plain `torch.onnx.export`, fp32", "times transformers in eager mode, fp32"]
+    return f"{machine['processor']}, {machine['cpus']} cores; {versions}.\n\n{table(header, rows)}"
+
+
+def renewed(text: str, folder: Path = RESULTS) -> str:
+    """The text of README.md with the table as the files have it."""
+    return _PART.sub(lambda found: f"{found[1]}\n{results(folder)}\n\n{found[2]}", text)
+
+
+if __name__ == "__main__":
+    README.write_text(renewed(README.read_text(encoding="utf-8")), encoding="utf-8")
