@@ -266,8 +266,8 @@ def test_weights_that_are_widened_in_every_call_fail_the_build(
 ) -> None:
     original = layout.lower
 
-    def broken(*arguments: Any) -> ir.Model:
-        model = original(*arguments)
+    def broken(*arguments: Any, **choices: Any) -> ir.Model:
+        model = original(*arguments, **choices)
         for node in [node for node in model.graph if node.op_type == "DequantizeLinear"]:
             between_weight_and_product(node)
         return model

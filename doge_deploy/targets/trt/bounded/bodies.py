@@ -5,7 +5,7 @@ key, and the position of its token plus 1, or 0 where the slot is empty. Zeros a
 
 Of two keys the one with the lower score is worse, of equal scores the later token: ties go to the earliest, as
 everywhere. An empty slot is worse than any key, and the lower of two is; so a text that fits into the window lies in
-the order of its tokens. Every token that comes in pushes out the worst of all that there are, maybe itself. A key that
+the order of its tokens. Every token that comes in pushes out the worst of them, maybe itself. A key that
 once was pushed out never comes back, because what a row sees only grows.
 
 Axes: B texts, Hkv key heads, N = B * Hkv rows of the cache, G query heads of a key head, H = Hkv * G, w slots, Q tokens
