@@ -121,6 +121,7 @@ def interop_genai(session: nox.Session) -> None:
     session.install("-r", "tests/interop/requirements-genai.txt")
     if session.posargs:
         print_steps(session)
+        session.run("python", "tests/interop/genai_parts.py", *session.posargs)
     else:
         session.run("python", "tests/interop/genai_client.py", interop_bundles(session))
 
@@ -229,8 +230,11 @@ def page(session: nox.Session) -> None:
 def docs(session: nox.Session) -> None:
     """The pages as a site in build/site: no warning, no broken link, no page that the navigation leaves out."""
     session.install("-r", "site/requirements.txt")
-    session.run("mkdocs", "build", "--strict", "--quiet", *session.posargs, env={"NO_MKDOCS_2_WARNING": "1"})
+    # not --quiet, which hides warnings from --strict too
+    environment = {"NO_MKDOCS_2_WARNING": "1"}
+    session.run("mkdocs", "build", "--strict", *session.posargs, env=environment)
     session.run("python", "site/check.py", "build/site")
+    session.run("python", "site/faults.py")
 
 
 @nox.session(python=["3.11", "3.12", "3.13"])

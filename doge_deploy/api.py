@@ -70,6 +70,7 @@ def export(
     options: ExportOptions | None = None,
     *,
     adapter: str | Path | None = None,
+    calibration_text: str | Path | None = None,
     strict: bool = False,
     force: bool = False,
     progress: Progress | None = None,
@@ -82,6 +83,8 @@ def export(
         output: the bundle's directory; it is there whole or not at all.
         options: what to export; defaults where None.
         adapter: a directory or Hub id of a PEFT LoRA adapter to merge.
+        calibration_text: a file of text for weight formats that round activations (fp8, nvfp4); the checkpoint's own
+            `calibration.txt`, or that of this package, where None.
         strict: refuse keys of config.json that transformers ignores.
         force: replace an existing bundle.
         progress: told what is being done.
@@ -102,7 +105,17 @@ def export(
     output = Path(output)
     merged = None if adapter is None else str(adapter)
     told = progress or NO_PROGRESS
-    return Bundle(output, run(str(model), output, chosen, force=force, progress=told, adapter=merged, strict=strict))
+    manifest = run(
+        str(model),
+        output,
+        chosen,
+        force=force,
+        progress=told,
+        adapter=merged,
+        strict=strict,
+        calibration_text=None if calibration_text is None else Path(calibration_text),
+    )
+    return Bundle(output, manifest)
 
 
 def build(

@@ -67,6 +67,7 @@ DTYPES: Mapping[str, DType] = {
         DType("uint8", "UINT8", 2, "U8", 8),
         DType("uint4", "UINT4", 21, "U8", 4),
         DType("int4", "INT4", 22, "U8", 4),
+        DType("float4_e2m1fn", "FLOAT4E2M1", 23, "U8", 4),
         DType("bool", "BOOL", 9, "BOOL", 8),
     )
 }

@@ -211,7 +211,7 @@ BROKEN: dict[str, Broken] = {
     "option-routing": put("options/routing", "static", "options.routing='static': must be one of reference, per-token"),
     "option-logits-null": put("options/logits", None, "options.logits=None: must be one of last, all"),
     "option-logits-other": put("options/logits", "last", "by facts and options"),
-    "option-quantize": put("options/quantize", "int3", "options.quantize='int3': must be one of fp16, int4, "),
+    "option-quantize": put("options/quantize", "int3", "options.quantize='int3': must be one of fp16, fp8, "),
     "option-block": put("options/block_size", 0, "options.block_size=0: must be a whole number >= 1, or null"),
     "option-symmetric": put("options/symmetric", "yes", "options.symmetric='yes': must be true or false"),
     "option-layers": put("options/num_layers", 7, "options.num_layers=7: must be null or 1, as facts.num_hidden"),

@@ -15,7 +15,7 @@ from packaging.utils import canonicalize_name
 
 PAGE = Path(__file__).parent.parent / "docs" / "licenses.md"
 
-EXTRAS = ("", "export", "cpu", "serve", "rtx", "plugins", "bench")
+EXTRAS = ("", "export", "cpu", "serve", "rtx", "plugins", "bench", "archive")
 """Those that `make setup` installs for users; "" is the base package."""
 
 HEAD = """# Licences of dependencies

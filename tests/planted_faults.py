@@ -248,6 +248,57 @@ FAULTS: dict[str, Fault] = {
         "an engine that widens its 4-bit weights in every call is called good",
         ("test_low_bits.py",),
     ),
+    "inputs-of-products-without-headroom": Fault(
+        "graph",
+        Patch(
+            "doge_deploy/graph/weight_formats/fp8.py",
+            "power_of_two(max(largest, 2.0**-10) * HEADROOM / LARGEST)",
+            "power_of_two(max(largest, 2.0**-10) / HEADROOM / LARGEST / 8)",
+        ),
+        "an fp8 engine cuts large activations off",
+        ("test_few_bits.py",),
+    ),
+    "calibration-forgets-rows": Fault(
+        "graph",
+        Patch(
+            "doge_deploy/graph/calibration.py",
+            "found[weight] = max(found.get(weight, 0.0), float(inputs[0].abs().max()))",
+            "found[weight] = float(inputs[0].abs().max())",
+        ),
+        "scales of activations come from the last piece of the text only",
+        ("test_calibration.py",),
+    ),
+    "parity-with-rounded-inputs": Fault(
+        "verify",
+        Patch(
+            "doge_deploy/verify/runners.py",
+            "def _lowered(model: ir.Model, *, round_inputs: bool = False) -> bytes:",
+            "def _lowered(model: ir.Model, *, round_inputs: bool = True) -> bytes:",
+        ),
+        "verify --lowering calls a good fp8 bundle broken",
+        ("test_few_bits.py",),
+    ),
+    "halves-of-float4-exchanged": Fault(
+        "targets/ort",
+        Patch(
+            "doge_deploy/targets/ort/float4.py",
+            "numbers = np.arange(16, dtype=np.uint8)",
+            "numbers = np.arange(16, dtype=np.uint8)[::-1].copy()",
+        ),
+        "ONNX Runtime runs an nvfp4 bundle with other weights than it stores",
+        ("test_few_bits.py",),
+    ),
+    "fp8-for-every-device": Fault(
+        "targets/trt",
+        Patch(
+            "doge_deploy/targets/trt/choices.py",
+            "if older := [one for one in asked if first and not at_least(one, first)]:",
+            "if older := [one for one in asked if first and not at_least(one, '7.5')]:",
+        ),
+        "fp8 for compute capability 8.6 ends in an error of the vendor's",
+        ("test_build.py",),
+        select="devices_that_cannot",
+    ),
     "scale-of-no-sign": Fault(
         "graph",
         Patch(
@@ -721,6 +772,20 @@ FAULTS: dict[str, Fault] = {
         "15: a page of any origin may use the server where one was named",
         ("test_behaviour.py",),
         select="TestSecurity",
+    ),
+    "first-token-waits": Fault(
+        "serve",
+        Patch("doge_deploy/serve/engine.py", "or request.produced == 1", ""),
+        "a first token is held back for the second one",
+        ("test_engine.py",),
+        select="first_token",
+    ),
+    "held-while-a-prompt-is-fed": Fault(
+        "serve",
+        Patch("doge_deploy/serve/engine.py", "if self._urgent or not next_is_step or", "if self._urgent or"),
+        "tokens that were made wait until a piece of another one's prompt is fed",
+        ("test_engine.py",),
+        select="prompt_that_is_fed",
     ),
     "heads-without-end": Fault(
         "serve",

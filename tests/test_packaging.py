@@ -25,6 +25,8 @@ REALLY_MISSING = {name: row for name, row in MISSING.items() if row[1] != "PyYAM
 
 def test_the_version_is_written_in_one_place() -> None:
     assert re.fullmatch(r"\d+\.\d+\.\d+", doge_deploy.__version__)
+    citation = (ROOT / "CITATION.cff").read_text(encoding="utf-8")  # the one other place, for programs that cite
+    assert f"\nversion: {doge_deploy.__version__}\n" in citation
     project = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
     assert 'dynamic = ["version"]' in project and not re.search(r"^version = \"", project, re.MULTILINE)
 

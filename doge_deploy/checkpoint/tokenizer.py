@@ -125,6 +125,18 @@ def write_tokenizer(opened: Checkpoint, bundle: Path) -> tuple[str, ...]:
     return (*warnings, *_template_warnings(bundle, reference))
 
 
+def encode(opened: Checkpoint, text: str) -> list[int] | None:
+    """The ids of a text in the checkpoint's tokenizer, without special tokens; None where it has no tokenizer.
+
+    Raises:
+        UnsupportedModelError: transformers cannot load the tokenizer.
+    """
+    if not check_tokenizer_files(opened.path):
+        return None
+    with _quiet():
+        return _reference_ids(_load(opened.path), text, add_special_tokens=False)
+
+
 def _write_checked(opened: Checkpoint, reference: Any, bundle: Path) -> list[str]:
     """The files, equal to the reference in every string of the corpus; warnings."""
     checkpoint, files = opened.path, opened.companion_files

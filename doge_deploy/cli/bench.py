@@ -64,7 +64,7 @@ def _parts(values: tuple[str, ...]) -> list[str]:
     default=("0",),
     callback=_numbers(0),
     metavar="N,...",
-    help="Tokens that are there before the prompt.  [default: 0]",
+    help="Tokens in the cache before the prompt.  [default: 0]",
 )
 @click.option(
     "--batch",
@@ -76,10 +76,20 @@ def _parts(values: tuple[str, ...]) -> list[str]:
     help="Rows.  [default: 1]",
 )
 @click.option(
-    "--decode-steps", type=click.IntRange(min=1), default=32, show_default=True, metavar="N", help="Timed, per round."
+    "--decode-steps",
+    type=click.IntRange(min=1),
+    default=32,
+    show_default=True,
+    metavar="N",
+    help="Timed decode steps per round.",
 )
 @click.option(
-    "--rounds", type=click.IntRange(min=1), default=8, show_default=True, metavar="N", help="In which all take turns."
+    "--rounds",
+    type=click.IntRange(min=1),
+    default=8,
+    show_default=True,
+    metavar="N",
+    help="Rounds, in each of which every candidate has its turn.",
 )
 @click.option(
     "--loads",
@@ -87,18 +97,26 @@ def _parts(values: tuple[str, ...]) -> list[str]:
     default=3,
     show_default=True,
     metavar="N",
-    help="Fresh processes, for load time and memory.",
+    help="Fresh processes per candidate, for load time and memory.",
 )
-@click.option("--threads", type=click.IntRange(min=1), metavar="N", help="Of every candidate; default: one per core.")
+@click.option(
+    "--threads", type=click.IntRange(min=1), metavar="N", help="Threads of every candidate. Default: one per core."
+)
 @click.option(
     "--spin",
     "spins",
     multiple=True,
     callback=_numbers(0),
     metavar="US,...",
-    help="How long idle threads of a bundle wait before they sleep; repeatable, each is a candidate.",
+    help="Microseconds that idle threads of a bundle wait actively before they sleep; each number is a candidate.",
 )
-@click.option("--layout", "layouts", multiple=True, metavar="static|growing", help="Default: the first; repeatable.")
+@click.option(
+    "--layout",
+    "layouts",
+    multiple=True,
+    metavar="static|growing",
+    help="Layout to time; repeatable. Default: the bundle's first.",
+)
 @click.option("--portable", is_flag=True, help="Also time the standard graph, beside the one lowered for ONNX Runtime.")
 @click.option(
     "--backend",
@@ -115,7 +133,9 @@ def _parts(values: tuple[str, ...]) -> list[str]:
     metavar="NAME,...",
     help="What takes turns with the bundle: transformers, naive, compile, genai, openvino, llama.cpp.",
 )
-@click.option("--reference", metavar="MODEL", help="The checkpoint of baselines; default: what the bundle says.")
+@click.option(
+    "--reference", metavar="MODEL", help="The checkpoint of baselines. Default: the one that the bundle names."
+)
 @click.option("--roofline", is_flag=True, help="Measure bandwidth and matrix products, and which share decode reaches.")
 @click.option("--json", "json_file", type=click.Path(path_type=Path), metavar="FILE", help="Write every time here.")
 @click.option("--plot", "plot_file", type=click.Path(path_type=Path), metavar="FILE.png", help="Draw the result.")

@@ -22,26 +22,30 @@ from doge_deploy.cli.progress import progress
     "compute_capabilities",
     multiple=True,
     metavar="CC",
-    help="Of a GPU to build for, such as 8.9; repeatable.  [default: all that the target covers]",
+    help="Compute capability of a GPU to build for, such as 8.9; repeatable.  [default: all that the target covers]",
 )
-@click.option("--batch-size", metavar="MIN,OPT,MAX", help="Rows of a call, or one number.  [default: 1]")
+@click.option("--batch-size", metavar="MIN,OPT,MAX", help="Rows per call: three numbers, or one.  [default: 1]")
 @click.option(
-    "--sequence-length", metavar="MIN,OPT,MAX", help="Tokens of a prefill.  [default: all that the bundle holds]"
+    "--sequence-length",
+    metavar="MIN,OPT,MAX",
+    help="Tokens of a prefill: three numbers, or one.  [default: all that the bundle holds]",
 )
 @click.option(
     "--profiles",
     type=click.Choice(["shared", "separate"]),
     help="One optimization profile for prefill and decode, or one for each.  [default: shared for trt-rtx]",
 )
-@click.option("--workspace-mib", type=click.IntRange(min=1), metavar="N", help="Most scratch memory of a kernel.")
+@click.option(
+    "--workspace-mib", type=click.IntRange(min=1), metavar="N", help="Largest scratch memory of a kernel, in MiB."
+)
 @click.option("--strip-weights", is_flag=True, default=None, help="Leave the weights out of the engine.")
-@click.option("--plugins/--no-plugins", default=None, help="Of --target trt: plugins, or native layers only.")
+@click.option("--plugins/--no-plugins", default=None, help="For --target trt: use plugins, or native layers only.")
 @click.option(
     "--verbosity",
     type=click.Choice(["none", "names", "detailed"]),
     help="What the engine tells profilers about its layers.  [default: detailed]",
 )
-@click.option("--timing-cache", metavar="FILE", help="Of --target trt: measured kernels, read and brought up to date.")
+@click.option("--timing-cache", metavar="FILE", help="For --target trt: a file of measured kernels, read and updated.")
 @click.option(
     "--config", "config_file", type=click.Path(path_type=Path), metavar="FILE", help="Options from a YAML file."
 )

@@ -23,7 +23,7 @@ _COMMANDS = {
     "pack": "Write a bundle with its engines into one compressed file.",
     "unpack": "Make a bundle of such a file, and check every byte.",
     "verify": "Prove by numbers that a bundle computes what transformers computes.",
-    "record": "Write what `verify` asks of the reference, for machines without it.",
+    "record": "Record the reference's answers, to verify on machines without it.",
     "bisect": "Name the weight, pass or package by which two bundles of one checkpoint differ.",
     "generate": "Generate text from a bundle.",
     "serve": "Serve bundles over HTTP, with the interface of OpenAI's API.",

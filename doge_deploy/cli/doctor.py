@@ -28,12 +28,12 @@ if TYPE_CHECKING:
     metavar="DEVICE",
     help="A device of export_configs/, some words of its name, or a YAML file; repeatable. Default: this machine.",
 )
-@click.option("--dtype", type=click.Choice(tuple(NAMES)), help="Of a MODEL; default: the device's own.")
+@click.option("--dtype", type=click.Choice(tuple(NAMES)), help="Dtype of a MODEL. Default: the device's own.")
 @click.option(
-    "--batch-size", type=click.IntRange(min=1), metavar="N", help="Rows at a time; default: the device's own."
+    "--batch-size", type=click.IntRange(min=1), metavar="N", help="Rows at a time. Default: the device's own."
 )
 @click.option(
-    "--max-length", type=click.IntRange(min=1), metavar="N", help="Tokens per row of a MODEL; default: its own."
+    "--max-length", type=click.IntRange(min=1), metavar="N", help="Tokens per row of a MODEL. Default: its own."
 )
 @click.option("--json", "as_json", is_flag=True, help="Everything as JSON.")
 def doctor(

@@ -27,7 +27,7 @@ _DEFAULT_BLOCKS = ", ".join(
     type=click.Choice(["causal-lm", "sequence-classification", "features"]),
     help="What the bundle is for.  [default: causal-lm]",
 )
-@click.option("--dtype", type=click.Choice(tuple(NAMES)), help="Of weights and caches.  [default: fp32]")
+@click.option("--dtype", type=click.Choice(tuple(NAMES)), help="Dtype of weights and caches.  [default: fp32]")
 @click.option(
     "--kv-cache",
     multiple=True,
@@ -38,9 +38,11 @@ _DEFAULT_BLOCKS = ", ".join(
 @click.option(
     "--routing",
     type=click.Choice(["reference", "per-token"]),
-    help="Of a mixture of experts: as transformers does it, or without mixing tokens.  [default: reference]",
+    help="How a mixture of experts chooses: as transformers does, or each token alone.  [default: reference]",
 )
-@click.option("--logits", type=click.Choice(["last", "all"]), help="Of which tokens of a call.  [default: last]")
+@click.option(
+    "--logits", type=click.Choice(["last", "all"]), help="Which tokens of a call have logits.  [default: last]"
+)
 @click.option(
     "--quantize",
     type=click.Choice(tuple(_FORMATS)),
@@ -50,12 +52,12 @@ _DEFAULT_BLOCKS = ", ".join(
     "--block-size",
     type=click.IntRange(min=1),
     metavar="N",
-    help=f"Numbers that share a scale, at most.  [default: {_DEFAULT_BLOCKS}]",
+    help=f"At most this many numbers share a scale.  [default: {_DEFAULT_BLOCKS}]",
 )
 @click.option(
     "--symmetric/--asymmetric",
     default=None,
-    help="The middle of the range, or a zero point per block.  [default: symmetric]",
+    help="Zero is the middle of the range, or each block has a zero point.  [default: symmetric]",
 )
 @click.option(
     "--inline-functions",
@@ -72,10 +74,16 @@ _DEFAULT_BLOCKS = ", ".join(
 )
 @click.option("--adapter", metavar="DIRECTORY", help="Merge this PEFT LoRA adapter; a Hub id works too.")
 @click.option(
+    "--calibration-text",
+    type=click.Path(path_type=Path, dir_okay=False),
+    metavar="FILE",
+    help="Text for formats that round activations.  [default: the checkpoint's calibration.txt, or the tool's own]",
+)
+@click.option(
     "--record",
     type=click.Path(path_type=Path),
     metavar="FILE",
-    help="Then write a recording of the reference, as `doge-deploy record` does.",
+    help="Also write a recording of the reference, as `doge-deploy record` does.",
 )
 @click.option("--strict", is_flag=True, help="Refuse keys of config.json that transformers ignores.")
 @click.option("--force", is_flag=True, help="Replace an existing bundle.")
@@ -85,6 +93,7 @@ def export(
     config_file: Path | None,
     assignments: tuple[str, ...],
     adapter: str | None,
+    calibration_text: Path | None,
     record: Path | None,
     strict: bool,
     force: bool,
@@ -104,7 +113,14 @@ def export(
     options = load_export_options(config_file, choices, assignments)
     with progress() as display:
         manifest = api.export(
-            model, output, options, adapter=adapter, strict=strict, force=force, progress=display
+            model,
+            output,
+            options,
+            adapter=adapter,
+            strict=strict,
+            force=force,
+            progress=display,
+            calibration_text=calibration_text,
         ).manifest
     for warning in manifest.warnings:
         click.echo(f"warning: {warning}", err=True)

@@ -35,15 +35,25 @@ if TYPE_CHECKING:
     help="Put the prompt into the chat template. Without --prompt: a conversation, one line of input a turn.",
 )
 @click.option("--system", metavar="TEXT", help="System message that the chat begins with.")
-@click.option("--max-new-tokens", type=int, metavar="N", help="End after so many tokens.")
+@click.option("--max-new-tokens", type=int, metavar="N", help="End after this many tokens.")
 @click.option("--sample/--greedy", "do_sample", default=None, help="Draw tokens, or take the likeliest.")
-@click.option("--temperature", type=float, help="Above 1 evens out the odds. Implies --sample.")
+@click.option("--temperature", type=float, help="Above 1 makes probabilities more equal. Implies --sample.")
 @click.option("--top-k", type=int, metavar="N", help="Draw among the N likeliest, 0: all. Implies --sample.")
-@click.option("--top-p", type=float, help="Draw among the likeliest that reach it. Implies --sample.")
-@click.option("--min-p", type=float, help="Draw among those at least so likely beside the best. Implies --sample.")
-@click.option("--repetition-penalty", type=float, help="Above 1 makes tokens that were there less likely.")
-@click.option("--presence-penalty", type=float, help="-2 to 2: off the logit of each token of the output.")
-@click.option("--frequency-penalty", type=float, help="-2 to 2: the same, once for each time that it is there.")
+@click.option(
+    "--top-p",
+    type=float,
+    help="Draw among the likeliest tokens that together reach this probability. Implies --sample.",
+)
+@click.option(
+    "--min-p",
+    type=float,
+    help="Draw among tokens with at least this share of the likeliest one's probability. Implies --sample.",
+)
+@click.option("--repetition-penalty", type=float, help="Above 1 makes tokens of prompt and output less likely.")
+@click.option("--presence-penalty", type=float, help="-2 to 2: subtracted from the logit of each token of the output.")
+@click.option(
+    "--frequency-penalty", type=float, help="-2 to 2: the same, for each time that the token is in the output."
+)
 @click.option("--logit-bias", multiple=True, metavar="ID=NUMBER", help="Added to the logit of token ID; repeatable.")
 @click.option("--seed", type=int, metavar="N", help="The same seed draws the same text.")
 @click.option("--stop", "stop_strings", multiple=True, metavar="TEXT", help="End before TEXT; repeatable.")
@@ -51,13 +61,20 @@ if TYPE_CHECKING:
     "--logprobs",
     type=int,
     metavar="N",
-    help="Behind the text, a JSON line for each token: its log probability, and those of the N likeliest.",
+    help="After the text, a JSON line for each token: its log probability, and those of the N likeliest.",
 )
-@click.option("--layout", metavar="static|growing", help="Graph to run; default: the bundle's first.")
+@click.option("--layout", metavar="static|growing", help="Graph to run. Default: the bundle's first.")
 @click.option("--portable", is_flag=True, help="Run the standard graph, not the one lowered for ONNX Runtime.")
-@click.option("--threads", type=click.IntRange(min=1), metavar="N", help="At most one per CPU; default: one per core.")
-@click.option("--spin", type=click.IntRange(min=0), metavar="US", help="How long idle threads wait before they sleep.")
-@click.option("--speculate/--no-speculate", default=True, show_default=True, help="Guess tokens where that pays.")
+@click.option(
+    "--threads", type=click.IntRange(min=1), metavar="N", help="Threads, at most one per CPU. Default: one per core."
+)
+@click.option(
+    "--spin",
+    type=click.IntRange(min=0),
+    metavar="US",
+    help="Microseconds that idle threads wait actively before they sleep.",
+)
+@click.option("--speculate/--no-speculate", default=True, show_default=True, help="Guess tokens when that saves time.")
 @click.option("--backend", type=BackendName(), default=DEFAULT_BACKEND, show_default=True, help="What runs the bundle.")
 @click.option("--engine", metavar="NAME", help="Which engine, where the backend has several.")
 @click.option("--no-graph-cache", is_flag=True, help="Neither read nor write the cache of optimised graphs.")

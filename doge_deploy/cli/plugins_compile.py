@@ -22,8 +22,8 @@ FILE_COLUMNS = 140
 
 @click.command("compile")
 @click.option("--arch", "archs", metavar="LIST", help="Compute capabilities: sm_87,sm_120.")
-@click.option("--all", "all_archs", is_flag=True, help="Every compute capability that kernels are made for.")
-@click.option("--model", metavar="MODEL", help="Compile for this checkpoint's sizes; default: the published models'.")
+@click.option("--all", "all_archs", is_flag=True, help="Every compute capability that the kernels support.")
+@click.option("--model", metavar="MODEL", help="Compile for this checkpoint's sizes. Default: the published models'.")
 @click.option("--head-dim", "head_dims", metavar="LIST", help="Head sizes, instead of the model's.  [default: 64,128]")
 @click.option("--dtype", "dtypes", metavar="LIST", default="fp16", show_default=True, help="fp32,fp16,bf16")
 @click.option("--kernel", "kernels", multiple=True, metavar="NAME", help="Only this kernel; repeatable.")

@@ -12,10 +12,12 @@ from doge_deploy.dtypes import NAMES
 @click.command("record")
 @click.option("-o", "--output", required=True, type=click.Path(path_type=Path), metavar="FILE", help="The new file.")
 @click.option("--arch", "archs", metavar="LIST", required=True, help="Compute capabilities: sm_87,sm_120.")
-@click.option("--model", metavar="MODEL", help="Compile for this checkpoint's sizes; default: the published models'.")
-@click.option("--dtype", type=click.Choice(tuple(NAMES)), default="fp16", show_default=True, help="Of T.")
+@click.option("--model", metavar="MODEL", help="Compile for this checkpoint's sizes. Default: the published models'.")
+@click.option(
+    "--dtype", type=click.Choice(tuple(NAMES)), default="fp16", show_default=True, help="Dtype of the tensors."
+)
 def record_command(output: Path, archs: str, model: str | None, dtype: str) -> None:
-    """Write compiled kernels, inputs and what must come out into a file for `plugins verify`.
+    """Write compiled kernels, inputs and expected outputs into a file for `plugins verify`.
 
     It needs no GPU: the kernels run in Triton's interpreter, which TRITON_INTERPRET=1 asks for.
     """
@@ -51,7 +53,7 @@ def record_command(output: Path, archs: str, model: str | None, dtype: str) -> N
 @click.command("verify")
 @click.argument("file", type=click.Path(path_type=Path))
 def verify_command(file: Path) -> None:
-    """Run the kernels of FILE on the CUDA device that is here, compare what comes out, and time them.
+    """Run the kernels of FILE on this machine's CUDA device, compare what comes out, and time them.
 
     FILE is one that `plugins record` wrote. It needs cuda-core alone, neither Triton nor PyTorch nor TensorRT.
 

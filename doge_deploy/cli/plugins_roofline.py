@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 @click.option("--dtype", type=click.Choice(["fp16", "bf16"]), default="fp16", show_default=True)
 @click.option("--json", "as_json", is_flag=True, help="Every number as JSON.")
 def roofline(device: str, model: str, past: int, new: int, batch_size: int, dtype: str, as_json: bool) -> None:
-    """What each kernel should cost, beside the standard operators that it replaces.
+    """Calculate what each kernel should cost, beside the standard operators that it replaces.
 
     A calculation: bytes and operations are counted, at the device's published bandwidth and peak. Nothing is measured.
     """

@@ -11,8 +11,8 @@ import click
 @click.command("record")
 @click.argument("bundle", type=click.Path(path_type=Path))
 @click.option("-o", "--output", required=True, type=click.Path(path_type=Path), metavar="FILE", help="The new file.")
-@click.option("--reference", metavar="MODEL", help="The checkpoint; default: what the bundle says it came from.")
-@click.option("--adapter", metavar="DIRECTORY", help="The merged adapter; default: what the bundle says.")
+@click.option("--reference", metavar="MODEL", help="The checkpoint. Default: the one that the bundle names.")
+@click.option("--adapter", metavar="DIRECTORY", help="The merged adapter. Default: the one that the bundle names.")
 @click.option("--layout", "layouts", multiple=True, metavar="static|growing", help="Only this layout; repeatable.")
 @click.option("--greedy-steps", type=click.IntRange(min=1), default=128, show_default=True, metavar="N")
 def record(
@@ -23,7 +23,7 @@ def record(
     layouts: tuple[str, ...],
     greedy_steps: int,
 ) -> None:
-    """Write what `verify` asks of BUNDLE's reference into a file.
+    """Record the answers of BUNDLE's reference to the calls of `verify`.
 
     Where only the bundle is, `verify BUNDLE --recording FILE` then judges it by that file, with neither torch nor
     transformers nor the checkpoint. The bundle is not run here. The same input gives the same file.

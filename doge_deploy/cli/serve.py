@@ -15,16 +15,33 @@ from doge_deploy.options.backends import DEFAULT_BACKEND
 @click.argument("bundles", nargs=-1, required=True, metavar="BUNDLE...", type=click.Path(path_type=Path))
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on.")
 @click.option("--port", type=int, default=8000, show_default=True, help="Port to listen on; 0 takes a free one.")
-@click.option("--slots", type=click.IntRange(min=1), default=8, show_default=True, help="Texts that are made at once.")
+@click.option(
+    "--slots",
+    type=click.IntRange(min=1),
+    default=8,
+    show_default=True,
+    help="Texts that are generated at the same time.",
+)
 @click.option(
     "--backend", type=BackendName(), default=DEFAULT_BACKEND, show_default=True, help="What runs the bundles."
 )
 @click.option("--engine", metavar="NAME", help="Which engine, where the backend has several.")
-@click.option("--threads", type=click.IntRange(min=1), metavar="N", help="At most one per CPU; default: one per core.")
-@click.option("--spin", type=click.IntRange(min=0), metavar="US", help="How long idle threads wait before they sleep.")
-@click.option("--speculate/--no-speculate", default=True, show_default=True, help="Guess tokens where that pays.")
 @click.option(
-    "--served-model-name", "names", multiple=True, metavar="NAME", help="What clients call the bundle; once for each."
+    "--threads", type=click.IntRange(min=1), metavar="N", help="Threads, at most one per CPU. Default: one per core."
+)
+@click.option(
+    "--spin",
+    type=click.IntRange(min=0),
+    metavar="US",
+    help="Microseconds that idle threads wait actively before they sleep.",
+)
+@click.option("--speculate/--no-speculate", default=True, show_default=True, help="Guess tokens when that saves time.")
+@click.option(
+    "--served-model-name",
+    "names",
+    multiple=True,
+    metavar="NAME",
+    help="Name of the bundle for clients; once per bundle.",
 )
 @click.option(
     "--api-key-file", type=click.Path(path_type=Path), metavar="FILE", help="Keys that clients must send, one per line."
@@ -50,7 +67,7 @@ from doge_deploy.options.backends import DEFAULT_BACKEND
     type=click.IntRange(min=1),
     default=128,
     show_default=True,
-    help="Prompt tokens of one step: a long prompt delays the texts of others by so many.",
+    help="Prompt tokens per step: a long prompt delays other texts by at most this many.",
 )
 @click.option(
     "--verify-on-start",
@@ -58,7 +75,7 @@ from doge_deploy.options.backends import DEFAULT_BACKEND
     multiple=True,
     type=click.Path(path_type=Path),
     metavar="FILE",
-    help="Serve only what passes `verify --recording FILE`; once for each bundle.",
+    help="Serve only what passes `verify --recording FILE`; once per bundle.",
 )
 @click.option(
     "--drain-seconds",

@@ -24,8 +24,8 @@ if TYPE_CHECKING:
     metavar="FILE",
     help="Judge by this file of `doge-deploy record`, without torch, transformers and the checkpoint.",
 )
-@click.option("--reference", metavar="MODEL", help="The checkpoint; default: what the bundle says it came from.")
-@click.option("--adapter", metavar="DIRECTORY", help="The merged adapter; default: what the bundle says.")
+@click.option("--reference", metavar="MODEL", help="The checkpoint. Default: the one that the bundle names.")
+@click.option("--adapter", metavar="DIRECTORY", help="The merged adapter. Default: the one that the bundle names.")
 @click.option("--layout", "layouts", multiple=True, metavar="static|growing", help="Only this layout; repeatable.")
 @click.option(
     "--greedy-steps", type=click.IntRange(min=1), metavar="N", help="Tokens of the greedy case.  [default: 128]"

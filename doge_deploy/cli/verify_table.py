@@ -140,8 +140,11 @@ class VerifyTable:
 
 def _quality(result: QualityResult, report: Report) -> str:
     sure = "" if result.sure_top1 is None else f", {result.sure_top1:.1%} of the {result.sure} where it is sure"
+    what = "quantized weights"
+    if result.emulated:
+        what += " and rounded inputs of products as in an engine, emulated"
     return (
-        f"quantized weights, {report.graphs[result.layout]} ({result.layout}), {result.tokens} tokens of held-out text"
+        f"{what}, {report.graphs[result.layout]} ({result.layout}), {result.tokens} tokens of held-out text"
         f": KL {result.mean_kl:.2g} (max {result.max_kl:.2g}), top-1 {result.top1:.1%}{sure}, perplexity "
         f"{result.perplexity:.2f} (reference {result.reference_perplexity:.2f})"
     )

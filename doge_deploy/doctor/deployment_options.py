@@ -11,6 +11,7 @@ from typing import Any
 
 from doge_deploy.bundle.signature import UNCACHED
 from doge_deploy.devices.facts import GIB, DeviceFacts
+from doge_deploy.devices.versions import at_least
 from doge_deploy.doctor.fit import Needs, needs, weight_bytes
 from doge_deploy.graph.decode_traffic import decode_traffic
 from doge_deploy.targets.backend import Backend, loadable
@@ -105,6 +106,14 @@ def _obstacles(
     """Every obstacle but the memory, the most fundamental first."""
     yield from backend.device_obstacles(device, dtype)
     if model is not None:
+        first = "" if model.weight_format is None else model.weight_format.first_capability
+        capability = device.compute_capability
+        if backend.builds and first and capability is not None and not at_least(capability, first):
+            assert model.weight_format is not None
+            yield Obstacle(
+                f"engines of {model.weight_format.name} weights need compute capability {first}; this is {capability}",
+                "export with --quantize int4 --dtype fp16",
+            )
         yield from backend.model_obstacles(model, dtype, lowering)
 
 

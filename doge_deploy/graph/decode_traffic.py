@@ -116,7 +116,7 @@ def tensor_bytes(
     """
     if weight_format is not None and not weight_format.refusal(name, shape):
         rows, columns = shape
-        return weight_format.loaded_bytes((rows, columns), gathered=gathered)
+        return weight_format.loaded_bytes(name, (rows, columns), gathered=gathered)
     return math.prod(shape) * item_bytes("float32" if any(part in name for part in SCORE_WEIGHTS) else dtype)
 
 

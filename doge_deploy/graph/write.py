@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,6 +16,7 @@ from doge_deploy.bundle.signature import LAYOUTS, UNCACHED, make_signature, unca
 from doge_deploy.checkpoint import Checkpoint
 from doge_deploy.config.model import DogeFacts
 from doge_deploy.config.revisions import REVISIONS
+from doge_deploy.graph.calibration import input_ranges
 from doge_deploy.graph.check import check_model
 from doge_deploy.graph.passes.inline_functions import InlineFunctionsPass
 from doge_deploy.graph.trace import trace
@@ -34,6 +35,7 @@ def write_graphs(
     dtype: str,
     max_length: int,
     progress: Progress,
+    calibration: Sequence[int] = (),
 ) -> tuple[dict[str, Layout], dict[str, FileEntry]]:
     """Trace the layouts asked for and write their graphs and the weight file they share.
 
@@ -44,6 +46,7 @@ def write_graphs(
         dtype: NumPy's name of the graph's dtype.
         max_length: slots of a row.
         progress: told what is being done.
+        calibration: ids of the text that scales of rounded inputs are made of, where the weight format rounds them.
 
     Returns:
         The layouts by name, none of them lowered for a backend yet, and entries of the files that were hashed already.
@@ -72,8 +75,13 @@ def write_graphs(
         file = "model.onnx" if not layouts else f"model.{name}.onnx"
         layouts[name] = Layout(file, signature, facts.keep_window(max_length), _selection_notes(facts, max_length))
         advance(1)
+    weight_format = format_of(options)
+    if weight_format is not None and weight_format.rounds_inputs_to:
+        advance = progress.stage("calibrate")
+        weight_format.ranges = input_ranges(checkpoint, calibration, routing=options.routing, max_length=max_length)
+        advance(1)
     advance = progress.stage("write weights", sum(tensor.nbytes for tensor in checkpoint.tensors.values()))
-    sources = TensorSources(checkpoint, rope_tensors(checkpoint.config, facts, max_length), format_of(options))
+    sources = TensorSources(checkpoint, rope_tensors(checkpoint.config, facts, max_length), weight_format)
     for model in models:
         sources.rewrite(model)
     weights = write_weights(directory / WEIGHTS_FILE, models, sources, advance=advance)

@@ -47,7 +47,7 @@ def build(path: str | Path, options: BuildOptions, *, force: bool, progress: Pro
     layout = bundle.layout(LAYOUT)
     check_model(bundle, options)
     advance(1)
-    capabilities = resolve_capabilities(options)
+    capabilities = resolve_capabilities(bundle, options)
     name = engine_name(bundle, options, capabilities)
     if name in bundle.manifest.engines and not force:
         raise UsageError(f"{bundle.path} has an engine {name}; replace it with --force")

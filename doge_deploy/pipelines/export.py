@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,16 +13,18 @@ from doge_deploy.bundle.genai_config import GENAI_CONFIG, follows_convention, ge
 from doge_deploy.bundle.manifest import Layout, Manifest, Source
 from doge_deploy.bundle.writing import write_manifest, writing_bundle
 from doge_deploy.checkpoint import Checkpoint, check_finite, check_score_range, open_checkpoint
-from doge_deploy.checkpoint.tokenizer import write_tokenizer
+from doge_deploy.checkpoint.tokenizer import encode, write_tokenizer
 from doge_deploy.devices.packages import require_export_packages
 from doge_deploy.dtypes import NAMES
-from doge_deploy.graph.weight_formats import format_of, resolve_options
+from doge_deploy.errors import UsageError
+from doge_deploy.graph.weight_formats import format_of, resolve_options, weight_formats
 from doge_deploy.options.compatibility import check_facts, resolve_max_length
 from doge_deploy.options.export import ExportOptions
 from doge_deploy.options.generation import GENERATION_CONFIG, illegal_settings
 from doge_deploy.options.resolved import ResolvedOptions
 from doge_deploy.process.progress import Progress
 from doge_deploy.targets.backend import backends
+from doge_deploy.text.calibration import CALIBRATION, CALIBRATION_FILE
 
 _LIBRARIES = ("onnx", "onnx-ir", "onnxscript", "torch", "transformers")
 
@@ -36,6 +38,7 @@ def export(
     progress: Progress,
     adapter: str | None = None,
     strict: bool = False,
+    calibration_text: Path | None = None,
 ) -> Manifest:
     """Export `model` to the bundle `output`.
 
@@ -47,6 +50,8 @@ def export(
         progress: told what is being done.
         adapter: a directory or Hub id of a PEFT LoRA adapter to merge.
         strict: refuse keys of config.json that transformers ignores.
+        calibration_text: a file of text for formats that round activations; the checkpoint's own, or that of this
+            package, where None.
 
     Raises:
         UsageError: `output` cannot be written, or the checkpoint has no weights for the task.
@@ -57,6 +62,8 @@ def export(
     from doge_deploy.graph.write import inline_functions, write_graphs
 
     options = resolve_options(options)
+    if calibration_text is not None:
+        _check_calibrated(options)
     dtype = NAMES[options.dtype]
     with writing_bundle(output, force=force) as directory:
         advance = progress.stage("check checkpoint")
@@ -70,8 +77,18 @@ def export(
             others = weight_format.range_dtypes({name: info.shape for name, info in checkpoint.tensors.items()})
         check_finite(checkpoint, dtype=dtype, others=others)
         advance(1)
+        calibration: Sequence[int] = ()
+        if weight_format is not None and weight_format.rounds_inputs_to:
+            calibration, source = _calibration(checkpoint, calibration_text)
+            warnings += source
         layouts, hashed = write_graphs(
-            directory, checkpoint, options, dtype=dtype, max_length=max_length, progress=progress
+            directory,
+            checkpoint,
+            options,
+            dtype=dtype,
+            max_length=max_length,
+            progress=progress,
+            calibration=calibration,
         )
         layouts = _lowered(directory, layouts, progress)
         if options.inline_functions:  # only now: a lowering looks for the operators that the functions stand for
@@ -105,6 +122,44 @@ def export(
         write_manifest(directory, manifest)
         advance(1)
     return manifest
+
+
+_RANDOM_TOKENS = 1024
+
+
+def _check_calibrated(options: ExportOptions) -> None:
+    """Raises UsageError where a text for calibration has no meaning."""
+    found = format_of(options)
+    if found is None or not found.rounds_inputs_to:
+        names = " or ".join(name for name, known in weight_formats().items() if known.rounds_inputs_to)
+        raise UsageError(
+            f"--calibration-text: only formats that round activations are calibrated; give --quantize {names}"
+        )
+
+
+def _calibration(checkpoint: Checkpoint, given: Path | None) -> tuple[Sequence[int], tuple[str, ...]]:
+    """Ids of the text that activations are calibrated on, and a warning where there is no text.
+
+    Raises:
+        UsageError: the file that was given cannot be read, or says nothing.
+    """
+    file = checkpoint.path / CALIBRATION_FILE if given is None else given
+    text = CALIBRATION
+    if given is not None or file.is_file():
+        try:
+            text = file.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise UsageError(f"--calibration-text {file}: cannot be read as text: {error}") from error
+    ids = encode(checkpoint, text)
+    if ids is None:
+        size = checkpoint.facts.vocab_size
+        warning = f"activations are calibrated on {_RANDOM_TOKENS} random tokens: the checkpoint has no tokenizer"
+        return [(7 * place * place + 3 * place) % size for place in range(_RANDOM_TOKENS)], (warning,)
+    if not ids or max(ids) >= checkpoint.facts.vocab_size:
+        raise UsageError(
+            f"--calibration-text {file}: must hold text of the model's {checkpoint.facts.vocab_size} tokens"
+        )
+    return ids, ()
 
 
 def _lowered(directory: Path, layouts: Mapping[str, Layout], progress: Progress) -> dict[str, Layout]:

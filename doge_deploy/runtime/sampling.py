@@ -87,10 +87,13 @@ class Sampler:
     def pick(self, logits: FloatArray, context: Sequence[int]) -> int:
         """The next token: one of `distribution`, drawn by inverse transform sampling.
 
+        A drawn token takes one random number, also where only one token is left: else a last bit that leaves two would
+        change every token that follows.
+
         Args, Raises: those of `distribution`.
         """
         ids, probabilities = self.distribution(logits, context)
-        if len(ids) == 1:
+        if not self.options.do_sample:
             return int(ids[0])
         cumulative = np.cumsum(probabilities)
         # To the right of equals: an id of probability 0 is never drawn.
@@ -112,16 +115,7 @@ class Sampler:
         Raises:
             UnsupportedModelError: the logits hold NaN or infinity, so there is no distribution.
         """
-        options = self.options
-        scores = np.asarray(logits, np.float32)
-        _require_finite(scores, len(context))
-        if options.logit_bias:
-            scores = add_biases(scores, options.logit_bias)
-        if options.repetition_penalty != 1:
-            scores = penalize_repetition(scores, context, options.repetition_penalty)
-        if isinstance(context, Context) and (options.presence_penalty or options.frequency_penalty):
-            penalties = options.presence_penalty, options.frequency_penalty
-            scores = penalize_output(scores, context.output_counts, *penalties)
+        options, scores = self.options, self.scores(logits, context)
         if not options.do_sample:
             return np.array([scores.argmax()]), np.ones(1)
         ids = top_k_ids(scores, options.top_k)  # before the temperature, which does not change the order
@@ -136,6 +130,23 @@ class Sampler:
             likely = min_p_ids(kept, options.min_p)
             ids, kept = ids[likely], kept[likely]
         return ids, softmax(kept)
+
+    def scores(self, logits: FloatArray, context: Sequence[int]) -> Float32Array:
+        """Logits `[V]` with biases and penalties, before anything is left out or drawn.
+
+        Args, Raises: those of `distribution`.
+        """
+        options = self.options
+        scores = np.asarray(logits, np.float32)
+        _require_finite(scores, len(context))
+        if options.logit_bias:
+            scores = add_biases(scores, options.logit_bias)
+        if options.repetition_penalty != 1:
+            scores = penalize_repetition(scores, context, options.repetition_penalty)
+        if isinstance(context, Context) and (options.presence_penalty or options.frequency_penalty):
+            penalties = options.presence_penalty, options.frequency_penalty
+            scores = penalize_output(scores, context.output_counts, *penalties)
+        return scores
 
 
 def _require_finite(scores: Float32Array, length: int) -> None:

@@ -1,7 +1,9 @@
 """The thread that owns the scheduler and its runner; everybody else talks to it through two queues.
 
 Requests, cancellations and questions go in as messages. Events of a call of the runner come out together, by one call
-of `deliver`, so that an event loop is woken once a call, however many requests have a new token.
+of `deliver`, so that an event loop is woken once a call, however many requests have a new token. Where calls are so
+short that nobody would see the difference, the tokens of several come out together (see
+docs/decisions/0041-pieces-of-a-stream.md).
 """
 
 from __future__ import annotations
@@ -11,13 +13,19 @@ import threading
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass
+from time import perf_counter
 from typing import TypeVar
 
-from doge_deploy.serve.request import Event, Request
+from doge_deploy.serve.request import Event, Produced, Request
 from doge_deploy.serve.scheduler import Limits, Scheduler
 
 Deliver = Callable[[list[tuple[str, Event]]], None]
 """Takes the events of a call, each with its request's id, in order; called in the engine's thread."""
+
+HOLD_SECONDS = 0.004
+"""Tokens that are not the first of a text wait for those of the next call where the last ones went out less than so
+long ago: a quarter of the time between two pictures of a screen.
+"""
 
 _Result = TypeVar("_Result")
 
@@ -47,9 +55,13 @@ class Engine:
     def __init__(self, scheduler: Scheduler, deliver: Deliver) -> None:
         self._scheduler = scheduler
         self._deliver = deliver
-        scheduler.after_call = self._flush
+        scheduler.after_call = self._after_call
         self._inbox: queue.SimpleQueue[_Ask | None] = queue.SimpleQueue()
         self._outbox: list[tuple[str, Event]] = []
+        self._urgent = False
+        """Something in the outbox is waited for."""
+        self._sent = float("-inf")
+        """When something was last delivered."""
         self._thread = threading.Thread(target=self._run, name="doge-engine", daemon=True)
         self._stopping = False
         self._gate = threading.Lock()
@@ -82,7 +94,7 @@ class Engine:
         The future raises:
             QueueFullError: too much is waiting. EngineStoppedError: the engine has ended.
         """
-        request.send = lambda event: self._outbox.append((request.id, event))
+        request.send = lambda event: self._put(request, event)
         return self.ask(lambda scheduler: scheduler.submit(request))
 
     def cancel(self, request_id: str) -> Future[bool]:
@@ -112,7 +124,7 @@ class Engine:
         try:
             while self._read_inbox():
                 self._scheduler.step()
-                self._flush()
+                self._after_call()
         except BaseException as error:  # a fault of our own: nobody may wait for ever
             self.failure = error
             self._scheduler.abort(EngineFailedError(f"the engine failed: {type(error).__name__}: {error}"))
@@ -141,9 +153,20 @@ class Engine:
         except Exception as error:
             message.answer.set_exception(error)
 
+    def _put(self, request: Request, event: Event) -> None:
+        self._outbox.append((request.id, event))
+        self._urgent = self._urgent or not isinstance(event, Produced) or request.produced == 1
+
+    def _after_call(self) -> None:
+        """Tokens wait only where the next call is a step of the same texts: before a prompt is fed they go out."""
+        next_is_step = bool(self._scheduler.decoding) and not (self._scheduler.prefilling or self._scheduler.waiting)
+        if self._urgent or not next_is_step or perf_counter() - self._sent >= HOLD_SECONDS:
+            self._flush()
+
     def _flush(self) -> None:
         if self._outbox:
             events, self._outbox = self._outbox, []
+            self._urgent, self._sent = False, perf_counter()
             self._deliver(events)
 
     def _refuse_the_rest(self) -> None:

@@ -50,6 +50,8 @@ class QualityResult:
     perplexity: float
     reference_perplexity: float
     failures: list[str] = field(default_factory=list)
+    emulated: bool = False
+    """Judged on the graph that engines are built from, with the inputs of products rounded as in an engine."""
 
     @property
     def passed(self) -> bool:

@@ -11,7 +11,7 @@ from doge_deploy.bundle.files import MANIFEST, sha256_file
 from doge_deploy.bundle.opening import Bundle, open_bundle
 from doge_deploy.config.revisions import KEEPS_ALL
 from doge_deploy.errors import UsageError
-from doge_deploy.graph.weight_formats import Quality, format_of
+from doge_deploy.graph.weight_formats import WeightFormat, format_of
 from doge_deploy.options.backends import DEFAULT_BACKEND, TORCH_KERNELS
 from doge_deploy.targets.backend import Backend, SessionOptions, find
 from doge_deploy.verify.cases import GREEDY_STEPS
@@ -21,7 +21,13 @@ from doge_deploy.verify.parity import CaseResult, make_replay, verify_layouts
 from doge_deploy.verify.quality import QualityResult, judge_quality
 from doge_deploy.verify.recording.oracle import open_recording
 from doge_deploy.verify.report import Report
-from doge_deploy.verify.runners import LOWERED_LAYOUT, describe_lowered, open_runners, without_spinning
+from doge_deploy.verify.runners import (
+    LOWERED_LAYOUT,
+    describe_lowered,
+    lowered_graph,
+    open_runners,
+    without_spinning,
+)
 
 
 def verify(
@@ -153,8 +159,8 @@ def judge_bundle(
         for layout in chosen:
             what = describe_lowered(bundle, layout) if lowering else backend.runs(bundle.layout(layout), options)
             report.graphs[layout] = what if backend.name == DEFAULT_BACKEND else f"{what}, --backend {backend.name}"
-        if weight_format is not None and not lowering:
-            report.quality = _judge_quality(bundle, weight_format.quality, backend, chosen, options, oracle, started)
+        if weight_format is not None and (weight_format.rounds_inputs_to or not lowering):
+            report.quality = _judge_quality(bundle, weight_format, backend, chosen, options, oracle, started)
         report.reference_itself = oracle.itself()
         report.results = verify_layouts(
             bundle, runners, oracle, started=started, finished=finished, skipped=report.skipped
@@ -164,22 +170,30 @@ def judge_bundle(
 
 def _judge_quality(
     bundle: Bundle,
-    limits: Quality,
+    weight_format: WeightFormat,
     backend: Backend[Any],
     layouts: Sequence[str],
     options: SessionOptions,
     oracle: Oracle,
     started: Callable[[str], None],
 ) -> list[QualityResult]:
-    """What quantization costs in each of these layouts as it is served, by the checkpoint's own weights."""
+    """What quantization costs in each of these layouts as it is served, by the checkpoint's own weights.
+
+    Where engines round inputs of products too, that is the graph that they are built from.
+    """
     results = []
     for name in layouts:
         layout = bundle.layout(name)
-        started(f"quality of {backend.runs(layout, options)}")
-        runner = backend.open(bundle, layout, options)
+        emulated = bool(weight_format.rounds_inputs_to) and name == LOWERED_LAYOUT and backend.runs_graphs
+        started(f"quality of {'the graph for engines' if emulated else backend.runs(layout, options)}")
+        if emulated:
+            runner = backend.open(bundle, layout, options, graph=lowered_graph(bundle, name))
+        else:
+            runner = backend.open(bundle, layout, options)
         replay = make_replay(bundle.manifest, name, last_logits=runner.last_logits)
         rows = oracle.held_out(name, replay, runner.max_length)
-        results.append(judge_quality(name, limits, runner, rows, replay))
+        found = judge_quality(name, weight_format.quality, runner, rows, replay)
+        results.append(replace(found, emulated=emulated))
     return results
 
 

@@ -59,10 +59,16 @@ def describe_lowered(bundle: Bundle, layout: str) -> str:
     return f"{bundle.layout(layout).file} {how} (sha256 {hashes}{of})"
 
 
-def _lowered(model: ir.Model) -> bytes:
+def lowered_graph(bundle: Bundle, layout: str) -> bytes:
+    """The layout's graph as TensorRT gets it."""
+    return _lowered(_load(bundle.path / bundle.layout(layout).file), round_inputs=True)
+
+
+def _lowered(model: ir.Model, *, round_inputs: bool = False) -> bytes:
+    """As TensorRT gets it; inputs of products are rounded only where that is asked for: the reference does not."""
     from doge_deploy.targets.trt.lowering import lower
 
-    return _bytes(lower(model))
+    return _bytes(lower(model, round_inputs=round_inputs))
 
 
 def _load(file: Path) -> ir.Model:
@@ -98,7 +104,8 @@ def open_runners(
         layout: of the bundle.
         backend: the default one where None.
         options: of both; the defaults where None, without threads that spin.
-        lowering: run the standard graph as it is lowered for TensorRT; only in a backend that runs graphs.
+        lowering: run the standard graph as it is lowered for TensorRT, without what it rounds beside weights; only in a
+            backend that runs graphs.
     """
     backend = find(DEFAULT_BACKEND) if backend is None else backend
     options = without_spinning(backend) if options is None else options

@@ -17,7 +17,7 @@ def stored_weights(bundle: Bundle, checkpoint: Checkpoint, weight_format: Weight
     """What a bundle stores of its checkpoint's weights: per tensor in the format, the numbers that its graph makes."""
 
     def dequantized(name: str, _weight: torch.Tensor) -> torch.Tensor:
-        return weight_format.dequantized(checkpoint.read(name))
+        return weight_format.dequantized(checkpoint.read(name), name)
 
     found = (weight_format.part_of(name, info.dtype) for name, info in read_weight_file(bundle.path).items())
     names = sorted({part.tensor for part in found if part is not None and part.tensor})

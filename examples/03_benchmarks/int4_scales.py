@@ -84,7 +84,7 @@ def positive(starts: tuple[float, ...]) -> Store:
 def measure(model: str, block: int, dtype: Any, store: Store) -> str:
     errors = []
 
-    def watched(self: Format, weight: torch.Tensor) -> dict[str, torch.Tensor]:
+    def watched(self: Format, weight: torch.Tensor, name: str = "") -> dict[str, torch.Tensor]:
         parts = store(self, weight)
         stored = torch.from_numpy(self.dequantize({key: as_array(part) for key, part in parts.items()}))
         errors.append([float((stored - weight).square().sum()), float(weight.square().sum())])

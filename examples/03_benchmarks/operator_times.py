@@ -25,19 +25,21 @@ WARM_UP = 3
 CONTAINERS = ("If", "Loop")
 
 
-def record(bundle: Path, *, threads: int, prompt: int, steps: int, portable: bool) -> list[dict[str, Any]]:
+def record(
+    bundle: Path, *, threads: int, prompt: int, steps: int, portable: bool, batch: int = 1
+) -> list[dict[str, Any]]:
     """Events of a prefill of `prompt` tokens, `steps` times, or of `steps` decode steps after 128 where it is 0."""
     opened = open_bundle(bundle)
-    ids = np.random.default_rng(0).integers(3, opened.manifest.facts.vocab_size, (1, prompt or 128))
+    ids = np.random.default_rng(0).integers(3, opened.manifest.facts.vocab_size, (batch, prompt or 128))
     with tempfile.TemporaryDirectory() as folder:
         profile = Path(folder) / "profile"
         runner = open_runner(opened, threads=threads, portable=portable, flush_denormals=True, profile=profile)
         if prompt:
             for _ in range(steps):
-                runner.reset()
+                runner.reset(batch)
                 runner.run(ids)
         else:
-            runner.reset()
+            runner.reset(batch)
             runner.run(ids)
             for step in range(steps):
                 runner.run(ids[:, step % 128][:, None])
@@ -65,12 +67,13 @@ def shortest(events: Iterable[dict[str, Any]], skip: int) -> dict[str, list[floa
 @click.argument("bundle", type=click.Path(path_type=Path, exists=True))
 @click.option("--threads", default=1, show_default=True)
 @click.option("--prefill", default=0, metavar="N", help="A prefill of N tokens instead of decode steps.")
+@click.option("--batch", default=1, show_default=True, help="Rows.")
 @click.option("--portable", is_flag=True, help="The standard graph.")
 @click.option("--top", default=8, show_default=True, help="Operator types to list; the others are one row.")
-def cli(bundle: Path, threads: int, prefill: int, portable: bool, top: int) -> None:
+def cli(bundle: Path, threads: int, prefill: int, batch: int, portable: bool, top: int) -> None:
     """Print a table of operator types of BUNDLE and their share of the time."""
     steps = 8 if prefill else 200
-    events = record(bundle, threads=threads, prompt=prefill, steps=steps, portable=portable)
+    events = record(bundle, threads=threads, prompt=prefill, steps=steps, portable=portable, batch=batch)
     skip = WARM_UP if prefill else WARM_UP + 1  # the prefill before the steps
     found = shortest(events, skip)
     noting = median(found["Reshape"])

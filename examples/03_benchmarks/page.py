@@ -236,8 +236,9 @@ def load_table(runs: dict[str, Result]) -> str:
             for kind, row in runs["generate"].items()
         ]
         text += (
-            "\n\n`generate` of one token from the 20M bundle, the whole process, also over a process that imports numpy, "
-            "onnxruntime and tokenizers, and over one that reads the tokenizer and opens the graph with them:\n\n"
+            "\n\n`generate` of one token from the 20M bundle, the whole process, also over a process that imports "
+            "numpy, onnxruntime and tokenizers, and over one that reads the tokenizer and opens the graph with "
+            "them:\n\n"
         )
         text += table(["bundle", "s (p90)", "over imports (quartiles)", "over imports and loading", "n"], whole)
     return text

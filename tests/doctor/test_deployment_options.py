@@ -182,6 +182,14 @@ def test_an_engine_that_build_refuses_is_no_option(backend: str, tmp_path: Path)
     assert plain and served.needs.weight_bytes < plain.weight_bytes / 4
 
 
+def test_a_device_without_such_numbers(tmp_path: Path) -> None:
+    model = open_model(str(make_bundle("doge-tiny", tmp_path / "b", quantize="nvfp4", dtype="fp16", max_length=32)))
+    older, newer = option("rtx-4090", "trt-rtx", model), option("rtx-4090", "ort", model)
+    assert older.reason == "engines of nvfp4 weights need compute capability 12.0; this is 8.9"
+    assert older.remedy == "export with --quantize int4 --dtype fp16"
+    assert newer.usable
+
+
 def test_plugins_take_no_expert_tables_of_few_bits(tmp_path: Path) -> None:
     path = make_bundle("doge-tiny-moe", tmp_path / "b", quantize="int4", dtype="fp16", max_length=32)
     check_model(open_bundle(path), BuildOptions(target="trt", plugins=False))

@@ -159,7 +159,7 @@ def test_no_zero_points_in_half_precision() -> None:
 
 EVERY = [
     {"quantize": "fp16"},
-    *({"quantize": "int4", "dtype": dtype} for dtype in ("fp16", "bf16")),
+    *({"quantize": kind, "dtype": dtype} for kind in ("int4", "fp8", "nvfp4") for dtype in ("fp16", "bf16")),
     *({"quantize": f"int{bits}", "symmetric": symmetric} for bits in (4, 8) for symmetric in (True, False)),
 ]
 
@@ -171,19 +171,22 @@ def test_the_nodes_compute_what_the_reference_says(options: dict[str, Any], tran
     stored_as = format_of(ExportOptions(**options))
     assert stored_as is not None
     weight = torch.randn(6, 32, generator=torch.Generator().manual_seed(1))
-    model = matrix_product("w" + TRANSPOSED_SUFFIX * transposed, transposed, NAMES[stored_as_dtype(options)])
+    name = "layers.0.q_proj.weight"  # what nvfp4 stores in its own form
+    model = matrix_product(name + TRANSPOSED_SUFFIX * transposed, transposed, NAMES[stored_as_dtype(options)])
     value = next(iter(model.graph.initializers.values()))
-    stored_as.rewrite(model.graph, value, "w", transposed=transposed)
-    parts = stored_as.store(weight)
-    for name, initializer in model.graph.initializers.items():
+    stored_as.rewrite(model.graph, value, name, transposed=transposed)
+    parts = stored_as.store(weight, name)
+    for initializer_name, initializer in model.graph.initializers.items():
         assert initializer.dtype is not None and initializer.shape is not None
-        part = stored_as.part_of(name, initializer.dtype.name.lower())
-        assert part is not None and part.tensor in ("w", "")
+        part = stored_as.part_of(initializer_name, initializer.dtype.name.lower())
+        assert part is not None and part.tensor in (name, "")
         data = parts[part.key] if part.tensor else stored_as.constant(part.key)
         assert tuple(data.shape) == initializer.shape.numpy()
         raw = packed(data, DTYPES[part.dtype].bits).contiguous().reshape(-1).view(torch.uint8)
         initializer.const_value = ir.from_proto(
-            onnx.helper.make_tensor(name, int(initializer.dtype), list(data.shape), raw.numpy().tobytes(), raw=True)
+            onnx.helper.make_tensor(
+                initializer_name, int(initializer.dtype), list(data.shape), raw.numpy().tobytes(), raw=True
+            )
         )
     expected = stored_as.dequantize({key: as_array(data) for key, data in parts.items()})
     state = np.eye(32).astype(helper.tensor_dtype_to_np_dtype(DTYPES[stored_as.dtype].onnx_number))
@@ -224,7 +227,7 @@ def test_bytes_are_those_of_the_weight_file(options: dict[str, Any], tmp_path: P
             found[part.tensor] = found.get(part.tensor, 0) + info.nbytes
     shapes = {name: info.shape for name, info in open_checkpoint("doge-tiny-moe").tensors.items()}
     taken = {name: shape for name, shape in shapes.items() if not stored_as.refusal(name, shape)}
-    assert found == {name: stored_as.stored_bytes((shape[0], shape[1])) for name, shape in taken.items()}
+    assert found == {name: stored_as.stored_bytes(name, (shape[0], shape[1])) for name, shape in taken.items()}
     assert set(stored_as.range_dtypes(shapes)) == taken.keys()
 
 
@@ -236,7 +239,7 @@ def test_formats_are_found_without_anything_heavy() -> None:
         "assert not {'torch', 'onnx', 'onnx_ir', 'numpy', 'pydantic'} & sys.modules.keys()"
     )
     output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
-    assert tuple(output.split()) == weight_format_names() == ("fp16", "int4", "int8")
+    assert tuple(output.split()) == weight_format_names() == ("fp16", "fp8", "int4", "int8", "nvfp4")
 
 
 def test_a_format_is_called_like_its_file() -> None:
@@ -255,9 +258,11 @@ def test_every_format_has_its_row_in_the_docs() -> None:
 def test_what_a_format_refuses() -> None:
     with pytest.raises(UsageError, match="block_size=48 with quantize=int8: must be one of 16, 32, 64, 128, 256"):
         format_of(ExportOptions(quantize="int8", block_size=48))
-    with pytest.raises(UsageError, match="quantize=int3: must be one of fp16, int4, int8"):
+    with pytest.raises(UsageError, match="quantize=int3: must be one of fp16, fp8, int4, int8, nvfp4"):
         find_weight_format("int3")
-    with pytest.raises(UsageError, match="--quantize: quantize='int3': must be one of fp16, int4, int8, or null"):
+    with pytest.raises(
+        UsageError, match="--quantize: quantize='int3': must be one of fp16, fp8, int4, int8, nvfp4, or null"
+    ):
         load_export_options(None, {"quantize": "int3"}, [])
     assert format_of(ExportOptions()) is None
 

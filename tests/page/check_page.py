@@ -221,6 +221,17 @@ def test_what_is_served_is_shown(open_page: Any, servers: dict[str, str]) -> Non
         expect(card).to_contain_text(text)
 
 
+def test_what_was_verified_is_shown(open_page: Any, servers: dict[str, str]) -> None:
+    page = open_page(servers["real"])
+    page.get_by_role("tab", name="Model").click()
+    expect(page.locator(".card").first).to_contain_text("Not judged at this start")
+    page = open_page(servers["slow"])
+    page.get_by_role("tab", name="Model").click()
+    page.get_by_text("Verified: computes what <b>the reference</b> computes").click()
+    expect(page.locator(".card details")).to_contain_text("25.0 % of its tolerance")
+    expect(page.locator(".card details")).to_contain_text("Judged by a recording")
+
+
 def test_nothing_is_fetched_from_elsewhere(browser: Browser, servers: dict[str, str]) -> None:
     page = browser.new_page()  # with the page's policy
     asked, refused = [], []

@@ -12,7 +12,7 @@ import tempfile
 from pathlib import Path
 
 from bundles import make_bundle
-from servers import SlowSlots, of_bundle, running, scripted
+from servers import NAME, SlowSlots, of_bundle, running, scripted
 
 from doge_deploy.bundle.opening import open_bundle
 from doge_deploy.serve.http.app import Served
@@ -32,7 +32,10 @@ def saying(bundle: Path) -> Served:
         max_length=manifest.max_length,
         seconds=0.04,
     )
-    return scripted(bundle, slots)
+    served = scripted(bundle, slots)
+    report = {"verdict": "computes what <b>the reference</b> computes", "recording": "a recording"}
+    served.verified = {NAME: {**report, "cases": [{"case": "prefill", "layout": "static", "load": 0.25}]}}
+    return served
 
 
 def main() -> None:

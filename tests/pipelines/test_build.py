@@ -230,19 +230,49 @@ FEW_BITS = {
     "int4-fp16": ("doge-tiny", {"quantize": "int4", "dtype": "fp16"}),
     "int4-bf16-moe": ("doge-tiny-moe", {"quantize": "int4", "dtype": "bf16"}),
     "int4-fp16-moe": ("doge-tiny-moe", {"quantize": "int4", "dtype": "fp16"}),
+    "fp8-fp16": ("doge-tiny", {"quantize": "fp8", "dtype": "fp16"}),
+    "fp8-bf16-moe": ("doge-tiny-moe", {"quantize": "fp8", "dtype": "bf16"}),
+    "nvfp4-fp16": ("doge-tiny", {"quantize": "nvfp4", "dtype": "fp16"}),
+    "nvfp4-bf16-moe": ("doge-tiny-moe", {"quantize": "nvfp4", "dtype": "bf16"}),
 }
+NARROW = {"int4": "Int4", "fp8": "FP8", "nvfp4": "FP4E2M1"}
+"""What the builder calls the numbers."""
 
 
 @pytest.mark.tensorrt
-@pytest.mark.parametrize(("model", "options"), cases(FEW_BITS, ["int4-fp16", "int4-bf16-moe"]))
+@pytest.mark.parametrize(
+    ("model", "options"), cases(FEW_BITS, ["int4-fp16", "int4-bf16-moe", "fp8-bf16-moe", "nvfp4-fp16"])
+)
 def test_kernels_read_weights_as_they_are_stored(model: str, options: dict[str, Any], tmp_path: Path) -> None:
     path = own_bundle(tmp_path / "b", model, **options, max_length=64)
     record = run(path)
     assert record.kernels is not None and record.kernels.low_bit >= 12
     report = json.loads((path / record.report_file).read_text())
-    assert any(read["dtype"] == "Int4" for kernel in report["kernels"] for read in kernel["inputs"])
-    assert record.engine_weight_bytes is not None
-    assert record.engine_weight_bytes < 1.1 * record.weight_bytes < 0.5 * plain_weight_bytes(model)
+    narrow = NARROW[options["quantize"]]
+    products = [kernel for kernel in report["kernels"] if kernel["type"] == "gemm"]
+    narrow_sides = {sum(read["dtype"] == narrow for read in kernel["inputs"]) for kernel in products}
+    assert narrow_sides == ({0} if options["quantize"] == "int4" else {0, 2}), "dt_proj, and both sides of the others"
+    assert any(read["dtype"] == narrow for kernel in report["kernels"] for read in kernel["inputs"])
+    assert record.weight_bytes < 0.7 * plain_weight_bytes(model)
+
+
+@pytest.mark.parametrize(("kind", "older", "first"), [("fp8", "8.6", "8.9"), ("nvfp4", "8.9", "12.0")])
+def test_devices_that_cannot_compute_with_such_weights(
+    kind: str, older: str, first: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = own_bundle(tmp_path / "b", "doge-tiny", quantize=kind, dtype="fp16", max_length=64)
+    with pytest.raises(
+        UsageError, match=f"compute_capabilities={older}: {kind} weights need compute capability {first} or later"
+    ) as caught:
+        run(path, compute_capabilities=[older, "12.0"])
+    assert caught.value.exit_code == 2
+    without_engine(path)
+    bundle = open_bundle(path)
+    covered = choices.resolve_capabilities(bundle, BuildOptions(target="trt-rtx"))
+    assert covered == {"fp8": ("8.9", "12.0"), "nvfp4": ("12.0",)}[kind]
+    monkeypatch.setattr(choices, "device_capability", lambda: older)
+    with pytest.raises(UsageError, match=f"device .* capability {older}: {kind} weights need {first} or later"):
+        choices.resolve_capabilities(bundle, BuildOptions(target="trt"))
 
 
 def plain_weight_bytes(model: str) -> int:

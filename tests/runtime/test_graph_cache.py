@@ -67,6 +67,23 @@ def test_numbers_do_not_depend_on_the_cache(layout: str, bundle: Bundle, cache: 
     assert len(list(cache.iterdir())) == 1, "no folder of a session that was being saved is left"
 
 
+def test_weights_are_written_in_pieces(bundle: Bundle, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Linux would map whole pages of 2 MB of what is written at once."""
+    original, seen = graph_cache._write_in_pieces, {}
+
+    def recorded(file: Path) -> None:
+        before = file.read_bytes()
+        original(file)
+        seen[file.name] = file.read_bytes() == before
+
+    monkeypatch.setattr(graph_cache, "_PIECE_BYTES", 1000)
+    monkeypatch.setattr(graph_cache, "_write_in_pieces", recorded)
+    numbers(bundle)
+    assert seen == {"model.weights": True}
+    (entry,) = cache.iterdir()
+    assert {file.name for file in entry.iterdir()} == {graph_cache.GRAPH, RECORD, *seen}
+
+
 def cut(entry: Path) -> None:
     """The last byte of a file is missing, as after a crash."""
     file = next(file for file in entry.iterdir() if file.suffix == ".weights")

@@ -212,7 +212,20 @@ class TestLogprobs:
             assert entry["top_logprobs"][0]["logprob"] >= entry["logprob"] - 1e-12
             assert bytes(entry["bytes"]).decode("utf-8", "replace") == entry["token"]
 
+    def test_tokens_without_text_have_them_in_a_stream_too(self, tiny_bundle: Path) -> None:
+        ids = Tokenizer.from_directory(tiny_bundle).ids("\N{DOG FACE}", add_special_tokens=False)
+        prompt = words(tiny_bundle, "a")
+        with running(scripted(tiny_bundle, slots_saying(tiny_bundle, [*ids, 1], len(prompt)))) as server:
+            options = {"prompt": prompt, "max_tokens": 20, "logprobs": 1}
+            whole = server.complete(**options)["choices"][0]["logprobs"]["tokens"]
+            chunks = server.stream("/v1/completions", **options)
+        streamed = [token for chunk in chunks for token in (chunk["choices"][0]["logprobs"] or {}).get("tokens", [])]
+        assert streamed == whole and len(whole) == len(ids) + 1
+
     def test_the_temperature_does_not_change_them(self, server: Running) -> None:
+        server.post(
+            "/v1/chat/completions", messages=MESSAGES, max_tokens=1
+        )  # then both calls find the prompt in a slot
         found = [
             server.post(
                 "/v1/chat/completions",
@@ -266,7 +279,7 @@ class TestBatched:
         tokenizer = Tokenizer.from_directory(tiny_bundle)
         prompts = [f"def f{number}(x):\n    return x + {number}\n" * (1 + number % 5) for number in range(24)]
         options = [
-            {"max_tokens": 5 + n % 30, **({"temperature": 0.9, "seed": n} if n % 2 else {"temperature": 0})}
+            {"max_tokens": 5 + n % 30, **({"temperature": 0.9, "seed": 100 + n} if n % 2 else {"temperature": 0})}
             for n in range(24)
         ]
         expected = []
@@ -638,6 +651,11 @@ class TestModels:
     def test_models(self, server: Running) -> None:
         (card,) = server.client.get("/v1/models").json()["data"]
         assert card["id"] == NAME and card["max_model_len"] == 512
+        assert card["doge_deploy"]["verified"] is None
+        server.served.verified = {NAME: {"verdict": "computes the same"}, "other": {}}
+        (judged,) = server.client.get("/v1/models").json()["data"]
+        server.served.verified = {}
+        assert judged["doge_deploy"]["verified"] == {"verdict": "computes the same"}
         assert server.client.get(f"/v1/models/{NAME}").json() == card
         assert server.client.get("/v1/models/other").status_code == 404
 

@@ -109,6 +109,18 @@ def test_what_runs_is_the_lowered_graph_and_verifies(name: str, bundles: Callabl
     assert report.passed, [result.failures for result in report.results]
 
 
+def test_the_head_does_not_keep_the_embedding_in_memory(bundles: Callable[[str], Bundle]) -> None:
+    """What ONNX Runtime packs for a product it lets go of, unless another node reads it too."""
+    model, _, _ = lowered(bundles("dense"))
+    (head,) = [node for node in model.graph if node.op_type == "FusedMatMul"]
+    (gather,) = [node for node in model.graph if node.op_type == "Gather" and node.outputs[0].name == "embedding"]
+    packed, looked_up = head.inputs[1], gather.inputs[0]
+    assert packed is not None and looked_up is not None and len(packed.uses()) == 1
+    one, other = packed.const_value, looked_up.const_value
+    assert isinstance(one, ir.ExternalTensor) and isinstance(other, ir.ExternalTensor) and one is not other
+    assert (one.location, one.offset, one.length) == (other.location, other.offset, other.length)
+
+
 def test_attention_is_one_operator(bundles: Callable[[str], Bundle]) -> None:
     model, declined, _ = lowered(bundles("dense"))
     kinds = [node.op_type for node in model.graph]

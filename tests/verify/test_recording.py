@@ -23,8 +23,9 @@ from doge_deploy.cli.main import run_command
 from doge_deploy.errors import DogeDeployError, MismatchError, UnsupportedModelError, UsageError
 from doge_deploy.runtime.trt.backend import TrtBackend
 from doge_deploy.runtime.trt.runner import TrtRunner
-from doge_deploy.serve.start import ServeOptions, judge
+from doge_deploy.serve.start import ServeOptions, judge, summary
 from doge_deploy.verify.compare import Array, Distribution, divergences
+from doge_deploy.verify.files import report_json
 from doge_deploy.verify.recording import record as record_module
 from doge_deploy.verify.recording.container import Tensors, read_container, write_container
 from doge_deploy.verify.recording.oracle import open_recording
@@ -147,7 +148,12 @@ def test_export_writes_a_recording_too(small: Path, tmp_path: Path, capfd: pytes
 
 def test_a_server_starts_with_what_passes_only(small: Path, tmp_path: Path) -> None:
     sound, recording = shared_bundle(small), shared_recording(small, greedy_steps=4)
-    judge([sound], ServeOptions(recordings=(recording,)))
+    (report,) = judge([sound], ServeOptions(recordings=(recording,)))
+    shown = summary(report)
+    assert shown["bundle"] == str(sound) and len(shown["cases"]) == len(report.results) > 5
+    assert shown["bundle_sha256"] == hashlib.sha256((sound / "manifest.json").read_bytes()).hexdigest()
+    assert shown["bundle_sha256"] == report_json(report)["bundle_sha256"] and "within tolerance" in shown["verdict"]
+    assert judge([sound], ServeOptions()) == []
     broken = broken_copy(
         sound,
         tmp_path / "b",

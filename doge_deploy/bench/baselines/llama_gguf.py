@@ -8,8 +8,10 @@ Reference: docs/gguf.md of ggml-org/ggml; src/llama-arch.cpp of ggml-org/llama.c
 
 from __future__ import annotations
 
+import json
 import os
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -45,13 +47,14 @@ def shapes(facts: DogeFacts) -> dict[str, tuple[int, int]]:
     return found
 
 
-def write_gguf(path: Path, facts: DogeFacts, kind: str) -> None:
+def write_gguf(path: Path, facts: DogeFacts, kind: str, tokenizer: Path | None = None) -> None:
     """Write the file, aside first.
 
     Args:
         path: of the file; its folder is made.
         facts: the shape.
         kind: a value of `TYPES`.
+        tokenizer: a tokenizer.json of byte-level BPE whose vocabulary goes into the file; none does where None.
     """
     import gguf
 
@@ -61,6 +64,10 @@ def write_gguf(path: Path, facts: DogeFacts, kind: str) -> None:
     try:
         writer = gguf.GGUFWriter(aside, "llama")
         _write_facts(writer, facts)
+        if tokenizer is None:
+            writer.add_tokenizer_model("no_vocab")
+        else:
+            _write_vocabulary(writer, json.loads(tokenizer.read_text(encoding="utf-8"))["model"], facts.vocab_size)
         for name, tensor in _norms(facts).items():
             writer.add_tensor(name, tensor)
         numbers = np.random.default_rng(0)
@@ -90,7 +97,19 @@ def _write_facts(writer: Any, facts: DogeFacts) -> None:
     writer.add_rope_freq_base(float(facts.rope["rope_theta"]))
     writer.add_layer_norm_rms_eps(facts.rms_norm_eps)
     writer.add_vocab_size(facts.vocab_size)
-    writer.add_tokenizer_model("no_vocab")
+
+
+def _write_vocabulary(writer: Any, model: Mapping[str, Any], size: int) -> None:
+    """Tokens and merges of a BPE model, filled up to `size` tokens."""
+    tokens = [f"<unused {token}>" for token in range(size)]
+    for text, token in model["vocab"].items():
+        tokens[token] = text
+    merges = [pair if isinstance(pair, str) else " ".join(pair) for pair in model["merges"]]
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("default")
+    writer.add_token_list(tokens)
+    writer.add_token_types([1] * size)  # normal ones
+    writer.add_token_merges(merges)
 
 
 def _norms(facts: DogeFacts) -> dict[str, Any]:

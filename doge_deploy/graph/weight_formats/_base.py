@@ -5,10 +5,10 @@ Axes: N rows and C columns of a weight, as the checkpoint has them.
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from math import prod
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 from doge_deploy.dtypes import DTYPES, NAMES, ShortName
@@ -55,7 +55,7 @@ class Part:
 
     @property
     def nbytes(self) -> int:
-        return DTYPES[self.dtype].nbytes(prod(self.shape))
+        return DTYPES[self.dtype].nbytes(math.prod(self.shape))
 
 
 class PartSource(NamedTuple):
@@ -93,6 +93,11 @@ class WeightFormat(ABC):
     """What a graph with such weights may compute in, the default first."""
     rounds_activations: ClassVar[bool] = False
     """Whether what ONNX Runtime runs for it rounds activations too, so that parity is judged on the standard graph."""
+    rounds_inputs_to: ClassVar[str] = ""
+    """What an engine rounds the other side of a product to, a key of `DTYPES`; "" where it stays as it is. Its scales
+    are calibrated when a model is exported."""
+    first_capability: ClassVar[str] = ""
+    """The first compute capability with engines of such weights; "" where every one has them."""
     targets: ClassVar[frozenset[str]] = frozenset({"ort"})
     """What accepts a bundle with such weights: `ort`, `trt`, `trt-rtx`, `torch-kernels`."""
 
@@ -110,6 +115,9 @@ class WeightFormat(ABC):
         self.block_size = block_size or self.default_block_size
         self.symmetric = symmetric
         self.dtype = NAMES[dtype]
+        self.ranges: Mapping[str, float] = {}
+        """While a model is exported: by name of a weight the largest magnitude of what is multiplied with it, where
+        that is to be rounded. See `doge_deploy.graph.calibration`."""
 
     def __str__(self) -> str:
         if not self.block_sizes:
@@ -158,7 +166,7 @@ class WeightFormat(ABC):
         """
 
     @abstractmethod
-    def store(self, weight: torch.Tensor) -> dict[str, torch.Tensor]:
+    def store(self, weight: torch.Tensor, name: str = "") -> dict[str, torch.Tensor]:
         """The numbers of all parts of a weight `[N, C]` that are not constant, those of less than a byte unpacked."""
 
     def constant(self, initializer: str) -> torch.Tensor:
@@ -188,31 +196,52 @@ class WeightFormat(ABC):
             transposed: see `TransposeWeightsPass`.
         """
 
-    def stored_bytes(self, shape: tuple[int, int]) -> int:
-        """Bytes of a weight in the weight file, constants that weights share left out."""
-        return sum(part.nbytes for part in self.parts("", shape).values() if not part.constant)
+    def input_scale(self, name: str) -> float | None:
+        """Of the numbers that what is multiplied with a weight is rounded to; None where it is not rounded."""
+        return None
 
-    def loaded_bytes(self, shape: tuple[int, int], *, gathered: bool) -> int:
+    def stored_bytes(self, name: str, shape: tuple[int, int]) -> int:
+        """Bytes of a weight in the weight file, constants that weights share left out."""
+        return sum(part.nbytes for part in self.parts(name, shape).values() if not part.constant)
+
+    def loaded_bytes(self, name: str, shape: tuple[int, int], *, gathered: bool) -> int:
         """Bytes of a weight once a runtime has loaded it.
 
         Args:
+            name: the checkpoint's.
             shape: `[N, C]`; of some rows of a weight what they take.
             gathered: only rows are looked up, as of a table of experts; else it is multiplied with.
         """
-        return self.stored_bytes(shape)
+        return self.stored_bytes(name, shape)
 
-    def dequantized(self, weight: torch.Tensor) -> torch.Tensor:
+    def dequantized(self, weight: torch.Tensor, name: str = "") -> torch.Tensor:
         """What a weight `[N, C]` of the checkpoint becomes, float32."""
         import torch
 
-        return torch.from_numpy(self.dequantize({key: as_array(part) for key, part in self.store(weight).items()}))
+        parts = {key: as_array(part) for key, part in self.store(weight, name).items()}
+        return torch.from_numpy(self.dequantize(parts))
 
 
 def as_array(part: torch.Tensor) -> Array:
-    """A stored part for NumPy, which has no bfloat16: such numbers are widened to float32."""
+    """A stored part for NumPy, which has neither bfloat16 nor float8: such numbers are widened to float32."""
     import torch
 
-    return (part.float() if part.dtype == torch.bfloat16 else part).numpy()
+    return (part.float() if part.dtype in (torch.bfloat16, torch.float8_e4m3fn) else part).numpy()
+
+
+def rounded(array: Array, dtype: str) -> npt.NDArray[np.float32]:
+    """float32 numbers as they are in `dtype`, a key of `DTYPES`."""
+    import ml_dtypes
+    import numpy as np
+
+    kind = ml_dtypes.bfloat16 if dtype == "bfloat16" else np.dtype(dtype)
+    found: npt.NDArray[np.float32] = array.astype(kind).astype(np.float32)
+    return found
+
+
+def power_of_two(number: float) -> float:
+    """The smallest power of two that is not below a positive number."""
+    return 2.0 ** math.ceil(math.log2(number))
 
 
 def add_part(graph: ir.Graph, part: Part) -> ir.Value:

@@ -99,7 +99,7 @@ class BlockFormat(WeightFormat):
         rows, blocks = map(int, initializer.rsplit(".", 1)[1].split("x"))
         return torch.full((rows, blocks), self.middle, dtype=torch.uint8)
 
-    def store(self, weight: torch.Tensor) -> dict[str, torch.Tensor]:
+    def store(self, weight: torch.Tensor, name: str = "") -> dict[str, torch.Tensor]:
         """Numbers `[N, C]` uint8, scales `[N, C/block]` float32 and, where not symmetric, zero points of that shape.
 
         Of a few ranges per block that with the smallest squared error is taken.

@@ -47,7 +47,7 @@ class Format(WeightFormat):
         name = initializer.removesuffix(TRANSPOSED_SUFFIX)
         return PartSource(name, "values" if name == initializer else "transposed", "float16")
 
-    def store(self, weight: torch.Tensor) -> dict[str, torch.Tensor]:
+    def store(self, weight: torch.Tensor, name: str = "") -> dict[str, torch.Tensor]:
         values = weight.half()
         return {"values": values, "transposed": values.T}
 
@@ -56,9 +56,9 @@ class Format(WeightFormat):
 
         return parts["values"].astype(np.float32)
 
-    def loaded_bytes(self, shape: tuple[int, int], *, gathered: bool) -> int:
+    def loaded_bytes(self, name: str, shape: tuple[int, int], *, gathered: bool) -> int:
         """A runtime widens what it multiplies with, once, when it loads it."""
-        return self.stored_bytes(shape) if gathered else 2 * self.stored_bytes(shape)
+        return self.stored_bytes(name, shape) if gathered else 2 * self.stored_bytes(name, shape)
 
     def rewrite(self, graph: ir.Graph, weight: ir.Value, name: str, *, transposed: bool) -> None:
         import onnx_ir as ir

@@ -88,7 +88,7 @@ class Format(BlockFormat):
             raise ValueError(f"{initializer!r} is no constant of weights stored as int4")
         return super().constant(initializer)
 
-    def store(self, weight: torch.Tensor) -> dict[str, torch.Tensor]:
+    def store(self, weight: torch.Tensor, name: str = "") -> dict[str, torch.Tensor]:
         """Numbers `[N, C]` int8 and scales `[N, C/block]` in the dtype of the graph; see `BlockFormat.store` for those
         with zero points.
 
@@ -98,7 +98,7 @@ class Format(BlockFormat):
         import torch
 
         if not self.signed:
-            return super().store(weight)
+            return super().store(weight, name)
         rows, columns = weight.shape
         block = self._known_block(columns)
         values, scale = positive_scales(weight.float().reshape(rows, columns // block, block), self.dtype)

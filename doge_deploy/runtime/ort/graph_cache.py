@@ -34,7 +34,9 @@ LIMIT_BYTES = 2 << 30
 """Of all entries together; those that were not used for longest go first."""
 
 GRAPH, RECORD = "model.onnx", "entry.json"
-_FORM = 1
+_PIECE_BYTES = 64 << 10
+"""Of a weight file, written at once, see `_write_in_pieces`."""
+_FORM = 2
 """Changes where an entry is made or read otherwise."""
 
 
@@ -140,6 +142,8 @@ def _make(entry: Path, graph: Path, make: Open) -> onnxruntime.InferenceSession 
     try:
         made = Path(tempfile.mkdtemp(prefix=".", dir=entry.parent))
         session = make(graph, save_to=made / GRAPH)
+        for file in [one for one in made.iterdir() if one.name != GRAPH]:
+            _write_in_pieces(file)
         files = {file.name: _file_entry(file) for file in made.iterdir()}
         (made / RECORD).write_text(json.dumps(files))
         with suppress(OSError):  # another process was faster
@@ -151,6 +155,19 @@ def _make(entry: Path, graph: Path, make: Open) -> onnxruntime.InferenceSession 
         if made is not None:
             shutil.rmtree(made, ignore_errors=True)
     return session
+
+
+def _write_in_pieces(file: Path) -> None:
+    """Write a file anew, piece by piece.
+
+    What is written at once Linux keeps in pages as large, up to 2 MB, and maps whole: then a few tokens that are looked
+    up in a mapped embedding bring all of it into the memory of the process.
+    """
+    aside = file.with_name(f"{file.name}.partial")
+    with file.open("rb", buffering=0) as source, aside.open("wb", buffering=0) as target:
+        while piece := source.read(_PIECE_BYTES):
+            target.write(piece)
+    aside.replace(file)
 
 
 def _file_entry(file: Path) -> FileEntry:

@@ -51,6 +51,11 @@ def open_runner(
     check_memory(bundle, chosen)
     file = graph_file(chosen, portable=portable)
     source: Path | bytes = bundle.path / file if model is None else model
+    if _has_float4(bundle):
+        require_graph_packages("a bundle with weights of float4 on the CPU")
+        from doge_deploy.targets.ort import widen_float4
+
+        source = widen_float4(source)
     if bundle.manifest.dtype == "bfloat16":
         require_graph_packages("a bfloat16 bundle on the CPU")
         from doge_deploy.targets.ort import widen_bfloat16
@@ -84,3 +89,14 @@ def open_runner(
     if any(value.name == SLOT_INDICES for value in session.get_inputs()):
         return WindowOrtRunner(session, chosen, window=facts.keep_window_size, **options)
     return StaticOrtRunner(session, chosen, **options)
+
+
+def _has_float4(bundle: Bundle) -> bool:
+    """Whether weights are stored in numbers that ONNX Runtime does not have."""
+    options = bundle.manifest.options
+    if options.quantize is None or options.dtype == "fp32":
+        return False
+    from doge_deploy.graph.weight_formats import format_of  # only such bundles wait for it
+
+    weights = format_of(options)
+    return weights is not None and weights.rounds_inputs_to == "float4_e2m1fn"

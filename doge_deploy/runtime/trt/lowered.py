@@ -110,7 +110,7 @@ def open_lowered(
         model = ir.load(bundle.path / layout.file)
         if expose_experts is not None:
             model = expose_experts(model)
-        lowered = LoweredLayout(lower(model, bounded=part.bounded_pass(exposed=exposed)))
+        lowered = LoweredLayout(lower(model, bounded=part.bounded_pass(exposed=exposed), round_inputs=False))
         data = lowered.serialized()
         if manifest.dtype == "bfloat16":
             from doge_deploy.targets.ort import widen_bfloat16

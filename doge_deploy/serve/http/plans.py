@@ -22,6 +22,11 @@ _Result = TypeVar("_Result")
 Offload = Callable[[Callable[[], _Result]], Awaitable[_Result]]
 """Runs what takes long in a pool of threads: a long prompt must not hold up the streams of others."""
 
+SHORT_CHARACTERS = 2048
+"""Of a prompt, or tokens of all prompts of a request, up to which the work is done at once: to wake another thread and
+wait for it would take longer, and nobody waits for as long as one piece of a stream takes.
+"""
+
 COMPLETION_TOKENS = 16
 """Of a text completion where nobody says, as in OpenAI's API."""
 
@@ -111,7 +116,8 @@ async def plan_completion(body: CompletionBody, model: ServedText, name: str, of
             found.append((ids, text))
         return found
 
-    prompts = await offload(encoded)
+    length = sum(map(len, body.prompts))
+    prompts = encoded() if length <= SHORT_CHARACTERS else await offload(encoded)
     if body.echo and body.logprobs is not None and not model.all_logits:
         raise ApiError(
             400,
@@ -132,8 +138,10 @@ async def _plan(body: GenerationBody, model: ServedText, name: str, wanted: _Wan
     if number > limit:
         raise ApiError(400, f"n: {number} texts in one request; this server takes at most {limit}", param="n")
     # a grammar takes a moment to compile; and a request looks at each token of its prompt: there may be many of both
-    plan: Plan = await offload(lambda: _planned(body, model, name, wanted))
-    return plan
+    if _is_guided(body) or number * max(len(ids) for ids, _ in wanted.prompts) > SHORT_CHARACTERS:
+        plan: Plan = await offload(lambda: _planned(body, model, name, wanted))
+        return plan
+    return _planned(body, model, name, wanted)
 
 
 def _planned(body: GenerationBody, model: ServedText, name: str, wanted: _Wanted) -> Plan:
@@ -177,6 +185,12 @@ def _asked(body: GenerationBody, length: int | None) -> dict[str, Any]:
     elif any(asked[name] is not None for name in ("top_p", "top_k", "min_p")):
         asked["do_sample"] = True
     return asked
+
+
+def _is_guided(body: GenerationBody) -> bool:
+    """Whether the answer must have a form."""
+    guides = (body.guided_regex, body.guided_choice, body.guided_grammar, body.guided_json, body.response_format)
+    return any(guide is not None for guide in guides)
 
 
 def _grammar(body: GenerationBody, model: ServedText) -> Grammar | None:

@@ -6,6 +6,7 @@ graph stays as it is: a lowering never guesses.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -86,6 +87,26 @@ def stored_half(value: ir.Value) -> ir.Value | None:
 def is_weight(value: ir.Value | None) -> bool:
     """An initializer, or the cast of one that is stored in half precision, which ONNX Runtime folds."""
     return value is not None and (value.is_initializer() or stored_half(value) is not None)
+
+
+def stored_again(
+    graph: ir.Graph, tensor: ir.ExternalTensor, name: str, *, dtype: ir.DataType, shape: Sequence[int]
+) -> ir.Value:
+    """An initializer of the bytes that `tensor` has in the weight file; `graph` gets it once for each name."""
+    if name in graph.initializers:
+        return graph.initializers[name]
+    value = ir.Value(name=name, shape=ir.Shape(shape), type=ir.TensorType(dtype))
+    value.const_value = ir.ExternalTensor(
+        tensor.location,
+        tensor.offset,
+        tensor.length,
+        dtype,
+        shape=ir.Shape(shape),
+        name=name,
+        base_dir=tensor.base_dir,
+    )
+    graph.register_initializer(value)
+    return value
 
 
 @dataclass(frozen=True)

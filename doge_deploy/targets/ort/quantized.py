@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 
-from doge_deploy.targets.ort.matching import CONTRIB, Emitter, attribute, require_contrib, take_place
+from doge_deploy.targets.ort.matching import CONTRIB, Emitter, attribute, require_contrib, stored_again, take_place
 
 ACCURACY_LEVEL = 4
 """MatMulNBits may round the state to 8 bits, block by block, and multiply whole numbers.
@@ -101,31 +101,16 @@ def match_quantized(node: ir.Node) -> QuantizedWeight | None:
 def views_of(graph: ir.Graph, weight: QuantizedWeight) -> Views:
     """Initializers of `graph` on the bytes of `weight`, in the shapes that the operators take."""
     blocks, row_bytes = weight.columns // weight.block, weight.columns * weight.bits // 8
-    by_block = _view(graph, weight.values, "blocks", (weight.rows, blocks, weight.block * weight.bits // 8))
-    by_row = _view(graph, weight.values, "rows", (weight.rows, row_bytes))
+
+    def view(tensor: ir.ExternalTensor, what: str, *shape: int) -> ir.Value:
+        return stored_again(graph, tensor, f"{tensor.name}.{what}", dtype=ir.DataType.UINT8, shape=shape)
+
+    by_block = view(weight.values, "blocks", weight.rows, blocks, weight.block * weight.bits // 8)
+    by_row = view(weight.values, "rows", weight.rows, row_bytes)
     zero = None
     if not weight.has_middle_zero:
-        zero = _view(graph, weight.zero_point, "bytes", (weight.rows, blocks * weight.bits // 8))
+        zero = view(weight.zero_point, "bytes", weight.rows, blocks * weight.bits // 8)
     return Views(by_block, by_row, zero)
-
-
-def _view(graph: ir.Graph, tensor: ir.ExternalTensor, what: str, shape: tuple[int, ...]) -> ir.Value:
-    """An initializer of bytes that lies where `tensor` lies."""
-    name = f"{tensor.name}.{what}"
-    if name in graph.initializers:
-        return graph.initializers[name]
-    value = ir.Value(name=name, shape=ir.Shape(shape), type=ir.TensorType(ir.DataType.UINT8))
-    value.const_value = ir.ExternalTensor(
-        tensor.location,
-        tensor.offset,
-        tensor.length,
-        ir.DataType.UINT8,
-        shape=ir.Shape(shape),
-        name=name,
-        base_dir=tensor.base_dir,
-    )
-    graph.register_initializer(value)
-    return value
 
 
 def _multiply(product: ir.Node, weight: QuantizedWeight, views: Views) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from doge_deploy.bundle.opening import Bundle
+from doge_deploy.devices.tensorrt_limits import RTX_PORTABLE
+from doge_deploy.devices.versions import at_least
 from doge_deploy.errors import UnsupportedModelError, UsageError
 from doge_deploy.graph.weight_formats import format_of
 from doge_deploy.options.build import BuildOptions
@@ -46,20 +48,34 @@ def check_model(bundle: Bundle, options: BuildOptions) -> None:
         )
 
 
-def resolve_capabilities(options: BuildOptions) -> tuple[str, ...]:
-    """The compute capabilities to build for: those asked for; with TensorRT that of the device that is there.
+def resolve_capabilities(bundle: Bundle, options: BuildOptions) -> tuple[str, ...]:
+    """The compute capabilities to build for: those asked for; with TensorRT that of the device that is there. Weights
+    that not all of them can compute with narrow what the product covers where nothing is asked for.
 
     Raises:
-        UsageError: TensorRT is asked to build for another device.
+        UsageError: TensorRT is asked to build for another device, or weights need a later one.
         MissingDependencyError: TensorRT is to build, and there is no device.
     """
+    weights = format_of(bundle.manifest.options)
+    first, name = ("", "") if weights is None else (weights.first_capability, weights.name)
     if not PRODUCTS[options.target].needs_gpu:
-        return options.compute_capabilities
+        asked = options.compute_capabilities
+        if first and not asked:
+            return tuple(one for one in RTX_PORTABLE if at_least(one, first))
+        if older := [one for one in asked if first and not at_least(one, first)]:
+            raise UsageError(
+                f"compute_capabilities={', '.join(older)}: {name} weights need compute capability {first} or later"
+            )
+        return asked
     here = device_capability()
-    if options.compute_capabilities not in ((), (here,)):
-        asked = ", ".join(options.compute_capabilities)
+    if first and not at_least(here, first):
         raise UsageError(
-            f"compute_capabilities={asked}: TensorRT builds for the device of this machine, which is {here}"
+            f"the device of this machine has compute capability {here}: {name} weights need {first} or later"
+        )
+    if options.compute_capabilities not in ((), (here,)):
+        given = ", ".join(options.compute_capabilities)
+        raise UsageError(
+            f"compute_capabilities={given}: TensorRT builds for the device of this machine, which is {here}"
         )
     return (here,)
 

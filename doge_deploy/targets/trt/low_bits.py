@@ -15,10 +15,10 @@ import onnx_ir as ir
 
 from doge_deploy.targets.trt.layers import Kernel
 
-LOW_BITS = frozenset({ir.DataType.INT4, ir.DataType.INT8, ir.DataType.FLOAT8E4M3FN, ir.DataType.FLOAT4E2M1})
+LOW_BITS = frozenset({ir.DataType.INT4, ir.DataType.FLOAT8E4M3FN, ir.DataType.FLOAT4E2M1})
 """Of weights in a lowered graph."""
 
-VENDOR_LOW_BITS = frozenset({"Int4", "Int8", "FP8", "FP4"})
+VENDOR_LOW_BITS = frozenset({"Int4", "FP8", "FP4E2M1"})
 """The same in the builder's list."""
 
 

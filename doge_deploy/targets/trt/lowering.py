@@ -20,18 +20,25 @@ from doge_deploy.errors import UnsupportedModelError
 from doge_deploy.graph.passes.name_nodes import NameNodesPass
 from doge_deploy.targets.trt.bounded.lowering import BoundedAttentionPass
 from doge_deploy.targets.trt.plugins import PluginLowering
+from doge_deploy.targets.trt.rounded_inputs import DYNAMIC_QUANTIZE, TENSORRT, RoundInputsPass
 
 _STANDARD_DOMAINS = ("", "ai.onnx")
 
 
 def lower(
-    model: ir.Model, plugins: Sequence[PluginLowering] = (), bounded: BoundedAttentionPass | None = None
+    model: ir.Model,
+    plugins: Sequence[PluginLowering] = (),
+    *,
+    round_inputs: bool = True,
+    bounded: BoundedAttentionPass | None = None,
 ) -> ir.Model:
     """The graph of a static layout as TensorRT takes it; weights stay where they are.
 
     Args:
         model: a bundle's graph. It is changed.
         plugins: lowerings for `doge` operators that become plugin nodes; the others are inlined.
+        round_inputs: with weights of few bits round the other side of products too, where their format says so. Without
+            it the graph computes what the standard one does.
         bounded: gives the graph a cache of the window.
 
     Raises:
@@ -45,6 +52,7 @@ def lower(
         common.InlinePass(),
         common.RemoveUnusedFunctionsPass(),  # type: ignore[no-untyped-call]
         NativeAttentionPass(),
+        *((RoundInputsPass(),) if round_inputs else ()),
         common.CommonSubexpressionEliminationPass(),
         common.RemoveUnusedNodesPass(),
         common.RemoveUnusedOpsetsPass(),
@@ -79,12 +87,14 @@ def _without_implementation(model: ir.Model, plugins: Sequence[PluginLowering]) 
     the process.
     """
     known = {(plugin.namespace, name) for plugin in plugins for name in plugin.plugin_names}
+    known.add((TENSORRT, DYNAMIC_QUANTIZE))
     for node in model.graph:
         if node.domain in _STANDARD_DOMAINS:
             continue
         namespace = node.attributes.get_string("plugin_namespace", node.domain)
         if (namespace, node.op_type) not in known:
-            hint = "; there is no body and no plugin for it" if not plugins else f"; known plugins: {sorted(known)}"
+            names = sorted((plugin.namespace, one) for plugin in plugins for one in plugin.plugin_names)
+            hint = "; there is no body and no plugin for it" if not plugins else f"; known plugins: {names}"
             yield f"node {node.name} is {node.domain}::{node.op_type}, which is not standard ONNX{hint}"
 
 

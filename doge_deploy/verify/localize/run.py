@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -161,7 +162,7 @@ class _Search:
         if self.lowering:
             from doge_deploy.targets.trt.lowering import lower
 
-            lowered = column("TensorRT-lowered", layout.file, lower=lower)
+            lowered = column("TensorRT-lowered", layout.file, lower=partial(lower, round_inputs=False))
         elif served != layout.file:
             lowered = column(LOWERED, served, exact=_without_rounding if self.rounds else None)
         else:
