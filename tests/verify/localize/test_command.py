@@ -16,7 +16,7 @@ from doge_deploy.errors import UsageError
 from doge_deploy.graph.stages import POINT
 
 PAGE = (Path(__file__).parents[3] / "docs" / "verify.md").read_text(encoding="utf-8")
-SECTION = PAGE.split("\n## Where a bundle parts from its reference\n")[1].split("\n## ")[0]
+SECTION = PAGE.split("\n## Where a bundle differs from its reference\n")[1].split("\n## ")[0]
 BLOCK = re.search(r"```console\n\$ doge-deploy (.*)\n((?:.*\n)*?)```", SECTION)
 
 
