@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,7 +13,7 @@ from doge_deploy.devices.host import available_cpus
 from doge_deploy.dtypes import NAMES
 
 if TYPE_CHECKING:
-    from doge_deploy.kernels.compile import Record
+    from doge_deploy.kernels.compile import Compiled, Record
     from doge_deploy.kernels.spec import Binding
 
 FILE_COLUMNS = 140
@@ -28,6 +28,7 @@ FILE_COLUMNS = 140
 @click.option("--dtype", "dtypes", metavar="LIST", default="fp16", show_default=True, help="fp32,fp16,bf16")
 @click.option("--kernel", "kernels", multiple=True, metavar="NAME", help="Only this kernel; repeatable.")
 @click.option("--output", "-o", type=click.Path(path_type=Path), metavar="DIR", help="Write PTX and records here.")
+@click.option("--machine-code", is_flag=True, help="Show what the machine code multiplies with, loads and spills.")
 @click.option("--jobs", type=click.IntRange(min=1), default=available_cpus, help="Compilers at once.")
 def compile_command(
     archs: str | None,
@@ -37,6 +38,7 @@ def compile_command(
     dtypes: str,
     kernels: tuple[str, ...],
     output: Path | None,
+    machine_code: bool,
     jobs: int,
 ) -> None:
     """Compile kernels to PTX, without a GPU, and show what ptxas says of each.
@@ -68,6 +70,8 @@ def compile_command(
         table.add_column(name, justify=justify, no_wrap=name != "sizes")  # type: ignore[arg-type]
     for name in ("registers", "spills", "shared", "threads"):
         table.add_column(name, justify="right", no_wrap=True)
+    for name in ("matrix products", "widest load", "local") if machine_code else ():
+        table.add_column(name, justify="right", no_wrap=True)
     console = Console()
     if not console.is_terminal and "COLUMNS" not in os.environ:
         console = Console(width=FILE_COLUMNS)
@@ -76,7 +80,8 @@ def compile_command(
         for (binding, arch), compiled in zip(work, compile_all(work, processes=jobs), strict=True):
             record = compiled.record
             spilled += record.spill_bytes > 0
-            table.add_row(*_row(binding, record), style="yellow" if record.spill_bytes else None)
+            more = _machine_code(compiled) if machine_code else ()
+            table.add_row(*_row(binding, record), *more, style="yellow" if record.spill_bytes else None)
             if output is not None:
                 write(compiled, output / f"sm_{arch}" / _file_name(binding, record))
     console.print(table)
@@ -155,6 +160,16 @@ def _row(binding: Binding, record: Record) -> list[str]:
         str(record.shared_memory_bytes),
         str(record.threads),
     ]
+
+
+def _machine_code(compiled: Compiled) -> Iterator[str]:
+    """Instructions that multiply matrices, bits of the widest load, loads and stores of local memory."""
+    from doge_deploy.kernels.machine_code import machine_code
+
+    code = machine_code(compiled)
+    yield " ".join(f"{name} {count}" for name, count in code.matrix_products.items()) or "-"
+    yield str(code.widest_load)
+    yield str(code.local_accesses)
 
 
 def _file_name(binding: Binding, record: Record) -> str:

@@ -5,10 +5,10 @@ It computes each case twice, in the bundle's dtype and in the next wider one; th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from types import TracebackType
 
 import numpy as np
@@ -19,6 +19,7 @@ from doge_deploy.checkpoint import Checkpoint
 from doge_deploy.config.model import DogeFacts
 from doge_deploy.graph.weight_formats import format_of
 from doge_deploy.runtime.base import IntArray
+from doge_deploy.verify.ahead import Ahead, workers_for
 from doge_deploy.verify.cases import (
     GREEDY,
     NATURAL,
@@ -34,11 +35,11 @@ from doge_deploy.verify.cases import (
 )
 from doge_deploy.verify.compare import Array, Difference, Distribution, difference
 from doge_deploy.verify.held_out import HELD_OUT
-from doge_deploy.verify.noise import DRAWS, Noise, pool
+from doge_deploy.verify.noise import DRAWS, Noise, noise_of
 from doge_deploy.verify.oracle import Expected, HeldOut, Oracle, SelfDifference, WeightsResult
 from doge_deploy.verify.parity import Judge
 from doge_deploy.verify.quality import held_out_cases, predicted
-from doge_deploy.verify.reference import Reference, few_threads
+from doge_deploy.verify.reference import FEWEST_ROWS, SMALL_PARAMETERS, Reference, checkpoint_size, few_threads
 from doge_deploy.verify.reference_run import ReplayTrace, run_reference
 from doge_deploy.verify.replay import CandidateTrace, Replay, Selections, greedy_calls
 from doge_deploy.verify.rounding import rounded_once_more
@@ -46,6 +47,7 @@ from doge_deploy.verify.stored import stored_weights
 from doge_deploy.verify.texts import TEXT, ids_of
 from doge_deploy.verify.tolerance import WIDER, limit
 from doge_deploy.verify.weights import compare_weights
+from doge_deploy.verify.whole_texts import WholeTexts, run_text
 
 
 @dataclass
@@ -54,20 +56,48 @@ class References:
 
     same: Reference
     wider: Reference
-    _runs: dict[tuple[object, ...], ReplayTrace] = field(default_factory=dict)
+    texts: WholeTexts | None = None
+    """The wider one, where it may read a text in one call."""
+    ahead: Ahead | None = None
+    """What is run in other processes already."""
+    _runs: dict[Hashable, ReplayTrace] = field(default_factory=dict)
 
     def forget(self) -> None:
         """Drop the runs of the last case."""
         self._runs.clear()
 
-    def run(self, reference: Reference, replay: Replay, case: Case) -> ReplayTrace:
-        """`case` on one of the two with its own selections; the same calls are run once."""
+    def key(self, reference: Reference, replay: Replay, case: Case) -> Hashable:
+        """The same for runs that are the same."""
         padded = any(call.lengths.min() < call.input_ids.shape[1] for call in case.calls)
         calls = tuple((call.input_ids.tobytes(), call.lengths.tobytes()) for call in case.calls)
-        key = (id(reference), replay.padding if padded else "", calls)
+        return reference.dtype, replay.padding if padded else "", replay.tokenwise, replay.last_logits, calls
+
+    def run(self, reference: Reference, replay: Replay, case: Case) -> ReplayTrace:
+        """`case` on one of the two with its own selections; the same calls are run once."""
+        key = self.key(reference, replay, case)
         if key not in self._runs:
-            self._runs[key] = run_reference(replay, reference, case)
+            found = None if self.ahead is None else self.ahead.take(key)
+            self._runs[key] = run_reference(replay, reference, case) if found is None else found
         return self._runs[key]
+
+    def tasks(self, replay: Replay, case: Case) -> dict[Hashable, Callable[[], object]]:
+        """What `run` and `run_wider` of a case in which nothing is selected would run."""
+        found: dict[Hashable, Callable[[], object]] = {
+            self.key(self.same, replay, case): partial(run_reference, replay, self.same, case)
+        }
+        asked = None if self.texts is None else self.texts.asked(replay, case)
+        if asked is not None:
+            found[asked] = partial(run_text, self.wider, asked)
+        else:
+            found[self.key(self.wider, replay, case)] = partial(run_reference, replay, self.wider, case)
+        return found
+
+    def run_wider(self, replay: Replay, case: Case) -> ReplayTrace:
+        """`case` on the wider one; nothing is selected in it, or by its own choice."""
+        asked = None if self.texts is None else self.texts.asked(replay, case)
+        if self.texts is None or asked is None:
+            return self.run(self.wider, replay, case)
+        return self.texts.run(asked, self.ahead).trace(case, last=replay.last_logits)
 
 
 class LiveExpected(Expected):
@@ -129,8 +159,8 @@ class LiveExpected(Expected):
         draws = self.draws(more=more)
         if name not in self.same.present:
             # A pair of class logits is too small a sample of noise: that of every token's is taken.
-            return pool([_noise_of_output(draw, self.wider) for draw in draws])
-        return pool([difference(draw.present[name], self.wider.present[name]) for draw in draws])
+            return noise_of([_of_every_token(draw) for draw in draws], _of_every_token(self.wider))
+        return noise_of([draw.present[name] for draw in draws], self.wider.present[name])
 
     def draws(self, *, more: bool) -> list[ReplayTrace]:
         """The run in the bundle's dtype; with `more`, those with other rounding errors after it."""
@@ -153,8 +183,8 @@ class LiveExpected(Expected):
         return np.concatenate([rows[-1:] if positions == "last" else rows for rows in self.same.logits])
 
 
-def _noise_of_output(draw: ReplayTrace, exact: ReplayTrace) -> Difference:
-    return difference(draw.classes, exact.classes) if draw.classes else difference(draw.logits, exact.logits)
+def _of_every_token(trace: ReplayTrace) -> list[Array]:
+    return trace.classes or trace.logits
 
 
 class LiveOracle(Oracle):
@@ -182,6 +212,7 @@ class LiveOracle(Oracle):
         self.limits = Limits.of(self.manifest.facts, self.manifest.max_length, self.manifest.task)
         self._bundle, self._checkpoint = bundle, checkpoint
         self._greedy_steps, self._started = greedy_steps, started
+        self._greedy_cases: dict[Judge, Case] = {}
         self._stack = ExitStack()
 
     def __enter__(self) -> LiveOracle:
@@ -201,7 +232,46 @@ class LiveOracle(Oracle):
         stored = {} if weight_format is None else stored_weights(self._bundle, self._checkpoint, weight_format)
         dtypes = (manifest.dtype, WIDER[manifest.dtype])
         same, wider = (Reference(self._checkpoint, dtype, manifest.task, stored) for dtype in dtypes)
-        return References(same, wider)
+        texts = WholeTexts(wider, self._unselecting()) if WholeTexts.apply(wider, self.limits) else None
+        return References(same, wider, texts)
+
+    def _unselecting(self) -> Iterator[Case]:
+        """The first choice of every case, but for greedy text, in which no key is dropped."""
+        cases = [*exact_cases(self.limits, SEEDS[0]), natural_case(self.limits, self.text_ids)]
+        return (case for case in cases if not self.manifest.facts.keep_window(case.longest))
+
+    def prepare(self, judges: Sequence[Judge]) -> None:
+        """Begin the runs in which nothing is selected, where there are processors and memory for several at once."""
+        if checkpoint_size(self._checkpoint) < SMALL_PARAMETERS:
+            return
+        workers = workers_for(self._run_bytes)
+        if not workers:
+            return
+        references, tasks = self.references, {}
+        for judge in judges:
+            # greedy text first: its steps are one after the other, and would be left over at the end
+            for name in sorted(self.case_names(), key=lambda name: name != GREEDY):
+                case = self._planned(name, judge)
+                if case is None or judge.selects(case) or judge.runners.obstacle(case) is not None:
+                    continue
+                tasks.update(references.tasks(judge.replay, case))
+        if tasks:
+            references.ahead = Ahead(tasks, workers)
+            self._stack.callback(references.ahead.close)
+
+    def _planned(self, name: str, judge: Judge) -> Case | None:
+        """The case of that name, as far as it is known before any other was judged."""
+        if name in (NATURAL, GREEDY):
+            case = self.case(name, judge)
+            return case if isinstance(case, Case) else None
+        return exact_case(self.limits, SEEDS[0], name)
+
+    @property
+    def _run_bytes(self) -> int:
+        """About the most that a run takes: scores of attention of the longest text in a few forms, and all logits."""
+        facts, length = self.manifest.facts, self.limits.max_length
+        logits = FEWEST_ROWS if self.manifest.last_logits else length
+        return 8 * (6 * facts.num_attention_heads * length**2 + 2 * logits * facts.vocab_size)
 
     @cached_property
     def text_ids(self) -> IntArray:
@@ -239,6 +309,11 @@ class LiveOracle(Oracle):
 
     def _greedy(self, judge: Judge) -> Case:
         """The bundle's own greedy text: the reference is told its tokens, and asked at each for the next."""
+        if judge not in self._greedy_cases:
+            self._greedy_cases[judge] = self._greedy_case(judge)
+        return self._greedy_cases[judge]
+
+    def _greedy_case(self, judge: Judge) -> Case:
         prompt = self.prompt
         steps = min(self._greedy_steps, self.limits.max_length - len(prompt))
         if judge.runners.hides_selections:
@@ -264,7 +339,7 @@ class LiveOracle(Oracle):
     def expected(self, layout: str, replay: Replay, case: Case, given: Sequence[Selections] | None) -> LiveExpected:
         references = self.references
         if given is None:
-            runs = [references.run(one, replay, case) for one in (references.same, references.wider)]
+            runs = [references.run(references.same, replay, case), references.run_wider(replay, case)]
         else:
             runs = [
                 run_reference(replay, references.same, case, given, use_given=not case.exact),

@@ -126,6 +126,10 @@ class Oracle(AbstractContextManager["Oracle"]):
         """Raises UnsupportedModelError where nothing is known of one of the layouts."""
         return
 
+    def prepare(self, judges: Sequence[Judge]) -> None:
+        """Told which layouts are going to be judged, before any case: what can be begun, may be."""
+        return
+
     @abstractmethod
     def weights(self, bundle: Bundle) -> WeightsResult:
         """Every number of the bundle's weight file against the checkpoint."""

@@ -7,7 +7,7 @@ for (see `noise.py`). Where the reference comes from does not matter here: see `
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -104,8 +104,7 @@ class CaseResult:
 
 
 def verify_layouts(
-    bundle: Bundle,
-    runners: Mapping[str, Runners],
+    judges: Sequence[Judge],
     oracle: Oracle,
     *,
     started: Callable[[str], None],
@@ -115,14 +114,12 @@ def verify_layouts(
     """Run every case, on each layout in turn.
 
     Args:
-        bundle: what is verified.
-        runners: per layout its graph, as it is and with its selections exposed.
-        oracle: the reference, entered.
+        judges: of each layout.
+        oracle: the reference, entered, that all of them ask.
         started: told each case before it is run.
         finished: told each result when it is there.
         skipped: takes the cases that a runner cannot run or show, with the reason.
     """
-    judges = [Judge(bundle, layout, pair, oracle) for layout, pair in runners.items()]
     results = []
     for name in oracle.case_names():
         started(name)
@@ -239,6 +236,7 @@ class Judge:
                 noise_rms=noise.rms,
                 scale=noise.scale,
                 count=noise.effective,
+                draws=noise.draws,
             )
             result.quantities.append(Quantity(name, expected.difference(name, candidate), allowed))
 

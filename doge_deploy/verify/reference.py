@@ -38,6 +38,10 @@ if TYPE_CHECKING:
 SMALL_PARAMETERS = 4_000_000
 """Below this, one thread is faster: an operator is over before a second thread has woken up."""
 
+FEWEST_ROWS = 64
+"""Positions of a longer call that get logits where only the last is asked for. So many rows are multiplied as all of
+them are, to the bit; one row alone is another product, which errs half as much (decision 8)."""
+
 
 @dataclass
 class Watch:
@@ -127,13 +131,16 @@ class Reference:
         real_rows: Array | None = None,
         longest: int | None = None,
         note_choices: bool = False,
+        last: int | None = None,
     ) -> tuple[torch.Tensor, Watch]:
         """One call: `input_ids` and `position_ids` `[B, Q]`, `attention_mask` `[B, T]`, or `[B, 1, Q, K]`, true
-        where visible; `cache` is updated. The others are fields of `Call`.
+        where visible; `cache` is updated. Of a language model logits may be asked of the `last` positions alone. The
+        others are fields of `Call`.
         """
         rows = None if real_rows is None else torch.from_numpy(real_rows)
         call = Call(given or {}, use_given, rows, longest, note_choices)
         called = self.body if self.task == "features" else self.model
+        kept = {} if last is None or self.task != "causal-lm" else {"logits_to_keep": last}
         with self._watched(call):
             output = called(
                 input_ids=torch.from_numpy(np.ascontiguousarray(input_ids)),
@@ -141,6 +148,7 @@ class Reference:
                 position_ids=torch.from_numpy(np.ascontiguousarray(position_ids)),
                 past_key_values=cache,
                 use_cache=True,
+                **kept,
             )
         return output.last_hidden_state if self.task == "features" else output.logits, call.watch
 
@@ -401,9 +409,12 @@ class ReferenceRows:
         *,
         use_given: bool = True,
         longest: int | None = None,
+        last: int | None = None,
     ) -> tuple[list[torch.Tensor], Watch]:
         """Feed one call; returns the logits (or features) `[lengths[b], V]` of each row's real tokens, or class logits
         `[1, labels]`. `longest`: see `Reference`.
+
+        With `last` only those of so many tokens of each row, `[min(last, lengths[b]), V]`.
         """
         width = input_ids.shape[1]
         before = self.real.sum(axis=1)
@@ -435,13 +446,16 @@ class ReferenceRows:
             real_rows=judged,
             longest=longest,
             note_choices=self.note_choices,
+            last=None if last is None or not rows[:, -1].all() else max(last, FEWEST_ROWS),
         )
         self.real = np.concatenate((self.real, rows), axis=1)
         watch.held = self.real.shape[1]
         watch.classes = [row[torch.from_numpy(real)] for row, real in zip(watch.classes, rows, strict=False)]
         if logits.ndim == 2:  # one set of class logits for a row
             return [logits[b][None] for b in range(len(rows))], watch
-        return [logits[b][torch.from_numpy(rows[b])] for b in range(len(rows))], watch
+        rows = rows[:, rows.shape[1] - logits.shape[1] :]
+        columns = [np.flatnonzero(row)[0 if last is None else -last :] for row in rows]
+        return [logits[b][torch.from_numpy(kept)] for b, kept in enumerate(columns)], watch
 
     def _near_slots(self, seen: Array, slots: IntArray, sliding_window: int) -> Array:
         """`[B, 1, Q, T]`: of the `seen` `[B, T]` columns those whose slot is less than the window back.

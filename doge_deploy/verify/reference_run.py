@@ -78,7 +78,8 @@ def run_reference(
         if single:
             logits = _run_tokenwise(replay, rows, call, selected, use_given, trace, scores, choices, columns)
         else:
-            logits, watch = rows[0].run(call.input_ids, call.lengths, selected, use_given=use_given)
+            last = 1 if replay.last_logits else None
+            logits, watch = rows[0].run(call.input_ids, call.lengths, selected, use_given=use_given, last=last)
             trace.note(watch)
             scores[0] = watch.scores
             _note_call(choices, watch, columns)

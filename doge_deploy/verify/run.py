@@ -17,7 +17,7 @@ from doge_deploy.targets.backend import Backend, SessionOptions, find
 from doge_deploy.verify.cases import GREEDY_STEPS
 from doge_deploy.verify.environment import this_environment
 from doge_deploy.verify.oracle import Oracle
-from doge_deploy.verify.parity import CaseResult, make_replay, verify_layouts
+from doge_deploy.verify.parity import CaseResult, Judge, make_replay, verify_layouts
 from doge_deploy.verify.quality import QualityResult, judge_quality
 from doge_deploy.verify.recording.oracle import open_recording
 from doge_deploy.verify.report import Report
@@ -161,10 +161,10 @@ def judge_bundle(
             report.graphs[layout] = what if backend.name == DEFAULT_BACKEND else f"{what}, --backend {backend.name}"
         if weight_format is not None and (weight_format.rounds_inputs_to or not lowering):
             report.quality = _judge_quality(bundle, weight_format, backend, chosen, options, oracle, started)
+        judges = [Judge(bundle, layout, pair, oracle) for layout, pair in runners.items()]
+        oracle.prepare(judges)
         report.reference_itself = oracle.itself()
-        report.results = verify_layouts(
-            bundle, runners, oracle, started=started, finished=finished, skipped=report.skipped
-        )
+        report.results = verify_layouts(judges, oracle, started=started, finished=finished, skipped=report.skipped)
     return report
 
 

@@ -23,7 +23,7 @@ class Hand:
         monkeypatch.setattr(engine_module, "perf_counter", lambda: self.now)
         self.delivered: list[list[tuple[str, Event]]] = []
         rows = ScriptedSlots(slots, max_length=512)
-        self.engine = Engine(Scheduler(rows, Limits(step_tokens=8)), self.delivered.append)
+        self.engine = Engine(Scheduler(rows, Limits(step_tokens=8, alone_tokens=8)), self.delivered.append)
         self.scheduler = self.engine.scheduler
 
     def submit(self, name: str, prompt: int = 3, tokens: int = 50) -> None:
@@ -59,6 +59,12 @@ def test_the_first_token_goes_out_at_once(hand: Hand) -> None:
     hand.submit("a")
     (events,) = hand.step()
     assert kinds(events) == [Started, Produced]
+
+
+def test_the_first_token_goes_out_at_once_also_where_something_else_just_did(hand: Hand) -> None:
+    hand.submit("a", prompt=12)  # two pieces
+    assert [kinds(events) for events in hand.step(0.0001)] == [[Started]]
+    assert [kinds(events) for events in hand.step(0.0001)] == [[Produced]]
 
 
 def test_tokens_of_short_steps_go_out_together(hand: Hand) -> None:

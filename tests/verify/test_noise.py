@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from bundles import make_bundle
+from bundles import make_bundle, shared_bundle
 from random_doge import random_doge, save_random_doge
 from torch import nn
 
@@ -18,12 +18,13 @@ from doge_deploy.checkpoint import open_checkpoint
 from doge_deploy.verify.cases import Case, chunk
 from doge_deploy.verify.compare import Array, difference
 from doge_deploy.verify.live import LiveExpected, LiveOracle
-from doge_deploy.verify.noise import MOST_BY_CHANCE, pool
+from doge_deploy.verify.noise import DRAWS, MOST_BY_CHANCE, independent_errors, noise_of, pool
 from doge_deploy.verify.parity import CaseResult, Judge
 from doge_deploy.verify.reference_run import ReplayTrace
 from doge_deploy.verify.replay import CandidateTrace, Replay
 from doge_deploy.verify.rounding import rounded_once_more
 from doge_deploy.verify.runners import open_runners
+from doge_deploy.verify.source import open_reference
 
 
 def test_a_pool_is_the_sample_that_its_draws_make_together() -> None:
@@ -38,6 +39,49 @@ def test_a_pool_is_the_sample_that_its_draws_make_together() -> None:
 
 def test_draws_without_any_error_are_a_sample_of_their_size() -> None:
     assert pool([difference([np.ones(3)], [np.ones(3)])] * 2).effective == 6
+
+
+SPECTRA: dict[str, Array] = {
+    "one-direction": np.ones(1),
+    "one-direction-of-many": np.array([0.6] + [0.4 / 40] * 40),
+    "twenty": np.ones(20),
+    "hundreds": np.ones(400),
+}
+"""Variances of independent errors, of which each is then many numbers."""
+
+
+@pytest.mark.parametrize("spectrum", SPECTRA.values(), ids=list(SPECTRA))
+def test_numbers_that_follow_few_errors_are_counted_as_few(spectrum: Array) -> None:
+    """A thousand numbers, all of them sums of a few errors: what one draw shows is a thousand."""
+    generator = np.random.default_rng(0)
+    mixing = np.linalg.qr(generator.normal(size=(1000, len(spectrum))))[0]
+    exact = [np.zeros((2, 500))]
+    draws = [
+        [(mixing @ (generator.normal(size=len(spectrum)) * np.sqrt(spectrum))).reshape(2, 500)]
+        for _ in range(1 + DRAWS)
+    ]
+    true = spectrum.sum() ** 2 / (spectrum**2).sum()
+    assert noise_of(draws[:1], exact).effective > 100
+    assert true / 4 < independent_errors(draws, exact) < 4 * true
+    found = noise_of(draws, exact)
+    assert found.effective <= 4 * true and found.draws == 1 + DRAWS
+    assert found.rms == pytest.approx(pool([difference(draw, exact) for draw in draws]).rms)
+
+
+def test_what_all_draws_share_is_no_chance() -> None:
+    generator = np.random.default_rng(0)
+    errors = generator.normal(size=(9, 500))
+    exact = [np.zeros(500)]
+    alone = independent_errors([[row] for row in errors], exact)
+    assert independent_errors([[row + 5] for row in errors], exact) == pytest.approx(alone)
+
+
+def test_long_tensors_are_multiplied_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    errors = np.random.default_rng(0).normal(size=(5, 700)) * np.linspace(0, 1, 700)
+    draws, exact = [[row[:300], row[300:]] for row in errors], [np.zeros(300), np.zeros(400)]
+    whole = independent_errors(draws, exact)
+    monkeypatch.setattr("doge_deploy.verify.noise._BLOCK", 64)
+    assert independent_errors(draws, exact) == pytest.approx(whole)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
@@ -143,3 +187,18 @@ def test_without_more_draws_a_sound_bundle_is_refused(
     monkeypatch.setattr(LiveExpected, "_draw", of_the_reference)
     monkeypatch.setattr("doge_deploy.verify.parity.MOST_BY_CHANCE", most)
     assert judge.judge(CASE).passed == bool(most)
+
+
+@pytest.mark.sweep
+def test_a_row_of_logits_is_few_errors() -> None:
+    """A sound bundle that was refused: one row of 1024 logits, whose errors follow two or three directions."""
+    bundle = open_bundle(shared_bundle("doge-tiny-moe", routing="per-token"))
+    with LiveOracle(bundle, open_reference(bundle, None)) as oracle:
+        judge = Judge(bundle, "static", open_runners(bundle, "static"), oracle)
+        case = oracle.case("window K=w", judge)
+        assert isinstance(case, Case)
+        result = judge.judge(case)
+        assert result.passed, result.failures
+        expected = oracle.expected("static", judge.replay, case, None)
+        assert expected.noise("logits", more=False).effective > 100
+        assert expected.noise("logits", more=True).effective < 40

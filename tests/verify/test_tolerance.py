@@ -86,6 +86,22 @@ def test_chance_alone_rarely_passes_the_factor_of_a_small_sample(count: int) -> 
     assert (a / b > 1).mean() > 0.45
 
 
+@pytest.mark.parametrize("count", [1, 3, 10, 100])
+def test_many_draws_of_noise_leave_the_chance_of_the_one_that_is_judged(count: int) -> None:
+    """The noise is known from nine draws, the bundle still makes one: F with `count` and 9 * `count` errors."""
+    generator = np.random.default_rng(count)
+    ours = generator.chisquare(count, 1_000_000) / count
+    theirs = generator.chisquare(9 * count, 1_000_000) / (9 * count)
+    passed = (np.sqrt(ours / theirs) > small_sample_factor(count, 9)).mean()
+    print(f"{count} errors: factor {small_sample_factor(count, 9):.2f}, passed by {passed:.1e}")
+    assert 5e-5 < passed < 1.5e-4
+
+
+def test_a_factor_of_few_errors_in_all_is_finite() -> None:
+    """What a damaged or old recording may say."""
+    assert 1 < small_sample_factor(1, 2) < 100 and small_sample_factor(0, 3) > 1
+
+
 def test_the_largest_of_few_errors_is_not_held_tighter_than_their_rms() -> None:
     few = limit("logits", "float32", noise_max=1e-8, noise_rms=8e-9, scale=0.5, count=2.0)
     many = limit("logits", "float32", noise_max=1e-6, noise_rms=3e-7, scale=0.5, count=1000.0)

@@ -331,4 +331,4 @@ def _at(found: Difference, index: tuple[int, ...]) -> Difference:
 
 
 def _noise(recorded: RecordedNoise) -> Noise:
-    return Noise(recorded.max_abs, recorded.rms, recorded.scale, recorded.effective)
+    return Noise(recorded.max_abs, recorded.rms, recorded.scale, recorded.effective, recorded.draws)

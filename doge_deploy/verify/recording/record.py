@@ -22,9 +22,9 @@ from doge_deploy.config.model import DogeFacts
 from doge_deploy.errors import MismatchError, UnsupportedModelError
 from doge_deploy.graph.weight_formats import format_of
 from doge_deploy.verify.cases import GREEDY, NATURAL, SEEDS, Call, Case, Limits, chunk, exact_case, natural_case
-from doge_deploy.verify.compare import Array, difference
+from doge_deploy.verify.compare import Array
 from doge_deploy.verify.live import LiveExpected, LiveOracle
-from doge_deploy.verify.noise import Noise, pool
+from doge_deploy.verify.noise import Noise, noise_of
 from doge_deploy.verify.oracle import HeldOut
 from doge_deploy.verify.parity import OUTPUTS, make_replay
 from doge_deploy.verify.recording.container import Tensors, write_container
@@ -333,7 +333,7 @@ class Recorder:
             return [whole if output.ids is None else np.take_along_axis(whole, output.ids, axis=1)]
 
         exact = picked(expected.wider)
-        return _noise(pool([difference(picked(draw), exact) for draw in expected.draws(more=more)]))
+        return _noise(noise_of([picked(draw) for draw in expected.draws(more=more)], exact))
 
     def _tensor(self, expected: LiveExpected, name: str) -> RecordedTensor:
         rows = expected.same.present[name]
@@ -344,8 +344,7 @@ class Recorder:
 
         exact, values = picked(expected.wider), picked(expected.same)
         noise = [
-            _noise(pool([difference(picked(draw), exact) for draw in expected.draws(more=more)]))
-            for more in (False, True)
+            _noise(noise_of([picked(draw) for draw in expected.draws(more=more)], exact)) for more in (False, True)
         ]
         flat = np.concatenate([row.reshape(-1) for row in values])
         return RecordedTensor(tuple(row.shape for row in rows), step, self.tensors.add(flat, self.dtype), *noise)
@@ -374,4 +373,4 @@ class _Logits:
 
 
 def _noise(found: Noise) -> RecordedNoise:
-    return RecordedNoise(found.max_abs, found.rms, found.scale, found.effective)
+    return RecordedNoise(found.max_abs, found.rms, found.scale, found.effective, found.draws)

@@ -24,6 +24,7 @@ class RecordedNoise:
     rms: Amount
     scale: Amount
     effective: Amount
+    draws: Count = 1
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from doge_deploy.errors import UsageError
 from doge_deploy.graph.stages import POINT
 
 PAGE = (Path(__file__).parents[3] / "docs" / "verify.md").read_text(encoding="utf-8")
-SECTION = PAGE.split("\n## Where a bundle parts from its reference\n")[1].split("\n## ")[0]
+SECTION = PAGE.split("\n## Where a bundle differs from its reference\n")[1].split("\n## ")[0]
 BLOCK = re.search(r"```console\n\$ doge-deploy (.*)\n((?:.*\n)*?)```", SECTION)
 
 
@@ -69,9 +69,14 @@ def test_a_bundle_that_passes_has_nothing_to_find(capfd: pytest.CaptureFixture[s
 
 
 def test_the_lowering_for_tensorrt_is_a_column(tmp_path: Path) -> None:
-    found = api.localize(shared_bundle("doge-tiny"), "window decode", lowering=True)
+    found = api.localize(shared_bundle("doge-tiny", max_length=64), "decode", lowering=True)
     assert found.passed, found.lines()
     assert found.columns == ("TensorRT-lowered", "standard")
+
+
+def test_the_graphs_of_a_bounded_cache_are_no_columns() -> None:
+    with pytest.raises(UsageError, match="does not look into the two graphs of a cache that holds the window"):
+        api.localize(shared_bundle("doge-tiny"), "window decode", lowering=True)
 
 
 @pytest.mark.parametrize(
