@@ -307,7 +307,12 @@ def test_schedules_find_a_fault(fault: Callable[[RowsRunner], None]) -> None:
 
 def poison(rows: RowsRunner) -> None:
     """What a model that overflows leaves in every row."""
-    if hasattr(rows, "_buffers"):
+    if isinstance(rows, cuda.CudaRunner):
+        for cache in rows.caches.values():
+            held = cache.read()
+            held[:, :, : int(rows._written.max())] = np.inf
+            cache.write(held)
+    elif hasattr(rows, "_buffers"):
         for buffer in rows._buffers.values():
             buffer[:, :, : rows._written.max()] = np.inf  # type: ignore[attr-defined]
     else:

@@ -26,7 +26,7 @@ from doge_deploy.bundle.signature import (
 from doge_deploy.runtime.base import FloatArray, IntArray
 from doge_deploy.runtime.cuda.memory import DeviceArray, DeviceMemory
 from doge_deploy.runtime.logits import NO_TOKEN, HostLogits, Logits, check_current
-from doge_deploy.runtime.ort.prefill_chunks import joined_logits, joined_selections
+from doge_deploy.runtime.pieces import joined_logits, joined_selections
 from doge_deploy.runtime.rows import ChangingAngles, RowsRunner, row_range
 
 if TYPE_CHECKING:
