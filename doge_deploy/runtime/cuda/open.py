@@ -113,10 +113,8 @@ def _check_device(ort: ModuleType, memory: DeviceMemory) -> None:
     try:
         memory.array((1,), "int64")
     except Exception as error:  # ONNX Runtime's exceptions have no common base of their own
-        reason = " ".join(str(error).split())
         raise MissingDependencyError(
-            f"{PACKAGE} {ort.__version__} finds no NVIDIA GPU that it can use (doge-deploy doctor says what is there): "
-            f"{reason[:200]}"
+            f"{PACKAGE} {ort.__version__} finds no NVIDIA GPU that it can use; doge-deploy doctor says what is there"
         ) from error
 
 
