@@ -1,182 +1,22 @@
-"""A device and an engine without CUDA: memory is NumPy's, the engine is ONNX Runtime on the bundle's static graph.
-
-They are as strict as the real ones, or stricter: an address must lie in memory that is alive, shapes must fit the
-profile, copies must be of equal size, and recorded work is done on the addresses that it was recorded with.
-"""
+"""Runners of engines on stand-ins (`doge_deploy.runtime.trt.in_ort`), and records of engines that nobody built."""
 
 from __future__ import annotations
 
-import weakref
-from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 from doge_deploy.bundle.engine_record import EngineProfile, EngineRecord, EngineTensor, LayerCounts, SourceFile
 from doge_deploy.bundle.files import file_entry
 from doge_deploy.bundle.opening import Bundle, open_bundle
 from doge_deploy.bundle.signature import BATCH, SEQUENCE
 from doge_deploy.bundle.writing import write_manifest
-from doge_deploy.dtypes import item_bytes
 from doge_deploy.options.build import BuildOptions, Range
 from doge_deploy.runtime.ort import open_session
-from doge_deploy.runtime.rows import ChangingAngles
-from doge_deploy.runtime.trt.device import Bytes, Device, Graph, HostMemory, Memory
+from doge_deploy.runtime.trt.in_ort import HostDevice, OrtEngine
 from doge_deploy.runtime.trt.plan import make_plan
-from doge_deploy.runtime.trt.runner import Context, Engine, TrtRunner
-
-
-class HeldMemory(Memory, HostMemory):
-    def __init__(self, nbytes: int, fill: int) -> None:
-        self.array = np.full(nbytes, fill, np.uint8)
-        self.address = int(self.array.ctypes.data)
-        self.nbytes = nbytes
-
-
-class HeldGraph(Graph):
-    def __init__(self, device: HeldDevice, work: list[Callable[[], None]]) -> None:
-        self._device, self._work = device, work
-
-    def launch(self) -> None:
-        self._device.launches += 1
-        for one in self._work:
-            one()
-
-
-class HeldDevice(Device):
-    """Does everything at once, or records it."""
-
-    name = "a stand-in"
-    compute_capability = "8.9"
-    stream = 7
-
-    def __init__(self) -> None:
-        self._alive: weakref.WeakValueDictionary[int, HeldMemory] = weakref.WeakValueDictionary()
-        self._recording: list[Callable[[], None]] | None = None
-        self.launches = 0
-        self.recordings = 0
-
-    def part(self, address: int, nbytes: int) -> Bytes:
-        """The bytes at an address, all in one piece of memory that is still there."""
-        for memory in self._alive.values():
-            begin = address - memory.address
-            if begin >= 0 and begin + nbytes <= memory.nbytes:
-                return memory.array[begin : begin + nbytes]
-        raise AssertionError("this memory is no longer there, or ends before")
-
-    def allocate(self, nbytes: int) -> HeldMemory:
-        memory = HeldMemory(nbytes, 0)
-        self._alive[memory.address] = memory
-        return memory
-
-    def allocate_host(self, nbytes: int) -> HeldMemory:
-        return HeldMemory(nbytes, 0xFF)  # NaN, or a negative number, until it is written
-
-    def upload(self, source: HostMemory, target: Memory) -> None:
-        self._copy(source, target)
-
-    def download(self, source: Memory, target: HostMemory) -> None:
-        self._copy(source, target)
-
-    def _copy(self, source: Any, target: Any) -> None:
-        assert source.nbytes == target.nbytes
-        reference = weakref.ref(source), weakref.ref(target)
-
-        def copy() -> None:
-            left, right = (one() for one in reference)
-            assert left is not None and right is not None, "a copy of memory that is no longer there"
-            right.array[:] = left.array
-
-        self.do(copy)
-
-    def copy(self, source: Memory, source_begin: int, target: Memory, target_begin: int, nbytes: int) -> None:
-        left = self.part(source.address + source_begin, nbytes)
-        right = self.part(target.address + target_begin, nbytes)
-        assert not np.shares_memory(left, right)
-        self.do(lambda: np.copyto(right, left))
-
-    def clear(self, memory: Memory, begin: int, nbytes: int) -> None:
-        self.do(lambda: self.part(memory.address + begin, nbytes).fill(0))
-
-    def do(self, work: Callable[[], None]) -> None:
-        if self._recording is None:
-            work()
-        else:
-            self._recording.append(work)
-
-    def synchronize(self) -> None:
-        assert self._recording is None, "nothing can be waited for while work is recorded"
-
-    def record(self, work: Callable[[], None]) -> HeldGraph:
-        self.recordings += 1
-        self._recording = []
-        work()
-        recorded, self._recording = self._recording, None
-        return HeldGraph(self, recorded)
-
-
-class HeldEngine(Engine):
-    """The bundle's static graph, as an engine of that record."""
-
-    def __init__(
-        self, bundle: Bundle, record: EngineRecord, device: HeldDevice, *, records_itself: bool = False
-    ) -> None:
-        layout = bundle.layout("static")
-        self.session = open_session(bundle.path / layout.file, bundle.path)
-        self.record = record
-        self.device = device
-        self.records_itself = records_itself
-        self.contexts: list[HeldContext] = []
-
-    def create_context(self) -> HeldContext:
-        self.contexts.append(HeldContext(self))
-        return self.contexts[-1]
-
-
-class HeldContext(Context):
-    def __init__(self, engine: HeldEngine) -> None:
-        self.engine = engine
-        self.bindings: list[tuple[int, tuple[int, int]]] = []
-        """Profile and `[B, Q]` of every binding."""
-        self.runs = 0
-
-    def bind(self, profile: int, shapes: Mapping[str, tuple[int, ...]], addresses: Mapping[str, int]) -> None:
-        record = self.engine.record
-        rows, width = shapes["input_ids"]
-        assert record.profiles[profile].allows(**{BATCH: rows, SEQUENCE: width})
-        assert set(addresses) == {tensor.name for tensor in (*record.inputs, *record.outputs)}
-        for present, past in record.aliases.items():
-            assert addresses[present] == addresses[past], "the cache is not written in place"
-        self.bindings.append((profile, (rows, width)))
-        self.sizes = {BATCH: rows, SEQUENCE: width}
-        self.addresses = dict(addresses)
-        for name, shape in shapes.items():
-            assert shape == self._shape(record.tensor(name))
-
-    def _shape(self, tensor: EngineTensor) -> tuple[int, ...]:
-        return tuple(self.sizes[axis] if isinstance(axis, str) else axis for axis in tensor.shape)
-
-    def _view(self, tensor: EngineTensor) -> np.ndarray[Any, Any]:
-        shape = self._shape(tensor)
-        part = self.engine.device.part(self.addresses[tensor.name], int(np.prod(shape)) * item_bytes(tensor.dtype))
-        return part.view(tensor.dtype).reshape(shape)
-
-    def enqueue(self) -> None:
-        self.engine.device.do(self._run)
-
-    def _run(self) -> None:
-        self.runs += 1
-        record = self.engine.record
-        wide = {value.name: value.type for value in self.engine.session.get_inputs()}
-        feeds = {
-            tensor.name: self._view(tensor).astype(np.int64) if "int64" in wide[tensor.name] else self._view(tensor)
-            for tensor in record.inputs
-        }
-        names = [tensor.name for tensor in record.outputs]
-        for tensor, value in zip(record.outputs, self.engine.session.run(names, feeds), strict=True):
-            self._view(tensor)[:] = value
+from doge_deploy.runtime.trt.product import make_runner
+from doge_deploy.runtime.trt.runner import TrtRunner
 
 
 def axes(batch: tuple[int, int, int], sequence: tuple[int, int, int]) -> dict[str, Range]:
@@ -259,18 +99,13 @@ def write_engine(path: Path, **changes: Any) -> EngineRecord:
 
 
 def held_runner(bundle: Bundle, *, records_itself: bool = False, **changes: Any) -> TrtRunner:
-    """A real runner on a stand-in."""
-    record, device = record_of(bundle, **changes), HeldDevice()
-    signature = bundle.layout("static").signature
-    return TrtRunner(
-        HeldEngine(bundle, record, device, records_itself=records_itself),
-        device,
-        make_plan(record, signature),
-        signature,
-        max_length=bundle.manifest.max_length,
-        last=bundle.manifest.last_logits,
-        whole_calls=bool(bundle.manifest.whole_calls),
-        angles=ChangingAngles.in_bundle(bundle.manifest),
+    """A real runner on a stand-in: the bundle's static graph, with a slot for each token."""
+    record, device = record_of(bundle, **changes), HostDevice()
+    layout = bundle.layout("static")
+    session = open_session(bundle.path / layout.file, bundle.path)
+    engine = OrtEngine(session, record, device, records_itself=records_itself)
+    return make_runner(
+        bundle.manifest, layout.signature, None, engine, device, make_plan(record, layout.signature), None
     )
 
 

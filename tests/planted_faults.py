@@ -194,6 +194,83 @@ FAULTS: dict[str, Fault] = {
         "a window that TensorRT cannot select ends in an error of the vendor's",
         ("test_lowering.py",),
     ),
+    "kernels-of-any-version": Fault(
+        "targets/cuda",
+        Patch(
+            "doge_deploy/targets/cuda/placement.py",
+            """if since != entry["since"]:""",
+            """if since < entry["since"]:""",
+        ),
+        "an export does not say that a node falls to the CPU, because the provider knows an older version of it",
+        ("test_cuda_lowering.py",),
+        select="another_version",
+    ),
+    "keys-in-use-without-the-call": Fault(
+        "targets/cuda",
+        Patch(
+            "doge_deploy/targets/cuda/attention_lengths.py",
+            """return emit("Add", inputs["write_indices"], behind, name="lengths").outputs[0]""",
+            """return emit("Add", inputs["write_indices"], one, name="lengths").outputs[0]""",
+        ),
+        "tokens of a prompt do not see each other on a GPU",
+        ("test_cuda_lowering.py",),
+        select="to_the_bit",
+    ),
+    "rows-of-the-first": Fault(
+        "runtime/cuda",
+        Patch(
+            "doge_deploy/runtime/cuda/runner.py",
+            "address = cache.address + first * _row_bytes(cache)",
+            "address = cache.address",
+        ),
+        "requests that share a cache on a GPU write into the rows of others",
+        ("test_slots.py",),
+        select="cuda",
+    ),
+    "new-key-wins-a-tie": Fault(
+        "targets/trt",
+        Patch(
+            "doge_deploy/targets/trt/bounded/bodies.py",
+            "is_better = Greater (new_score, worst)",
+            "is_better = GreaterOrEqual (new_score, worst)",
+        ),
+        "of equal keys an engine that holds the window drops the earliest",
+        ("test_bounded.py",),
+        select="equal_keys",
+    ),
+    "old-row-not-written-back": Fault(
+        "targets/trt",
+        Patch(
+            "doge_deploy/targets/trt/bounded/bodies.py",
+            "value_row = Where (is_better, new_value, old_value)",
+            "value_row = Identity (new_value)",
+        ),
+        "a token that is not kept destroys the value of the worst that is",
+        ("test_bounded.py",),
+        select="agrees",
+    ),
+    "compaction-keeps-a-wrong-key": Fault(
+        "targets/trt",
+        Patch(
+            "doge_deploy/targets/trt/bounded/bodies.py",
+            "stays = Greater (count, token_floats)",
+            "stays = GreaterOrEqual (count, token_floats)",
+        ),
+        "a prefill keeps a key that a better one has pushed out",
+        ("test_bounded.py",),
+        select="agrees",
+    ),
+    "prefill-copied-to-the-first-row": Fault(
+        "runtime/trt",
+        Patch(
+            "doge_deploy/runtime/trt/bounded.py",
+            "self._caches[cache.present], first * size, rows * size)",
+            "self._caches[cache.present], 0, rows * size)",
+        ),
+        "the prompt of one text overwrites that of another",
+        ("test_bounded.py", "test_slots.py"),
+        select="other_rows or bounded",
+    ),
     "widened-weights-pass": Fault(
         "targets/trt",
         Patch(

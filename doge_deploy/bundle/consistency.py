@@ -230,10 +230,9 @@ def _engine(name: str, record: Any, manifest: Manifest) -> Iterator[str]:
         return
     if record.directory != directory:
         yield must_be(f"{where}.directory", record.directory, directory)
-    for key in ("engine_file", "report_file"):
-        file = getattr(record, key)
-        if not file.startswith(f"{directory}/") or file not in manifest.files:
-            yield must_be(f"{where}.{key}", file, f"a file of {directory}/ that is listed under files")
+    for part, built in ((where, record), (f"{where}.prefill", record.prefill)):
+        if built is not None:
+            yield from _engine_files(part, built, directory, manifest)
     if record.layout not in manifest.layouts:
         yield must_be(f"{where}.layout", record.layout, f"one of {', '.join(manifest.layouts)}")
     for key in ("onnx", "weights"):
@@ -247,6 +246,16 @@ def _engine(name: str, record: Any, manifest: Manifest) -> Iterator[str]:
             )
     if record.dtype != manifest.options.dtype:
         yield must_be(f"{where}.dtype", record.dtype, f"{manifest.options.dtype}, as options.dtype")
-    entry = manifest.files.get(record.engine_file)
-    if entry is not None and entry["bytes"] != record.engine_bytes:
-        yield must_be(f"{where}.engine_bytes", record.engine_bytes, f"{entry['bytes']}, as under files")
+    if record.prefill is not None and record.window is None:
+        yield must_be(f"{where}.window", None, "a number of slots, where there is a prefill")
+
+
+def _engine_files(where: str, built: Any, directory: str, manifest: Manifest) -> Iterator[str]:
+    """Whether the files of an engine, or of its prefill, are there as its record says."""
+    for key in ("engine_file", "report_file"):
+        file = getattr(built, key)
+        if not file.startswith(f"{directory}/") or file not in manifest.files:
+            yield must_be(f"{where}.{key}", file, f"a file of {directory}/ that is listed under files")
+    entry = manifest.files.get(built.engine_file)
+    if entry is not None and entry["bytes"] != built.engine_bytes:
+        yield must_be(f"{where}.engine_bytes", built.engine_bytes, f"{entry['bytes']}, as under files")

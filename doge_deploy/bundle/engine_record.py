@@ -95,15 +95,67 @@ class SourceFile(_Record):
     sha256: str
 
 
-class EngineRecord(_Record):
-    """One entry of `engines` in manifest.json."""
+class Interface(_Record):
+    """Inputs and outputs of a network, and which calls it takes."""
 
-    directory: str
-    """Relative to the bundle: `engines/<target>-<dtype>-<capabilities>`."""
+    profiles: tuple[EngineProfile, ...]
+    """In the engine's own order: the index is what `set_optimization_profile_async` takes."""
+    inputs: tuple[EngineTensor, ...]
+    outputs: tuple[EngineTensor, ...]
+    aliases: dict[str, str]
+    """Per present output the past input whose buffer it must be: the cache is written in place."""
+
+    def tensor(self, name: str) -> EngineTensor:
+        """The input or output called `name`; KeyError where there is none."""
+        for tensor in (*self.inputs, *self.outputs):
+            if tensor.name == name:
+                return tensor
+        raise KeyError(name)
+
+    def profile_for(self, **sizes: int) -> int | None:
+        """Index of the profile for a call with these sizes by axis name: of those that allow it the narrowest."""
+        fitting = [
+            (sum(axis.max - axis.min for axis in profile.axes.values()), index)
+            for index, profile in enumerate(self.profiles)
+            if profile.allows(**sizes)
+        ]
+        return min(fitting)[1] if fitting else None
+
+
+class Network(Interface):
+    """One network that was built, and the file that came of it."""
+
     engine_file: str
     """Relative to the bundle, as are all file names here; size and hash are in `files` of the manifest."""
     report_file: str
     """JSON: every layer of the network, and what the vendor's inspector says where it could be asked."""
+    lowered_onnx_sha256: str
+    """Of the graph after the lowering, as TensorRT's parser got it."""
+    layers: LayerCounts
+    kernels: KernelCounts | None = None
+    """None where the builder did not say, as with `verbosity: none`."""
+    weight_bytes: int = Field(description="bytes of the weights that the lowered graph refers to, each once")
+    engine_bytes: int
+    activation_bytes: int | None = None
+    """Scratch memory of an execution context at the largest sizes, caches apart, as the builder says; the largest of
+    the profiles."""
+    engine_weight_bytes: int | None = None
+    """Weights in the engine, as the builder says."""
+    build_seconds: float
+    """From the start of the child process to the finished file."""
+    peak_memory_bytes: int
+    """Largest resident set of the child process."""
+
+
+class EngineRecord(Network):
+    """One entry of `engines` in manifest.json.
+
+    Where the cache holds the window instead of the text there are two networks: this one decodes, `prefill` takes calls
+    of more than one token.
+    """
+
+    directory: str
+    """Relative to the bundle: `engines/<target>-<dtype>-<capabilities>`."""
     target: Target
     product: str
     """`TensorRT-RTX` or `TensorRT`."""
@@ -123,45 +175,17 @@ class EngineRecord(_Record):
     """Builder flags, as the product names them."""
     strip_weights: bool
     """The weights must be put in from the bundle before use."""
-    profiles: tuple[EngineProfile, ...]
-    """In the engine's own order: the index is what `set_optimization_profile_async` takes."""
-    inputs: tuple[EngineTensor, ...]
-    outputs: tuple[EngineTensor, ...]
-    aliases: dict[str, str]
-    """Per present output the past input whose buffer it must be: the cache is written in place."""
     onnx: SourceFile
     """The bundle's graph."""
     weights: SourceFile
-    lowered_onnx_sha256: str
-    """Of the graph after the lowering, as TensorRT's parser got it."""
     options: BuildOptions
-    layers: LayerCounts
-    kernels: KernelCounts | None = None
-    """None where the builder did not say, as with `verbosity: none`."""
-    weight_bytes: int = Field(description="bytes of the weights that the lowered graph refers to, each once")
-    engine_bytes: int
-    activation_bytes: int | None = None
-    """Scratch memory of an execution context at the largest sizes, caches apart, as the builder says; the largest of
-    the profiles."""
-    engine_weight_bytes: int | None = None
-    """Weights in the engine, as the builder says."""
-    build_seconds: float
-    """From the start of the child process to the finished file."""
-    peak_memory_bytes: int
-    """Largest resident set of the child process."""
+    window: int | None = None
+    """Slots of the cache where it holds the window instead of the text; None where it has a slot for each token."""
+    prefill: Network | None = None
+    """With `window`: a cache and tokens in, another cache out, which takes the place of the first. None where the
+    engine only decodes."""
 
-    def tensor(self, name: str) -> EngineTensor:
-        """The input or output called `name`; KeyError where there is none."""
-        for tensor in (*self.inputs, *self.outputs):
-            if tensor.name == name:
-                return tensor
-        raise KeyError(name)
-
-    def profile_for(self, **sizes: int) -> int | None:
-        """Index of the profile for a call with these sizes by axis name: of those that allow it the narrowest."""
-        fitting = [
-            (sum(axis.max - axis.min for axis in profile.axes.values()), index)
-            for index, profile in enumerate(self.profiles)
-            if profile.allows(**sizes)
-        ]
-        return min(fitting)[1] if fitting else None
+    @property
+    def networks(self) -> tuple[Network, ...]:
+        """All that were built."""
+        return (self,) if self.prefill is None else (self, self.prefill)

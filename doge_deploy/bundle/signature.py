@@ -28,6 +28,10 @@ LOGIT_OFFSETS, LOGIT_ROWS = "logit_offsets", "logit_rows"
 """An input of a lowered graph that may be left out, and its axis: for which tokens of each row there are logits, as
 distances from its last one."""
 
+BEST_TOKENS, BEST_LOGITS = "best_tokens", "best_logits"
+"""Outputs of a lowered graph: for each place that has logits the lowest of its likeliest tokens, and the logit of that
+token, infinite where one is not a number."""
+
 LAYOUTS = ("static", "growing")
 """Cache layouts, the default first."""
 
@@ -111,6 +115,7 @@ SHARES_BUFFERS = "doge_deploy.shares_buffers"
 which are then counted by `attention_mask`.
 """
 
+SEQUENCE_LENGTHS = "sequence_lengths"
 SLOT_INDICES = "slot_indices"
 SLOTS = "num_slots"
 
@@ -135,6 +140,39 @@ def windowed(signature: Signature) -> Signature:
     return Signature(signature.layout, tuple(inputs), tuple(any_slots(spec) for spec in signature.outputs))
 
 
+CACHE_ROWS = "batch_size * key_heads"
+RANK = "rank"
+"""What a bounded cache keeps in the place of scores: the score, and the position of its token plus 1 (0: an empty
+slot)."""
+
+
+def bounded(signature: Signature, window: int, *, decode: bool) -> Signature:
+    """The static signature of a graph whose cache has `window` slots, in which tokens lie in any order.
+
+    Each key head of each row is a row of the cache. `write_indices` is the next position.
+
+    Args:
+        signature: of the static layout, with one score per key head.
+        window: slots.
+        decode: of the graph for calls of one token; else of that for more, which is always told how many are real.
+    """
+
+    def any_order(spec: GraphTensor) -> GraphTensor:
+        if not spec.name.startswith(("past_key_values.", "present.")):
+            shape = tuple(1 if decode and axis == SEQUENCE else axis for axis in spec.shape)
+            return replace(spec, shape=shape)
+        stem, _, kind = spec.name.rpartition(".")
+        if kind == "score":
+            return replace(spec, name=f"{stem}.{RANK}", shape=(CACHE_ROWS, 1, window, 2))
+        return replace(spec, shape=(CACHE_ROWS, 1, window, spec.shape[3]))
+
+    inputs = [any_order(spec) for spec in signature.inputs]
+    names = [spec.name for spec in inputs]
+    if not decode and SEQUENCE_LENGTHS not in names:
+        inputs.insert(1 + names.index("write_indices"), GraphTensor(SEQUENCE_LENGTHS, "int64", (BATCH,)))
+    return Signature(signature.layout, tuple(inputs), tuple(any_order(spec) for spec in signature.outputs))
+
+
 def with_logit_rows(signature: Signature) -> Signature:
     """The same with logits of several tokens of a row, `LOGIT_OFFSETS` before its last one; `[0]` where not given."""
     outputs = tuple(
@@ -143,6 +181,14 @@ def with_logit_rows(signature: Signature) -> Signature:
     )
     offsets = GraphTensor(LOGIT_OFFSETS, "int64", (LOGIT_ROWS,))
     return Signature(signature.layout, (*signature.inputs, offsets), outputs)
+
+
+def with_best_tokens(signature: Signature) -> Signature:
+    """The same with the likeliest token of each place that has logits."""
+    logits = next(spec for spec in signature.outputs if spec.name == "logits")
+    tokens = GraphTensor(BEST_TOKENS, "int64", logits.shape[:-1])
+    best = GraphTensor(BEST_LOGITS, logits.dtype, logits.shape[:-1])
+    return Signature(signature.layout, signature.inputs, (*signature.outputs, tokens, best))
 
 
 def make_signature(facts: DogeFacts, layout: str, *, dtype: str, max_length: int, last_logits: bool) -> Signature:
@@ -165,7 +211,7 @@ def make_signature(facts: DogeFacts, layout: str, *, dtype: str, max_length: int
     else:
         ids.append(GraphTensor("write_indices", "int64", (BATCH,)))
         if last_logits:
-            ids.append(GraphTensor("sequence_lengths", "int64", (BATCH,)))
+            ids.append(GraphTensor(SEQUENCE_LENGTHS, "int64", (BATCH,)))
     memory = facts.rope_remembers(max_length)
     if memory:
         ids.append(GraphTensor(PAST_ROPE, "int64", (1,)))

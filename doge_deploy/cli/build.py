@@ -65,15 +65,20 @@ def build(bundle: Path, config_file: Path | None, assignments: tuple[str, ...], 
     options = load_build_options(config_file, choices, assignments)
     with progress() as display:
         record = api.build(bundle, options, force=force, progress=display)
+    networks = record.networks
     click.echo(
         f"{bundle / record.directory}: {record.product} {record.version}, {record.dtype}, "
-        f"{record.engine_bytes / 1e6:.1f} MB, {record.build_seconds:.1f} s, peak memory "
-        f"{record.peak_memory_bytes / 1e6:.0f} MB"
+        f"{sum(network.engine_bytes for network in networks) / 1e6:.1f} MB, "
+        f"{sum(network.build_seconds for network in networks):.1f} s, peak memory "
+        f"{max(network.peak_memory_bytes for network in networks) / 1e6:.0f} MB"
     )
-    layers = record.layers
-    click.echo(f"{layers.kv_cache_update} cache writes in place, {layers.attention} native attention layers")
-    if record.kernels is not None and record.kernels.low_bit:
-        click.echo(f"{record.kernels.low_bit} kernels read weights of few bits as they are stored")
-    for reason in sorted({layer.reason for layer in layers.decomposed}):
-        count = sum(layer.reason == reason for layer in layers.decomposed)
-        click.echo(f"{count} of them decomposed: {reason}")
+    if record.window is not None:
+        click.echo(f"a cache of {record.window} slots, its keep_window_size: memory and time do not grow with the text")
+    for network, what in zip(networks, ("", "prefill: "), strict=False):
+        layers = network.layers
+        click.echo(f"{what}{layers.kv_cache_update} cache writes in place, {layers.attention} native attention layers")
+        if network.kernels is not None and network.kernels.low_bit:
+            click.echo(f"{what}{network.kernels.low_bit} kernels read weights of few bits as they are stored")
+        for reason in sorted({layer.reason for layer in layers.decomposed}):
+            count = sum(layer.reason == reason for layer in layers.decomposed)
+            click.echo(f"{what}{count} of them decomposed: {reason}")

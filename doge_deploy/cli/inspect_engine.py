@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from doge_deploy.bundle.engine_record import EngineRecord
+    from doge_deploy.bundle.engine_record import EngineRecord, Network
     from doge_deploy.bundle.opening import Bundle
 
 
@@ -31,52 +31,71 @@ def show_engine(bundle: Bundle, name: str, *, as_json: bool, layers: bool) -> No
     from rich.console import Console
 
     record = bundle.engine(name)
-    report: dict[str, Any] = json.loads((bundle.path / record.report_file).read_text(encoding="utf-8"))
+    reports: list[dict[str, Any]] = [
+        json.loads((bundle.path / network.report_file).read_text(encoding="utf-8")) for network in record.networks
+    ]
     console = Console()
     if as_json:
-        data = {"record": record.model_dump(mode="json"), "report": report}
+        data = {"record": record.model_dump(mode="json"), "report": reports[0]}
+        if record.prefill is not None:
+            data["prefill_report"] = reports[1]
         console.print(json.dumps(data, indent=2), highlight=False, soft_wrap=True, markup=False)
         return
-    console.print(_grid(_facts(record, report)), highlight=False)
-    console.print(_profiles(record), highlight=False)
-    console.print(_counts(record, report), highlight=False)
-    if layers:
-        console.print(_kernels(report) if report["kernels"] else _network(report), highlight=False)
+    console.print(_grid(_facts(record)), highlight=False)
+    for network, report in zip(record.networks, reports, strict=True):
+        console.print(_grid(_network_facts(network)), highlight=False)
+        console.print(_profiles(network), highlight=False)
+        console.print(_counts(network, report), highlight=False)
+        if layers:
+            console.print(_kernels(report) if report["kernels"] else _network(report), highlight=False)
 
 
-def _facts(record: EngineRecord, report: dict[str, Any]) -> dict[str, str]:
+def _facts(record: EngineRecord) -> dict[str, str]:
+    """What is true of the whole engine."""
     caps = ", ".join(record.compute_capabilities) or f"every GPU that {record.product}'s default covers"
-    size = f"{record.engine_bytes / 1e6:.1f} MB, {record.engine_bytes / record.weight_bytes:.2f} times its weights"
     facts = {
-        "engine": record.engine_file,
-        "built by": f"{record.product} {record.version} on {record.platform}, "
-        f"{record.build_seconds:.1f} s, peak memory {record.peak_memory_bytes / 1e6:.0f} MB",
+        "engine": record.directory,
+        "built by": f"{record.product} {record.version} on {record.platform}",
         "for": f"compute capability {caps}",
         "from": f"{record.onnx.file} (sha256 {record.onnx.sha256[:12]}...), {record.weights.file} "
         f"({record.weights.sha256[:12]}...)",
         "lowering": f"{record.lowering}, strongly typed {record.dtype}, scores fp32",
         "flags": ", ".join(record.flags) or "none",
-        "size": size + (", weights stripped" if record.strip_weights else ""),
-        "scratch": _bytes(record.activation_bytes) + " beside weights and caches",
-        "cache": f"{record.layers.kv_cache_update} layers write it in place "
-        f"({len(record.aliases)} outputs share the buffer of an input)",
-        "attention": f"{record.layers.attention} native layers" + _fused(record),
     }
-    if record.kernels is not None and record.kernels.low_bit:
-        facts["weights"] = f"of few bits, read as they are stored by {record.kernels.low_bit} kernels"
-    for reason in sorted({layer.reason for layer in record.layers.decomposed}):
-        named = [layer.layer for layer in record.layers.decomposed if layer.reason == reason]
-        facts["decomposed"] = f"{len(named)} attention layers ({named[0]} to {named[-1]}): {reason}"
+    if record.strip_weights:
+        facts["weights"] = "stripped"
+    if record.window is not None:
+        facts["cache"] = f"{record.window} slots, its keep_window_size; one network decodes, one takes longer calls"
     for plugin in record.plugins:
         facts[f"plugin {plugin.name}"] = f"version {plugin.version}, {plugin.layers} layers"
     return facts
 
 
-def _fused(record: EngineRecord) -> str:
-    if record.kernels is None:
+def _network_facts(network: Network) -> dict[str, str]:
+    """What is true of one of its networks."""
+    size = f"{network.engine_bytes / 1e6:.1f} MB, {network.engine_bytes / network.weight_bytes:.2f} times its weights"
+    facts = {
+        "file": network.engine_file,
+        "built in": f"{network.build_seconds:.1f} s, peak memory {network.peak_memory_bytes / 1e6:.0f} MB",
+        "size": size,
+        "scratch": _bytes(network.activation_bytes) + " beside weights and caches",
+        "cache": f"{network.layers.kv_cache_update} layers write it in place "
+        f"({len(network.aliases)} outputs share the buffer of an input)",
+        "attention": f"{network.layers.attention} native layers" + _fused(network),
+    }
+    if network.kernels is not None and network.kernels.low_bit:
+        facts["weights"] = f"of few bits, read as they are stored by {network.kernels.low_bit} kernels"
+    for reason in sorted({layer.reason for layer in network.layers.decomposed}):
+        named = [layer.layer for layer in network.layers.decomposed if layer.reason == reason]
+        facts["decomposed"] = f"{len(named)} attention layers ({named[0]} to {named[-1]}): {reason}"
+    return facts
+
+
+def _fused(network: Network) -> str:
+    if network.kernels is None:
         return ""
-    each = record.layers.attention * len(record.profiles)
-    return f"; {record.kernels.fused_attention} of {each} (one per layer and profile) run as one kernel"
+    each = network.layers.attention * len(network.profiles)
+    return f"; {network.kernels.fused_attention} of {each} (one per layer and profile) run as one kernel"
 
 
 def _bytes(size: int | None) -> str:
@@ -92,25 +111,25 @@ def _grid(rows: dict[str, str]) -> Table:
     return grid
 
 
-def _profiles(record: EngineRecord) -> Table:
+def _profiles(network: Network) -> Table:
     from rich.table import Table
 
     table = Table("profile", "axis", "min", "opt", "max")
-    for profile in record.profiles:
+    for profile in network.profiles:
         for index, (axis, sizes) in enumerate(profile.axes.items()):
             name = "" if index else profile.name
             table.add_row(name, axis, str(sizes.min), str(sizes.opt), str(sizes.max))
     return table
 
 
-def _counts(record: EngineRecord, report: dict[str, Any]) -> Table:
+def _counts(network: Network, report: dict[str, Any]) -> Table:
     """Layers of the network by type and precision, beside the kernels that the builder made of them."""
     from rich.table import Table
 
     table = Table("layers of the network", "", "kernels in the engine", "", title_justify="left")
     precisions = Counter(layer["outputs"][0]["dtype"] for layer in report["network"] if layer["outputs"])
-    left = [*record.layers.by_type.items(), ("", ""), *precisions.most_common()]
-    kernels = record.kernels
+    left = [*network.layers.by_type.items(), ("", ""), *precisions.most_common()]
+    kernels = network.kernels
     right: list[tuple[str, Any]] = [("the builder did not say", "")]
     if kernels is not None:
         right = [*kernels.by_type.items(), ("", ""), *kernels.by_precision.items()]

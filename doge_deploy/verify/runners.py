@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from doge_deploy.bundle.manifest import Layout
 from doge_deploy.bundle.opening import Bundle
 from doge_deploy.devices.packages import require_graph_packages
 from doge_deploy.errors import MissingDependencyError
@@ -43,11 +44,19 @@ class Runners:
 
 
 def describe_lowered(bundle: Bundle, layout: str) -> str:
-    """What is judged where a lowering is: its hash, and the engines that were built from the same graph."""
-    digest = hashlib.sha256(lowered_graph(bundle, layout)).hexdigest()
-    built = [name for name, record in bundle.manifest.engines.items() if record.lowered_onnx_sha256 == digest]
+    """What is judged where a lowering is: its hash, and the engines that were built from the same graphs."""
+    from doge_deploy.targets.trt.parts import lowered_parts
+
+    digests = [hashlib.sha256(data).hexdigest() for data in lowered_parts(bundle, bundle.layout(layout))]
+    built = [
+        name
+        for name, record in bundle.manifest.engines.items()
+        if [network.lowered_onnx_sha256 for network in record.networks] == digests
+    ]
     of = f", that of {', '.join(built)}" if built else ""
-    return f"{bundle.layout(layout).file} lowered for TensorRT (sha256 {digest[:12]}...{of})"
+    hashes = " and ".join(f"{digest[:12]}..." for digest in digests)
+    how = "lowered for TensorRT" if len(digests) == 1 else "lowered for TensorRT to a decode and a prefill graph"
+    return f"{bundle.layout(layout).file} {how} (sha256 {hashes}{of})"
 
 
 def lowered_graph(bundle: Bundle, layout: str) -> bytes:
@@ -103,6 +112,8 @@ def open_runners(
     chosen = bundle.layout(layout)
     if lowering:
         require_graph_packages("verify --lowering")
+        if holds_window(bundle):
+            return _open_bounded(bundle, chosen, backend, options)
         source = bundle.path / chosen.file
         plain = backend.open(bundle, chosen, options, graph=_lowered(_load(source)))
     else:
@@ -118,6 +129,32 @@ def open_runners(
     model = _exposed(bundle, layout, bundle.path / (chosen.file if lowering else backend.runs(chosen, options)))
     graph = _lowered(model) if lowering else _bytes(model)
     return Runners(plain, backend.open(bundle, chosen, options, graph=graph), backend=backend)
+
+
+def holds_window(bundle: Bundle) -> bool:
+    """Whether the cache of an engine of native layers holds the window instead of the text."""
+    from doge_deploy.targets.trt.bounded.choices import window_of
+
+    manifest = bundle.manifest
+    return bool(window_of(manifest.facts, manifest.max_length, inlined=manifest.options.inline_functions))
+
+
+def _open_bounded(bundle: Bundle, layout: Layout, backend: Backend[Any], options: SessionOptions) -> Runners:
+    """Both graphs of an engine whose cache holds the window, driven by the runner of engines."""
+    from doge_deploy.graph.passes.expose_selections import ExposeSelectionsPass
+    from doge_deploy.graph.schemas import CDMOE
+    from doge_deploy.runtime.trt.lowered import open_lowered
+
+    def show_experts(model: ir.Model) -> ir.Model:
+        return ExposeSelectionsPass([CDMOE])(model).model
+
+    def opened(*, exposed: bool) -> BundleRunner:
+        experts = show_experts if exposed and bundle.manifest.facts.is_moe else None
+        return open_lowered(
+            bundle, layout, exposed=exposed, expose_experts=experts, threads=options.threads, spin=options.spin
+        )
+
+    return Runners(opened(exposed=False), opened(exposed=True), backend=backend)
 
 
 def _graphs_can_be_changed() -> bool:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import json
 import math
-import shutil
 import signal
 import subprocess
 import sys
@@ -15,13 +14,15 @@ from typing import Any
 
 import onnx_ir as ir
 import pytest
-from bundles import NoProgress, own_bundle, shared_bundle
+from bundles import NoProgress, make_bundle, own_bundle, shared_bundle
 from engine_stand_ins import made_up_record
+from random_doge import save_random_doge
 from sweeps import cases
 
 from doge_deploy.bundle import engine_store
 from doge_deploy.bundle.engine_record import EngineRecord
 from doge_deploy.bundle.opening import open_bundle
+from doge_deploy.bundle.signature import bounded
 from doge_deploy.checkpoint import open_checkpoint
 from doge_deploy.cli.main import run_command
 from doge_deploy.errors import BrokenBundleError, MissingDependencyError, UnsupportedModelError, UsageError
@@ -48,8 +49,15 @@ def without_engine(path: Path) -> None:
     assert not (path / "engines").exists()
 
 
+@pytest.fixture
+def short_bundle(tmp_path: Path) -> Path:
+    """The same for texts of no more than its window."""
+    return own_bundle(tmp_path / "bundle", "doge-tiny", dtype="fp16", max_length=64)
+
+
 @pytest.mark.tensorrt
-def test_an_engine_and_its_record(bundle: Path) -> None:
+def test_an_engine_and_its_record(short_bundle: Path) -> None:
+    bundle = short_bundle
     record = run(bundle, compute_capabilities=["8.9"])
     opened = open_bundle(bundle)
     assert opened.engine() == record == opened.manifest.engines["trt-rtx-fp16-sm89"]
@@ -67,6 +75,56 @@ def test_an_engine_and_its_record(bundle: Path) -> None:
     assert record.onnx.sha256 == opened.manifest.files["model.onnx"]["sha256"]
     assert record.peak_memory_bytes > record.engine_bytes
     assert record.activation_bytes
+    assert record.window is None and record.networks == (record,)
+
+
+@pytest.mark.tensorrt
+def test_an_engine_that_holds_the_window(bundle: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    assert run_command(["build", str(bundle), "--compute-capability", "8.9", "--batch-size", "1,1,2"]) == 0
+    assert "a cache of 64 slots, its keep_window_size" in capfd.readouterr().out
+    opened = open_bundle(bundle)
+    record, signature = opened.engine(), opened.layout("static").signature
+    assert record.window == 64 and record.prefill is not None
+    for network, decode in zip(record.networks, (True, False), strict=True):
+        expected = bounded(signature, 64, decode=decode)
+        assert [(t.name, t.dtype, t.shape) for t in network.inputs] == [
+            (s.name, s.dtype, s.shape) for s in expected.inputs
+        ]
+        assert [(t.name, t.dtype, t.shape) for t in network.outputs] == [
+            (s.name, s.dtype, s.shape) for s in expected.outputs
+        ]
+        assert opened.manifest.files[network.engine_file]["bytes"] == network.engine_bytes
+        assert network.layers.attention == 3 and network.layers.decomposed == ()
+        assert network.kernels is not None and network.kernels.fused_attention == 3
+        assert network.profiles[0].axes["batch_size * key_heads"].max == 4
+    assert record.layers.kv_cache_update == len(record.aliases) == 9
+    assert record.prefill.layers.kv_cache_update == len(record.prefill.aliases) == 0
+    assert [profile.name for network in record.networks for profile in network.profiles] == ["decode", "prefill"]
+    engine = bundle / record.directory
+    assert sorted(file.name for file in engine.iterdir()) == [
+        "layers.json",
+        "model.engine",
+        "prefill.engine",
+        "prefill_layers.json",
+    ]
+    assert run_command(["inspect", str(engine)]) == 0
+    text = " ".join(capfd.readouterr().out.split())
+    assert "cache 64 slots, its keep_window_size" in text and "prefill.engine" in text
+    assert run_command(["inspect", str(engine), "--json"]) == 0
+    data = json.loads(capfd.readouterr().out)
+    assert len(data["prefill_report"]["network"]) == record.prefill.layers.total
+    (engine / "prefill.engine").write_bytes(b"")
+    assert run_command(["inspect", str(engine)]) == 3
+    assert "prefill.engine was altered" in capfd.readouterr().err
+
+
+@pytest.mark.tensorrt
+def test_a_window_beyond_top_k_builds(tmp_path: Path) -> None:
+    """No network ranks more keys than a call of its prefill has tokens."""
+    checkpoint = save_random_doge(tmp_path / "wide", keep_window_size=8192, max_position_embeddings=16384)
+    path = make_bundle(checkpoint, tmp_path / "bundle", dtype="fp16")
+    record = run(path)
+    assert record.window == 8192 and record.prefill is not None
 
 
 @pytest.mark.tensorrt
@@ -94,8 +152,8 @@ def test_inspect_shows_the_engine(bundle: Path, capfd: pytest.CaptureFixture[str
 
 
 @pytest.mark.tensorrt
-def test_fp32_decomposes_its_attention_and_says_why(tiny_bundle: Path, tmp_path: Path) -> None:
-    record = run(Path(shutil.copytree(tiny_bundle, tmp_path / "bundle")))
+def test_fp32_decomposes_its_attention_and_says_why(tmp_path: Path) -> None:
+    record = run(own_bundle(tmp_path / "bundle", "doge-tiny", max_length=64))
     assert [layer.layer for layer in record.layers.decomposed] == ["Attention_0", "Attention_1", "Attention_2"]
     assert "no fused kernel for these heads and this dtype" in record.layers.decomposed[0].reason
     assert "TF32" not in record.flags
@@ -104,7 +162,14 @@ def test_fp32_decomposes_its_attention_and_says_why(tiny_bundle: Path, tmp_path:
 @pytest.mark.tensorrt
 def test_a_mixture_of_experts_builds(tmp_path: Path) -> None:
     path = own_bundle(tmp_path / "moe", "doge-tiny-moe", dtype="bf16")
-    record = run(path, profiles="separate", batch_size=[1, 2, 4])
+    record = run(path, batch_size=[1, 2, 4])
+    assert record.prefill is not None
+    assert record.prefill.profile_for(batch_size=4, sequence_length=512) == 0
+
+
+@pytest.mark.tensorrt
+def test_two_profiles(short_bundle: Path) -> None:
+    record = run(short_bundle, profiles="separate", batch_size=[1, 2, 4])
     assert [profile.name for profile in record.profiles] == ["prefill", "decode"]
     assert record.profile_for(batch_size=4, sequence_length=1) == 1
 
@@ -130,8 +195,9 @@ def test_an_engine_is_replaced_only_with_force(bundle: Path) -> None:
         ({"strip_weights": True}, MissingDependencyError, "needs a CUDA device to strip weights"),
         ({"sequence_length": 4096}, UsageError, "a call of 4096 tokens does not fit"),
         ({"timing_cache": "t.cache"}, UsageError, "TensorRT-RTX measures no kernels"),
+        ({"profiles": "shared"}, UsageError, "profiles=shared: a text of 512 tokens can exceed the window of 64, so"),
     ],
-    ids=["unknown-device", "turing", "strip-weights", "too-long", "timing-cache"],
+    ids=["unknown-device", "turing", "strip-weights", "too-long", "timing-cache", "one-profile"],
 )
 def test_what_cannot_be_built_leaves_nothing(
     bundle: Path, options: dict[str, Any], error: type[Exception], words: str
@@ -230,8 +296,8 @@ def test_weights_that_are_widened_in_every_call_fail_the_build(
 ) -> None:
     original = layout.lower
 
-    def broken(*arguments: Any) -> ir.Model:
-        model = original(*arguments)
+    def broken(*arguments: Any, **choices: Any) -> ir.Model:
+        model = original(*arguments, **choices)
         for node in [node for node in model.graph if node.op_type == "DequantizeLinear"]:
             between_weight_and_product(node)
         return model

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import cache
@@ -20,10 +21,14 @@ from transformers import DogeForCausalLM
 from doge_deploy.bundle.engine_record import EngineProfile
 from doge_deploy.bundle.opening import Bundle, open_bundle
 from doge_deploy.errors import UnsupportedModelError, UsageError
+from doge_deploy.options.build import BuildOptions
+from doge_deploy.runtime import cuda
 from doge_deploy.runtime.ort import open_runner, window
 from doge_deploy.runtime.ort.window import WindowOrtRunner
 from doge_deploy.runtime.rows import RowsRunner
 from doge_deploy.runtime.slots import SlotRunner, open_slots
+from doge_deploy.runtime.trt.bounded import BoundedTrtRunner
+from doge_deploy.runtime.trt.lowered import open_lowered
 from doge_deploy.verify.noise import Noise
 
 SLOTS = 4
@@ -48,6 +53,8 @@ CONFIGS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "int8": ({"hidden_size": 64, "intermediate_size": 64}, {"quantize": "int8"}),
 }
 
+CUDA_CONFIGS = ("dense-all-logits", "window", "dynamic")
+
 PROFILES = (
     EngineProfile(name="prefill", axes=axes((1, 1, SLOTS), (1, 32, 64))),
     EngineProfile(name="decode", axes=axes((1, 1, SLOTS), (1, 1, 1))),
@@ -57,9 +64,28 @@ BACKENDS: dict[str, Callable[[Bundle], RowsRunner]] = {
     "ort": lambda bundle: open_runner(bundle, "static", threads=1),  # type: ignore[return-value]
     "ort-portable": lambda bundle: open_runner(bundle, "static", threads=1, portable=True),  # type: ignore[return-value]
     "engine": lambda bundle: held_runner(bundle, profiles=PROFILES),
+    "cuda-on-cpu": lambda bundle: cuda.open_runner(bundle, bundle.layout("static"), device="cpu"),
 }
 
-CASES = [(config, backend) for config in CONFIGS for backend in BACKENDS if (config, backend) != ("int8", "engine")]
+BOUNDED = "bounded-engine"
+"""The engine of a bundle whose cache can exceed the window; in pieces of 8 tokens where a call may be cut."""
+
+
+def bounded_engine(bundle: Bundle) -> RowsRunner:
+    most = 64 if bundle.manifest.whole_calls else 8
+    options = BuildOptions.model_validate({"batch_size": [1, 1, SLOTS], "sequence_length": [1, most, most]})
+    return open_lowered(bundle, bundle.layout("static"), options=options, threads=1)
+
+
+OPENERS = {**BACKENDS, BOUNDED: bounded_engine}
+
+CASES = [
+    (config, backend)
+    for config in CONFIGS
+    for backend in BACKENDS
+    if (config, backend) != ("int8", "engine") and (backend != "cuda-on-cpu" or config in CUDA_CONFIGS)
+]
+CASES += [(config, BOUNDED) for config in CONFIGS if "window" in config]
 OFTEN = ("dense", "window", "moe-window", "sliding", "dynamic", "longrope", "int8")
 """Configurations of the usual run."""
 
@@ -93,7 +119,7 @@ class Opened:
 @cache
 def opened(config: str, backend: str) -> Opened:
     bundle = bundle_of(config)
-    rows, alone = BACKENDS[backend](bundle), BACKENDS[backend](bundle)
+    rows, alone = OPENERS[backend](bundle), OPENERS[backend](bundle)
     facts = bundle.manifest.facts
     edge = None
     behind = 0 if facts.rope_changes(bundle.manifest.max_length) else BEHIND  # one row would decide the others' angles
@@ -138,9 +164,10 @@ def test_two_hundred_schedules(config: str, backend: str) -> None:
     schedules(config, backend, range(200))
 
 
-def test_the_window_drops_keys_and_such_a_text_cannot_be_cut() -> None:
-    case = opened("window", "ort")
-    assert isinstance(case.rows, WindowOrtRunner)
+@pytest.mark.parametrize("backend", ["ort", BOUNDED])
+def test_the_window_drops_keys_and_such_a_text_cannot_be_cut(backend: str) -> None:
+    case = opened("window", backend)
+    assert isinstance(case.rows, (WindowOrtRunner, BoundedTrtRunner))
     runner = SlotRunner(case.rows, SLOTS)
     slot, other = runner.acquire(), runner.acquire()
     ids = np.random.default_rng(0).permutation(runner.vocab_size)
@@ -280,7 +307,12 @@ def test_schedules_find_a_fault(fault: Callable[[RowsRunner], None]) -> None:
 
 def poison(rows: RowsRunner) -> None:
     """What a model that overflows leaves in every row."""
-    if hasattr(rows, "_buffers"):
+    if isinstance(rows, cuda.CudaRunner):
+        for cache in rows.caches.values():
+            held = cache.read()
+            held[:, :, : int(rows._written.max())] = np.inf
+            cache.write(held)
+    elif hasattr(rows, "_buffers"):
         for buffer in rows._buffers.values():
             buffer[:, :, : rows._written.max()] = np.inf  # type: ignore[attr-defined]
     else:
@@ -289,7 +321,7 @@ def poison(rows: RowsRunner) -> None:
 
 
 def released_and_acquired_again(config: str, backend: str, damage: Callable[[RowsRunner], None]) -> None:
-    rows, alone = (BACKENDS[backend](bundle_of(config)) for _ in range(2))
+    rows, alone = (OPENERS[backend](bundle_of(config)) for _ in range(2))
     damage(rows)
     runner = SlotRunner(rows, 2)
     slot = runner.acquire()
@@ -305,8 +337,10 @@ def released_and_acquired_again(config: str, backend: str, damage: Callable[[Row
         np.testing.assert_array_equal(runner.prefill(again, ids[begin:end]).numpy(), expected)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("config", ["dense", "window", "sliding"])
+@pytest.mark.parametrize(
+    ("config", "backend"),
+    [*itertools.product(["dense", "window", "sliding"], BACKENDS), ("window", BOUNDED)],
+)
 def test_a_slot_that_overflowed_is_clean_when_it_comes_back(config: str, backend: str) -> None:
     released_and_acquired_again(config, backend, lambda rows: None)
 

@@ -15,12 +15,21 @@ from doge_deploy.verify.run import verify
 
 
 @pytest.mark.parametrize(("model", "dtype"), [("doge-tiny", "fp16"), ("doge-tiny-moe", "bf16")])
-def test_the_lowered_graph_computes_what_transformers_computes(model: str, dtype: str) -> None:
+def test_the_lowered_graphs_compute_what_transformers_computes(model: str, dtype: str) -> None:
+    """Of a bundle whose cache can exceed the window of 64 keys, and so holds no more than that."""
     report = verify(shared_bundle(model, dtype=dtype), greedy_steps=8, lowering=True)
     assert report.failed_cases == []
     assert set(report.graphs) == {"static"}
-    assert report.graphs["static"].startswith("model.onnx lowered for TensorRT (sha256 ")
+    assert report.graphs["static"].startswith(
+        "model.onnx lowered for TensorRT to a decode and a prefill graph (sha256 "
+    )
     assert any(result.case == "window K=w+1" for result in report.results)
+
+
+def test_a_graph_that_holds_the_text_is_one() -> None:
+    report = verify(shared_bundle("doge-tiny", dtype="fp16", max_length=64), greedy_steps=8, lowering=True)
+    assert report.failed_cases == []
+    assert report.graphs["static"].startswith("model.onnx lowered for TensorRT (sha256 ")
 
 
 def test_a_lowering_that_changes_a_number_is_found(tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,8 +18,8 @@ from doge_deploy.dtypes import DTYPES
 from doge_deploy.errors import UsageError
 from doge_deploy.runtime.base import BundleRunner, FloatArray, IntArray
 from doge_deploy.runtime.logits import HostLogits, Logits
-from doge_deploy.runtime.ort.prefill_chunks import joined_logits, joined_selections
 from doge_deploy.runtime.padding import left_padded
+from doge_deploy.runtime.pieces import joined_logits, joined_selections
 from doge_deploy.runtime.rows import ChangingAngles, RowsRunner, row_range
 
 if TYPE_CHECKING:

@@ -11,13 +11,16 @@ from types import ModuleType
 from typing import Any
 
 from doge_deploy.bundle.engine_record import EngineRecord
+from doge_deploy.bundle.manifest import Manifest
 from doge_deploy.bundle.opening import Bundle
+from doge_deploy.bundle.signature import Signature
 from doge_deploy.devices.host import platform_name
 from doge_deploy.errors import BrokenBundleError, MissingDependencyError, UnsupportedModelError, UsageError
 from doge_deploy.options.build import Target
 from doge_deploy.runtime.rows import ChangingAngles
+from doge_deploy.runtime.trt.bounded import BoundedTrtRunner
 from doge_deploy.runtime.trt.device import Device, open_device
-from doge_deploy.runtime.trt.plan import make_plan
+from doge_deploy.runtime.trt.plan import BindingPlan, make_plan, make_prefill_plan
 from doge_deploy.runtime.trt.runner import Context, Engine, TrtRunner
 from doge_deploy.targets.trt.vendor import PRODUCTS, import_product
 
@@ -43,20 +46,43 @@ def open_runner(bundle: Bundle, backend: Target, engine: str | None = None) -> T
     record = candidates[name]
     manifest = bundle.manifest
     signature = bundle.layout(record.layout).signature
-    plan = make_plan(record, signature)
+    plan, prefill_plan = make_plan(record, signature), make_prefill_plan(record, signature)
     loaded = _LoadedEngine(trt, bundle.path / record.engine_file, device)
     loaded.check_aliases(record)
-    last = manifest.last_logits
-    return TrtRunner(
-        loaded,
-        device,
-        plan,
-        signature,
-        max_length=manifest.max_length,
-        last=last,
-        whole_calls=bool(manifest.whole_calls),
-        angles=ChangingAngles.in_bundle(manifest),
-    )
+    prefill = None
+    if prefill_plan is not None and record.prefill is not None:
+        prefill = _LoadedEngine(trt, bundle.path / record.prefill.engine_file, device), prefill_plan
+    return make_runner(manifest, signature, record.window, loaded, device, plan, prefill)
+
+
+def make_runner(
+    manifest: Manifest,
+    signature: Signature,
+    window: int | None,
+    engine: Engine,
+    device: Device,
+    plan: BindingPlan,
+    prefill: tuple[Engine, BindingPlan] | None,
+) -> TrtRunner:
+    """The runner of the kind that an engine needs.
+
+    Args:
+        manifest: of the bundle.
+        signature: of its layout.
+        window: slots of the cache where it holds the window; None where it has one for each token.
+        engine, plan: of its network that decodes, or of its only one.
+        device: where they are loaded.
+        prefill: the other network, where there is one.
+    """
+    common: dict[str, Any] = {
+        "max_length": manifest.max_length,
+        "last": manifest.last_logits,
+        "whole_calls": bool(manifest.whole_calls),
+        "angles": ChangingAngles.in_bundle(manifest),
+    }
+    if window is None:
+        return TrtRunner(engine, device, plan, signature, **common)
+    return BoundedTrtRunner(engine, device, plan, signature, window=window, prefill=prefill, **common)
 
 
 def engines_for(bundle: Bundle, backend: Target, name: str | None = None) -> dict[str, EngineRecord]:

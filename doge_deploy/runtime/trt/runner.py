@@ -9,6 +9,7 @@ Axes: B rows, Q tokens of a call, V vocabulary.
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
@@ -61,23 +62,37 @@ class _Staging:
         self.tensor = tensor
         self.memory: Memory = device.allocate(size)
         self.host: HostMemory = device.allocate_host(size)
-        self.array = self.host.array.view(_RAW_DTYPES[tensor.dtype]).reshape(shape)
+        self.array = self.host.array.view(RAW_DTYPES[tensor.dtype]).reshape(shape)
 
 
 class _Call:
-    """Everything for calls of one shape over the same rows."""
+    """Everything for calls of one shape over the same rows.
 
-    def __init__(self, runner: TrtRunner, context: Context, first: int, rows: int, width: int) -> None:
-        plan, device = runner.plan, runner.device
+    Args:
+        device: where it runs.
+        plan: of the network.
+        context: of the network.
+        caches: where its caches lie, under the names of past and present.
+        first, rows, width: the first row, R and Q.
+    """
+
+    def __init__(
+        self,
+        device: Device,
+        plan: BindingPlan,
+        context: Context,
+        caches: Mapping[str, int],
+        first: int,
+        rows: int,
+        width: int,
+    ) -> None:
         shapes = plan.call_shapes(rows, width)
         self.key = first, rows, width
         self.context = context
         self.inputs = {tensor.name: _Staging(device, tensor, shapes[tensor.name]) for tensor in plan.inputs}
         self.outputs = {tensor.name: _Staging(device, tensor, shapes[tensor.name]) for tensor in plan.outputs}
         addresses = {name: staging.memory.address for name, staging in {**self.inputs, **self.outputs}.items()}
-        context.bind(
-            plan.profile(rows, width), plan.input_shapes(rows, width), {**addresses, **runner.row_addresses(first)}
-        )
+        context.bind(plan.profile(rows, width), plan.input_shapes(rows, width), {**addresses, **caches})
         self.runs = 0
         self.graph: Graph | None = None
 
@@ -95,7 +110,7 @@ class _DeviceLogits(Logits):
             check_current(self._runner.runs == self._number)
             self._runner.device.download(self._staging.memory, self._staging.host)
             self._runner.settle()
-            self._host = _numbers(self._staging.array, self._staging.tensor)
+            self._host = numbers(self._staging.array, self._staging.tensor)
         return self._host, True
 
 
@@ -134,7 +149,7 @@ class TrtRunner(RowsRunner):
         self._engine = engine
         self._records = not engine.records_itself
         # Decode steps have contexts of their own, so that a recorded one never meets the shapes of another call.
-        self._context = engine.create_context()
+        self._context = self._make_long_context()
         self._spare: list[Context] = []
         """Contexts whose step was forgotten."""
         self._caches: dict[str, Memory] = {}
@@ -149,6 +164,10 @@ class TrtRunner(RowsRunner):
 
     def refusal(self, batch_size: int, width: int) -> str | None:
         return self.plan.refusal(batch_size, width)
+
+    def _make_long_context(self) -> Context:
+        """For calls that are no decode step."""
+        return self._engine.create_context()
 
     def row_addresses(self, first: int) -> dict[str, int]:
         """Where the caches of that row and those after it lie, under the names of past and present."""
@@ -182,9 +201,12 @@ class TrtRunner(RowsRunner):
 
     def _run_rows(self, first: int, input_ids: IntArray, lengths: IntArray) -> Logits:
         rows, width = input_ids.shape
+        return self._feed(self._call_for(first, rows, width), input_ids, lengths)
+
+    def _feed(self, call: _Call, input_ids: IntArray, lengths: IntArray) -> Logits:
+        first, rows, _ = call.key
         if self._busy:
             self.settle()
-        call = self._call_for(first, rows, width)
         values = {
             "input_ids": input_ids,
             "write_indices": self.row_lengths[row_range(first, rows)],
@@ -200,7 +222,7 @@ class TrtRunner(RowsRunner):
             self._work(call)
         call.runs += 1
         self.runs += 1
-        if self._records and width == 1 and call.graph is None:
+        if self._records and call is self._steps.get(call.key) and call.graph is None:
             # The library does some work only the first time that it meets a shape; that must not be recorded.
             self.device.synchronize()
             call.graph = self.device.record(lambda: self._work(call))
@@ -214,7 +236,7 @@ class TrtRunner(RowsRunner):
         if width > 1:
             if self._call is None or self._call.key != key:
                 self._call = None  # its memory is free for the next one
-                self._call = _Call(self, self._context, first, rows, width)
+                self._call = self._make_call(self._context, first, rows, width)
             return self._call
         if key in self._steps:
             self._steps.move_to_end(key)
@@ -223,12 +245,15 @@ class TrtRunner(RowsRunner):
             self._spare.append(self._steps.popitem(last=False)[1].context)
         context = self._spare.pop() if self._spare else self._engine.create_context()
         try:
-            step = _Call(self, context, first, rows, width)
+            step = self._make_call(context, first, rows, width)
         except BaseException:
             self._spare.append(context)
             raise
         self._steps[key] = step
         return step
+
+    def _make_call(self, context: Context, first: int, rows: int, width: int) -> _Call:
+        return _Call(self.device, self.plan, context, self.row_addresses(first), first, rows, width)
 
     def _work(self, call: _Call) -> None:
         for staging in call.inputs.values():
@@ -243,7 +268,8 @@ class TrtRunner(RowsRunner):
 
     def _slots_of(self, cache: CacheBuffer, row: int, begin: int, end: int | None = None) -> Iterator[tuple[int, int]]:
         """Where slots of a row lie, `end` being its last one where None: offset and bytes of each contiguous part."""
-        _, heads, slots, _ = cache.shape(1)
+        *rows, slots, _ = cache.shape(1)
+        heads = math.prod(rows)
         head = self._row_bytes(cache) // heads
         size = head // slots
         end = slots if end is None else end
@@ -282,23 +308,29 @@ class TrtRunner(RowsRunner):
             self.device.copy(self._scratch, 0, memory, b * size, size)
 
     def cache(self) -> dict[str, list[FloatArray]]:
-        batch_size, held = len(self.row_lengths), {}
+        held = {}
         for cache in self.plan.caches:
-            memory = self._caches[cache.present]
-            host = self.device.allocate_host(memory.nbytes)
-            self.device.download(memory, host)
-            self.settle()
-            raw = host.array.view(_RAW_DTYPES[cache.tensor.dtype]).reshape(cache.shape(batch_size))
-            rows = _numbers(raw, cache.tensor)
+            rows = self._read(cache)
             held[cache.present] = [rows[b, :, :n].copy() for b, n in enumerate(self.row_lengths)]
         return held
 
+    def _read(self, cache: CacheBuffer) -> FloatArray:
+        """A cache as it is on the device, `[B, Hkv, L, D]`."""
+        batch_size = len(self.row_lengths)
+        memory = self._caches[cache.present]
+        host = self.device.allocate_host(memory.nbytes)
+        self.device.download(memory, host)
+        self.settle()
+        *_, slots, size = cache.shape(batch_size)
+        raw = host.array.view(RAW_DTYPES[cache.tensor.dtype]).reshape(batch_size, -1, slots, size)
+        return numbers(raw, cache.tensor)
 
-_RAW_DTYPES = {name: np.dtype("uint16" if name == "bfloat16" else name) for name in TENSORRT_DTYPES}
+
+RAW_DTYPES = {name: np.dtype("uint16" if name == "bfloat16" else name) for name in TENSORRT_DTYPES}
 """NumPy has no bfloat16: its bits."""
 
 
-def _numbers(raw: np.ndarray[Any, Any], tensor: EngineTensor) -> FloatArray:
+def numbers(raw: np.ndarray[Any, Any], tensor: EngineTensor) -> FloatArray:
     """A copy that can be computed with: bfloat16, the upper half of a float32, becomes one."""
     copied: FloatArray = raw.copy() if tensor.dtype != "bfloat16" else (raw.astype(np.uint32) << 16).view(np.float32)
     return copied

@@ -20,6 +20,7 @@ from doge_deploy.kernels.preflight import PluginNode, check_node
 from doge_deploy.kernels.registry import Registry
 from doge_deploy.kernels.spec import OperatorPlugin
 from doge_deploy.kernels.symbols import Dimension
+from doge_deploy.targets.trt.bounded.choices import window_of
 
 DOMAIN = "doge"
 
@@ -65,7 +66,7 @@ def refusals(
         )
     window, sliding = facts.reachable_windows(max_length)
     if plugins is None:
-        if window > TOPK_LIMIT:
+        if window > TOPK_LIMIT and not window_of(facts, max_length, inlined=inlined):
             yield Refusal(
                 f"keep_window_size {window} is more than TensorRT's TopK takes ({TOPK_LIMIT})",
                 f"export with --max-length {window}, which needs no selection, or use ort",

@@ -13,6 +13,7 @@ from doge_deploy.bundle.opening import Bundle
 from doge_deploy.errors import UnsupportedModelError
 from doge_deploy.graph.preflight import require_plugins
 from doge_deploy.kernels.registry import installed
+from doge_deploy.targets.trt.bounded.lowering import BoundedAttentionPass
 from doge_deploy.targets.trt.low_bits import low_bit_numbers
 from doge_deploy.targets.trt.lowering import lower
 from doge_deploy.targets.trt.plugins import PluginLowering, plugins_for
@@ -73,13 +74,16 @@ class LoweredLayout:
         )
 
 
-def lower_layout(bundle: Bundle, layout: Layout, *, use_plugins: bool) -> LoweredLayout:
+def lower_layout(
+    bundle: Bundle, layout: Layout, *, use_plugins: bool, bounded: BoundedAttentionPass | None = None
+) -> LoweredLayout:
     """The graph that the vendor's parser gets, and the plugins in it.
 
     Args:
         bundle: where the graph lies.
         layout: a static layout of it.
         use_plugins: lower `doge` operators to the installed plugins, not to native layers.
+        bounded: gives the graph a cache of the window; only without plugins.
 
     Raises:
         UnsupportedModelError: the graph has what the product cannot do, or a node does not fit its plugin.
@@ -87,7 +91,7 @@ def lower_layout(bundle: Bundle, layout: Layout, *, use_plugins: bool) -> Lowere
     """
     model = ir.load(bundle.path / layout.file)
     if not use_plugins:
-        return LoweredLayout(lower(model))
+        return LoweredLayout(lower(model, bounded=bounded))
     registry = installed()
     plugins = plugins_for({node.op_type for node in model.graph if node.domain == "doge"}, registry)
     lowered = lower(model, plugins)

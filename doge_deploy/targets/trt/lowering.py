@@ -18,13 +18,20 @@ from doge_deploy.devices.tensorrt_limits import TOPK_LIMIT
 from doge_deploy.diagnostics import join_findings
 from doge_deploy.errors import UnsupportedModelError
 from doge_deploy.graph.passes.name_nodes import NameNodesPass
+from doge_deploy.targets.trt.bounded.lowering import BoundedAttentionPass
 from doge_deploy.targets.trt.plugins import PluginLowering
 from doge_deploy.targets.trt.rounded_inputs import DYNAMIC_QUANTIZE, TENSORRT, RoundInputsPass
 
 _STANDARD_DOMAINS = ("", "ai.onnx")
 
 
-def lower(model: ir.Model, plugins: Sequence[PluginLowering] = (), *, round_inputs: bool = True) -> ir.Model:
+def lower(
+    model: ir.Model,
+    plugins: Sequence[PluginLowering] = (),
+    *,
+    round_inputs: bool = True,
+    bounded: BoundedAttentionPass | None = None,
+) -> ir.Model:
     """The graph of a static layout as TensorRT takes it; weights stay where they are.
 
     Args:
@@ -32,10 +39,13 @@ def lower(model: ir.Model, plugins: Sequence[PluginLowering] = (), *, round_inpu
         plugins: lowerings for `doge` operators that become plugin nodes; the others are inlined.
         round_inputs: with weights of few bits round the other side of products too, where their format says so. Without
             it the graph computes what the standard one does.
+        bounded: gives the graph a cache of the window.
 
     Raises:
         UnsupportedModelError: a node that neither a body nor a plugin stands for, or a number beyond TensorRT's limits.
     """
+    if bounded is not None:
+        model = bounded(model).model
     for plugin in plugins:
         model = plugin.lower(model)
     model = ir.passes.Sequential(

@@ -38,7 +38,7 @@ from doge_deploy.verify.localize.reasons import Examiner
 from doge_deploy.verify.localize.walk import Spot, Walk
 from doge_deploy.verify.parity import Judge
 from doge_deploy.verify.report import Report
-from doge_deploy.verify.runners import open_runners
+from doge_deploy.verify.runners import holds_window, open_runners
 from doge_deploy.verify.source import open_reference
 from doge_deploy.verify.weights import compare_weights
 
@@ -131,6 +131,11 @@ class _Search:
         weight_format = format_of(self.manifest.options)
         self.rounds = weight_format is not None and weight_format.rounds_activations
         self.options = SessionOptions(portable=portable or self.rounds, spin=False)
+        if lowering and holds_window(bundle):
+            raise UsageError(
+                "--localize does not look into the two graphs of a cache that holds the window, which --lowering "
+                "judges here; leave one of both out"
+            )
         self.runners = open_runners(bundle, layout, self.backend, self.options, lowering=lowering)
         self.judge = Judge(bundle, layout, self.runners, oracle)
         self.columns = self._open_columns(portable=portable)

@@ -14,7 +14,7 @@ from doge_deploy.bundle.engine_record import EngineProfile, EngineTensor
 from doge_deploy.bundle.opening import Bundle, open_bundle
 from doge_deploy.cli.main import run_command
 from doge_deploy.errors import BrokenBundleError, UsageError
-from doge_deploy.runtime.trt.plan import BindingPlan, make_plan, nbytes
+from doge_deploy.runtime.trt.plan import BindingPlan, make_plan, make_prefill_plan, nbytes
 from doge_deploy.runtime.trt.product import obstacle
 
 
@@ -120,8 +120,12 @@ def test_an_engine_that_was_built_can_be_bound(tmp_path: Path) -> None:
     path = own_bundle(tmp_path / "doge-tiny", "doge-tiny", dtype="fp16")
     assert run_command(["build", str(path), "--target", "trt-rtx", "--batch-size", "1,1,2"]) == 0
     built = open_bundle(path)
-    plan = make_plan(built.engine(), built.layout("static").signature)
-    assert [tensor.name for tensor in plan.inputs] == ["input_ids", "write_indices", "sequence_lengths"]
-    assert len(plan.caches) == 3 * built.manifest.facts.num_hidden_layers
-    assert plan.profile(2, built.manifest.max_length) == 0 and plan.refusal(3, 1)
+    signature, layers = built.layout("static").signature, built.manifest.facts.num_hidden_layers
+    plan, prefill = make_plan(built.engine(), signature), make_prefill_plan(built.engine(), signature)
+    assert prefill is not None
+    for one in (plan, prefill):
+        assert [tensor.name for tensor in one.inputs] == ["input_ids", "write_indices", "sequence_lengths"]
+        assert len(one.caches) == 3 * layers and one.refusal(3, 1)
+    assert plan.profile(2, 1) == 0 and prefill.profile(2, built.manifest.max_length) == 0
+    assert plan.cache_bytes(2) == prefill.cache_bytes(2) == 2 * layers * 2 * 64 * (2 * 32 * 2 + 2 * 4)
     assert obstacle(built.engine(), "8.9", built.engine().version) is None

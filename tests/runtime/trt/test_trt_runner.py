@@ -7,13 +7,14 @@ from typing import Any
 
 import numpy as np
 import pytest
-from engine_stand_ins import DECODE, PREFILL, SHARED, HeldDevice, HeldEngine, axes, held_runner
+from engine_stand_ins import DECODE, PREFILL, SHARED, axes, held_runner
 
 from doge_deploy.bundle.engine_record import EngineProfile, EngineTensor
 from doge_deploy.bundle.opening import Bundle, open_bundle
 from doge_deploy.errors import UsageError
 from doge_deploy.runtime.ort import open_runner
-from doge_deploy.runtime.trt.runner import TrtRunner, _numbers
+from doge_deploy.runtime.trt.in_ort import HostDevice, OrtEngine
+from doge_deploy.runtime.trt.runner import TrtRunner, numbers
 
 
 @pytest.fixture(scope="module")
@@ -29,13 +30,13 @@ def narrow_bundle() -> Bundle:
     return open_bundle(shared_bundle("doge-tiny", dtype="fp16"))
 
 
-def device_of(runner: TrtRunner) -> HeldDevice:
-    assert isinstance(runner.device, HeldDevice)
+def device_of(runner: TrtRunner) -> HostDevice:
+    assert isinstance(runner.device, HostDevice)
     return runner.device
 
 
-def engine_of(runner: TrtRunner) -> HeldEngine:
-    assert isinstance(runner._engine, HeldEngine)
+def engine_of(runner: TrtRunner) -> OrtEngine:
+    assert isinstance(runner._engine, OrtEngine)
     return runner._engine
 
 
@@ -49,7 +50,7 @@ CALLS: dict[str, list[tuple[list[list[int]], list[int]]]] = {
 
 @pytest.mark.parametrize("profiles", [(PREFILL, DECODE), (SHARED,)], ids=["separate", "shared"])
 @pytest.mark.parametrize("name", CALLS)
-def test_numbers_and_caches_are_those_of_onnx_runtime(bundle: Bundle, name: str, profiles: Any) -> None:
+def testnumbers_and_caches_are_those_of_onnx_runtime(bundle: Bundle, name: str, profiles: Any) -> None:
     mine, theirs = held_runner(bundle, profiles=profiles), open_runner(bundle, "static", portable=True)
     for runner in (mine, theirs):
         runner.reset(len(CALLS[name][0][0]))
@@ -172,7 +173,7 @@ def test_a_call_beyond_the_profiles_changes_nothing(bundle: Bundle) -> None:
 def test_bfloat16_is_read_as_the_number_that_it_is() -> None:
     tensor = EngineTensor(name="logits", dtype="bfloat16", shape=(4,))
     bits = np.array([0x3F80, 0xC000, 0x0000, 0x7F80], np.uint16)
-    assert _numbers(bits, tensor).tolist() == [1.0, -2.0, 0.0, float("inf")]
+    assert numbers(bits, tensor).tolist() == [1.0, -2.0, 0.0, float("inf")]
 
 
 def test_what_is_returned_is_not_overwritten_by_the_next_step(bundle: Bundle) -> None:

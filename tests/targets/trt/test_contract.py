@@ -32,7 +32,7 @@ def bundle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(building, "check_installed", lambda target: None)
     monkeypatch.setattr(building, "require_gpu", lambda target: None)
     monkeypatch.setattr(choices, "device_capability", lambda: "8.7")
-    return own_bundle(tmp_path / "bundle", "doge-tiny", dtype="fp16")
+    return own_bundle(tmp_path / "bundle", "doge-tiny", dtype="fp16", max_length=64)
 
 
 def run(path: Path, **options: Any) -> EngineRecord:
@@ -51,6 +51,14 @@ def test_a_build_without_plugins_goes_all_the_way(bundle: Path, tmp_path: Path) 
     assert cache.stat().st_size > 0
 
 
+def test_a_cache_of_the_window_too(bundle: Path, tmp_path: Path) -> None:
+    path = own_bundle(tmp_path / "long", "doge-tiny", dtype="fp16")
+    record = run(path, plugins=False)
+    assert record.window == 64 and record.prefill is not None
+    assert (record.layers.kv_cache_update, record.prefill.layers.kv_cache_update) == (9, 0)
+    assert record.aliases["present.0.rank"] == "past_key_values.0.rank" and record.prefill.aliases == {}
+
+
 def test_both_products_get_the_same_graph(bundle: Path) -> None:
     options = BuildOptions(target="trt-rtx")
     rtx = building.build(bundle, options, force=False, progress=NoProgress())
@@ -60,7 +68,7 @@ def test_both_products_get_the_same_graph(bundle: Path) -> None:
 
 
 def test_a_plugin_that_tensorrt_does_not_know_is_named(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def with_a_plugin(opened: Bundle, layout: Layout, *, use_plugins: bool) -> LoweredLayout:
+    def with_a_plugin(opened: Bundle, layout: Layout, **choices: Any) -> LoweredLayout:
         model = ir.load(opened.path / layout.file)
         model.functions.clear()
         for node in model.graph:

@@ -69,9 +69,14 @@ def test_a_bundle_that_passes_has_nothing_to_find(capfd: pytest.CaptureFixture[s
 
 
 def test_the_lowering_for_tensorrt_is_a_column(tmp_path: Path) -> None:
-    found = api.localize(shared_bundle("doge-tiny"), "window decode", lowering=True)
+    found = api.localize(shared_bundle("doge-tiny", max_length=64), "decode", lowering=True)
     assert found.passed, found.lines()
     assert found.columns == ("TensorRT-lowered", "standard")
+
+
+def test_the_graphs_of_a_bounded_cache_are_no_columns() -> None:
+    with pytest.raises(UsageError, match="does not look into the two graphs of a cache that holds the window"):
+        api.localize(shared_bundle("doge-tiny"), "window decode", lowering=True)
 
 
 @pytest.mark.parametrize(
