@@ -103,7 +103,8 @@ def side_by_side(pages: Sequence[Path], bin_folder: Path) -> int:
 
     def one(page: Path) -> bool:
         command = [sys.executable, __file__, "--bin", str(bin_folder), *have, str(page)]
-        done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment)
         print(done.stdout, end="", flush=True)
         return done.returncode == 0
 
