@@ -20,6 +20,7 @@ from doge_deploy.targets.cuda import attention_lengths, placement, signed_weight
 from doge_deploy.targets.cuda.lowering import lower, lower_bytes
 from doge_deploy.targets.cuda.placement import SHAPE_OPERATORS, place
 from doge_deploy.targets.cuda.write import ON_CPU
+from doge_deploy.verify.run import verify
 
 MODELS: dict[str, dict[str, Any]] = {
     "dense": {"keep_window_size": 64},
@@ -180,3 +181,27 @@ def test_nothing_is_written_unless_it_is_asked_for() -> None:
 def test_what_cannot_be_lowered_for(options: dict[str, Any], message: str) -> None:
     with pytest.raises(UsageError, match=re.escape(message)):
         shared_bundle(shared_doge(**MODELS["dense"]), **options)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"lowering_for": "ort"}, "--lowering-for ort: must be one of cuda"),
+        ({"lowering_for": "cudo"}, "unknown backend 'cudo'"),
+        ({"lowering_for": "cuda", "backend": "trt"}, "--lowering-for names what is judged; leave out --lowering"),
+        ({"lowering_for": "cuda", "lowering": True}, "--lowering-for names what is judged; leave out --lowering"),
+    ],
+    ids=["has-none", "unknown", "backend", "lowering"],
+)
+def test_what_cannot_be_judged_without_a_gpu(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(UsageError, match=re.escape(message)):
+        verify(bundle_of("dense-fp32"), **options)
+
+
+@pytest.mark.sweep
+@pytest.mark.parametrize("model", ["doge-tiny", "doge-tiny-moe"])
+@pytest.mark.parametrize("options", [{}, {"dtype": "fp16"}, {"dtype": "fp16", "quantize": "int4"}], ids=str)
+def test_verify_judges_it_on_the_cpu_provider(model: str, options: dict[str, Any]) -> None:
+    report = verify(shared_bundle(model, **options), lowering_for="cuda", greedy_steps=16)
+    assert report.graphs == {"static": "model.onnx, --backend cuda (on the CPU provider)"}
+    report.require_passed()
