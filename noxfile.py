@@ -74,6 +74,25 @@ def bisect_packages(session: nox.Session) -> None:
     session.run(sys.executable, "tests/verify/bisect_packages.py", python, external=True)
 
 
+@nox.session(name="cuda-placement")
+def cuda_placement(session: nox.Session) -> None:
+    """Where ONNX Runtime's CUDA provider puts nodes, by the provider itself, on stand-ins for NVIDIA's libraries."""
+    require_project(session)
+    install(session, "gpu")
+    bundles, standin = Path(session.create_tmp(), "bundles"), Path(session.create_tmp(), "standin")
+    shutil.rmtree(bundles, ignore_errors=True)
+    kinds = {"dense": ("doge-tiny", "--max-length", "64"), "window": ("doge-tiny",), "moe": ("doge-tiny-moe",)}
+    kinds["int4"] = ("doge-tiny", "--quantize", "int4")
+    for name, words in kinds.items():
+        for dtype in ("fp32", "fp16"):
+            command = [sys.executable, "-m", "doge_deploy.cli", "export", *words, "--dtype", dtype]
+            session.run(*command, "-o", str(bundles / f"{name}-{dtype}"), external=True)
+    session.run("python", "tests/cuda_standin.py", str(standin))
+    environment = {"LD_LIBRARY_PATH": str(standin)}
+    session.run("python", "tests/cuda_kernels.py", env=environment)
+    session.run("python", "tests/cuda_placement.py", *map(str, sorted(bundles.iterdir())), env=environment)
+
+
 @nox.session
 def lint(session: nox.Session) -> None:
     """Rules and format."""

@@ -160,6 +160,7 @@ def verify(
     greedy_steps: int | None = None,
     portable: bool = False,
     lowering: bool = False,
+    lowering_for: str | None = None,
     backend: str = DEFAULT_BACKEND,
     engine: str | None = None,
     baseline: str | Path | None = None,
@@ -179,6 +180,7 @@ def verify(
             own.
         portable: judge the standard graphs, not those lowered for ONNX Runtime.
         lowering: judge the static graph as it is lowered for TensorRT, in ONNX Runtime.
+        lowering_for: judge it as it is lowered for this backend, in ONNX Runtime's CPU provider: `cuda`.
         backend: what runs the bundle; `torch-kernels` is PyTorch with the plugins' kernels.
         engine: which engine, where the backend has several.
         baseline: an earlier report as a file of `verify --json`: a case that uses more than twice the share of its
@@ -217,6 +219,7 @@ def verify(
         greedy_steps=greedy_steps,
         portable=portable,
         lowering=lowering,
+        lowering_for=lowering_for,
         backend=backend,
         engine=engine,
         started=started,

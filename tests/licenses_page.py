@@ -25,8 +25,9 @@ doge-deploy has the Apache License 2.0. It contains no code of others; these pac
 3.11; a test fails when this page is stale. *For* names the extras that bring a package, directly or not; packages
 without one are in all installations.
 
-The extras `trt` (tensorrt: NVIDIA's own licence) and `ray` (ray: Apache-2.0) are not in the environment that this page
-is made in. On other platforms torch may bring further packages, such as NVIDIA's CUDA libraries.
+The extras `gpu` (onnxruntime-gpu: MIT), `trt` (tensorrt: NVIDIA's own licence) and `ray` (ray: Apache-2.0) are not in
+the environment that this page is made in. On other platforms torch may bring further packages, such as NVIDIA's CUDA
+libraries.
 """
 
 SHORT = {

@@ -194,6 +194,39 @@ FAULTS: dict[str, Fault] = {
         "a window that TensorRT cannot select ends in an error of the vendor's",
         ("test_lowering.py",),
     ),
+    "kernels-of-any-version": Fault(
+        "targets/cuda",
+        Patch(
+            "doge_deploy/targets/cuda/placement.py",
+            """if since != entry["since"]:""",
+            """if since < entry["since"]:""",
+        ),
+        "an export does not say that a node falls to the CPU, because the provider knows an older version of it",
+        ("test_cuda_lowering.py",),
+        select="another_version",
+    ),
+    "keys-in-use-without-the-call": Fault(
+        "targets/cuda",
+        Patch(
+            "doge_deploy/targets/cuda/attention_lengths.py",
+            """return emit("Add", inputs["write_indices"], behind, name="lengths").outputs[0]""",
+            """return emit("Add", inputs["write_indices"], one, name="lengths").outputs[0]""",
+        ),
+        "tokens of a prompt do not see each other on a GPU",
+        ("test_cuda_lowering.py",),
+        select="to_the_bit",
+    ),
+    "rows-of-the-first": Fault(
+        "runtime/cuda",
+        Patch(
+            "doge_deploy/runtime/cuda/runner.py",
+            "address = cache.address + first * _row_bytes(cache)",
+            "address = cache.address",
+        ),
+        "requests that share a cache on a GPU write into the rows of others",
+        ("test_slots.py",),
+        select="cuda",
+    ),
     "new-key-wins-a-tie": Fault(
         "targets/trt",
         Patch(

@@ -28,6 +28,10 @@ LOGIT_OFFSETS, LOGIT_ROWS = "logit_offsets", "logit_rows"
 """An input of a lowered graph that may be left out, and its axis: for which tokens of each row there are logits, as
 distances from its last one."""
 
+BEST_TOKENS, BEST_LOGITS = "best_tokens", "best_logits"
+"""Outputs of a lowered graph: for each place that has logits the lowest of its likeliest tokens, and the logit of that
+token, infinite where one is not a number."""
+
 LAYOUTS = ("static", "growing")
 """Cache layouts, the default first."""
 
@@ -177,6 +181,14 @@ def with_logit_rows(signature: Signature) -> Signature:
     )
     offsets = GraphTensor(LOGIT_OFFSETS, "int64", (LOGIT_ROWS,))
     return Signature(signature.layout, (*signature.inputs, offsets), outputs)
+
+
+def with_best_tokens(signature: Signature) -> Signature:
+    """The same with the likeliest token of each place that has logits."""
+    logits = next(spec for spec in signature.outputs if spec.name == "logits")
+    tokens = GraphTensor(BEST_TOKENS, "int64", logits.shape[:-1])
+    best = GraphTensor(BEST_LOGITS, logits.dtype, logits.shape[:-1])
+    return Signature(signature.layout, signature.inputs, (*signature.outputs, tokens, best))
 
 
 def make_signature(facts: DogeFacts, layout: str, *, dtype: str, max_length: int, last_logits: bool) -> Signature:

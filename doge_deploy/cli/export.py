@@ -65,6 +65,12 @@ _DEFAULT_BLOCKS = ", ".join(
     default=None,
     help="Write graphs without local functions, for runtimes that read none.",
 )
+@click.option(
+    "--lower-for",
+    multiple=True,
+    metavar="BACKEND",
+    help="Also write the graph as this backend runs it, and say what of it would run elsewhere: cuda.",
+)
 @click.option("--num-layers", type=click.IntRange(min=1), metavar="N", help="Only the first N layers (to debug).")
 @click.option(
     "--config", "config_file", type=click.Path(path_type=Path), metavar="FILE", help="Options from a YAML file."
@@ -124,6 +130,10 @@ def export(
         ).manifest
     for warning in manifest.warnings:
         click.echo(f"warning: {warning}", err=True)
+    for layout in manifest.layouts.values():
+        for name in options.lower_for:
+            for what, why in layout.lowered[name].declined.items() if name in layout.lowered else ():
+                click.echo(f"warning: {layout.file} for {name}: {what}: {why}", err=True)
     size = sum(entry["bytes"] for entry in manifest.files.values())
     kind = options.dtype if options.quantize is None else f"{options.quantize} weights"
     click.echo(f"{output}: {', '.join(manifest.layouts)}, {kind}, {size / 1e6:.1f} MB")

@@ -37,6 +37,11 @@ if TYPE_CHECKING:
     help="Judge the static graph as it is lowered for TensorRT and TensorRT-RTX (without plugins), in ONNX Runtime.",
 )
 @click.option(
+    "--lowering-for",
+    metavar="BACKEND",
+    help="Judge the static graph as it is lowered for this backend, in ONNX Runtime's CPU provider: cuda.",
+)
+@click.option(
     "--backend",
     type=BackendName(TORCH_KERNELS),
     default=DEFAULT_BACKEND,
@@ -69,6 +74,7 @@ def verify(
     greedy_steps: int | None,
     portable: bool,
     lowering: bool,
+    lowering_for: str | None,
     backend: str,
     engine: str | None,
     localized: bool,
@@ -95,6 +101,8 @@ def verify(
     check_options(localized, case, backend, outputs.first)
     if recording is not None and (localized or case is not None):
         raise UsageError(f"--recording {recording}: the localiser runs the reference itself; leave one of them out")
+    if lowering_for is not None and (localized or case is not None):
+        raise UsageError(f"--lowering-for {lowering_for}: the localiser knows the CPU's graphs and --lowering alone")
     steps = GREEDY_STEPS if greedy_steps is None else greedy_steps
 
     def localize(case: str | None = None, report: Report | None = None) -> Localization:
@@ -127,6 +135,7 @@ def verify(
             greedy_steps=greedy_steps,
             portable=portable,
             lowering=lowering,
+            lowering_for=lowering_for,
             backend=backend,
             engine=engine,
             baseline=baseline,

@@ -68,7 +68,7 @@ def _broken_backends() -> Iterator[CommandStatus]:
 def _row(machine: Machine, name: str, uses: tuple[Library, ...], obstacles: list[Obstacle | None]) -> CommandStatus:
     found = [obstacle for obstacle in obstacles if obstacle is not None]
     if not found:
-        with_what = ", ".join(f"{one.module} {machine.libraries[one.module].version}" for one in uses)
+        with_what = ", ".join(f"{one.key} {machine.libraries[one.key].version}" for one in uses)
         return CommandStatus(name, True, with_what or "needs no library")
     return CommandStatus(
         name,
@@ -80,14 +80,14 @@ def _row(machine: Machine, name: str, uses: tuple[Library, ...], obstacles: list
 
 def _packages(machine: Machine, needed: tuple[Library, ...]) -> Obstacle | None:
     """All that are missing in one sentence; one extra brings them."""
-    missing = [library for library in needed if machine.libraries[library.module].version is None]
+    missing = [library for library in needed if machine.libraries[library.key].version is None]
     if not missing:
         return None
-    return Obstacle(f"no {', '.join(library.module for library in missing)}", _install(missing[0]))
+    return Obstacle(f"no {', '.join(library.key for library in missing)}", _install(missing[0]))
 
 
 def _library(machine: Machine, library: Library) -> Obstacle | None:
-    name, found = library.module, machine.libraries[library.module]
+    name, found = library.key, machine.libraries[library.key]
     if found.version is None:
         return Obstacle(f"no {name}", _install(library))
     if library.first_version and found.version != "unknown" and not at_least(found.version, library.first_version):
@@ -119,4 +119,5 @@ def _gpu(machine: Machine, backend: Backend[Any]) -> Obstacle | None:
 
 
 def _install(library: Library) -> str:
-    return f"pip install 'doge-deploy[{library.extra}]'"
+    first = f"pip uninstall {library.module}, then " if library.shares_module else ""
+    return f"{first}pip install 'doge-deploy[{library.extra}]'"

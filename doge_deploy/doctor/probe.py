@@ -39,7 +39,7 @@ def libraries() -> dict[str, Library]:
     needed = [library for each in rounds for library in each if library is not None]
     found: dict[str, Library] = {}
     for library in (*needed, TRITON, *EXPORT):
-        found.setdefault(library.module, library)
+        found.setdefault(library.key, library)
     return found
 
 
@@ -61,16 +61,18 @@ class Found:
 def probe_libraries(wanted: Mapping[str, Library], timeout_s: float = TIMEOUT_S) -> dict[str, Found]:
     """Look at all of them."""
     deadline = time.monotonic() + timeout_s
-    children = {
-        name: _start(library) for name, library in wanted.items() if library.probe and _is_there(library.module)
-    }
+    children = {name: _start(library) for name, library in wanted.items() if library.probe and _is_installed(library)}
     found = {}
     for name, library in wanted.items():
         if name in children:
             found[name] = _finish(children[name], library, deadline, timeout_s)
         else:
-            found[name] = Found(_version(library) or "unknown" if _is_there(library.module) else None)
+            found[name] = Found(_version(library) or "unknown" if _is_installed(library) else None)
     return found
+
+
+def _is_installed(library: Library) -> bool:
+    return _is_there(library.module) and not (library.shares_module and _version(library) is None)
 
 
 def _is_there(module: str) -> bool:

@@ -42,6 +42,15 @@ class ExportOptions(BaseModel):
     inline_functions: bool = Field(False, description="true or false")
     """The standard graphs call no local functions; for runtimes that read none."""
 
+    lower_for: tuple[str, ...] = Field((), description="a list of backends that lower a graph when asked, such as cuda")
+
+    @field_validator("lower_for", mode="before")
+    @classmethod
+    def _normalise_backends(cls, value: Any) -> Any:
+        """One name or any sequence of names, each once."""
+        names = (value,) if isinstance(value, str) else value
+        return tuple(dict.fromkeys(names)) if isinstance(names, (list, tuple)) else names
+
     @field_validator("quantize")
     @classmethod
     def _check_format(cls, value: str | None) -> str | None:

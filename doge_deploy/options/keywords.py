@@ -24,6 +24,7 @@ class ExportKeywords(TypedDict, total=False):
     block_size: int | None
     symmetric: bool
     inline_functions: bool
+    lower_for: str | Sequence[str]
 
 
 class BuildKeywords(TypedDict, total=False):

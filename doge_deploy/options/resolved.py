@@ -60,8 +60,10 @@ class ResolvedOptions:
 
     @classmethod
     def of(cls, options: ExportOptions, *, max_length: int) -> ResolvedOptions:
-        """Of a bundle whose rows hold `max_length` tokens; everything else is as in `options`."""
-        values: dict[str, Any] = {**options.model_dump(), "max_length": max_length}
+        """Of a bundle whose rows hold `max_length` tokens; everything else is as in `options`. What graphs were lowered
+        for stands with each layout.
+        """
+        values: dict[str, Any] = {**options.model_dump(exclude={"lower_for"}), "max_length": max_length}
         if options.task != "causal-lm":
             values |= {"kv_cache": (), "logits": None}
         return cls(**values)

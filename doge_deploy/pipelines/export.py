@@ -62,6 +62,7 @@ def export(
     from doge_deploy.graph.write import inline_functions, write_graphs
 
     options = resolve_options(options)
+    _check_lower_for(options)
     if calibration_text is not None:
         _check_calibrated(options)
     dtype = NAMES[options.dtype]
@@ -90,7 +91,7 @@ def export(
             progress=progress,
             calibration=calibration,
         )
-        layouts = _lowered(directory, layouts, progress)
+        layouts = _lowered(directory, layouts, options.lower_for, progress)
         if options.inline_functions:  # only now: a lowering looks for the operators that the functions stand for
             advance = progress.stage("inline functions")
             for layout in layouts.values():
@@ -162,10 +163,25 @@ def _calibration(checkpoint: Checkpoint, given: Path | None) -> tuple[Sequence[i
     return ids, ()
 
 
-def _lowered(directory: Path, layouts: Mapping[str, Layout], progress: Progress) -> dict[str, Layout]:
-    """The layouts with what every installed backend made of them."""
+def _check_lower_for(options: ExportOptions) -> None:
+    """Raises UsageError where a graph is to be lowered for what lowers none when asked, or not of this bundle."""
+    for name in options.lower_for:
+        known = [backend for backend in backends() if backend.lowers_when_asked]
+        asked = next((backend for backend in known if backend.name == name), None)
+        if asked is None:
+            raise UsageError(f"--lower-for {name}: must be one of {', '.join(backend.name for backend in known)}")
+        if options.task != "causal-lm" or not set(asked.lowers) & set(options.kv_cache):
+            raise UsageError(f"--lower-for {name} needs a bundle with --kv-cache {' or '.join(asked.lowers)}")
+
+
+def _lowered(
+    directory: Path, layouts: Mapping[str, Layout], asked: tuple[str, ...], progress: Progress
+) -> dict[str, Layout]:
+    """The layouts with what every installed backend made of them, but for those that were not asked to."""
     found = dict(layouts)
     for backend in backends():
+        if backend.lowers_when_asked and backend.name not in asked:
+            continue
         for name in (one for one in backend.lowers if one in layouts):
             advance = progress.stage(f"lower for {backend.title}")
             lowered = backend.lower(directory, layouts[name])

@@ -49,8 +49,15 @@ class Library:
     """The oldest that will do; empty for any."""
     title: str = ""
     """For people; the module's name where empty."""
+    shares_module: bool = False
+    """Other packages are the same module: it is there only where one of `distributions` is installed."""
     jetson_remedy: str = ""
     """How a newer one comes to a Jetson; empty: as anywhere else."""
+
+    @property
+    def key(self) -> str:
+        """What it is called among others: the module, or the package where several are the same module."""
+        return self.distributions[0] if self.shares_module else self.module
 
 
 @dataclass(frozen=True)
@@ -102,6 +109,8 @@ class Backend(ABC, Generic[RunnerT]):
     """Layouts that it runs."""
     lowers: tuple[str, ...] = ()
     """Layouts for which `export` calls `lower`."""
+    lowers_when_asked: bool = False
+    """Only where the export's `lower_for` names it: a bundle does without, and is lowered when it is opened."""
     session_options: frozenset[str] = frozenset()
     """Fields of `SessionOptions` that it takes; hints need not be named."""
     runs_graphs: ClassVar[bool] = False
@@ -137,6 +146,10 @@ class Backend(ABC, Generic[RunnerT]):
             MissingDependencyError: a library, a driver or a device is missing.
             BrokenBundleError, UnsupportedModelError: the library refuses the graph.
         """
+
+    def on_processor(self) -> Backend[Any] | None:
+        """The same lowering where there is no GPU, for `verify --lowering-for`; None: it has none."""
+        return None
 
     def require(self, bundle: Bundle) -> None:
         """Raises UsageError where a bundle lacks what the backend runs, such as an engine; loads no library."""

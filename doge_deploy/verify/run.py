@@ -13,7 +13,7 @@ from doge_deploy.config.revisions import KEEPS_ALL
 from doge_deploy.errors import UsageError
 from doge_deploy.graph.weight_formats import WeightFormat, format_of
 from doge_deploy.options.backends import DEFAULT_BACKEND, TORCH_KERNELS
-from doge_deploy.targets.backend import Backend, SessionOptions, find
+from doge_deploy.targets.backend import Backend, SessionOptions, find, loadable
 from doge_deploy.verify.cases import GREEDY_STEPS
 from doge_deploy.verify.environment import this_environment
 from doge_deploy.verify.oracle import Oracle
@@ -40,6 +40,7 @@ def verify(
     greedy_steps: int | None = None,
     portable: bool = False,
     lowering: bool = False,
+    lowering_for: str | None = None,
     backend: str = DEFAULT_BACKEND,
     engine: str | None = None,
     started: Callable[[str], None] = lambda what: None,
@@ -58,6 +59,8 @@ def verify(
             recording says it itself.
         portable: judge the standard graphs, not those lowered for ONNX Runtime that `generate` runs.
         lowering: judge the static graph as both TensorRT products get it (one lowering serves both), in ONNX Runtime.
+        lowering_for: the name of a backend: judge its lowering on the processor, where it has that, such as `cuda` in
+            ONNX Runtime's CPU provider. It takes the place of `backend`.
         backend: the name of what runs the bundle. Where it shows no selections, what is judged by them is left out, and
             said. With `torch-kernels` the model that was traced runs in PyTorch, its two operators as kernels.
         engine: which engine, where the backend has several.
@@ -71,6 +74,11 @@ def verify(
             other.
         MissingDependencyError: torch, transformers or ONNX Runtime is missing.
     """
+    if lowering_for is not None and (lowering or portable or engine is not None or backend != DEFAULT_BACKEND):
+        raise UsageError(
+            "--lowering-for names what is judged; leave out --lowering, --portable, --engine and --backend"
+        )
+    found = _on_processor(lowering_for) if lowering_for is not None else None
     bundle = open_bundle(path)
     oracle: Oracle
     if recording is None:
@@ -78,7 +86,7 @@ def verify(
         from doge_deploy.verify.source import open_reference
 
         checkpoint = open_reference(bundle, reference, adapter)
-        runs = _kernels(checkpoint) if backend == TORCH_KERNELS else find(backend)
+        runs = _kernels(checkpoint) if backend == TORCH_KERNELS else found or find(backend)
         steps = GREEDY_STEPS if greedy_steps is None else greedy_steps
         oracle = LiveOracle(bundle, checkpoint, greedy_steps=steps, started=started)
     else:
@@ -90,7 +98,7 @@ def verify(
 
             runs = _kernels(open_reference(bundle, reference, adapter))
         else:
-            runs = find(backend)
+            runs = found or find(backend)
     options = replace(without_spinning(runs), portable=portable, engine=engine)
     return judge_bundle(bundle, oracle, runs, options, layouts, lowering=lowering, started=started, finished=finished)
 
@@ -102,6 +110,18 @@ def _check_recorded(backend: str, reference: str | None, adapter: str | None, gr
     for name, value in (("--reference", reference), ("--adapter", adapter)):
         if value is not None and backend != TORCH_KERNELS:
             raise UsageError(f"{name} {value}: --recording takes the place of the reference; leave one of them out")
+
+
+def _on_processor(name: str) -> Backend[Any]:
+    """The backend that runs another one's lowering on the processor.
+
+    Raises:
+        UsageError: there is no such backend, or none that does.
+    """
+    if (found := find(name).on_processor()) is None:
+        known = [backend.name for backend in loadable() if backend.on_processor() is not None]
+        raise UsageError(f"--lowering-for {name}: must be one of {', '.join(known)}")
+    return found
 
 
 def _kernels(checkpoint: Any) -> Backend[Any]:

@@ -57,9 +57,9 @@ CPU = DeviceFacts(kind="cpu", product="a processor", bandwidth_gb_per_s=50.0)
 
 USABLE = {
     "cpu": ["ort"],
-    "rtx-desktop": ["trt", "trt-rtx", "ort"],
-    "rtx-4090": ["trt", "trt-rtx", "ort"],
-    "h100": ["trt", "ort"],
+    "rtx-desktop": ["cuda", "trt", "trt-rtx", "ort"],
+    "rtx-4090": ["cuda", "trt", "trt-rtx", "ort"],
+    "h100": ["cuda", "trt", "ort"],
     "jetson-orin-nano-8gb-jp6": ["ort"],
     "jetson-orin-nano-8gb-jp7": ["trt", "ort"],
     "jetson-agx-orin-jp7": ["trt", "ort"],

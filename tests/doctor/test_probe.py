@@ -92,3 +92,11 @@ def test_a_tool_that_is_missing_or_fails_says_nothing() -> None:
     assert run_tool(["false"]) is None
     assert run_tool(["sleep", "9"], timeout_s=0.1) is None
     assert run_tool(["echo", "yes"]) == "yes\n"
+
+
+def test_a_module_that_several_packages_bring_is_there_with_its_own_package() -> None:
+    """The module `onnxruntime` is here, and not of `onnxruntime-gpu`."""
+    own = Library("onnxruntime", "cpu", distributions=("onnxruntime",))
+    other = Library("onnxruntime", "gpu", distributions=("onnxruntime-gpu",), shares_module=True)
+    found = probe_libraries({library.key: library for library in (own, other)})
+    assert found["onnxruntime"].version is not None and found["onnxruntime-gpu"].version is None

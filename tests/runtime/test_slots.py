@@ -22,6 +22,7 @@ from doge_deploy.bundle.engine_record import EngineProfile
 from doge_deploy.bundle.opening import Bundle, open_bundle
 from doge_deploy.errors import UnsupportedModelError, UsageError
 from doge_deploy.options.build import BuildOptions
+from doge_deploy.runtime import cuda
 from doge_deploy.runtime.ort import open_runner, window
 from doge_deploy.runtime.ort.window import WindowOrtRunner
 from doge_deploy.runtime.rows import RowsRunner
@@ -52,6 +53,8 @@ CONFIGS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "int8": ({"hidden_size": 64, "intermediate_size": 64}, {"quantize": "int8"}),
 }
 
+CUDA_CONFIGS = ("dense-all-logits", "window", "dynamic")
+
 PROFILES = (
     EngineProfile(name="prefill", axes=axes((1, 1, SLOTS), (1, 32, 64))),
     EngineProfile(name="decode", axes=axes((1, 1, SLOTS), (1, 1, 1))),
@@ -61,6 +64,7 @@ BACKENDS: dict[str, Callable[[Bundle], RowsRunner]] = {
     "ort": lambda bundle: open_runner(bundle, "static", threads=1),  # type: ignore[return-value]
     "ort-portable": lambda bundle: open_runner(bundle, "static", threads=1, portable=True),  # type: ignore[return-value]
     "engine": lambda bundle: held_runner(bundle, profiles=PROFILES),
+    "cuda-on-cpu": lambda bundle: cuda.open_runner(bundle, bundle.layout("static"), device="cpu"),
 }
 
 BOUNDED = "bounded-engine"
@@ -75,7 +79,12 @@ def bounded_engine(bundle: Bundle) -> RowsRunner:
 
 OPENERS = {**BACKENDS, BOUNDED: bounded_engine}
 
-CASES = [(config, backend) for config in CONFIGS for backend in BACKENDS if (config, backend) != ("int8", "engine")]
+CASES = [
+    (config, backend)
+    for config in CONFIGS
+    for backend in BACKENDS
+    if (config, backend) != ("int8", "engine") and (backend != "cuda-on-cpu" or config in CUDA_CONFIGS)
+]
 CASES += [(config, BOUNDED) for config in CONFIGS if "window" in config]
 OFTEN = ("dense", "window", "moe-window", "sliding", "dynamic", "longrope", "int8")
 """Configurations of the usual run."""
@@ -298,7 +307,12 @@ def test_schedules_find_a_fault(fault: Callable[[RowsRunner], None]) -> None:
 
 def poison(rows: RowsRunner) -> None:
     """What a model that overflows leaves in every row."""
-    if hasattr(rows, "_buffers"):
+    if isinstance(rows, cuda.CudaRunner):
+        for cache in rows.caches.values():
+            held = cache.read()
+            held[:, :, : int(rows._written.max())] = np.inf
+            cache.write(held)
+    elif hasattr(rows, "_buffers"):
         for buffer in rows._buffers.values():
             buffer[:, :, : rows._written.max()] = np.inf  # type: ignore[attr-defined]
     else:

@@ -165,7 +165,7 @@ def test_a_layout_that_a_backend_does_not_run(register: Register, tiny_bundle: P
     bundle = open_bundle(tiny_bundle)
     assert find("toy").choose_layout(bundle).file == "model.growing.onnx", "the first that it runs, not the first"
     with pytest.raises(
-        UsageError, match="--layout static belongs to --backend ort or trt or trt-rtx; toy runs growing"
+        UsageError, match="--layout static belongs to --backend ort or cuda or trt or trt-rtx; toy runs growing"
     ):
         find("toy").choose_layout(bundle, "static")
     with pytest.raises(UsageError, match="has no 'uncached' layout; it holds: static, growing"):
@@ -308,7 +308,7 @@ def status(of: Machine, name: str) -> CommandStatus:
     return next(row for row in commands(of) if row.name == name)
 
 
-BACKEND_FOLDERS = ("runtime/ort", "runtime/trt", "targets/ort", "targets/trt")
+BACKEND_FOLDERS = ("runtime/cuda", "runtime/ort", "runtime/trt", "targets/cuda", "targets/ort", "targets/trt")
 ONE_BACKEND = {"bundle/version_1.py"}
 """Reads manifests of the time when ONNX Runtime was the only one that a graph was lowered for."""
 

@@ -44,9 +44,10 @@ class LoweredBoundedRunner(BoundedTrtRunner):
         engine = self._engine if is_step or self._prefill is None else self._prefill[0]
         assert isinstance(engine, OrtEngine)
         shown = {name: value for name, value in engine.extra.items() if not name.startswith(f"{KEPT_UNTIL}.")}
+        held = self._positions() if is_step else {}
         for layer in range(len({cache.past.split(".")[1] for cache in self.plan.caches})):
             if is_step:
-                positions = self._positions()[layer][row_range(first, rows)]
+                positions = held[layer][row_range(first, rows)]
                 until = np.ones_like(positions)
             else:
                 shape = (rows, -1, self.window + width)

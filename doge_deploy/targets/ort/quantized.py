@@ -24,11 +24,16 @@ class QuantizedWeightsPass(ir.passes.InPlacePass):
 
     Needs: 4 or 8 bits, unsigned, blocked along the rows of a 2-D weight in external data; whole blocks;
     where the operators need zero points, a whole number of bytes of them per row.
-    Promises: the same weights. The state is rounded to 8 bits per block for a product, see `ACCURACY_LEVEL`.
+    Promises: the same weights. The state is rounded to 8 bits per block for a product, see `ACCURACY_LEVEL`; not at
+    level 0.
 
     1. A zero point that is the middle of the range everywhere is left out: it is what the operators assume.
     2. A reader of another kind keeps the DequantizeLinear.
     """
+
+    def __init__(self, accuracy_level: int = ACCURACY_LEVEL) -> None:
+        super().__init__()
+        self._accuracy_level = accuracy_level
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         weights = [weight for node in model.graph if (weight := match_quantized(node)) is not None]
@@ -37,7 +42,7 @@ class QuantizedWeightsPass(ir.passes.InPlacePass):
             for use in list(weight.output.uses()):
                 if use.node.op_type == "Transpose" and attribute(use.node, "perm") == (1, 0):
                     for product in [u.node for u in use.node.outputs[0].uses() if u.node.op_type == "MatMul"]:
-                        _multiply(product, weight, views)
+                        _multiply(product, weight, views, self._accuracy_level)
                 elif use.node.op_type == "Gather" and use.idx == 0 and attribute(use.node, "axis", 0) == 0:
                     _gather(use.node, weight, views)
         if weights:
@@ -113,7 +118,7 @@ def views_of(graph: ir.Graph, weight: QuantizedWeight) -> Views:
     return Views(by_block, by_row, zero)
 
 
-def _multiply(product: ir.Node, weight: QuantizedWeight, views: Views) -> None:
+def _multiply(product: ir.Node, weight: QuantizedWeight, views: Views, accuracy_level: int) -> None:
     emit = Emitter(product, product.outputs[0].name or "product")
     inputs = [product.inputs[0], views.blocks, weight.scale, *([views.zero_point] if views.zero_point else [])]
     node = emit(
@@ -124,7 +129,7 @@ def _multiply(product: ir.Node, weight: QuantizedWeight, views: Views) -> None:
         N=weight.rows,
         bits=weight.bits,
         block_size=weight.block,
-        accuracy_level=ACCURACY_LEVEL,
+        accuracy_level=accuracy_level,
     )
     take_place(product.outputs[0], node.outputs[0])
 

@@ -1,0 +1,1 @@
+"""The lowering for ONNX Runtime's CUDA provider."""
