@@ -177,7 +177,7 @@ def _check_lower_for(options: ExportOptions) -> None:
 def _lowered(
     directory: Path, layouts: Mapping[str, Layout], asked: tuple[str, ...], progress: Progress
 ) -> dict[str, Layout]:
-    """The layouts with what every installed backend made of them, but for those that were not asked to."""
+    """The layouts with what every installed backend made of them, except those that were not asked to."""
     found = dict(layouts)
     for backend in backends():
         if backend.lowers_when_asked and backend.name not in asked:
