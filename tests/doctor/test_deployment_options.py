@@ -121,7 +121,6 @@ def test_a_window_beyond_topk_needs_plugins_where_no_cache_of_the_window_can_be_
     wide = replace(TINY, facts=replace(TINY.facts, keep_window_size=4096), max_length=8192)
     assert option("h100", "trt", wide).usable and option("h100", "trt", wide, plugins=False).usable
     wide = replace(wide, facts=replace(wide.facts, sliding_window=8000))
-    assert option("h100", "trt", wide).usable
     found = option("h100", "trt", wide, plugins=False)
     assert "keep_window_size 4096 is more than TensorRT's TopK takes (3840)" in found.reason
     assert "--max-length 4096" in found.remedy
