@@ -2,7 +2,7 @@
 
 It understands what a manifest is made of: dataclasses, TypedDict, `Mapping[str, X]`, `tuple[X, ...]`, unions,
 `Literal`, str, int, float, bool, None, `Any`, and `Annotated[X, Check(...)]`.
-Why not a library: docs/decisions/0029-manifest-schema.md.
+Why not a library: docs/decisions/0025-manifest-schema.md.
 """
 
 from __future__ import annotations

@@ -26,7 +26,7 @@ class SlotRunner:
     """S texts in the rows of a runner, which nobody else may call meanwhile.
 
     Slot numbers are 0 to S - 1 and stay; the rows that they stand for change places so that each call is over
-    neighbouring rows (see docs/decisions/0030-slots.md). Every method that feeds tokens gives logits, which the next
+    neighbouring rows (see docs/decisions/0026-slots.md). Every method that feeds tokens gives logits, which the next
     one overwrites.
 
     Args:

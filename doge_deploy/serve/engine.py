@@ -3,7 +3,7 @@
 Requests, cancellations and questions go in as messages. Events of a call of the runner come out together, by one call
 of `deliver`, so that an event loop is woken once a call, however many requests have a new token. Where calls are so
 short that nobody would see the difference, the tokens of several come out together (see
-docs/decisions/0041-pieces-of-a-stream.md).
+docs/decisions/0037-pieces-of-a-stream.md).
 """
 
 from __future__ import annotations

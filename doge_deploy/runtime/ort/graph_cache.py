@@ -4,7 +4,7 @@ An entry is a folder of its own: the graph, the weights as the optimised graph h
 same state are joined in it), and the hashes of both. It is found by everything that it depends on; what is not whole,
 or what ONNX Runtime does not read, is removed and made anew. (Of large files the size is compared, as when a bundle is
 opened.) Nothing here raises where a folder cannot be written: then
-there is no cache. Why so: docs/decisions/0037-a-cache-of-optimised-graphs.md.
+there is no cache. Why so: docs/decisions/0033-a-cache-of-optimised-graphs.md.
 """
 
 from __future__ import annotations

@@ -30,7 +30,7 @@ class Product:
     """To build. TensorRT measures kernels on the device; TensorRT-RTX compiles on the CPU."""
     has_plugins: bool
     default_profiles: Literal["shared", "separate"]
-    """See docs/decisions/0019-one-profile-stores-the-weights-once.md."""
+    """See docs/decisions/0016-one-profile-stores-the-weights-once.md."""
     distributions: tuple[str, ...]
     """Names under which the module is installed."""
     first_version: str = ""
