@@ -251,7 +251,7 @@ def test_a_format_is_called_like_its_file() -> None:
 
 
 def test_every_format_has_its_row_in_the_docs() -> None:
-    page = (Path(__file__).parents[2] / "docs" / "export.md").read_text(encoding="utf-8")
+    page = (Path(__file__).parents[2] / "docs" / "quantize.md").read_text(encoding="utf-8")
     assert [name for name in weight_format_names() if f"| `{name}` |" not in page] == []
 
 
@@ -289,7 +289,7 @@ class Format(WeightFormat):
                 return PartSource(initializer.removesuffix(suffix), key, part_dtype)
         return None
 
-    def store(self, weight):
+    def store(self, weight, name=""):
         scale = weight.float().abs().amax() / 127
         return {"values": (weight.float() / scale).round().char(), "scale": scale}
 
