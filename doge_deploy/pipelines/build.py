@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import time
 from pathlib import Path
 
@@ -54,6 +55,8 @@ def build(path: str | Path, options: BuildOptions, *, force: bool, progress: Pro
     use_plugins = product.has_plugins and options.plugins
     kind = options.profiles or product.default_profiles
     parts = make_parts(bundle, layout.signature, options, kind, use_plugins=use_plugins)
+    # Before anything lies on the disk: a signal while onnx's compiled part is initialised ends the process at once.
+    importlib.import_module("doge_deploy.targets.trt.layout")
     with staging(bundle) as aside:
         built = [_build_part(bundle, part, options, capabilities, use_plugins, aside, progress) for part in parts]
         record = make_record(bundle, name=name, layout=LAYOUT, options=options, built=built)
