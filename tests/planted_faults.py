@@ -372,7 +372,7 @@ FAULTS: dict[str, Fault] = {
     "row-that-ended-gets-a-token": Fault(
         "runtime",
         Patch(
-            "doge_deploy/runtime/ort/runners.py",
+            "doge_deploy/runtime/rows.py",
             "real = np.clip(lengths - start, 0, part.shape[1])",
             "real = np.clip(lengths - start, 1, part.shape[1])",
         ),

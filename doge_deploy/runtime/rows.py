@@ -9,6 +9,7 @@ Axes: B rows of the cache, R rows of a call, Q tokens of a call, V vocabulary.
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -17,6 +18,7 @@ import numpy as np
 from doge_deploy.bundle.manifest import Manifest
 from doge_deploy.runtime.base import BundleRunner, FloatArray, IntArray
 from doge_deploy.runtime.logits import HostLogits, Logits
+from doge_deploy.runtime.pieces import joined_logits, joined_selections
 
 
 @dataclass(frozen=True)
@@ -120,6 +122,36 @@ class RowsRunner(BundleRunner):
         held = self.row_lengths.copy()
         held[first : first + len(lengths)] += lengths
         self.row_lengths = held
+
+    def _run_in_pieces(
+        self,
+        first: int,
+        input_ids: IntArray,
+        lengths: IntArray,
+        step: int,
+        run: Callable[[int, IntArray, IntArray], FloatArray],
+    ) -> Logits:
+        """A call in pieces of at most `step` tokens, with the logits and what else one call would give.
+
+        Args:
+            first: the first row of the call.
+            input_ids: `[R, Q]`, as in `run_rows`.
+            lengths: `[R]`, as in `run_rows`.
+            step: tokens of a piece.
+            run: runs a piece, in which a row that ended before has no real token; nobody else writes to its logits.
+        """
+        parts, kept, before = [], [], self.row_lengths
+        try:
+            for start in range(0, input_ids.shape[1], step):
+                part = input_ids[:, start : start + step]
+                real = np.clip(lengths - start, 0, part.shape[1])
+                parts.append(run(first, part, real))
+                kept.append(self.extra)
+                self._advance(first, real)
+        finally:
+            self.row_lengths = before  # the caller advances it
+        self.extra = {name: joined_selections([part[name] for part in kept], len(lengths)) for name in kept[0]}
+        return HostLogits(joined_logits(parts, lengths, step, last=self.last_logits))
 
     def clear_row(self, row: int) -> None:
         """The row holds nothing, and zeros where it held something."""

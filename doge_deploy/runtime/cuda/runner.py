@@ -25,8 +25,7 @@ from doge_deploy.bundle.signature import (
 )
 from doge_deploy.runtime.base import FloatArray, IntArray
 from doge_deploy.runtime.cuda.memory import DeviceArray, DeviceMemory
-from doge_deploy.runtime.logits import NO_TOKEN, HostLogits, Logits, check_current
-from doge_deploy.runtime.pieces import joined_logits, joined_selections
+from doge_deploy.runtime.logits import NO_TOKEN, Logits, check_current
 from doge_deploy.runtime.rows import ChangingAngles, RowsRunner, row_range
 
 if TYPE_CHECKING:
@@ -150,18 +149,9 @@ class CudaRunner(RowsRunner):
         width = input_ids.shape[1]
         if width <= CHUNK or self.whole_calls:
             return _DeviceLogits(self, self._run_part(first, input_ids, lengths))
-        parts, kept, before = [], [], self.row_lengths
-        try:
-            for start in range(0, width, CHUNK):
-                part = input_ids[:, start : start + CHUNK]
-                real = np.clip(lengths - start, 0, part.shape[1])
-                parts.append(self._run_part(first, part, real).outputs["logits"].read())
-                kept.append(self.extra)
-                self._advance(first, real)
-        finally:
-            self.row_lengths = before  # the caller advances it
-        self.extra = {name: joined_selections([part[name] for part in kept], len(lengths)) for name in kept[0]}
-        return HostLogits(joined_logits(parts, lengths, CHUNK, last=self.last_logits))
+        return self._run_in_pieces(
+            first, input_ids, lengths, CHUNK, lambda *part: self._run_part(*part).outputs["logits"].read()
+        )
 
     def _run_part(self, first: int, input_ids: IntArray, lengths: IntArray) -> _Call:
         """A call, or a piece of one, in which rows that ended before have no real token."""

@@ -19,7 +19,6 @@ from doge_deploy.errors import UsageError
 from doge_deploy.runtime.base import BundleRunner, FloatArray, IntArray
 from doge_deploy.runtime.logits import HostLogits, Logits
 from doge_deploy.runtime.padding import left_padded
-from doge_deploy.runtime.pieces import joined_logits, joined_selections
 from doge_deploy.runtime.rows import ChangingAngles, RowsRunner, row_range
 
 if TYPE_CHECKING:
@@ -240,18 +239,7 @@ class StaticOrtRunner(OrtRunner, RowsRunner):
         if width <= step or self.whole_calls:
             logits, number = self._run_part(first, input_ids, lengths), self._count
             return HostLogits(logits, lambda: self._count == number)
-        parts, kept, before = [], [], self.row_lengths
-        try:
-            for start in range(0, width, step):
-                part = input_ids[:, start : start + step]
-                real = np.clip(lengths - start, 0, part.shape[1])
-                parts.append(self._run_part(first, part, real).copy())
-                kept.append(self.extra)
-                self._advance(first, real)
-        finally:
-            self.row_lengths = before  # the caller advances it
-        self.extra = {name: joined_selections([part[name] for part in kept], len(lengths)) for name in kept[0]}
-        return HostLogits(joined_logits(parts, lengths, step, last=self.last_logits))
+        return self._run_in_pieces(first, input_ids, lengths, step, lambda *part: self._run_part(*part).copy())
 
     def _run_last(self, first: int, input_ids: IntArray, last: int) -> Logits:
         rows, width = input_ids.shape

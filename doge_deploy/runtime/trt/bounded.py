@@ -16,8 +16,7 @@ import numpy as np
 from doge_deploy.bundle.signature import BATCH, RANK, SEQUENCE
 from doge_deploy.errors import UsageError
 from doge_deploy.runtime.base import FloatArray, IntArray
-from doge_deploy.runtime.logits import HostLogits, Logits
-from doge_deploy.runtime.pieces import joined_logits, joined_selections
+from doge_deploy.runtime.logits import Logits
 from doge_deploy.runtime.trt.device import Memory
 from doge_deploy.runtime.trt.plan import BindingPlan, nbytes
 from doge_deploy.runtime.trt.runner import Context, Engine, TrtRunner, _Call
@@ -81,18 +80,9 @@ class BoundedTrtRunner(TrtRunner):
             raise UsageError(reason)
         if self._prefill is None or self.whole_calls or width <= self._piece:
             return self._run_piece(first, input_ids, lengths)
-        parts, kept, before, step = [], [], self.row_lengths, self._piece
-        try:
-            for start in range(0, width, step):
-                part = input_ids[:, start : start + step]
-                real = np.clip(lengths - start, 0, part.shape[1])
-                parts.append(self._run_piece(first, part, real).numpy().copy())
-                kept.append(self.extra)
-                self._advance(first, real)
-        finally:
-            self.row_lengths = before  # the caller advances it
-        self.extra = {name: joined_selections([part[name] for part in kept], rows) for name in kept[0]}
-        return HostLogits(joined_logits(parts, lengths, step, last=self.last_logits))
+        return self._run_in_pieces(
+            first, input_ids, lengths, self._piece, lambda *part: self._run_piece(*part).numpy().copy()
+        )
 
     def _run_piece(self, first: int, input_ids: IntArray, lengths: IntArray) -> Logits:
         """A call, or a piece of one, in which rows that ended before have no real token."""
