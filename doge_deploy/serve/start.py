@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import logging
 import re
 import signal
@@ -291,6 +292,8 @@ def run(paths: Sequence[Path], options: ServeOptions) -> None:
         timeout_keep_alive=75,
     )
     server = _make_server(config, served, options.drain_seconds)
+    gc.collect()
+    gc.freeze()  # what is there now stays: to look through it again and again would hold up every stream
     with contextlib.suppress(SystemExit):  # uvicorn's way to say that it could not start
         server.run()
     if not server.started:
