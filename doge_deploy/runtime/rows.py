@@ -159,7 +159,7 @@ class RowsRunner(BundleRunner):
         """
 
     def joins(self, lengths: Sequence[int]) -> bool:
-        """Whether rows with so many tokens each are computed in one call as each is alone, but for the rounding of
+        """Whether rows with so many tokens each are computed in one call as each is alone, except for the rounding of
         another number of rows.
         """
         return self.angles is None

@@ -191,7 +191,7 @@ class SlotRunner:
 
     def joins(self, lengths: Sequence[int]) -> bool:
         """Whether `extend` of slots with so many tokens each can be run, and gives every one of them what it gets alone
-        but for the rounding of another number of rows.
+        except for the rounding of another number of rows.
         """
         if self.whole_prompts or not self._runner.joins(lengths):
             return False

@@ -64,6 +64,7 @@ def alone(prompt: Sequence[int], tokens: int, rule: Callable[[Sequence[int]], in
 
 def run(scheduler: Scheduler, limit: int = 10_000) -> None:
     for _ in range(limit):
+        assert not scheduler.runner.wrong  # type: ignore[attr-defined]
         if scheduler.idle:
             return
         scheduler.step()

@@ -53,6 +53,8 @@ class ScriptedSlots:
         self.most = joins
         self.calls: list[tuple[str, Any]] = []
         """Kind of each call and its number of tokens, or those of each slot where there are several."""
+        self.wrong: list[str] = []
+        """What nobody may ask for; a scheduler that feeds rows alone after an error would hide it."""
         self.nan_after: set[tuple[int, ...]] = set()
         """Histories after which the logits are NaN."""
 
@@ -90,8 +92,11 @@ class ScriptedSlots:
             assert last == lengths[0], "whoever extends a slot wants all logits"
             self.calls.append(("extend", last))
             return HostLogits(self._feed(slots[0], ids[0])[None])
-        assert last == 1 and len(set(slots)) == len(slots) == len(ids) and self.joins(lengths)
-        assert all(len(self.rows[slot]) + max(lengths) <= self.max_length for slot in slots), "no space for padding"
+        if not (last == 1 and len(set(slots)) == len(slots) == len(ids) and self.joins(lengths)):
+            self.wrong.append(f"slots {slots} cannot be fed together with {lengths} tokens, last={last}")
+        if any(len(self.rows[slot]) + max(lengths) > self.max_length for slot in slots):
+            self.wrong.append(f"no space for padding in {slots} with {lengths} tokens")
+        assert not self.wrong, self.wrong
         self.calls.append(("together", tuple(lengths)))
         rows = [self._feed(slot, tokens) for slot, tokens in zip(slots, ids, strict=True)]
         logits = np.full((len(rows), max(map(len, rows)), self.vocab), np.nan, np.float32)  # what padding gives
