@@ -61,10 +61,9 @@ def main(
     directory: Path, sizes: tuple[str, ...], kinds: tuple[str, ...], texts: tuple[str, ...], rounds: int, tokens: int
 ) -> None:
     """One row a bundle and a kind of text."""
-    click.echo(
-        "| bundle | text | guessed tokens that were right | tok/s without | with | times | us a token | Q = 2, 4, 8 over 1 |"
-    )
-    click.echo("| --- " * 8 + "|")
+    columns = ("bundle", "text", "guessed tokens that were right", "tok/s without", "with", "times", "us a token")
+    click.echo(f"| {' | '.join(columns)} | Q = 2, 4, 8 over 1 |")
+    click.echo("| --- " * (len(columns) + 1) + "|")
     for size in sizes:
         for name in kinds:
             bundle = open_bundle(directory / size / name)
