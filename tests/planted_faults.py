@@ -157,7 +157,7 @@ FAULTS: dict[str, Fault] = {
     "epsilon-of-the-head-norms": Fault(
         "targets/ort",
         Patch(
-            "doge_deploy/targets/ort/attention.py",
+            "doge_deploy/targets/ort/grouped_query.py",
             "epsilon=query.epsilon, axis=-1",
             "epsilon=2 * query.epsilon, axis=-1",
         ),
