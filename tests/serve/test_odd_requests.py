@@ -252,6 +252,17 @@ class TestTexts:
             chunks = server.stream("/v1/completions", prompt=prompt, max_tokens=100, logprobs=logprobs)
         assert "".join(chunk["choices"][0]["text"] for chunk in chunks) == text
 
+    def test_no_token_is_no_token(self, server: Running) -> None:
+        options = {"prompt": [[7, 8], [9]], "max_tokens": 0, "echo": True, "n": 2}
+        texts = [server.post("/detokenize", tokens=ids)["prompt"] for ids in ([7, 8], [7, 8], [9], [9])]
+        whole = server.complete(**options)
+        assert [choice["text"] for choice in whole["choices"]] == texts and whole["usage"]["completion_tokens"] == 0
+        assert {choice["finish_reason"] for choice in whole["choices"]} == {"length"}
+        streamed = ["", "", "", ""]
+        for chunk in server.stream("/v1/completions", **options):
+            streamed[chunk["choices"][0]["index"]] += chunk["choices"][0]["text"]
+        assert streamed == texts
+
     def test_offsets_are_places_in_the_text(self, tiny_bundle: Path) -> None:
         """Also behind characters of several tokens, and special tokens that are echoed."""
         tokenizer = Tokenizer.from_directory(tiny_bundle)
