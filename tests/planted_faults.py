@@ -945,6 +945,13 @@ FAULTS: dict[str, Fault] = {
         ("test_odd_requests.py", "test_chunks.py"),
         select="no_line",
     ),
+    "paths-write-lines-into-the-log": Fault(
+        "serve",
+        Patch("doge_deploy/serve/http/app.py", '"path": quote(scope["path"])}', '"path": scope["path"]}'),
+        "15: a client writes lines into the log",
+        ("test_odd_requests.py",),
+        select="nobody_writes",
+    ),
 }
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import logging
 import socket
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -15,6 +16,7 @@ from scripted_slots import ScriptedSlots
 from servers import NAME, Running, SlowSlots, running, scripted
 
 from doge_deploy.bundle.opening import open_bundle
+from doge_deploy.serve import logs
 from doge_deploy.serve.http import connections
 from doge_deploy.text.tokenizer import Tokenizer
 
@@ -138,6 +140,23 @@ class TestRequestsBehindOneAnother:
             connection.shutdown(socket.SHUT_WR)
             assert connection.recv(65536) == b""
             server.wait_until(lambda: server.scheduler.counters.finished == {"cancelled": 1})
+
+
+@pytest.mark.parametrize("form", ["text", "json"])
+def test_nobody_writes_lines_into_the_log(server: Running, form: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    """Of a path that was decoded a line end would begin a line, and a control sequence would move the cursor."""
+    names = ("doge_deploy.serve", "uvicorn", "asyncio")
+    before = [(one := logging.getLogger(name), one.handlers, one.propagate, one.level) for name in names]
+    try:
+        logs.configure(form)
+        path = "/a%0A12:00:00%20serving%1b[2J%20status=200%E2%80%A8%85"
+        assert server.client.get(path).status_code == 404
+        line = capsys.readouterr().err.removesuffix("\n")
+    finally:
+        for logger, handlers, propagate, level in before:
+            logger.handlers, logger.propagate = handlers, propagate
+            logger.setLevel(level)
+    assert line.isprintable() and line.count("status=") + line.count('"status":') == 1 and "404" in line
 
 
 class TestHead:
