@@ -1,11 +1,11 @@
 """Run the blocks of pages; exit with 1 if an output is not the one on the page.
 
-    python tests/pages/run_pages.py [--bin BIN] [--node NODE] [--section TITLE] [--have NAME=PATH]... [--jobs N] [PAGE...]
+    python tests/pages/run_pages.py [--bin BIN] [--node NODE] [--section TITLE] [--have NAME=PATH]... [--jobs N] PAGE...
 
-Without PAGE: all that no other session runs. BIN is the folder of `doge-deploy`, by default that of this Python. Each
-page runs in a folder of its own, which holds what the page says that it begins with: what `--have` names is copied, the
-rest is made (page_setups.py). Several pages run side by side, N at a time, by default one a core. Ports 8000 and up become free ones, in the page and in the files of examples/05_serve,
-which lie in the folder too.
+Without PAGE: all that no other session runs, N at a time, by default one a core. BIN is the folder of `doge-deploy`, by
+default that of this Python. Each page runs in a folder of its own, which holds what the page says that it begins with:
+what `--have` names is copied, the rest is made (page_setups.py). Ports 8000 and up become free ones, in the page and in
+the files of examples/05_serve, which lie in the folder too.
 """
 
 from __future__ import annotations
