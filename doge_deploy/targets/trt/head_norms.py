@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import onnx_ir as ir
 
@@ -71,7 +73,7 @@ def _join(query: ir.Node, key: ir.Node) -> None:
     size, dtype, heads = _size(query), query.inputs[0].dtype, [_heads(norm) for norm in pair]  # type: ignore[union-attr]
     assert size is not None and dtype is not None
 
-    def emit(op_type: str, inputs: list[ir.Value | None], outputs: int = 1, **attributes: object) -> list[ir.Value]:
+    def emit(op_type: str, inputs: Sequence[ir.Value | None], outputs: int = 1, **attributes: object) -> list[ir.Value]:
         node = ir.node(op_type, inputs, attributes, num_outputs=outputs)  # type: ignore[arg-type]
         graph.insert_before(query, node)
         return list(node.outputs)
