@@ -43,7 +43,7 @@ class OneHeadNormPass(ir.passes.InPlacePass):
 
 
 def _is_pair(query: ir.Node, key: ir.Node) -> bool:
-    """Whether both are norms of heads, and alike but for the number of heads and the weights."""
+    """Whether both are norms of heads, and alike except in the number of heads and the weights."""
     return (
         query.op_type == key.op_type == "RMSNormalization"
         and query.attributes == key.attributes
