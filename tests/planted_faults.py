@@ -284,9 +284,9 @@ FAULTS: dict[str, Fault] = {
     "inputs-of-products-without-headroom": Fault(
         "graph",
         Patch(
-            "doge_deploy/graph/weight_formats/fp8.py",
-            "power_of_two(max(largest, 2.0**-10) * HEADROOM / LARGEST)",
-            "power_of_two(max(largest, 2.0**-10) / HEADROOM / LARGEST / 8)",
+            "doge_deploy/graph/weight_formats/_floats.py",
+            "power_of_two(max(largest, SMALLEST_INPUT) * HEADROOM / self.largest)",
+            "power_of_two(max(largest, SMALLEST_INPUT) / HEADROOM / self.largest / 8)",
         ),
         "an fp8 engine cuts large activations off",
         ("test_few_bits.py",),
@@ -393,8 +393,8 @@ FAULTS: dict[str, Fault] = {
         "doctor",
         Patch(
             "doge_deploy/doctor/fit.py",
-            'per_slot += facts.num_score_heads * item_bytes("fp32")',
-            "per_slot += facts.num_score_heads * item_bytes(dtype)",
+            'per_slot += facts.num_score_heads * score_numbers * item_bytes("fp32")',
+            "per_slot += facts.num_score_heads * score_numbers * item_bytes(dtype)",
         ),
         "doctor takes the cache of a float16 bundle for smaller than it is",
         ("test_fit.py", "test_deployment_options.py"),
@@ -944,6 +944,13 @@ FAULTS: dict[str, Fault] = {
         "1: a client that reads lines by str.splitlines cannot read a stream with U+2028",
         ("test_odd_requests.py", "test_chunks.py"),
         select="no_line",
+    ),
+    "paths-write-lines-into-the-log": Fault(
+        "serve",
+        Patch("doge_deploy/serve/http/app.py", '"path": quote(scope["path"])}', '"path": scope["path"]}'),
+        "15: a client writes lines into the log",
+        ("test_odd_requests.py",),
+        select="nobody_writes",
     ),
 }
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import logging
 import socket
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -15,6 +16,7 @@ from scripted_slots import ScriptedSlots
 from servers import NAME, Running, SlowSlots, running, scripted
 
 from doge_deploy.bundle.opening import open_bundle
+from doge_deploy.serve import logs
 from doge_deploy.serve.http import connections
 from doge_deploy.text.tokenizer import Tokenizer
 
@@ -140,6 +142,23 @@ class TestRequestsBehindOneAnother:
             server.wait_until(lambda: server.scheduler.counters.finished == {"cancelled": 1})
 
 
+@pytest.mark.parametrize("form", ["text", "json"])
+def test_nobody_writes_lines_into_the_log(server: Running, form: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    """Of a path that was decoded a line end would begin a line, and a control sequence would move the cursor."""
+    names = ("doge_deploy.serve", "uvicorn", "asyncio")
+    before = [(one := logging.getLogger(name), one.handlers, one.propagate, one.level) for name in names]
+    try:
+        logs.configure(form)
+        path = "/a%0A12:00:00%20serving%1b[2J%20status=200%E2%80%A8%85"
+        assert server.client.get(path).status_code == 404
+        line = capsys.readouterr().err.removesuffix("\n")
+    finally:
+        for logger, handlers, propagate, level in before:
+            logger.handlers, logger.propagate = handlers, propagate
+            logger.setLevel(level)
+    assert line.isprintable() and line.count("status=") + line.count('"status":') == 1 and "404" in line
+
+
 class TestHead:
     @pytest.mark.parametrize("path", ["/", "/health", "/ready", "/metrics", "/v1/models", f"/v1/models/{NAME}"])
     def test_it_is_a_get_without_the_body(self, server: Running, path: str) -> None:
@@ -251,6 +270,17 @@ class TestTexts:
         with running(scripted(tiny_bundle, slots)) as server:
             chunks = server.stream("/v1/completions", prompt=prompt, max_tokens=100, logprobs=logprobs)
         assert "".join(chunk["choices"][0]["text"] for chunk in chunks) == text
+
+    def test_no_token_is_no_token(self, server: Running) -> None:
+        options = {"prompt": [[7, 8], [9]], "max_tokens": 0, "echo": True, "n": 2}
+        texts = [server.post("/detokenize", tokens=ids)["prompt"] for ids in ([7, 8], [7, 8], [9], [9])]
+        whole = server.complete(**options)
+        assert [choice["text"] for choice in whole["choices"]] == texts and whole["usage"]["completion_tokens"] == 0
+        assert {choice["finish_reason"] for choice in whole["choices"]} == {"length"}
+        streamed = ["", "", "", ""]
+        for chunk in server.stream("/v1/completions", **options):
+            streamed[chunk["choices"][0]["index"]] += chunk["choices"][0]["text"]
+        assert streamed == texts
 
     def test_offsets_are_places_in_the_text(self, tiny_bundle: Path) -> None:
         """Also behind characters of several tokens, and special tokens that are echoed."""

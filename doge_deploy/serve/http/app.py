@@ -11,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
+from urllib.parse import quote
 
 from fastapi import FastAPI, Request
 from fastapi.responses import FileResponse, JSONResponse, PlainTextResponse, Response
@@ -382,7 +383,7 @@ class RequestIds:
             await self._app(scope, receive, named)
         finally:
             seconds = round(time.perf_counter() - start, 4)
-            fields = {"request_id": name, "method": scope["method"], "path": scope["path"]}
+            fields = {"request_id": name, "method": scope["method"], "path": quote(scope["path"])}
             _log.info("request", extra={"fields": {**fields, "status": status, "seconds": seconds}})
 
 
