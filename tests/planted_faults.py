@@ -539,8 +539,8 @@ FAULTS: dict[str, Fault] = {
         "serve",
         Patch(
             "doge_deploy/serve/slots.py",
-            "return int(differ[0]) if len(differ) else length",
-            "return int(differ[0]) + 1 if len(differ) else length",
+            "                    return place\n",
+            "                    return place + 1\n",
         ),
         "6: a prompt is continued from another prompt's token",
         ("test_scheduler.py", "test_behaviour.py"),
@@ -665,6 +665,50 @@ FAULTS: dict[str, Fault] = {
         "a long prompt holds up the texts of others",
         ("test_scheduler.py",),
         select="long_prompt",
+    ),
+    "padding-taken-for-the-last-token": Fault(
+        "serve",
+        Patch(
+            "doge_deploy/serve/scheduler.py",
+            "self._fed(piece, row[min(len(piece.ids), len(row)) - 1])",
+            "self._fed(piece, row[-1])",
+        ),
+        "6: of prompts that are fed together the shorter ones go on behind padding",
+        ("test_together.py",),
+    ),
+    "padding-is-free": Fault(
+        "serve",
+        Patch("doge_deploy/serve/prompts.py", "and tokens <= self._most\n", "and sum(lengths) <= self._most\n"),
+        "several prompts delay the texts of others by more than one piece",
+        ("test_together.py",),
+    ),
+    "padding-beyond-the-row": Fault(
+        "serve",
+        Patch("doge_deploy/serve/prompts.py", "one.kept + width <=", "one.kept + len(one.ids) <="),
+        "a prompt that nearly fills its row fails beside a longer one",
+        ("test_together.py",),
+        select="space_for_padding",
+    ),
+    "mixed-angles-join": Fault(
+        "runtime",
+        Patch(
+            "doge_deploy/runtime/slots.py",
+            "if self.whole_prompts or not self._runner.joins(lengths):",
+            "if not self._runner.joins(lengths) and not self.whole_prompts:",
+        ),
+        "texts beyond the length of their RoPE get each other's angles",
+        ("test_slots.py",),
+        select="prompts_join",
+    ),
+    "arrivals-are-not-waited-for": Fault(
+        "serve",
+        Patch(
+            "doge_deploy/serve/http/arrivals.py",
+            "rounds + 1 if begun == self._begun and not self.coming else 0",
+            "rounds + ROUNDS",
+        ),
+        "of requests that arrive together the first is computed alone",
+        ("test_arrivals.py",),
     ),
     "no-limit-of-tokens": Fault(
         "serve",
