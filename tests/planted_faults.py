@@ -26,6 +26,8 @@ LEFT_OUT = shutil.ignore_patterns(
     ".git", ".venv", ".nox", "build", "*.egg-info", "__pycache__", ".*_cache", ".hypothesis", "bundles", "out"
 )
 SELECTION = ("-m", "not sweep and not gpu")
+NO_PART_OF_AN_EXPORT = frozenset({"serve"})
+"""Packages whose faults do not change what an export writes: their tests need not make their bundles anew each time."""
 
 
 @dataclass(frozen=True)
@@ -1012,7 +1014,7 @@ class Copy:
     """A copy of a checkout whose tests import its own sources, whatever is installed."""
 
     def __init__(self, tree: Path, python: Path, folder: Path) -> None:
-        self.tree, self.python = folder / "tree", python
+        self.tree, self.python, self._shared = folder / "tree", python, folder / "made_once"
         shutil.copytree(tree, self.tree, ignore=LEFT_OUT, symlinks=True)
         if (tree.parent / "shared").exists():
             (folder / "shared").symlink_to((tree.parent / "shared").resolve())
@@ -1070,6 +1072,9 @@ class Copy:
             RuntimeError: what failed fails without the fault too.
         """
         start = time.perf_counter()
+        self.environment.pop("DOGE_DEPLOY_TESTS_SHARED", None)
+        if fault.package in NO_PART_OF_AN_EXPORT:
+            self.environment["DOGE_DEPLOY_TESTS_SHARED"] = str(self._shared)
         patch = fault.find(self.tree)
         place = self.tree / patch.file
         sound = place.read_text(encoding="utf-8")
