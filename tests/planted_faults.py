@@ -710,6 +710,14 @@ FAULTS: dict[str, Fault] = {
         "of requests that arrive together the first is computed alone",
         ("test_arrivals.py",),
     ),
+    "warm-up-leaves-text": Fault(
+        "serve",
+        Patch(
+            "doge_deploy/serve/start.py", "slots.release(slot)\n\n\ndef make_scheduler", "pass\n\n\ndef make_scheduler"
+        ),
+        "no slot is free when the first client comes",
+        ("test_warm_up.py",),
+    ),
     "no-limit-of-tokens": Fault(
         "serve",
         Patch(
