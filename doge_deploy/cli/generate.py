@@ -169,7 +169,7 @@ class _Session:
         self._quiet = quiet
         self._load_ms: float | None = None
         self._loaded = False
-        self.model = TextModel(path, **backend, flush_denormals=True, defaults=cast("TextChoices", asked))
+        self.model = TextModel(path, **backend, flush_denormals=True, defaults=cast("TextChoices", asked), at_once=True)
         for note in self.model.notes:
             self._note(f"note: {note}")
 

@@ -20,7 +20,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
-from doge_deploy.bundle.files import QUICK_LIMIT_BYTES, WEIGHTS_FILE, FileEntry, file_problems, sha256_file
+from doge_deploy.bundle.file_check import FileCheck
+from doge_deploy.bundle.files import QUICK_LIMIT_BYTES, WEIGHTS_FILE, FileEntry, sha256_file
 from doge_deploy.bundle.opening import Bundle
 from doge_deploy.devices.host import available_memory, processor_features
 
@@ -75,18 +76,19 @@ def open_cached(bundle: Bundle, file: str, settings: Mapping[str, str], make: Op
     """A session of a graph of the bundle: from the cache, or made and put there.
 
     Args:
-        bundle: an opened bundle.
+        bundle: an opened bundle. Before its own files are read, or an entry is made of them, they are proved; an entry
+            is opened before that is known, see `Bundle.prove`.
         file: of the graph.
         settings: what of the session's options changes the optimised graph.
         make: makes the session; what it raises for the bundle's own graph is raised.
     """
     folder = cache_folder()
     name = _name(bundle, file, settings) if folder is not None else None
-    if folder is None or name is None:
-        return make(bundle.path / file)
-    entry = folder / name
-    session = _load(entry, make)
-    if session is None and _may_write(bundle):
+    entry = None if folder is None or name is None else folder / name
+    session = None if entry is None else _load(entry, make)
+    if session is None:
+        bundle.prove()
+    if session is None and entry is not None and _may_write(bundle):
         session = _make(entry, bundle.path / file, make)
     return make(bundle.path / file) if session is None else session
 
@@ -118,12 +120,13 @@ def _load(entry: Path, make: Open) -> onnxruntime.InferenceSession | None:
         return None
     try:
         files: dict[str, FileEntry] = json.loads(record.read_bytes())
-        whole = GRAPH in files and not list(file_problems(entry, files, quick=True))
-        if whole:
+        check = FileCheck(entry, files, quick=True)
+        if GRAPH in files and not check.found:
             session = make(entry / GRAPH, optimised=True)
-            with suppress(OSError):
-                os.utime(record)
-            return session
+            if not check.problems():
+                with suppress(OSError):
+                    os.utime(record)
+                return session
     except Exception:  # whatever is wrong with an entry, the bundle itself decides what is said
         pass
     shutil.rmtree(entry, ignore_errors=True)
