@@ -65,16 +65,9 @@ class _Signals:
             sys.exit(EXIT_TERMINATED)
 
 
-_OBJECTS_PER_COLLECTION = 50_000
-"""New objects after which Python looks for unreachable ones, 700 by its own default: nearly all that a command makes
-while it imports its libraries stays, and to look at it over and over takes a twentieth of the time of `generate`."""
-
-
 def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point: runs the command and exits."""
     code = EXIT_INTERRUPTED
-    if arguments is None:
-        gc.set_threshold(_OBJECTS_PER_COLLECTION, *gc.get_threshold()[1:])
     try:
         with _Signals() as signals:
             args = list(sys.argv[1:] if arguments is None else arguments)
