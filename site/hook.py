@@ -22,6 +22,7 @@ DOCS = ROOT / "docs"
 
 _LINK = re.compile(r"(?P<before>\]\(|\b(?:src|srcset|href)=\")(?P<target>[^)\s\"]+)(?P<after>\)|\")")
 _CODE = re.compile(r"^(?P<fence>`{3,}).*?^(?P=fence)\s*$|(?P<ticks>`+)(?!`).+?(?<!`)(?P=ticks)(?!`)", re.M | re.S)
+_OPTION = re.compile(r"(?P<other><(pre|svg|script|style)\b.*?</\2>|<[^>]*>)|(?<![\w-])(?P<option>--?[a-z][\w-]*)", re.S)
 
 
 def on_config(config: MkDocsConfig) -> MkDocsConfig:
@@ -70,6 +71,18 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
         flags=re.M,
     )
     return outside_code(plain, lambda text: _LINK.sub(link, text))
+
+
+def on_page_content(html: str, page: Page, config: MkDocsConfig, files: Files) -> str:
+    """Keep browsers from breaking a line within `--option`, and let them break one between the choices of an option."""
+
+    def word(found: re.Match[str]) -> str:
+        return found[0] if found["other"] else f'<span class="option">{found["option"]}</span>'
+
+    def code(found: re.Match[str]) -> str:
+        return found[0].replace("|", "|<wbr>")
+
+    return _OPTION.sub(word, re.sub(r"<code>[^<]*</code>", code, html))
 
 
 def uri(path: Path) -> str:

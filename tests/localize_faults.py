@@ -18,7 +18,7 @@ from doge_deploy.bundle.files import WEIGHTS_FILE, file_entries
 from doge_deploy.bundle.opening import open_bundle
 from doge_deploy.bundle.writing import write_manifest
 from doge_deploy.graph.stages import mark, marked, points_of
-from doge_deploy.targets.ort import attention, norms
+from doge_deploy.targets.ort import grouped_query, norms
 from doge_deploy.targets.ort.lower import lower as lower_for_ort
 
 Edit = Callable[[ir.Model], None]
@@ -267,7 +267,7 @@ def norms_with_another_epsilon() -> Iterator[None]:
 @contextmanager
 def attention_with_weights_the_other_way() -> Iterator[None]:
     """FuseAttentionPass lays the weights of the norms of keys over queries, and the other way round."""
-    right = attention.emit_norms
+    right = grouped_query.emit_norms
 
     def wrong(emit: Any, query: Any, key: Any) -> ir.Value:
         value = right(emit, query, key)
@@ -280,7 +280,7 @@ def attention_with_weights_the_other_way() -> Iterator[None]:
         concat.replace_input_with(1, first)
         return value
 
-    with patch.object(attention, "emit_norms", wrong):
+    with patch.object(grouped_query, "emit_norms", wrong):
         yield
 
 

@@ -157,7 +157,7 @@ FAULTS: dict[str, Fault] = {
     "epsilon-of-the-head-norms": Fault(
         "targets/ort",
         Patch(
-            "doge_deploy/targets/ort/attention.py",
+            "doge_deploy/targets/ort/grouped_query.py",
             "epsilon=query.epsilon, axis=-1",
             "epsilon=2 * query.epsilon, axis=-1",
         ),
@@ -284,9 +284,9 @@ FAULTS: dict[str, Fault] = {
     "inputs-of-products-without-headroom": Fault(
         "graph",
         Patch(
-            "doge_deploy/graph/weight_formats/fp8.py",
-            "power_of_two(max(largest, 2.0**-10) * HEADROOM / LARGEST)",
-            "power_of_two(max(largest, 2.0**-10) / HEADROOM / LARGEST / 8)",
+            "doge_deploy/graph/weight_formats/_floats.py",
+            "power_of_two(max(largest, SMALLEST_INPUT) * HEADROOM / self.largest)",
+            "power_of_two(max(largest, SMALLEST_INPUT) / HEADROOM / self.largest / 8)",
         ),
         "an fp8 engine cuts large activations off",
         ("test_few_bits.py",),
@@ -393,8 +393,8 @@ FAULTS: dict[str, Fault] = {
         "doctor",
         Patch(
             "doge_deploy/doctor/fit.py",
-            'per_slot += facts.num_score_heads * item_bytes("fp32")',
-            "per_slot += facts.num_score_heads * item_bytes(dtype)",
+            'per_slot += facts.num_score_heads * score_numbers * item_bytes("fp32")',
+            "per_slot += facts.num_score_heads * score_numbers * item_bytes(dtype)",
         ),
         "doctor takes the cache of a float16 bundle for smaller than it is",
         ("test_fit.py", "test_deployment_options.py"),
@@ -837,6 +837,120 @@ FAULTS: dict[str, Fault] = {
         "limits: a client that says nothing keeps its connection",
         ("test_connections.py",),
         select="not_waited_for",
+    ),
+    "withholds-what-begins-nothing": Fault(
+        "runtime",
+        Patch(
+            "doge_deploy/runtime/generate.py",
+            "if any(stop.startswith(text[-length:]) for stop in self._stop):",
+            "if self._stop:",
+        ),
+        "a text comes late, since more of it is withheld than can be the beginning of a stop text",
+        ("test_generate.py", "test_behaviour.py"),
+        select="stop or withheld",
+    ),
+    "logarithms-of-another-base": Fault(
+        "runtime",
+        Patch("doge_deploy/runtime/logprobs.py", "scores -= np.log(", "scores -= np.log2("),
+        "logprobs are no natural logarithms",
+        ("test_logprobs.py",),
+    ),
+    "no-likeliest-is-no-logprobs": Fault(
+        "serve",
+        Patch("doge_deploy/serve/http/plans.py", "(body.top_logprobs or 0) if", "(body.top_logprobs or None) if"),
+        "5: top_logprobs: 0 gives no logprobs at all",
+        ("test_behaviour.py",),
+        select="top_logprobs_0",
+    ),
+    "offsets-of-tokens": Fault(
+        "serve",
+        Patch(
+            "doge_deploy/serve/http/responses.py",
+            "return len(self.decoder.decode(bytes(found.bytes)))",
+            "return len(found.token)",
+        ),
+        "5: behind a character of several tokens text_offset points beyond its token",
+        ("test_odd_requests.py",),
+        select="offsets",
+    ),
+    "bos-twice": Fault(
+        "text",
+        Patch(
+            "doge_deploy/text/tokenizer.py",
+            "return self.ids(self.chat_text(messages), add_special_tokens=False)",
+            "return self.ids(self.chat_text(messages))",
+        ),
+        "a conversation begins with bos twice",
+        ("test_behaviour.py",),
+        select="bos",
+    ),
+    "templates-change-what-they-read": Fault(
+        "text",
+        Patch(
+            "doge_deploy/text/template_limits.py",
+            "class LimitedEnvironment(ImmutableSandboxedEnvironment):",
+            "from jinja2.sandbox import SandboxedEnvironment\n\n\nclass LimitedEnvironment(SandboxedEnvironment):",
+        ),
+        "a chat template can change the conversation that it was given",
+        ("test_templates.py",),
+        select="sandbox",
+    ),
+    "other-machines-without-a-key": Fault(
+        "serve",
+        Patch(
+            "doge_deploy/serve/start.py",
+            "if self.host not in LOOPBACK and self.api_key_file is None and not self.no_auth:",
+            'if self.host == "0.0.0.0" and self.api_key_file is None and not self.no_auth:',
+        ),
+        "15: on an address of the network everybody is served",
+        ("test_serve_command.py",),
+        select="other_machines",
+    ),
+    "ids-as-they-come": Fault(
+        "serve",
+        Patch(
+            "doge_deploy/serve/http/app.py",
+            "legal = 0 < len(given) <= 128 and all(33 <= byte < 127 for byte in given)",
+            "legal = bool(given)",
+        ),
+        "15: a client writes what it likes into the log",
+        ("test_behaviour.py",),
+        select="request_has_an_id",
+    ),
+    "any-file-of-the-page": Fault(
+        "serve",
+        Patch("doge_deploy/serve/http/app.py", "if name not in PAGE_PARTS:", "if not (PAGE / name).exists():"),
+        "15: a client names the file that is read",
+        ("test_behaviour.py",),
+        select="no_path",
+    ),
+    "an-offer-of-http2-takes-the-body": Fault(
+        "serve",
+        Patch("doge_deploy/serve/http/connections.py", "if self.parser.should_upgrade() and", "if False and"),
+        "9: Java's HttpClient is told that its bodies are empty",
+        ("test_odd_requests.py",),
+        select="a_body_arrives",
+    ),
+    "requests-behind-one-another-keep-a-slot": Fault(
+        "serve",
+        Patch("doge_deploy/serve/http/connections.py", "            answered.disconnected = True\n", ""),
+        "3: the text of a client that sent two requests and left goes on",
+        ("test_odd_requests.py",),
+        select="leaves_frees",
+    ),
+    "lines-that-end-within-a-text": Fault(
+        "serve",
+        Patch("doge_deploy/serve/http/responses.py", "if not text.isascii():", "if text.isascii():"),
+        "1: a client that reads lines by str.splitlines cannot read a stream with U+2028",
+        ("test_odd_requests.py", "test_chunks.py"),
+        select="no_line",
+    ),
+    "paths-write-lines-into-the-log": Fault(
+        "serve",
+        Patch("doge_deploy/serve/http/app.py", '"path": quote(scope["path"])}', '"path": scope["path"]}'),
+        "15: a client writes lines into the log",
+        ("test_odd_requests.py",),
+        select="nobody_writes",
     ),
 }
 

@@ -6,6 +6,7 @@ import ast
 import subprocess
 import sys
 from collections.abc import Iterator
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import architecture_page
@@ -64,6 +65,33 @@ def test_a_room_imports_only_leftward(path: Path) -> None:
         if package != "doge_deploy" or rest == ["__version__"]:
             continue
         assert level(tuple(rest)) <= level(own), f"{'.'.join(own)} imports {module}"
+
+
+def module_name(path: Path) -> str:
+    parts = path.relative_to(PACKAGE.parent).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def imported_files(files: dict[str, set[str]]) -> dict[str, set[str]]:
+    """Of each module the modules that it names; `from package import module` names the module, not the package."""
+    found: dict[str, set[str]] = {}
+    for name, named in files.items():
+        modules = {module for module in named if module in files and module != name}
+        found[name] = {module for module in modules if not any(one.startswith(f"{module}.") for one in modules)}
+    return found
+
+
+def test_no_files_import_each_other_in_a_circle() -> None:
+    files = {module_name(path): set(imports(path)) for path in FILES if path != PACKAGE / "__init__.py"}
+    graph = imported_files(files)
+    assert sum(map(len, graph.values())) > 1000
+    TopologicalSorter(graph).prepare()  # raises CycleError, which names the circle
+
+
+def test_a_circle_is_seen() -> None:
+    one_another = {"p": {"p.a"}, "p.a": {"p", "p.b"}, "p.b": {"p.a", "p.a.Name"}}
+    with pytest.raises(CycleError):
+        TopologicalSorter(imported_files(one_another)).prepare()
 
 
 def test_the_root_of_the_package_is_small() -> None:

@@ -93,7 +93,7 @@ def test_the_page_is_made_of_the_files_alone(tmp_path: Path) -> None:
     three = "3.00 (3.00 to 3.00)"
     assert f"| 20M fp32 | llama.cpp F32 | {three} | {three} | 2e-06 / 2e-06 | 3 / 3 | {three} |" in text
     assert "- 60M: 10 (10 to 10) GB/s, 2147 (2147 to 2147) G operations/s of products in int8 (torch)" in text
-    assert (tmp_path / "benchmarks" / "decode.png").is_file() and (tmp_path / "benchmarks" / "prefill.png").is_file()
+    assert (tmp_path / "benchmarks" / "decode.svg").is_file() and (tmp_path / "benchmarks" / "prefill.svg").is_file()
     assert json.loads((tmp_path / "benchmarks" / "20M.json").read_text())["path"] == "bundles/20M"
     page.write_page(results, target)
     assert target.read_text() == text, "made twice is made once"

@@ -5,13 +5,10 @@ A candidate is described in plain values, because it is opened in a process of i
 
 from __future__ import annotations
 
-import importlib
 from dataclasses import dataclass
 
-from doge_deploy.bundle.opening import Bundle, open_bundle
+from doge_deploy.bundle.opening import Bundle
 from doge_deploy.options.backends import DEFAULT_BACKEND
-from doge_deploy.runtime.base import Runner
-from doge_deploy.targets.backend import find
 
 BUNDLE = "bundle"
 """The kind of a candidate that is a bundle; every other kind is the name of a baseline."""
@@ -60,39 +57,3 @@ def weights_of(bundle: Bundle) -> str:
     """How a bundle stores its weights: the name of the weight format, or else of the dtype (`int8`, `fp32`)."""
     options = bundle.manifest.options
     return options.quantize or options.dtype
-
-
-def import_libraries(candidate: Candidate) -> None:
-    """Import what `open_candidate` needs, so that loading can be timed without it."""
-    if candidate.is_bundle:
-        find(candidate.backend).import_libraries()
-        importlib.import_module("doge_deploy.runtime.backend")
-        return
-    from doge_deploy.bench.baselines.catalog import BASELINES
-
-    for name in BASELINES[candidate.kind].load().LIBRARIES:
-        importlib.import_module(name)
-
-
-def open_candidate(candidate: Candidate, threads: int) -> Runner:
-    """Load a model, ready to run with `threads` threads where its backend lets them be chosen.
-
-    Raises:
-        DogeDeployError: it cannot be loaded.
-    """
-    if not candidate.is_bundle:
-        from doge_deploy.bench.baselines.catalog import BASELINES
-
-        return BASELINES[candidate.kind].load().open_runner(candidate, threads)
-    from doge_deploy.runtime.backend import open_backend
-
-    takes_threads = "threads" in find(candidate.backend).session_options
-    return open_backend(
-        open_bundle(candidate.path, check="quick", wait=False),
-        candidate.backend,
-        layout=candidate.layout,
-        threads=threads if takes_threads else None,
-        spin=candidate.spin,
-        flush_denormals=True,
-        portable=candidate.portable,
-    )

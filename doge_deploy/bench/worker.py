@@ -48,7 +48,8 @@ class Worker:
         }
 
     def load(self, candidate: dict[str, Any], threads: int) -> dict[str, Any]:
-        from doge_deploy.bench.candidates import Candidate, import_libraries, open_candidate
+        from doge_deploy.bench.candidates import Candidate
+        from doge_deploy.bench.opening import import_libraries, open_candidate
         from doge_deploy.devices.host import memory_bytes
 
         described = Candidate(**candidate)

@@ -16,7 +16,7 @@ from doge_deploy.config.keys import ACTIVATIONS
 from doge_deploy.config.model import TASKS, DogeFacts
 from doge_deploy.config.revisions import REVISIONS
 from doge_deploy.config.rope import ROPE_TYPES
-from doge_deploy.options.resolved import weight_format_names
+from doge_deploy.options.words import weight_format_names
 
 
 def read_manifest(document: Any, findings: list[str]) -> Manifest | None:

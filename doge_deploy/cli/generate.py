@@ -17,10 +17,9 @@ from typing import TYPE_CHECKING, Any, cast
 
 import click
 
-from doge_deploy.cli.backend_name import BackendName
+from doge_deploy.cli.runtime_options import runtime_options
 from doge_deploy.cli.threads import threads_note
 from doge_deploy.errors import UsageError
-from doge_deploy.options.backends import DEFAULT_BACKEND
 
 if TYPE_CHECKING:
     from doge_deploy.runtime.choices import TextChoices
@@ -67,18 +66,7 @@ if TYPE_CHECKING:
 )
 @click.option("--layout", metavar="static|growing", help="Graph to run. Default: the bundle's first.")
 @click.option("--portable", is_flag=True, help="Run the standard graph, not the one lowered for ONNX Runtime.")
-@click.option(
-    "--threads", type=click.IntRange(min=1), metavar="N", help="Threads, at most one per CPU. Default: one per core."
-)
-@click.option(
-    "--spin",
-    type=click.IntRange(min=0),
-    metavar="US",
-    help="Microseconds that idle threads wait actively before they sleep.",
-)
-@click.option("--speculate/--no-speculate", default=True, show_default=True, help="Guess tokens when that saves time.")
-@click.option("--backend", type=BackendName(), default=DEFAULT_BACKEND, show_default=True, help="What runs the bundle.")
-@click.option("--engine", metavar="NAME", help="Which engine, where the backend has several.")
+@runtime_options
 @click.option("--no-graph-cache", is_flag=True, help="Neither read nor write the cache of optimised graphs.")
 @click.option("--quiet", is_flag=True, help="No statistics and no notes on standard error.")
 def generate(

@@ -6,9 +6,8 @@ from pathlib import Path
 
 import click
 
-from doge_deploy.cli.backend_name import BackendName
+from doge_deploy.cli.runtime_options import runtime_options
 from doge_deploy.errors import UsageError
-from doge_deploy.options.backends import DEFAULT_BACKEND
 
 
 @click.command("serve")
@@ -22,20 +21,7 @@ from doge_deploy.options.backends import DEFAULT_BACKEND
     show_default=True,
     help="Texts that are generated at the same time.",
 )
-@click.option(
-    "--backend", type=BackendName(), default=DEFAULT_BACKEND, show_default=True, help="What runs the bundles."
-)
-@click.option("--engine", metavar="NAME", help="Which engine, where the backend has several.")
-@click.option(
-    "--threads", type=click.IntRange(min=1), metavar="N", help="Threads, at most one per CPU. Default: one per core."
-)
-@click.option(
-    "--spin",
-    type=click.IntRange(min=0),
-    metavar="US",
-    help="Microseconds that idle threads wait actively before they sleep.",
-)
-@click.option("--speculate/--no-speculate", default=True, show_default=True, help="Guess tokens when that saves time.")
+@runtime_options
 @click.option(
     "--served-model-name",
     "names",

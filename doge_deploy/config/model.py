@@ -117,6 +117,15 @@ class DogeFacts:
         """Whether the angles of a call then depend on earlier calls too; those of longrope do on the call alone."""
         return self.rope_changes(max_length) and self.rope_type == "dynamic"
 
+    def rope_shapes(self, max_length: int) -> dict[str, tuple[int, ...]]:
+        """Names and shapes of what `doge_deploy.model.rope.rope_tensors` gives."""
+        half = self.head_dim // 2
+        if not self.rope_changes(max_length):
+            return {"rope_cos": (max_length, half), "rope_sin": (max_length, half)}
+        assert self.stateless_length is not None
+        rows = max_length - self.stateless_length + 1 if self.rope_remembers(max_length) else 2
+        return {"rope_frequencies": (rows, half), "rope_scaling": (1,)}
+
     def keep_window(self, max_length: int) -> bool:
         """Whether a row of `max_length` tokens can see more keys than it keeps."""
         visible = max_length if self.sliding_window is None else min(max_length, self.sliding_window)

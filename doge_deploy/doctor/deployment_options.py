@@ -72,6 +72,7 @@ def _deployment_option(
         max_length=model.max_length,
         last_logits=model.last_logits,
         weight_format=model.weight_format,
+        held=backend.held(model, lowering),
     )
     build = backend.build_bytes(weight_bytes(model.facts, "fp16"))
     speed = None

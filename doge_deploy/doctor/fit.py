@@ -1,13 +1,14 @@
 """How much memory a Doge takes while it runs.
 
-Weights and caches are exact. Activations are an upper estimate: of a prefill of all slots in one call, whose attention
-runs as several kernels.
+Weights and caches are exact. Activations are an upper estimate: of the longest prefill that is computed at once, whose
+attention runs as several kernels.
 
-Axes: B batch, Q tokens of a prefill call, L slots of the cache, H heads, Hkv key/value heads.
+Axes: B batch, Q tokens of a prefill call, L tokens of a row, H heads, Hkv key/value heads.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from doge_deploy.checkpoint.names import EMBEDDING, expected_tensors
@@ -15,6 +16,7 @@ from doge_deploy.config.model import DogeFacts
 from doge_deploy.dtypes import item_bytes
 from doge_deploy.graph.decode_traffic import is_gathered, tensor_bytes
 from doge_deploy.graph.weight_formats import WeightFormat
+from doge_deploy.targets.deployment import Held
 
 
 @dataclass(frozen=True)
@@ -38,8 +40,9 @@ def needs(
     max_length: int,
     last_logits: bool = True,
     weight_format: WeightFormat | None = None,
+    held: Held | None = None,
 ) -> Needs:
-    """What a static-cache Doge takes: B rows of L slots, and a prefill of L tokens.
+    """What a static-cache Doge takes.
 
     Args:
         facts: the model.
@@ -48,11 +51,21 @@ def needs(
         max_length: L.
         last_logits: logits of one token per row.
         weight_format: how matrices are stored; None for `dtype`.
+        held: what the backend holds; rows of L slots, and a prefill of L tokens, where None.
     """
+    held = held or Held(slots=max_length, longest_call=max_length)
+    row = row_cache_bytes(facts, dtype, held.slots, score_numbers=held.score_numbers)
     return Needs(
-        weight_bytes(facts, dtype, weight_format),
-        batch_size * row_cache_bytes(facts, dtype, max_length),
-        activation_bytes(facts, dtype, batch_size=batch_size, tokens=max_length, keys=max_length, last=last_logits),
+        held.networks * (weight_bytes(facts, dtype, weight_format) + angle_bytes(facts, dtype, max_length)),
+        held.caches * batch_size * row,
+        activation_bytes(
+            facts,
+            dtype,
+            batch_size=batch_size,
+            tokens=held.longest_call,
+            keys=held.keys or held.slots,
+            last=last_logits,
+        ),
     )
 
 
@@ -67,10 +80,18 @@ def weight_bytes(facts: DogeFacts, dtype: str, weight_format: WeightFormat | Non
     return total + (nbytes(EMBEDDING, gathered=True) if facts.tie_word_embeddings else 0)
 
 
-def row_cache_bytes(facts: DogeFacts, dtype: str, length: int) -> int:
-    """Key, value and score of one row of `length` slots, all layers."""
+def angle_bytes(facts: DogeFacts, dtype: str, max_length: int) -> int:
+    """The tables that positions are rotated by; float32 where angles change with the text."""
+    numbers = sum(map(math.prod, facts.rope_shapes(max_length).values()))
+    return numbers * item_bytes("fp32" if facts.rope_changes(max_length) else dtype)
+
+
+def row_cache_bytes(facts: DogeFacts, dtype: str, length: int, *, score_numbers: int = 1) -> int:
+    """Key, value and score of one row of `length` slots, all layers; `score_numbers` float32 numbers in place of one
+    score.
+    """
     per_slot = facts.num_key_value_heads * 2 * facts.head_dim * item_bytes(dtype)
-    per_slot += facts.num_score_heads * item_bytes("fp32")
+    per_slot += facts.num_score_heads * score_numbers * item_bytes("fp32")
     return facts.num_hidden_layers * length * per_slot
 
 

@@ -27,7 +27,6 @@ from doge_deploy.model.ops import (
     past_slots,
     row_positions,
 )
-from doge_deploy.model.rope import rope_shapes
 
 Past = Sequence[tuple[torch.Tensor, ...]]
 Select = Callable[[torch.Tensor], torch.Tensor]
@@ -123,7 +122,7 @@ class Doge(nn.Module):
         self.dtype = dtype
         self.rope_changes = facts.rope_changes(max_length)
         self.rope_remembers = facts.rope_remembers(max_length)
-        for name, shape in rope_shapes(facts, max_length).items():
+        for name, shape in facts.rope_shapes(max_length).items():
             setattr(self, name, nn.Buffer(torch.empty(shape, dtype=torch.float32 if self.rope_changes else dtype)))
 
     def layers(self) -> list[DecoderLayer]:

@@ -15,16 +15,6 @@ ROPE_TENSORS = ("rope_cos", "rope_sin", "rope_frequencies", "rope_scaling")
 """Names of everything that `rope_tensors` can give: tensors of a graph that no checkpoint has."""
 
 
-def rope_shapes(facts: DogeFacts, max_length: int) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of what `rope_tensors` gives."""
-    half = facts.head_dim // 2
-    if not facts.rope_changes(max_length):
-        return {"rope_cos": (max_length, half), "rope_sin": (max_length, half)}
-    assert facts.stateless_length is not None
-    rows = max_length - facts.stateless_length + 1 if facts.rope_remembers(max_length) else 2
-    return {"rope_frequencies": (rows, half), "rope_scaling": (1,)}
-
-
 def rope_tensors(config: Mapping[str, Any], facts: DogeFacts, max_length: int) -> dict[str, torch.Tensor]:
     """What a graph of `max_length` positions rotates by, float32.
 

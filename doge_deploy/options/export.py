@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from doge_deploy.dtypes import ShortName
 from doge_deploy.options.load import load_options
-from doge_deploy.options.resolved import CacheLayout, Logits, Routing, Task, weight_format_names
+from doge_deploy.options.words import CacheLayout, Logits, Routing, Task, weight_format_names
 
 _LAYOUT_ORDER = ("static", "growing")
 

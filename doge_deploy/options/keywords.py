@@ -7,7 +7,7 @@ from typing import Literal, TypedDict
 
 from doge_deploy.dtypes import ShortName
 from doge_deploy.options.build import Range, Target
-from doge_deploy.options.resolved import CacheLayout, Logits, Routing, Task
+from doge_deploy.options.words import CacheLayout, Logits, Routing, Task
 
 
 class ExportKeywords(TypedDict, total=False):

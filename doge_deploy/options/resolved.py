@@ -1,38 +1,19 @@
 """What a bundle was exported with: the options of an export, nothing left open.
 
-The words that options are made of are here too, so that both know the same ones. `ExportOptions` is what a user may
-give; a bundle is read without pydantic, which would take longer to import than the rest of the manifest's reading.
+`ExportOptions` is what a user may give; a bundle is read without pydantic, which would take longer to import than the
+rest of the manifest's reading.
 """
 
 from __future__ import annotations
 
-import importlib.util
-import pkgutil
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from doge_deploy.dtypes import ShortName
+from doge_deploy.options.words import CacheLayout, Logits, Routing, Task
 
 if TYPE_CHECKING:
     from doge_deploy.options.export import ExportOptions
-
-Task = Literal["causal-lm", "sequence-classification", "features"]
-CacheLayout = Literal["static", "growing"]
-Routing = Literal["reference", "per-token"]
-Logits = Literal["last", "all"]
-
-_WEIGHT_FORMATS = "doge_deploy.graph.weight_formats"
-
-
-def weight_format_names() -> tuple[str, ...]:
-    """Names of the weight formats: the modules of their package that do not begin with an underscore.
-
-    They are listed, not imported: what they do belongs to the graph, which options do not know.
-    """
-    spec = importlib.util.find_spec(_WEIGHT_FORMATS)
-    assert spec is not None and spec.submodule_search_locations is not None
-    found = (module.name for module in pkgutil.iter_modules(list(spec.submodule_search_locations)))
-    return tuple(sorted(name for name in found if not name.startswith("_")))
 
 
 @dataclass(frozen=True)

@@ -291,9 +291,9 @@ class Scheduler:
         request.state = State.DECODE
         if request.score_prompt:
             request.send(PromptScored(tuple(request.prompt_scores)))
-            if request.max_new_tokens == 0:
-                self._finish(request, Finished("length"))
-                return
+        if request.max_new_tokens == 0:
+            self._finish(request, Finished("length"))
+            return
         if self._draft_length is not None and request.speculate:
             self._ngrams[request] = NgramIndex(request.prompt_ids)
         self._take(request, logits)

@@ -277,6 +277,7 @@ def run(paths: Sequence[Path], options: ServeOptions) -> None:
     config = uvicorn.Config(
         app,
         http=patient(Patience(connections=max(files - _OTHER_FILES, 1))),
+        ws="none",
         host=options.host,
         port=options.port,
         log_config=None,

@@ -35,10 +35,9 @@ class TokenTexts:
     def __getitem__(self, token: int) -> TokenText:
         return self._find(token).text
 
-    def characters(self, token: int) -> int:
-        """Of the text that a token adds: none where it is special, since those are left out of texts."""
-        found = self._find(token)
-        return 0 if found.special else len(found.text.token)
+    def is_special(self, token: int) -> bool:
+        """Whether it is left out of texts."""
+        return self._find(token).special
 
     def _find(self, token: int) -> _Known:
         if token not in self._known:

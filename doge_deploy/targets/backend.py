@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 from doge_deploy.diagnostics import joined, suggest
 from doge_deploy.errors import MissingDependencyError, UsageError
 from doge_deploy.options.backends import DEFAULT_BACKEND
-from doge_deploy.targets.deployment import Constraints, DeployableModel, Obstacle
+from doge_deploy.targets.deployment import Constraints, DeployableModel, Held, Obstacle
 
 if TYPE_CHECKING:  # the help of a command lists the names, and must not wait for the rest
     from importlib.metadata import EntryPoint
@@ -210,6 +210,15 @@ class Backend(ABC, Generic[RunnerT]):
                 f"{model.name} holds {', '.join(model.layouts)}, and {self.name} runs {joined(self.layouts)}",
                 "use another backend",
             )
+
+    def held(self, model: DeployableModel, lowering: str) -> Held:
+        """What it holds in memory while it runs a model.
+
+        Args:
+            model: a checkpoint or a bundle.
+            lowering: what `lowering` gave.
+        """
+        return Held(slots=model.max_length, longest_call=model.max_length)
 
     def build_bytes(self, fp16_weight_bytes: int) -> int | None:
         """Memory of a build that must be made on the device itself; None where there is none.

@@ -31,6 +31,23 @@ class DeployableModel:
 
 
 @dataclass(frozen=True)
+class Held:
+    """What a backend holds in memory while it runs a model."""
+
+    slots: int
+    """Of a row's cache."""
+    longest_call: int
+    """Tokens of a row that are computed at once; longer calls are cut."""
+    score_numbers: int = 1
+    """float32 numbers beside a key and its value."""
+    networks: int = 1
+    """Each with weights of its own."""
+    caches: int = 1
+    keys: int = 0
+    """That the tokens of a call attend to, at most; 0: as many as there are slots."""
+
+
+@dataclass(frozen=True)
 class Constraints:
     """What a file of export_configs/ or the command line asks for."""
 

@@ -35,6 +35,17 @@ class Difference:
         return self.non_finite == 0 and self.max_abs <= limit.max_abs and self.rms <= limit.rms
 
 
+def largest_error(one: list[Array], two: list[Array]) -> float:
+    """Largest absolute error of two lists of arrays of equal shapes; infinite where only one of them is NaN."""
+    worst = 0.0
+    for a, b in zip(one, two, strict=True):
+        error = np.abs(a.astype(np.float64) - b.astype(np.float64))
+        error[np.isnan(error)] = np.inf
+        error[np.isnan(a) & np.isnan(b)] = 0.0
+        worst = max(worst, float(error.max(initial=0.0)))
+    return worst
+
+
 def difference(candidate: list[Array], reference: list[Array]) -> Difference:
     """Compare rows of a batch, each `[...]` of its own length; raises ValueError where shapes differ.
 

@@ -36,8 +36,7 @@ from doge_deploy.verify.cases import (
 from doge_deploy.verify.compare import Array, Difference, Distribution, difference
 from doge_deploy.verify.held_out import HELD_OUT
 from doge_deploy.verify.noise import DRAWS, Noise, noise_of
-from doge_deploy.verify.oracle import Expected, HeldOut, Oracle, SelfDifference, WeightsResult
-from doge_deploy.verify.parity import Judge
+from doge_deploy.verify.oracle import Expected, HeldOut, Judged, Oracle, SelfDifference, WeightsResult
 from doge_deploy.verify.quality import held_out_cases, predicted
 from doge_deploy.verify.reference import FEWEST_ROWS, SMALL_PARAMETERS, Reference, checkpoint_size, few_threads
 from doge_deploy.verify.reference_run import ReplayTrace, run_reference
@@ -212,7 +211,7 @@ class LiveOracle(Oracle):
         self.limits = Limits.of(self.manifest.facts, self.manifest.max_length, self.manifest.task)
         self._bundle, self._checkpoint = bundle, checkpoint
         self._greedy_steps, self._started = greedy_steps, started
-        self._greedy_cases: dict[Judge, Case] = {}
+        self._greedy_cases: dict[Judged, Case] = {}
         self._stack = ExitStack()
 
     def __enter__(self) -> LiveOracle:
@@ -240,7 +239,7 @@ class LiveOracle(Oracle):
         cases = [*exact_cases(self.limits, SEEDS[0]), natural_case(self.limits, self.text_ids)]
         return (case for case in cases if not self.manifest.facts.keep_window(case.longest))
 
-    def prepare(self, judges: Sequence[Judge]) -> None:
+    def prepare(self, layouts: Sequence[Judged]) -> None:
         """Begin the runs in which nothing is selected, where there are processors and memory for several at once."""
         if checkpoint_size(self._checkpoint) < SMALL_PARAMETERS:
             return
@@ -248,21 +247,21 @@ class LiveOracle(Oracle):
         if not workers:
             return
         references, tasks = self.references, {}
-        for judge in judges:
+        for judged in layouts:
             # greedy text first: its steps are one after the other, and would be left over at the end
             for name in sorted(self.case_names(), key=lambda name: name != GREEDY):
-                case = self._planned(name, judge)
-                if case is None or judge.selects(case) or judge.runners.obstacle(case) is not None:
+                case = self._planned(name, judged)
+                if case is None or judged.selects(case) or judged.runners.obstacle(case) is not None:
                     continue
-                tasks.update(references.tasks(judge.replay, case))
+                tasks.update(references.tasks(judged.replay, case))
         if tasks:
             references.ahead = Ahead(tasks, workers)
             self._stack.callback(references.ahead.close)
 
-    def _planned(self, name: str, judge: Judge) -> Case | None:
+    def _planned(self, name: str, judged: Judged) -> Case | None:
         """The case of that name, as far as it is known before any other was judged."""
         if name in (NATURAL, GREEDY):
-            case = self.case(name, judge)
+            case = self.case(name, judged)
             return case if isinstance(case, Case) else None
         return exact_case(self.limits, SEEDS[0], name)
 
@@ -300,27 +299,27 @@ class LiveOracle(Oracle):
         free = [NATURAL, GREEDY] if self.manifest.task == "causal-lm" else [NATURAL]
         return [*(case.name for case in exact_cases(self.limits, SEEDS[0])), *free]
 
-    def case(self, name: str, judge: Judge) -> Case | str:
+    def case(self, name: str, judged: Judged) -> Case | str:
         if name == NATURAL:
             return natural_case(self.limits, self.text_ids)
         if name == GREEDY:
-            return self._greedy(judge)
-        return self.widest(judge, lambda seed: exact_case(self.limits, seed, name))
+            return self._greedy(judged)
+        return self.widest(judged, lambda seed: exact_case(self.limits, seed, name))
 
-    def _greedy(self, judge: Judge) -> Case:
+    def _greedy(self, judged: Judged) -> Case:
         """The bundle's own greedy text: the reference is told its tokens, and asked at each for the next."""
-        if judge not in self._greedy_cases:
-            self._greedy_cases[judge] = self._greedy_case(judge)
-        return self._greedy_cases[judge]
+        if judged not in self._greedy_cases:
+            self._greedy_cases[judged] = self._greedy_case(judged)
+        return self._greedy_cases[judged]
 
-    def _greedy_case(self, judge: Judge) -> Case:
+    def _greedy_case(self, judged: Judged) -> Case:
         prompt = self.prompt
         steps = min(self._greedy_steps, self.limits.max_length - len(prompt))
-        if judge.runners.hides_selections:
+        if judged.runners.hides_selections:
             steps = min(steps, self.limits.keep_window_size - len(prompt))
         calls = chunk([prompt], [[len(prompt)]])
-        if judge.runners.obstacle(Case(GREEDY, calls, exact=False)) is None and steps > 0:
-            calls = greedy_calls(judge.runners.plain, prompt, steps)
+        if judged.runners.obstacle(Case(GREEDY, calls, exact=False)) is None and steps > 0:
+            calls = greedy_calls(judged.runners.plain, prompt, steps)
         return Case(GREEDY, calls, exact=False)
 
     @property
@@ -328,13 +327,13 @@ class LiveOracle(Oracle):
         """`[T]`: what greedy text continues."""
         return np.resize(self.text_ids, min(16, max(1, self.limits.max_length // 2)))
 
-    def widest(self, judge: Judge, make: Callable[[int], Case]) -> Case:
+    def widest(self, judged: Judged, make: Callable[[int], Case]) -> Case:
         """The case of that seed on which the reference's choices are clearest."""
         first = make(SEEDS[0])
-        if not judge.selects(first):
+        if not judged.selects(first):
             return first
         cases = [first, *(make(seed) for seed in SEEDS[1:])]
-        return max(cases, key=lambda case: self.references.run(self.references.same, judge.replay, case).gap)
+        return max(cases, key=lambda case: self.references.run(self.references.same, judged.replay, case).gap)
 
     def expected(self, layout: str, replay: Replay, case: Case, given: Sequence[Selections] | None) -> LiveExpected:
         references = self.references

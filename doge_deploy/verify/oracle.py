@@ -17,7 +17,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from types import TracebackType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from doge_deploy.runtime.base import IntArray
 from doge_deploy.verify.cases import Case
@@ -27,7 +27,7 @@ from doge_deploy.verify.replay import CandidateTrace, Replay, Selections
 
 if TYPE_CHECKING:
     from doge_deploy.bundle.opening import Bundle
-    from doge_deploy.verify.parity import Judge
+    from doge_deploy.verify.runners import Runners
 
 
 @dataclass(frozen=True)
@@ -104,6 +104,17 @@ class Expected(ABC):
         """
 
 
+class Judged(Protocol):
+    """A layout of a bundle, as an oracle sees it: what runs it and how its calls are made in the reference."""
+
+    layout: str
+    runners: Runners
+    replay: Replay
+
+    def selects(self, case: Case) -> bool:
+        """Whether the bundle chooses keys or experts in this case."""
+
+
 class Oracle(AbstractContextManager["Oracle"]):
     """The reference, as a judge may ask it. A context manager: what is asked, is asked within."""
 
@@ -126,7 +137,7 @@ class Oracle(AbstractContextManager["Oracle"]):
         """Raises UnsupportedModelError where nothing is known of one of the layouts."""
         return
 
-    def prepare(self, judges: Sequence[Judge]) -> None:
+    def prepare(self, layouts: Sequence[Judged]) -> None:
         """Told which layouts are going to be judged, before any case: what can be begun, may be."""
         return
 
@@ -143,8 +154,8 @@ class Oracle(AbstractContextManager["Oracle"]):
         """Names of the cases to judge, in order."""
 
     @abstractmethod
-    def case(self, name: str, judge: Judge) -> Case | str:
-        """The calls of a case for the layout that the judge holds, or why there are none."""
+    def case(self, name: str, judged: Judged) -> Case | str:
+        """The calls of a case for a layout, or why there are none."""
 
     @abstractmethod
     def expected(self, layout: str, replay: Replay, case: Case, given: Sequence[Selections] | None) -> Expected:

@@ -120,7 +120,7 @@ def main(
             bundle = open_bundle(path)
             if quantize is None:
                 plain[dtype] = bundle.engine().engine_bytes
-            rows.append(row(size, bundle, elapsed, seconds, plain[dtype]))
+            rows.append(row(size, bundle, elapsed, seconds, plain[dtype] if quantize else None))
             print(rows[-1], file=sys.stderr, flush=True)
     print("\n".join(rows))
 

@@ -21,9 +21,10 @@ from doge_deploy.bench.baselines import catalog
 from doge_deploy.bench.baselines.eager import EagerRunner, load_model
 from doge_deploy.bench.baselines.naive import export_naive
 from doge_deploy.bench.baselines.naive import open_runner as open_naive
-from doge_deploy.bench.candidates import Candidate, import_libraries, open_candidate
+from doge_deploy.bench.candidates import Candidate
 from doge_deploy.bench.files import write_json
 from doge_deploy.bench.measure import PREFILLS, time_first_calls
+from doge_deploy.bench.opening import import_libraries, open_candidate
 from doge_deploy.bench.report import figures, product_rates, ratios, to_json
 from doge_deploy.bench.roofline import SWEEPS
 from doge_deploy.bench.run import BenchOptions, bench

@@ -148,7 +148,7 @@ def test_what_does_not_fit_says_by_how_much() -> None:
 
 
 def test_memory_of_a_graphics_card_says_nothing_about_the_processors() -> None:
-    huge = replace(BIG, max_length=1 << 20)
+    huge = replace(BIG, max_length=1 << 20, inlined=True)  # a slot for each token
     assert not option("rtx-desktop", "trt-rtx", huge).usable
     assert option("rtx-desktop", "ort", huge).usable and option("rtx-desktop", "ort", huge).tokens_per_second is None
 
@@ -257,6 +257,48 @@ def test_weights_of_a_format_raise_the_bound() -> None:
 def test_a_legacy_doge_reads_a_score_per_query_head() -> None:
     revision = next(name for name, found in REVISIONS.items() if found.score_per_query_head)
     assert speed(replace(TINY, facts=replace(TINY.facts, revision=revision))) < speed(TINY)
+
+
+STEADY = {"rope_type": "default", "rope_theta": 10000.0}
+"""Angles that never change."""
+WINDOWED = replace(TINY, facts=replace(TINY.facts, keep_window_size=2048, rope=STEADY), max_length=4096)
+
+
+@pytest.mark.parametrize("backend", ["trt", "trt-rtx"])
+def test_an_engine_holds_the_window_whatever_the_length(backend: str) -> None:
+    """But for the tables of angles: 2 networks, D/2 cosines and sines a token."""
+    found = [
+        option(
+            "h100" if backend == "trt" else "rtx-desktop", backend, replace(WINDOWED, max_length=length), plugins=False
+        )
+        for length in (4096, 32768, 131072)
+    ]
+    short, _, long = (one.needs for one in found)
+    assert short and long and long.cache_bytes == short.cache_bytes and long.activation_bytes == short.activation_bytes
+    assert long.weight_bytes - short.weight_bytes == 2 * (131072 - 4096) * TINY.facts.head_dim * 2
+    whole = option("rtx-desktop", "ort", WINDOWED).needs
+    assert whole and short.cache_bytes < whole.cache_bytes, "twice the window, in fp16"
+
+
+def test_what_makes_the_cache_of_an_engine_hold_the_text() -> None:
+    bounded = option("h100", "trt", WINDOWED, plugins=False).needs
+    with_plugins = option("h100", "trt", WINDOWED).needs
+    inlined = option("h100", "trt", replace(WINDOWED, inlined=True), plugins=False).needs
+    fits = option("h100", "trt", replace(WINDOWED, max_length=2048), plugins=False).needs
+    assert bounded and with_plugins and inlined and fits
+    assert with_plugins == inlined != bounded
+    assert 2 * fits.cache_bytes < bounded.cache_bytes, (
+        "a cache that is given beside the one that is read, with positions"
+    )
+
+
+def test_calls_that_stay_whole_take_more() -> None:
+    facts = replace(open_checkpoint("doge-tiny-moe").facts, keep_window_size=2048, rope=STEADY)
+    mixed = replace(TINY, facts=facts, max_length=4096)
+    whole, cut = (
+        option("h100", "trt", replace(mixed, routing=one), plugins=False).needs for one in ("reference", "per-token")
+    )
+    assert whole and cut and whole.activation_bytes > 3 * cut.activation_bytes and whole.cache_bytes == cut.cache_bytes
 
 
 def test_a_classifier_generates_nothing() -> None:

@@ -10,16 +10,17 @@ import pytest
 from bundles import make_bundle
 
 from doge_deploy.bundle.opening import open_bundle
-from doge_deploy.bundle.signature import make_signature
+from doge_deploy.bundle.signature import BATCH, CACHE_ROWS, bounded, make_signature
 from doge_deploy.checkpoint import open_checkpoint
 from doge_deploy.checkpoint.names import EMBEDDING
 from doge_deploy.config.model import DogeFacts
 from doge_deploy.config.revisions import REVISIONS
-from doge_deploy.doctor.fit import activation_bytes, needs, row_cache_bytes, weight_bytes
+from doge_deploy.doctor.fit import activation_bytes, angle_bytes, needs, row_cache_bytes, weight_bytes
 from doge_deploy.graph.weight_file import read_weight_file
 from doge_deploy.graph.weight_formats import format_of
 
 DENSE, MOE = (open_checkpoint(name).facts for name in ("doge-tiny", "doge-tiny-moe"))
+DYNAMIC = replace(DENSE, rope={**DENSE.rope, "rope_type": "dynamic"}, original_max_position_embeddings=100)
 
 
 @pytest.mark.parametrize("facts", [DENSE, MOE], ids=["dense", "moe"])
@@ -44,6 +45,25 @@ def test_caches_are_those_of_the_static_layout(facts: DogeFacts, dtype: str, nam
         for past, _ in signature.past()
     )
     assert row_cache_bytes(facts, dtype, 96) == buffers
+
+
+@pytest.mark.parametrize(("dtype", "name"), [("fp32", "float32"), ("bf16", "bfloat16")])
+def test_caches_of_an_engine_are_those_of_the_bounded_signature(dtype: str, name: str) -> None:
+    """The rank has a position beside the score."""
+    static = make_signature(DENSE, "static", dtype=name, max_length=512, last_logits=True)
+    sizes = {"float32": 4, "bfloat16": 2, BATCH: 1, CACHE_ROWS: DENSE.num_key_value_heads}
+    buffers = sum(
+        sizes[past.dtype] * math.prod(axis if isinstance(axis, int) else sizes[axis] for axis in past.shape)
+        for past, _ in bounded(static, 64, decode=True).past()
+    )
+    assert row_cache_bytes(DENSE, dtype, 64, score_numbers=2) == buffers
+
+
+@pytest.mark.parametrize("facts", [DENSE, DYNAMIC], ids=["always-the-same", "dynamic"])
+def test_angles_are_those_of_the_weight_file(facts: DogeFacts) -> None:
+    item = {"rope_cos": 2, "rope_sin": 2, "rope_frequencies": 4, "rope_scaling": 4}
+    expected = sum(item[name] * math.prod(shape) for name, shape in facts.rope_shapes(300).items())
+    assert angle_bytes(facts, "fp16", 300) == expected > 0
 
 
 def test_needs_grow_with_rows_but_weights_do_not() -> None:

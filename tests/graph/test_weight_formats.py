@@ -33,7 +33,7 @@ from doge_deploy.graph.weight_formats._blocks import BlockFormat
 from doge_deploy.graph.weight_formats.int4 import Format
 from doge_deploy.graph.weights import packed
 from doge_deploy.options.export import ExportOptions, load_export_options
-from doge_deploy.options.resolved import weight_format_names
+from doge_deploy.options.words import weight_format_names
 from doge_deploy.verify.run import verify
 
 

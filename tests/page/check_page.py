@@ -207,6 +207,7 @@ def test_the_server_is_shown_live(open_page: Any, servers: dict[str, str]) -> No
     expect(page.locator(".tile", has_text="slots in use")).to_contain_text("1 of 2")
     expect(page.locator("#slots .slot.busy")).to_have_count(1)
     expect(page.locator("#slots .slot")).to_have_count(2)
+    expect(page.locator("#height")).to_have_text("The height of the drawing is 1.")
     expect(page.locator("#times tbody tr").first).to_contain_text("ms")
     other.get_by_role("button", name="Stop").click()
     expect(page.locator(".tile", has_text="slots in use")).to_contain_text("0 of 2")

@@ -1,11 +1,11 @@
 """Run the blocks of pages; exit with 1 if an output is not the one on the page.
 
-    python tests/pages/run_pages.py [--bin BIN] [--node NODE] [--section TITLE] [--have NAME=PATH]... [PAGE...]
+    python tests/pages/run_pages.py [--bin BIN] [--node NODE] [--section TITLE] [--have NAME=PATH]... [--jobs N] PAGE...
 
-Without PAGE: all that no other session runs. BIN is the folder of `doge-deploy`, by default that of this Python. Each
-page runs in a folder of its own, which holds what the page says that it begins with: what `--have` names is copied, the
-rest is made (page_setups.py). Ports 8000 and up become free ones, in the page and in the files of examples/05_serve,
-which lie in the folder too.
+Without PAGE: all that no other session runs, N at a time, by default one a core. BIN is the folder of `doge-deploy`, by
+default that of this Python. Each page runs in a folder of its own, which holds what the page says that it begins with:
+what `--have` names is copied, the rest is made (page_setups.py). Ports 8000 and up become free ones, in the page and in
+the files of examples/05_serve, which lie in the folder too.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from page_blocks import RUN, PageError, begins_with, blocks, run_by
+from page_blocks import RUN, PageError, begins_with, blocks, commands, run_by
 from page_runner import Runner
 from page_setups import FILES as FOLDERS
 from page_setups import forget, make, put
@@ -57,6 +57,12 @@ def all_pages() -> list[Path]:
         if run_by(text) is None and any(block.runs for block in blocks(text)):
             found.append(page)
     return found
+
+
+def length(page: Path) -> int:
+    """How many commands and programs a page runs."""
+    found = [block for block in blocks(page.read_text(encoding="utf-8")) if block.runs]
+    return sum(len(commands(block.text)) if block.language == "console" else 1 for block in found)
 
 
 def count() -> Counter[str]:
@@ -96,8 +102,8 @@ def run(page: Path, bin_folder: Path, node: Path | None, section: str | None, ha
     return runner
 
 
-def side_by_side(pages: Sequence[Path], bin_folder: Path) -> int:
-    """Run pages in processes of their own, one per core at a time; what they begin with is made once."""
+def side_by_side(pages: Sequence[Path], bin_folder: Path, jobs: int | None) -> int:
+    """Run pages in processes of their own, `jobs` at a time, the longest first; what they begin with is made once."""
     names = {name for page in pages for name in begins_with(page.read_text(encoding="utf-8"))} - set(FOLDERS)
     have = [f"--have={name}={make(name, bin_folder)}" for name in sorted(names)]
 
@@ -109,8 +115,8 @@ def side_by_side(pages: Sequence[Path], bin_folder: Path) -> int:
         return done.returncode == 0
 
     try:
-        with ThreadPoolExecutor(os.cpu_count()) as pool:
-            good = list(pool.map(one, pages))
+        with ThreadPoolExecutor(jobs or os.cpu_count()) as pool:
+            good = list(pool.map(one, sorted(pages, key=length, reverse=True)))
     finally:
         forget()
     print(f"{sum(good)} of {len(pages)} pages are as they say", flush=True)
@@ -124,6 +130,7 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--node", type=Path)
     parser.add_argument("--section")
     parser.add_argument("--have", action="append", default=[])
+    parser.add_argument("--jobs", type=int)
     parser.add_argument("--count", action="store_true", help="only count the blocks")
     parser.add_argument("pages", type=Path, nargs="*")
     given = parser.parse_args(arguments)
@@ -133,7 +140,7 @@ def main(arguments: Sequence[str]) -> int:
     have = {name: Path(path).resolve() for name, _, path in (one.partition("=") for one in given.have)}
     pages = given.pages or all_pages()
     if len(pages) > 1:
-        return side_by_side(pages, given.bin.absolute())
+        return side_by_side(pages, given.bin.absolute(), given.jobs)
     failed = ran = 0
     for page in pages:
         begin = time.monotonic()

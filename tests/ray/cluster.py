@@ -171,7 +171,7 @@ def replica_processes() -> dict[int, float]:
     return {one: times[one] for one, name in names.items() if "doge-replica" in name and mine(one)}
 
 
-def wait(until: Callable[[], bool], what: str, seconds: float = 90) -> float:
+def wait(until: Callable[[], bool], what: str, seconds: float = 300) -> float:
     start = time.monotonic()
     while not until():
         assert time.monotonic() < start + seconds, f"not within {seconds} s: {what}"
@@ -304,7 +304,7 @@ def clients_that_leave(address: str) -> None:
         assert all('replica="' in line and 'deployment="doge-replica"' in line for line in lines), lines
         return sum(float(line.rpartition(" ")[2]) for line in lines) >= len(PROMPTS) / 2
 
-    seconds = wait(cancelled, "cancelled requests in Ray's metrics", 60)
+    seconds = wait(cancelled, "cancelled requests in Ray's metrics", 120)
     print(f"{len(PROMPTS)} clients left after the first token: cancelled, seen in Ray's metrics after {seconds:.0f} s")
 
 

@@ -5,22 +5,22 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from bundles import make_bundle
+from bundles import shared_bundle
 
 
 @pytest.fixture(scope="session")
-def tiny_bundle_last(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def tiny_bundle_last() -> Path:
     """doge-tiny with the logits of the last token only; do not write into it."""
-    return make_bundle("doge-tiny", tmp_path_factory.mktemp("bundles") / "last", logits="last")
+    return shared_bundle("doge-tiny", logits="last")
 
 
 @pytest.fixture(scope="session")
-def tiny_bundle_all(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def tiny_bundle_all() -> Path:
     """doge-tiny with the logits of every token; do not write into it."""
-    return make_bundle("doge-tiny", tmp_path_factory.mktemp("bundles") / "all", logits="all")
+    return shared_bundle("doge-tiny", logits="all")
 
 
 @pytest.fixture(scope="session")
-def features_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def features_bundle() -> Path:
     """doge-tiny without its head; do not write into it."""
-    return make_bundle("doge-tiny", tmp_path_factory.mktemp("bundles") / "features", task="features")
+    return shared_bundle("doge-tiny", task="features")

@@ -18,6 +18,8 @@ import httpx
 import pytest
 
 from doge_deploy.cli.main import run_command
+from doge_deploy.errors import UsageError
+from doge_deploy.serve.start import LOOPBACK, ServeOptions
 
 LONG = {"prompt": "x", "max_tokens": 500, "stream": True, "logit_bias": {"1": -100, "5": -100}}
 """A text that does not end by itself."""
@@ -127,6 +129,17 @@ def test_wrong_options_are_one_line(
     assert run_command(["serve", str(tiny_bundle_last), *options]) == code
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "::", "", "192.0.2.7", "example.org"])
+def test_other_machines_need_a_key_or_leave(host: str) -> None:
+    with pytest.raises(UsageError, match="can be reached from other machines"):
+        ServeOptions(host=host)
+    assert ServeOptions(host=host, no_auth=True).host == ServeOptions(host=host, api_key_file=Path("keys")).host == host
+
+
+def test_this_machine_alone_is_served_unless_another_address_is_named() -> None:
+    assert ServeOptions().host in LOOPBACK and {ServeOptions(host=host).api_key_file for host in LOOPBACK} == {None}
 
 
 def test_a_port_that_is_taken_is_one_line(tiny_bundle_last: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -6,6 +6,7 @@ import threading
 from typing import Any
 
 import pytest
+from jinja2.exceptions import SecurityError
 
 from doge_deploy.text import template_limits
 from doge_deploy.text.templates import ChatTemplate, TemplateLimit
@@ -58,6 +59,21 @@ def test_limits(monkeypatch: pytest.MonkeyPatch, limit: str, value: float, templ
         return
     with pytest.raises(TemplateLimit, match=says):
         compiled.render(CHAT, {}, add_generation_prompt=False)
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{{ messages.append(messages[0]) }}",
+        "{{ messages[0].update({'role': 'system'}) }}",
+        "{{ messages[0].pop('content') }}",
+        "{{ messages.__class__.__mro__ }}",
+        "{{ raise_exception.__globals__.os }}",
+    ],
+)
+def test_the_sandbox_lets_nothing_be_changed_and_nothing_else_be_reached(template: str) -> None:
+    with pytest.raises(SecurityError):
+        render(template, [dict(CHAT[0])])
 
 
 def test_every_rendering_has_a_budget_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Protocol
 from doge_deploy.dtypes import ShortName
 from doge_deploy.errors import UsageError
 from doge_deploy.graph.weight_formats._base import Part, PartSource, Quality, WeightFormat
-from doge_deploy.options.resolved import weight_format_names
+from doge_deploy.options.words import weight_format_names
 
 if TYPE_CHECKING:
     from doge_deploy.options.export import ExportOptions

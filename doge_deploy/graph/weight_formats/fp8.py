@@ -3,18 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
-from doge_deploy.graph.weight_formats._base import (
-    Part,
-    PartSource,
-    Quality,
-    WeightFormat,
-    add_part,
-    power_of_two,
-    replace_weight,
-    rounded,
-)
+from doge_deploy.graph.weight_formats._base import Part, Quality, add_part, replace_weight, rounded
+from doge_deploy.graph.weight_formats._floats import FloatFormat, Stored
 
 if TYPE_CHECKING:
     import numpy as np
@@ -24,28 +16,16 @@ if TYPE_CHECKING:
 
     from doge_deploy.graph.weight_formats._base import Array
 
-VALUES_SUFFIX, SCALE_SUFFIX = ".f8", ".scale"
 
-LARGEST = 448.0
-"""Of float8 e4m3."""
-
-HEADROOM = 2.0
-"""How many times larger than in the calibration an input of a product may be before it is cut off."""
-
-
-class Format(WeightFormat):
-    """Weights as float8 e4m3 with one scale a tensor; in an engine both sides of a product are float8.
-
-    Scales are powers of two: the numbers are floating, so a finer scale would gain nothing but in the smallest of them.
-    """
+class Format(FloatFormat):
+    """Weights as float8 e4m3 with one scale a tensor; in an engine both sides of a product are float8."""
 
     name = "fp8"
     title = "8 bits, floating point, for engines"
-    dtypes = ("fp16", "bf16")
-    rounds_activations = True
     rounds_inputs_to = "float8_e4m3fn"
     first_capability = "8.9"
-    targets = frozenset({"ort", "trt", "trt-rtx"})
+    largest = 448.0
+    stored: ClassVar[Stored] = {"values": (".f8", "float8_e4m3fn"), "scale": (".scale", "")}
     quality = Quality(
         0.06,
         1.06,
@@ -55,34 +35,20 @@ class Format(WeightFormat):
     )
 
     def parts(self, name: str, shape: tuple[int, int]) -> dict[str, Part]:
-        return {
-            "values": Part(name + VALUES_SUFFIX, "float8_e4m3fn", shape),
-            "scale": Part(name + SCALE_SUFFIX, self.dtype, ()),
-        }
-
-    def part_of(self, initializer: str, dtype: str) -> PartSource | None:
-        for key, suffix, kind in (("values", VALUES_SUFFIX, "float8_e4m3fn"), ("scale", SCALE_SUFFIX, self.dtype)):
-            if initializer.endswith(suffix):
-                return PartSource(initializer.removesuffix(suffix), key, kind)
-        return None
+        shapes: dict[str, tuple[int, ...]] = {"values": shape, "scale": ()}
+        return {key: Part(name + suffix, self.kind(key), shapes[key]) for key, (suffix, _) in self.stored.items()}
 
     def store(self, weight: torch.Tensor, name: str = "") -> dict[str, torch.Tensor]:
         """Numbers `[N, C]` float8_e4m3fn and a scale `[]` in the dtype of the graph."""
         import torch
 
-        largest = float(weight.abs().max())
-        scale = torch.tensor(power_of_two(largest / LARGEST) if largest else 1.0, dtype=getattr(torch, self.dtype))
-        scale = scale.clamp(min=torch.finfo(scale.dtype).smallest_normal)
+        scale = self.tensor_scale(weight, torch.finfo(getattr(torch, self.dtype)).smallest_normal)
         return {"values": (weight.float() / scale.float()).to(torch.float8_e4m3fn), "scale": scale}
 
     def dequantize(self, parts: Mapping[str, Array]) -> npt.NDArray[np.float32]:
         import numpy as np
 
         return rounded(parts["values"].astype(np.float32) * np.float32(parts["scale"]), self.dtype)
-
-    def input_scale(self, name: str) -> float | None:
-        largest = self.ranges.get(name)
-        return None if largest is None else power_of_two(max(largest, 2.0**-10) * HEADROOM / LARGEST)
 
     def rewrite(self, graph: ir.Graph, weight: ir.Value, name: str, *, transposed: bool) -> None:
         import onnx_ir as ir

@@ -3,19 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from doge_deploy.graph.weight_formats import int4
-from doge_deploy.graph.weight_formats._base import (
-    Part,
-    PartSource,
-    Quality,
-    WeightFormat,
-    add_part,
-    power_of_two,
-    replace_weight,
-    rounded,
-)
+from doge_deploy.graph.weight_formats._base import Part, PartSource, Quality, add_part, replace_weight, rounded
+from doge_deploy.graph.weight_formats._floats import FloatFormat, Stored
 
 if TYPE_CHECKING:
     import numpy as np
@@ -31,14 +23,14 @@ BLOCK = 16
 LARGEST, LARGEST_SCALE, SMALLEST_SCALE = 6.0, 448.0, 2.0**-9
 """Of float4 e2m1, and of the scales, float8 e4m3."""
 
-SUFFIXES = {"values": (".f4", "float4_e2m1fn"), "block_scale": (".block_scale", "float8_e4m3fn")}
-WHOLE = ".whole_scale"
+SMALLEST_WHOLE_SCALE = 2.0**-24
+"""Of a tensor: the smallest positive number of float16."""
 
 PRODUCTS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 """Linear layers in this format."""
 
 
-class Format(WeightFormat):
+class Format(FloatFormat):
     """Weights of the layers' products as float4 e2m1: a float8 scale per block of 16, and one more for the tensor.
 
     In an engine the other side of a product is rounded to the same format block by block in every call. Embedding, head
@@ -47,11 +39,14 @@ class Format(WeightFormat):
 
     name = "nvfp4"
     title = "4 bits, floating point, for engines (experimental)"
-    dtypes = ("fp16", "bf16")
-    rounds_activations = True
     rounds_inputs_to = "float4_e2m1fn"
     first_capability = "12.0"
-    targets = frozenset({"ort", "trt", "trt-rtx"})
+    largest = LARGEST * LARGEST_SCALE
+    stored: ClassVar[Stored] = {
+        "values": (".f4", "float4_e2m1fn"),
+        "block_scale": (".block_scale", "float8_e4m3fn"),
+        "whole_scale": (".whole_scale", ""),
+    }
     quality = Quality(
         0.5,
         1.4,
@@ -77,15 +72,12 @@ class Format(WeightFormat):
     def parts(self, name: str, shape: tuple[int, int]) -> dict[str, Part]:
         if not self._is_product(name):
             return self.rest.parts(name, shape)
-        shapes = {"values": shape, "block_scale": (shape[0], shape[1] // BLOCK)}
-        parts = {key: Part(name + suffix, kind, shapes[key]) for key, (suffix, kind) in SUFFIXES.items()}
-        return {**parts, "whole_scale": Part(name + WHOLE, self.dtype, ())}
+        blocks = (shape[0], shape[1] // BLOCK)
+        shapes: dict[str, tuple[int, ...]] = {"values": shape, "block_scale": blocks, "whole_scale": ()}
+        return {key: Part(name + suffix, self.kind(key), shapes[key]) for key, (suffix, _) in self.stored.items()}
 
     def part_of(self, initializer: str, dtype: str) -> PartSource | None:
-        for key, (suffix, kind) in {**SUFFIXES, "whole_scale": (WHOLE, self.dtype)}.items():
-            if initializer.endswith(suffix):
-                return PartSource(initializer.removesuffix(suffix), key, kind)
-        return self.rest.part_of(initializer, dtype)
+        return super().part_of(initializer, dtype) or self.rest.part_of(initializer, dtype)
 
     def store(self, weight: torch.Tensor, name: str = "") -> dict[str, torch.Tensor]:
         """Codes `[N, C]` uint8 of float4 e2m1, scales `[N, C/16]` float8_e4m3fn and a scale `[]` in the dtype of the
@@ -99,11 +91,7 @@ class Format(WeightFormat):
             return self.rest.store(weight, name)
         rows, columns = weight.shape
         blocks = weight.float().reshape(rows, columns // BLOCK, BLOCK)
-        largest = float(weight.abs().max())
-        whole = torch.tensor(
-            power_of_two(largest / LARGEST / LARGEST_SCALE) if largest else 1.0, dtype=getattr(torch, self.dtype)
-        )
-        whole = whole.clamp(min=2.0**-24)
+        whole = self.tensor_scale(weight, SMALLEST_WHOLE_SCALE)
         scale = (blocks.abs().amax(-1) / LARGEST / whole.float()).clamp(min=SMALLEST_SCALE).to(torch.float8_e4m3fn)
         scaled = blocks / (scale.float() * whole.float())[..., None]
         codes = scaled.numpy().astype(ml_dtypes.float4_e2m1fn).view(np.uint8)
@@ -124,10 +112,7 @@ class Format(WeightFormat):
         return rounded(values * scale.repeat(BLOCK, axis=1), self.dtype)
 
     def input_scale(self, name: str) -> float | None:
-        largest = self.ranges.get(name)
-        if largest is None or not self._is_product(name):
-            return None
-        return power_of_two(max(largest, 2.0**-10) * 2 / LARGEST / LARGEST_SCALE)
+        return super().input_scale(name) if self._is_product(name) else None
 
     def rewrite(self, graph: ir.Graph, weight: ir.Value, name: str, *, transposed: bool) -> None:
         import onnx_ir as ir

@@ -14,7 +14,7 @@ from doge_deploy.targets.trt.vendor import PRODUCTS
 if TYPE_CHECKING:
     from doge_deploy.devices.facts import DeviceFacts
     from doge_deploy.runtime.trt.runner import TrtRunner
-    from doge_deploy.targets.deployment import Constraints, DeployableModel, Obstacle
+    from doge_deploy.targets.deployment import Constraints, DeployableModel, Held, Obstacle
 
 
 class TrtBackend(Backend["TrtRunner"]):
@@ -80,6 +80,11 @@ class TrtBackend(Backend["TrtRunner"]):
         from doge_deploy.targets.trt.deployment import model_obstacles
 
         return model_obstacles(self._product, model, dtype, lowering)
+
+    def held(self, model: DeployableModel, lowering: str) -> Held:
+        from doge_deploy.targets.trt.deployment import held
+
+        return held(model, lowering)
 
     def build_bytes(self, fp16_weight_bytes: int) -> int | None:
         from doge_deploy.targets.trt.deployment import build_bytes

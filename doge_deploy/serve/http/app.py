@@ -11,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
+from urllib.parse import quote
 
 from fastapi import FastAPI, Request
 from fastapi.responses import FileResponse, JSONResponse, PlainTextResponse, Response
@@ -149,6 +150,7 @@ def create_app(
             400: {"description": "The request is not legal; the error names the field.", "model": ErrorAnswer},
             401: {"description": "An API key is needed.", "model": ErrorAnswer},
             413: {"description": "The body is too large.", "model": ErrorAnswer},
+            415: {"description": "The body is no JSON, or it is compressed.", "model": ErrorAnswer},
             500: {"description": "A fault of the model or of the server.", "model": ErrorAnswer},
         },
     )
@@ -157,6 +159,7 @@ def create_app(
     _add_generation(app, served, offload)
     app.add_middleware(WorkCount, served=served)
     app.add_middleware(Gate, keys=tuple(api_keys), max_body_bytes=max_body_bytes, max_held_bytes=max_held_bytes)
+    app.add_middleware(Heads)
     app.add_middleware(RequestIds)
     if cors_origins:  # outside of the keys: a browser asks whether it may before it sends one, and reads refusals too
         app.add_middleware(
@@ -265,6 +268,7 @@ def _add_operations(app: FastAPI, served: Served, offload: Any) -> None:
     async def detokenize(body: DetokenizeBody) -> dict[str, str]:
         """The text of token ids, special tokens included."""
         found = served.any(body.model)
+        found.tokenizer.check_ids(body.tokens)
         return {"prompt": await offload(lambda: found.tokenizer.text_of(body.tokens))}
 
     @app.get("/", include_in_schema=False)
@@ -341,6 +345,18 @@ class WorkCount:
             self._served.working -= 1
 
 
+class Heads:
+    """Answers HEAD as GET; what carries the answer leaves its body out."""
+
+    def __init__(self, app: Any) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        if scope["type"] == "http" and scope["method"] == "HEAD":
+            scope = {**scope, "method": "GET"}
+        await self._app(scope, receive, send)
+
+
 class RequestIds:
     """Gives every answer an id, the client's own where it sent one, and writes a line into the log."""
 
@@ -367,7 +383,7 @@ class RequestIds:
             await self._app(scope, receive, named)
         finally:
             seconds = round(time.perf_counter() - start, 4)
-            fields = {"request_id": name, "method": scope["method"], "path": scope["path"]}
+            fields = {"request_id": name, "method": scope["method"], "path": quote(scope["path"])}
             _log.info("request", extra={"fields": {**fields, "status": status, "seconds": seconds}})
 
 

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 
 from doge_deploy.serve.http.errors import as_api_error, error_body
 from doge_deploy.serve.http.forms import Form
 from doge_deploy.serve.http.plans import Choice, Plan
-from doge_deploy.serve.http.responses import DONE, Json, event
+from doge_deploy.serve.http.responses import DONE, Json, event, line_of_json
 from doge_deploy.serve.request import Event, Finished, Produced, PromptScored, Started
-
-_TEXT = json.JSONEncoder(ensure_ascii=False).encode
 
 _MARK = "\0"
 """Stands for the text of a chunk while its other bytes are made; nothing behind the text is this."""
@@ -54,9 +51,9 @@ class Chunks:
             return self.slow(choice, text)
         around = self._around.get(choice.index)
         if around is None:
-            before, after = self.slow(choice, _MARK).rsplit(_TEXT(_MARK).encode(), 1)
+            before, after = self.slow(choice, _MARK).rsplit(line_of_json(_MARK).encode(), 1)
             around = self._around[choice.index] = before, after
-        return b"%b%b%b" % (around[0], _TEXT(text).encode(), around[1])
+        return b"%b%b%b" % (around[0], line_of_json(text).encode(), around[1])
 
     def slow(self, choice: Choice, text: str) -> bytes:
         """The same, made as every other chunk is."""

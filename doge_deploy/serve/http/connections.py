@@ -9,6 +9,9 @@ Four rules, beside uvicorn's own time for a connection that waits for its next r
   is not; what is written to it waits meanwhile, since uvicorn writes no more than a buffer ahead;
 - the system asks after clients that are silent (keep-alive probes), so that one that lost its power is noticed;
 - beyond `connections` at once a new one is closed at once: the others need their files.
+
+Two things more that uvicorn leaves out: a client that goes away is noticed by all of its requests, not by the last one
+alone, and an offer to go on in another protocol is passed over, as HTTP has it.
 """
 
 from __future__ import annotations
@@ -17,12 +20,18 @@ import asyncio
 import socket
 import struct
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
+import httptools
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 MAX_HEAD_BYTES = 64 * 1024
 """Of the first line and the headers of a request."""
+
+MAX_PIPELINED = 16
+"""Requests behind the one that is answered; beyond them nothing is read, so it is not noticed that the client goes."""
 
 _SEND_BUFFER_BYTES = 256 * 1024
 """Of the system, for each connection: without a limit it grows to megabytes for a client that does not read."""
@@ -38,6 +47,36 @@ class Patience:
     receive_seconds: float = 60.0
     read_seconds: float = 60.0
     connections: int = 4096
+
+
+class _Parser(httptools.HttpRequestParser):
+    """httptools' parser, for clients that offer another protocol (`Upgrade: h2c`): Java's do so with every request.
+
+    The parser takes the offer for accepted, and what follows the head, a body that was announced there included, for
+    that protocol's. So the head is parsed once more without the offer, and what follows it after that.
+
+    Args:
+        protocol: gets the events.
+        head_without_offer: the latest head, to be parsed instead; empty where there was no offer.
+    """
+
+    def __init__(self, protocol: object, head_without_offer: Callable[[], bytes]) -> None:
+        super().__init__(protocol)
+        self._head_without_offer = head_without_offer
+        if hasattr(self, "set_dangerous_leniencies"):  # as uvicorn sets it
+            self.set_dangerous_leniencies(lenient_data_after_close=True)
+
+    def feed_data(self, data: Any) -> None:
+        """More of a request."""
+        while True:
+            try:
+                super().feed_data(data)
+                return
+            except httptools.HttpParserUpgrade as stopped:
+                head = self._head_without_offer()
+                if not head:
+                    raise
+                data = head + bytes(data[stopped.args[0] :])
 
 
 class PatientProtocol(HttpToolsProtocol):
@@ -56,6 +95,14 @@ class PatientProtocol(HttpToolsProtocol):
     """Runs while a request is not there whole."""
     _unread: asyncio.TimerHandle | None = None
     """Runs while the client has not read something that was sent."""
+    _answered: Any = None
+    """uvicorn's object of the request that is being answered; its `cycle` is that of the latest one that came."""
+    _without_offer = b""
+    """The head of a request that offers another protocol, without that offer."""
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self.parser = _Parser(self, lambda: self._without_offer)
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """A client is there."""
@@ -72,8 +119,13 @@ class PatientProtocol(HttpToolsProtocol):
         for timer in (self._receiving, self._unread):
             if timer is not None:
                 timer.cancel()
-        if not self._refused:
-            super().connection_lost(exc)
+        if self._refused:
+            return
+        answered = self._answered
+        if answered is not None and not answered.response_complete:
+            answered.disconnected = True
+            answered.message_event.set()
+        super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
         """More of a request."""
@@ -99,12 +151,32 @@ class PatientProtocol(HttpToolsProtocol):
     def on_headers_complete(self) -> None:
         """Its head is there."""
         self._in_head = False
+        self._without_offer = b""
+        if self.parser.should_upgrade() and self.parser.get_method() != b"CONNECT":
+            self._without_offer = self._head_without_offer()
+            return
         super().on_headers_complete()
+        if len(self.pipeline) < MAX_PIPELINED:
+            self.flow.resume_reading()  # else it would not be noticed that the client goes away
+
+    def _head_without_offer(self) -> bytes:
+        first = b"%b %b HTTP/%b\r\n" % (self.parser.get_method(), self.url, self.parser.get_http_version().encode())
+        lines = [b"%b: %b\r\n" % (name, value) for name, value in self.headers if name != b"upgrade"]
+        return b"".join((first, *lines, b"\r\n"))
 
     def on_message_complete(self) -> None:
         """It is there whole."""
+        if self._without_offer:
+            return  # its head comes once more
         self._whole = True
         super().on_message_complete()
+
+    def _should_upgrade(self) -> bool:
+        return False
+
+    def _start_asgi_task(self, cycle: Any, app: Any) -> None:
+        self._answered = cycle
+        super()._start_asgi_task(cycle, app)
 
     def _stop_receiving(self) -> None:
         if self._receiving is not None:

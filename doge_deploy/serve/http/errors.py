@@ -41,6 +41,7 @@ def error_body(
     text = message if len(message) <= _LONGEST else message[: _LONGEST - 6] + " [...]"
     # what a client sent may hold what is no text; the answer is UTF-8
     text = text.encode("utf-8", "replace").decode("utf-8")
+    param = None if param is None else param[:_LONGEST]
     return {"error": {"message": text, "type": kind, "param": param, "code": code}}
 
 
@@ -69,15 +70,48 @@ def response(error: ApiError) -> JSONResponse:
 def validation_error(error: RequestValidationError) -> ApiError:
     """One finding of the first field, with what is legal; 400 as OpenAI's API has it, not FastAPI's 422."""
     finding = _most_telling(error.errors())
+    if finding["loc"] == ("body",) and finding["type"] in _NO_OBJECT:
+        what = "the body is empty; it" if finding["type"] == "missing" else "the body"
+        return ApiError(400, f"{what} must be a JSON object")
     place = [str(part) for part in finding["loc"] if part not in ("body", "query", "path", "str")]
     # parts of a union's own names, such as `list[str]`, say nothing to a client
     field = ".".join(part for part in place if part.replace("_", "").isalnum()) or None
     if finding["type"] == "json_invalid":
         return ApiError(400, f"the body is not valid JSON: {finding.get('ctx', {}).get('error', finding['msg'])}")
     if finding["type"] == "extra_forbidden":
+        name = place[-1]
+        if not name.replace("_", "").isalnum():  # told as it came
+            field = ".".join([*([] if field is None else [field]), repr(name)])
         return ApiError(400, f"{field}: not supported by this server", param=field, code="unsupported_parameter")
     message = str(finding["msg"]).removeprefix("Value error, ")
     return ApiError(400, f"{field}: {message}" if field else message, param=field)
+
+
+_NO_OBJECT = ("missing", "model_attributes_type", "model_type", "dict_type")
+"""Types of findings about a body that is nothing, or something else than an object."""
+
+
+def _kind_error(request: Request) -> ApiError | None:
+    """What is wrong with the kind of a body that could not be read, if its headers say."""
+    coding = request.headers.get("content-encoding", "identity").strip().lower()
+    if coding != "identity":
+        return ApiError(415, f"Content-Encoding: {coding} is not taken; send the body as it is")
+    kind = request.headers.get("content-type", "").strip()
+    media = kind.partition(";")[0].strip().lower()
+    if media == "application/json" or (media.startswith("application/") and media.endswith("+json")):
+        return None
+    return ApiError(415, f"Content-Type: {kind or 'none'}; must be application/json", code="unsupported_content_type")
+
+
+def _unread(error: BaseException | None) -> str:
+    """Why JSON could not be read, where it is not its grammar."""
+    if isinstance(error, UnicodeDecodeError):
+        return f"the body is not UTF-8: byte 0x{error.object[error.start]:02x} at {error.start}"
+    if isinstance(error, RecursionError):
+        return "the body is nested too deeply"
+    if isinstance(error, ValueError):
+        return "the body holds a number of too many digits"
+    return "the body cannot be read"
 
 
 def _most_telling(findings: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
@@ -94,12 +128,18 @@ def install(app: FastAPI) -> None:
 
     @app.exception_handler(RequestValidationError)
     async def invalid(request: Request, error: RequestValidationError) -> JSONResponse:
-        return response(validation_error(error))
+        unreadable = isinstance(error.body, bytes) or any(one["type"] == "json_invalid" for one in error.errors())
+        return response((_kind_error(request) if unreadable else None) or validation_error(error))
 
     @app.exception_handler(HTTPException)
     async def http(request: Request, error: HTTPException) -> JSONResponse:
+        if error.status_code == 400 and error.__cause__ is not None:  # FastAPI could not read the body
+            return response(_kind_error(request) or ApiError(400, _unread(error.__cause__)))
         body = error_body(error.status_code, str(error.detail))
-        return JSONResponse(body, error.status_code, dict(error.headers or {}))
+        headers = dict(error.headers or {})
+        if headers.get("Allow") == "GET":
+            headers["Allow"] = "GET, HEAD"
+        return JSONResponse(body, error.status_code, headers)
 
     async def ours(request: Request, error: Exception) -> JSONResponse:
         return response(as_api_error(error))

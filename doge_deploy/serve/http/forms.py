@@ -94,7 +94,10 @@ class TextForm(Form):
     def _logprobs(self, choice: Choice, entries: Sequence[TokenLogprobs | None], plan: Plan) -> Json | None:
         if plan.answering.logprobs is None:
             return None
-        written = self._written.setdefault(choice.index, CompletionLogprobs(plan.model.token_texts))
+        written = self._written.get(choice.index)
+        if written is None:
+            written = CompletionLogprobs(plan.model.token_texts, choice.prompt_text or "")
+            self._written[choice.index] = written
         return written.json(entries, first=choice.prompt_ids[0])
 
     def _chunk(self, choice: Choice, text: str, logprobs: Json | None) -> Json:

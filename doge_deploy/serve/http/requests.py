@@ -95,14 +95,38 @@ TokenId = Annotated[StrictInt, Field(ge=0, lt=2**31)]
 _TokenIds = Annotated[list[TokenId], Field(fail_fast=True, min_length=1, max_length=MAX_TOKEN_IDS)]
 
 
+_JSON_TYPES = {
+    str: "a text",
+    int: "a token id",
+    list: "a list",
+    bool: "a boolean",
+    float: "a fraction",
+    dict: "an object",
+}
+
+
+def _of_one_kind(value: object) -> object:
+    """Of a list that fits none of several types the first one tells what its first entry is not, which helps nobody."""
+    if isinstance(value, list) and 0 < len(value) <= MAX_TOKEN_IDS:
+        for place, entry in enumerate(value):
+            if type(entry) not in (str, int, list) or type(entry) is not type(value[0]):
+                what = _JSON_TYPES.get(type(entry), "null")
+                raise ValueError(
+                    f"entry {place} is {what}; must be a text, or a list of texts alone, of token ids alone, or of "
+                    "lists of token ids alone"
+                )
+    return value
+
+
 def _texts(limit: int) -> Any:
     """One text, or at most `limit` of them, as text or as token ids."""
-    return (
+    return Annotated[
         StrictStr
         | Annotated[list[StrictStr], Field(fail_fast=True, min_length=1, max_length=limit), _at_most(limit)]
         | _TokenIds
-        | Annotated[list[_TokenIds], Field(fail_fast=True, min_length=1, max_length=limit), _at_most(limit)]
-    )
+        | Annotated[list[_TokenIds], Field(fail_fast=True, min_length=1, max_length=limit), _at_most(limit)],
+        BeforeValidator(_of_one_kind),
+    ]
 
 
 class StreamOptions(_Body):
@@ -244,12 +268,17 @@ class ChatBody(GenerationBody):
     tool_choice: _neutral("none", "auto") = None  # type: ignore[valid-type]
     parallel_tool_calls: _neutral(True, False) = None  # type: ignore[valid-type]
     functions: _neutral([]) = None  # type: ignore[valid-type]
+    function_call: _neutral("none", "auto") = None  # type: ignore[valid-type]
+    audio: _neutral() = None  # type: ignore[valid-type]
+    prediction: _neutral() = None  # type: ignore[valid-type]
+    verbosity: _neutral() = None  # type: ignore[valid-type]
+    web_search_options: _neutral() = None  # type: ignore[valid-type]
     modalities: _neutral(["text"]) = None  # type: ignore[valid-type]
     reasoning_effort: _neutral() = None  # type: ignore[valid-type]
 
     @model_validator(mode="after")
     def _agrees_in_lengths(self) -> ChatBody:
-        if self.top_logprobs is not None and not self.logprobs:
+        if self.top_logprobs and not self.logprobs:
             raise ValueError("top_logprobs belongs to logprobs: true")
         both = {self.max_tokens, self.max_completion_tokens} - {None}
         if len(both) > 1:

@@ -6,6 +6,7 @@ Reference: https://platform.openai.com/docs/api-reference
 from __future__ import annotations
 
 import json
+from codecs import IncrementalDecoder, getincrementaldecoder
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -58,8 +59,12 @@ class CompletionLogprobs:
     """`logprobs` of a text completion, whose lists grow with the text."""
 
     texts: TokenTexts
+    echoed: str = ""
+    """The prompt, where the text begins with it."""
     offset: int = 0
-    """Characters of the text before the next token."""
+    """Characters of the text before the one that the next token begins or is a part of."""
+    decoder: IncrementalDecoder = field(default_factory=lambda: getincrementaldecoder("utf-8")("replace"))
+    """Holds the bytes of a character that is not there whole."""
     entries: list[TokenLogprobs | None] = field(default_factory=list)
     first: int | None = None
     """The token that has no logprob: the first of an echoed prompt."""
@@ -72,7 +77,7 @@ class CompletionLogprobs:
             assert token is not None
             tokens.append(self.texts[token].token)
             offsets.append(self.offset)
-            self.offset += self.texts.characters(token)
+            self.offset += self._characters(token)
         return {
             "tokens": tokens,
             "token_logprobs": [None if entry is None else entry.logprob for entry in entries],
@@ -83,10 +88,36 @@ class CompletionLogprobs:
             "text_offset": offsets,
         }
 
+    def _characters(self, token: int) -> int:
+        """Of the text that are whole with `token`. A special token is left out of a text, but not out of an echoed
+        prompt that was given as ids, or in which its text was written.
+        """
+        found = self.texts[token]
+        if not self.texts.is_special(token):
+            return len(self.decoder.decode(bytes(found.bytes)))
+        return len(found.token) if self.echoed.startswith(found.token, self.offset) else 0
+
+
+_LINE_ENDS = ("\x85", "\u2028", "\u2029")
+"""JSON need not escape them, and no line of an event ends with one; but clients that read lines by Python's
+`str.splitlines`, httpx among them, think so.
+"""
+
+_ENCODE = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
+
+
+def line_of_json(value: Any) -> str:
+    """JSON that is one line to whoever reads lines."""
+    text = _ENCODE(value)
+    if not text.isascii():
+        for end in _LINE_ENDS:
+            text = text.replace(end, f"\\u{ord(end):04x}")
+    return text
+
 
 def event(body: Mapping[str, Any]) -> bytes:
     """One server-sent event."""
-    return b"data: " + json.dumps(body, ensure_ascii=False, separators=(",", ":")).encode() + b"\n\n"
+    return b"data: " + line_of_json(body).encode() + b"\n\n"
 
 
 DONE = b"data: [DONE]\n\n"

@@ -375,6 +375,7 @@ function draw() {
     line.setAttribute("d", path(name));
     return line;
   }));
+  $("height").textContent = `The height of the drawing is ${top}.`;
 }
 
 // Models
@@ -425,7 +426,7 @@ function showModels() {
       ["Exported by", `${facts.tool.name} ${facts.tool.version}`], ["Warnings", facts.warnings.join("; ") || "none"],
     ];
     const table = element("table");
-    for (const [name, value] of rows) {
+    for (const [name, value] of rows.filter(([, value]) => value)) {
       const row = element("tr");
       row.append(element("td", "", name), element("td", "", String(value)));
       table.append(row);

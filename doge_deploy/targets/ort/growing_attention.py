@@ -7,12 +7,13 @@ from dataclasses import dataclass
 import onnx_ir as ir
 
 from doge_deploy.bundle.signature import SHARES_BUFFERS
-from doge_deploy.graph import stages
 from doge_deploy.graph.schemas import CDMOE, DOMAIN, DYNAMIC_MASK_ATTENTION, WINDOW_BIAS
-from doge_deploy.targets.ort.attention import (
+from doge_deploy.targets.ort.grouped_query import (
     HEADS_FIRST,
-    Head,
-    emit_norms,
+    FusedLayer,
+    FusedLengths,
+    emit_attention,
+    emit_packed,
     expect_alike,
     expect_known,
     expect_one_window,
@@ -22,10 +23,8 @@ from doge_deploy.targets.ort.attention import (
     match_value,
 )
 from doge_deploy.targets.ort.matching import (
-    CONTRIB,
     Declined,
     Emitter,
-    Linear,
     attribute,
     constant_ints,
     expect,
@@ -38,17 +37,11 @@ from doge_deploy.targets.ort.window import HIDDEN_BIAS, window_bias_function
 
 
 @dataclass(frozen=True)
-class _Layer:
-    node: ir.Node
-    query: Head
-    key: Head
-    value: Linear
+class _Layer(FusedLayer):
     past: tuple[ir.Value, ir.Value]
     """Key and value, `[B, Hkv, P, D]`."""
     present: tuple[ir.Value, ir.Value]
     """The same and the new tokens, `[B, Hkv, K, D]`: graph outputs."""
-    new_key: ir.Value
-    """Keys of the new tokens, rotated."""
     states: ir.Value
     """All values with heads merged, `[B, K, Hkv*D]`: what the score is computed from."""
     score_product: ir.Node
@@ -57,17 +50,13 @@ class _Layer:
     """Scores of all tokens, `[B, Hkv, K, 1]`."""
     token_score: ir.Value
     """The same as they were computed, `[B, K, Hkv]`."""
-    output: ir.Value
-    """`[B, Q, H*D]`, heads merged."""
     key_mask: ir.Value
     """`[B, K]` bool."""
-    window: int
-    """keep_window_size; 0 where all keys are kept."""
 
 
 @dataclass(frozen=True)
-class _Lengths:
-    """Computed once for all layers."""
+class _Lengths(FusedLengths):
+    """Every row holds P + Q slots."""
 
     new: ir.Value
     """Q, `[1]` int64."""
@@ -75,12 +64,6 @@ class _Lengths:
     """P, `[1]` int64."""
     first_slot: ir.Value
     """P for each row, `[B]` int64."""
-    tokens: ir.Value
-    """Q for each row, `[B]` int32."""
-    last_slot: ir.Value
-    """P + Q - 1 for each row, `[B]` int32."""
-    total: ir.Value
-    """P + Q, an int32 scalar."""
     visible: ir.Value
     """`key_mask` for every new token, `[B, 1, Q, K]`."""
 
@@ -153,20 +136,20 @@ def _match(node: ir.Node) -> _Layer:
     expect(_mask_input(key_mask) is not None, "the mask of keys is computed otherwise")
     output = match_output(node)
     return _Layer(
-        node,
-        query_head,
-        key_head,
-        value_linear,
-        (past_key, past_value),
-        (key, value),
-        new_key,
-        states,
-        product,
-        score,
-        token_score,
-        output,
-        key_mask,
-        attribute(node, "keep_window_size"),
+        node=node,
+        query=query_head,
+        key=key_head,
+        value=value_linear,
+        new_key=new_key,
+        output=output,
+        window=attribute(node, "keep_window_size"),
+        past=(past_key, past_value),
+        present=(key, value),
+        states=states,
+        score_product=product,
+        score=score,
+        token_score=token_score,
+        key_mask=key_mask,
     )
 
 
@@ -236,43 +219,24 @@ def _emit_lengths(layer: _Layer) -> _Lengths:
     row = emit("Unsqueeze", layer.key_mask, emit.ints(1, 2, name="mask_axes"), name="visible_row").outputs[0]
     rows = emit("Concat", one, one, tokens, one, axis=0, name="mask_rows").outputs[0]
     visible = emit("Expand", row, rows, name="visible").outputs[0]
-    return _Lengths(tokens, past, first_slot, row_tokens, last_slot, scalar, visible)
+    return _Lengths(
+        tokens=row_tokens,
+        last_slot=last_slot,
+        total=scalar,
+        new=tokens,
+        past=past,
+        first_slot=first_slot,
+        visible=visible,
+    )
 
 
 def _emit(layer: _Layer, index: int, lengths: _Lengths) -> None:
     _split_score(layer, index, lengths)
     emit = Emitter(layer.node, f"layers.{index}.attention")
-    query, key = layer.query, layer.key
-    packed = emit("Concat", emit_norms(emit, query, key), layer.value.output, axis=-1, name="qkv").outputs[0]
+    packed = emit_packed(emit, layer)
     bias = _emit_bias(emit, layer, lengths)
-    fused = emit(
-        "GroupQueryAttention",
-        packed,
-        None,
-        None,
-        *layer.past,
-        lengths.last_slot,
-        lengths.total,
-        query.cos,
-        query.sin,
-        query.positions,
-        bias,
-        *[None] * 5,  # head_sink, scales of a quantized cache, norms of query and key
-        lengths.tokens,
-        domain=CONTRIB,
-        outputs=3,
-        num_heads=query.heads,
-        kv_num_heads=key.heads,
-        do_rotary=1,
-        scale=attribute(layer.node, "scale"),
-    )
-    fused.metadata_props[stages.COMPUTES] = " ".join(
-        [*stages.points_of(layer.node.inputs[0]), *stages.points_of(layer.new_key)]
-    )
-    stages.move(layer.new_key, fused.outputs[1])
-    stages.move(layer.output, fused.outputs[0])
-    layer.output.replace_all_uses_with(fused.outputs[0])
-    for old, new in zip(layer.present, fused.outputs[1:], strict=True):
+    present = emit_attention(emit, layer, packed, layer.past, layer.query.positions, bias, lengths)
+    for old, new in zip(layer.present, present, strict=True):
         take_place(old, new)
 
 

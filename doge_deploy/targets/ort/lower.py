@@ -10,8 +10,9 @@ import onnx_ir.passes.common as common
 
 from doge_deploy.bundle.signature import SHARES_BUFFERS, SLOT_INDICES
 from doge_deploy.graph.stages import MADE_BY
-from doge_deploy.targets.ort.attention import FUSED_ATTENTION_SINCE, FuseAttentionPass
+from doge_deploy.targets.ort.attention import FuseAttentionPass
 from doge_deploy.targets.ort.experts import RoutedExpertsPass
+from doge_deploy.targets.ort.grouped_query import FUSED_ATTENTION_SINCE
 from doge_deploy.targets.ort.growing_attention import FuseGrowingAttentionPass
 from doge_deploy.targets.ort.head import TiedHeadPass
 from doge_deploy.targets.ort.linears import PackLinearsPass

@@ -16,8 +16,9 @@ from doge_deploy.devices.tensorrt_limits import (
 from doge_deploy.devices.versions import at_least
 from doge_deploy.dtypes import NAMES
 from doge_deploy.kernels.registry import installed
-from doge_deploy.targets.deployment import Constraints, DeployableModel, Obstacle
+from doge_deploy.targets.deployment import Constraints, DeployableModel, Held, Obstacle
 from doge_deploy.targets.trt.acceptance import refusals
+from doge_deploy.targets.trt.bounded.choices import longest_call, window_of
 from doge_deploy.targets.trt.vendor import ON_JETSON, Product
 
 PLUGINS, STANDARD = "plugins", "standard"
@@ -30,6 +31,16 @@ BUILD_BYTES_PER_FP16_WEIGHT_BYTE = 6
 def build_bytes(fp16_weight_bytes: int) -> int:
     """Memory that a build takes at most, of a model whose weights take so many bytes in fp16."""
     return BUILD_BASE_BYTES + BUILD_BYTES_PER_FP16_WEIGHT_BYTE * fp16_weight_bytes
+
+
+def held(model: DeployableModel, lowering: str) -> Held:
+    """What an engine holds; one whose cache holds the window is two networks, and its prefill gives another cache."""
+    window = 0 if lowering == PLUGINS else window_of(model.facts, model.max_length, inlined=model.inlined)
+    if not window:
+        return Held(slots=model.max_length, longest_call=model.max_length)
+    whole = (model.facts.is_moe and model.routing == "reference") or model.facts.rope_changes(model.max_length)
+    longest = longest_call(model.max_length, whole=whole)
+    return Held(slots=window, longest_call=longest, score_numbers=2, networks=2, caches=2, keys=window + longest)
 
 
 def lowering(product: Product, device: DeviceFacts, constraints: Constraints) -> str:

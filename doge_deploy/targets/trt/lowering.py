@@ -19,6 +19,7 @@ from doge_deploy.diagnostics import join_findings
 from doge_deploy.errors import UnsupportedModelError
 from doge_deploy.graph.passes.name_nodes import NameNodesPass
 from doge_deploy.targets.trt.bounded.lowering import BoundedAttentionPass
+from doge_deploy.targets.trt.head_norms import OneHeadNormPass
 from doge_deploy.targets.trt.plugins import PluginLowering
 from doge_deploy.targets.trt.rounded_inputs import DYNAMIC_QUANTIZE, TENSORRT, RoundInputsPass
 
@@ -52,6 +53,7 @@ def lower(
         common.InlinePass(),
         common.RemoveUnusedFunctionsPass(),  # type: ignore[no-untyped-call]
         NativeAttentionPass(),
+        OneHeadNormPass(),
         *((RoundInputsPass(),) if round_inputs else ()),
         common.CommonSubexpressionEliminationPass(),
         common.RemoveUnusedNodesPass(),

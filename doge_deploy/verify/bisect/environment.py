@@ -15,7 +15,7 @@ import numpy as np
 from doge_deploy.errors import MissingDependencyError
 from doge_deploy.verify.bisect.finding import PACKAGE, Culprit
 from doge_deploy.verify.cases import Call
-from doge_deploy.verify.compare import Array
+from doge_deploy.verify.compare import Array, largest_error
 
 PACKAGES = ("onnxruntime", "onnxruntime-gpu", "numpy", "doge-deploy", "onnx", "onnx-ir")
 """What can change the numbers of a bundle that exists, the likeliest first."""
@@ -40,9 +40,7 @@ def compare_environments(
     two = _run(bad, bad_python or sys.executable, calls)
     worst, where = 0.0, ""
     for layout in calls:
-        from doge_deploy.verify.bisect.run import largest
-
-        amount = largest(one.outputs[layout], two.outputs[layout])
+        amount = largest_error(one.outputs[layout], two.outputs[layout])
         if amount > worst:
             worst, where = amount, layout
     if not worst:

@@ -26,7 +26,7 @@ from doge_deploy.verify.bisect.finding import OPTION, PASS, TRACE, WEIGHT, Culpr
 from doge_deploy.verify.bisect.graphs import guilty_pass, stage_differences
 from doge_deploy.verify.bisect.weights import differing_tensors, first_culprit
 from doge_deploy.verify.cases import Call, Limits, chunk, distinct_ids
-from doge_deploy.verify.compare import Array
+from doge_deploy.verify.compare import Array, largest_error
 from doge_deploy.verify.localize.calls import view_calls
 from doge_deploy.verify.localize.column import Column
 from doge_deploy.verify.replay import feed_call
@@ -135,7 +135,7 @@ def _weight(one: Bundle, two: Bundle) -> Culprit | None:
 
     def differs(folder: Path) -> bool:
         found = outputs(one, layout, calls[layout], folder)
-        amounts.append(largest(expected, found))
+        amounts.append(largest_error(expected, found))
         return amounts[-1] > 0
 
     with tempfile.TemporaryDirectory() as scratch:
@@ -145,17 +145,6 @@ def _weight(one: Bundle, two: Bundle) -> Culprit | None:
     others = f"; {len(names) - 1} more tensors differ" if len(names) > 1 else ""
     detail = f"with the tensors of BAD up to it, the outputs of GOOD change by {amounts[0]:.1e}{others}"
     return Culprit(WEIGHT, name, "", amounts[0], detail)
-
-
-def largest(one: list[Array], two: list[Array]) -> float:
-    """Largest difference of two lists of outputs; infinite where one is not finite and the other is."""
-    worst = 0.0
-    for a, b in zip(one, two, strict=True):
-        error = np.abs(a.astype(np.float64) - b.astype(np.float64))
-        error[np.isnan(error)] = np.inf
-        error[np.isnan(a) & np.isnan(b)] = 0.0
-        worst = max(worst, float(error.max(initial=0.0)))
-    return worst
 
 
 def _graph(one: Bundle, two: Bundle, started: Callable[[str], None]) -> Culprit | None:

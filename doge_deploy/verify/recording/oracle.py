@@ -22,8 +22,7 @@ from doge_deploy.errors import UnsupportedModelError
 from doge_deploy.verify.cases import Call, Case
 from doge_deploy.verify.compare import Array, Difference, Distribution, difference
 from doge_deploy.verify.noise import Noise
-from doge_deploy.verify.oracle import Expected, HeldOut, Oracle, SelfDifference, WeightsResult
-from doge_deploy.verify.parity import Judge
+from doge_deploy.verify.oracle import Expected, HeldOut, Judged, Oracle, SelfDifference, WeightsResult
 from doge_deploy.verify.recording.container import Container, read_container
 from doge_deploy.verify.recording.places import columns_of, held, places
 from doge_deploy.verify.recording.schema import (
@@ -112,10 +111,10 @@ class RecordedOracle(Oracle):
     def case_names(self) -> Sequence[str]:
         return self.recording.names
 
-    def case(self, name: str, judge: Judge) -> Case | str:
-        recorded = self._cases.get((judge.layout, name))
+    def case(self, name: str, judged: Judged) -> Case | str:
+        recorded = self._cases.get((judged.layout, name))
         if recorded is None:
-            reason = self.recording.left_out.get(f"{judge.layout}/{name}")
+            reason = self.recording.left_out.get(f"{judged.layout}/{name}")
             return reason or "is not in the recording"
         return Case(name, self._calls(recorded.calls, name), recorded.exact)
 
@@ -245,11 +244,11 @@ class RecordedExpected(Expected):
         for call, selections in zip(self.recorded.calls, given, strict=True):
             for name, digest in call.choices.items():
                 own = self.container.read(digest, ("uint64",), f"{name} of {self.recorded.name!r}")
-                judged = own != 0
+                shown = own != 0
                 if name not in selections or selections[name].shape[: own.ndim] != own.shape:
-                    count += int(judged.sum())  # it shows nothing, or something else
+                    count += int(shown.sum())  # it shows nothing, or something else
                     continue
-                count += int((judged & (digests_of(name, selections[name]) != own)).sum())
+                count += int((shown & (digests_of(name, selections[name]) != own)).sum())
         return count
 
     def followed(self) -> RecordedExpected:

@@ -35,6 +35,16 @@ def window_of(facts: DogeFacts, max_length: int, *, inlined: bool) -> int:
     return window if not sliding and is_shared and max_length <= LONGEST_TEXT else 0
 
 
+def longest_call(max_length: int, *, whole: bool) -> int:
+    """Tokens of a prefill that are computed at once where nothing else is asked for.
+
+    Args:
+        max_length: most tokens of a row.
+        whole: a call may not be cut.
+    """
+    return min(WHOLE if whole else CHUNK, max_length)
+
+
 def bounded_profiles(
     options: BuildOptions, facts: DogeFacts, max_length: int, *, whole_calls: str
 ) -> tuple[tuple[EngineProfile, ...], tuple[EngineProfile, ...]]:
@@ -57,7 +67,7 @@ def bounded_profiles(
             "that decodes and one for prefill; leave it out, or export with --max-length "
             f"{window}"
         )
-    longest = min(WHOLE if whole_calls else CHUNK, max_length)
+    longest = longest_call(max_length, whole=bool(whole_calls))
     asked = options.sequence_length or Range(min=1, opt=min(CHUNK, longest), max=longest)
     if asked.max > max_length:
         raise UsageError(
