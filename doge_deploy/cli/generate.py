@@ -170,12 +170,17 @@ class _Session:
 
     def __init__(self, path: Path, asked: Mapping[str, Any], backend: Mapping[str, Any], quiet: bool) -> None:
         self._start = perf_counter()
+        from doge_deploy.bundle.opening import open_bundle
+
+        opened = open_bundle(path, check="quick", wait=False)  # it is hashed while NumPy and the others are imported
         from doge_deploy.runtime.text_model import TextModel
 
         self._quiet = quiet
         self._load_ms: float | None = None
         self._loaded = False
-        self.model = TextModel(path, **backend, flush_denormals=True, defaults=cast("TextChoices", asked), at_once=True)
+        self.model = TextModel(
+            opened, **backend, flush_denormals=True, defaults=cast("TextChoices", asked), at_once=True
+        )
         for note in self.model.notes:
             self._note(f"note: {note}")
 

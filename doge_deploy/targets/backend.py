@@ -19,7 +19,6 @@ from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 from doge_deploy.diagnostics import joined, suggest
 from doge_deploy.errors import MissingDependencyError, UsageError
 from doge_deploy.options.backends import DEFAULT_BACKEND
-from doge_deploy.targets.deployment import Constraints, DeployableModel, Held, Obstacle
 
 if TYPE_CHECKING:  # the help of a command lists the names, and must not wait for the rest
     from importlib.metadata import EntryPoint
@@ -27,6 +26,7 @@ if TYPE_CHECKING:  # the help of a command lists the names, and must not wait fo
     from doge_deploy.bundle.manifest import Layout, Lowered
     from doge_deploy.bundle.opening import Bundle
     from doge_deploy.devices.facts import DeviceFacts
+    from doge_deploy.targets.deployment import Constraints, DeployableModel, Held, Obstacle
 
 GROUP = "doge_deploy.backends"
 
@@ -206,6 +206,8 @@ class Backend(ABC, Generic[RunnerT]):
             lowering: what `lowering` gave.
         """
         if not set(model.layouts) & set(self.layouts):
+            from doge_deploy.targets.deployment import Obstacle
+
             yield Obstacle(
                 f"{model.name} holds {', '.join(model.layouts)}, and {self.name} runs {joined(self.layouts)}",
                 "use another backend",
@@ -218,6 +220,8 @@ class Backend(ABC, Generic[RunnerT]):
             model: a checkpoint or a bundle.
             lowering: what `lowering` gave.
         """
+        from doge_deploy.targets.deployment import Held
+
         return Held(slots=model.max_length, longest_call=model.max_length)
 
     def build_bytes(self, fp16_weight_bytes: int) -> int | None:

@@ -13,8 +13,6 @@ import hashlib
 import json
 import os
 import platform
-import shutil
-import tempfile
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -129,7 +127,7 @@ def _load(entry: Path, make: Open) -> onnxruntime.InferenceSession | None:
                 return session
     except Exception:  # whatever is wrong with an entry, the bundle itself decides what is said
         pass
-    shutil.rmtree(entry, ignore_errors=True)
+    _remove(entry)
     return None
 
 
@@ -141,6 +139,8 @@ def _may_write(bundle: Bundle) -> bool:
 
 def _make(entry: Path, graph: Path, make: Open) -> onnxruntime.InferenceSession | None:
     """A session of the bundle's graph, and its entry; None where that cannot be written."""
+    import tempfile  # with what it imports it takes 2 ms, which opening an entry does not wait for
+
     made: Path | None = None
     try:
         made = Path(tempfile.mkdtemp(prefix=".", dir=entry.parent))
@@ -156,7 +156,7 @@ def _make(entry: Path, graph: Path, make: Open) -> onnxruntime.InferenceSession 
         return None
     finally:
         if made is not None:
-            shutil.rmtree(made, ignore_errors=True)
+            _remove(made)
     return session
 
 
@@ -179,6 +179,13 @@ def _file_entry(file: Path) -> FileEntry:
     return {"sha256": "" if size > QUICK_LIMIT_BYTES else sha256_file(file), "bytes": size}
 
 
+def _remove(folder: Path) -> None:
+    """Without a word where it cannot be removed."""
+    import shutil  # see `_make`
+
+    shutil.rmtree(folder, ignore_errors=True)
+
+
 def _remove_oldest(folder: Path) -> None:
     """Keep the entries within `LIMIT_BYTES`. Another process may do the same."""
     entries = []
@@ -190,5 +197,5 @@ def _remove_oldest(folder: Path) -> None:
     for _, size, entry in sorted(entries):
         if left <= LIMIT_BYTES:
             return
-        shutil.rmtree(entry, ignore_errors=True)
+        _remove(entry)
         left -= size
