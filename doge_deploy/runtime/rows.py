@@ -181,7 +181,7 @@ class RowsRunner(BundleRunner):
         self._set_length(target, tokens)
 
     def swap_rows(self, a: int, b: int) -> None:
-        """Exchange what two rows hold."""
+        """Exchange what two different rows hold."""
         self._swap_rows(a, b)
         held = self.row_lengths.copy()
         held[[a, b]] = held[[b, a]]
