@@ -998,6 +998,34 @@ FAULTS: dict[str, Fault] = {
         ("test_odd_requests.py",),
         select="nobody_writes",
     ),
+    "hashes-nobody-looks-at": Fault(
+        "bundle",
+        Patch(
+            "doge_deploy/bundle/file_check.py",
+            "self.found += self._large.result()",
+            "self._large.result()",
+        ),
+        "altered weights of a bundle are run",
+        ("test_file_check.py",),
+    ),
+    "runner-before-the-hashes": Fault(
+        "runtime",
+        Patch("doge_deploy/runtime/backend.py", "    bundle.prove()\n    return runner", "    return runner"),
+        "a program computes with weights before they are proved",
+        ("test_opening.py",),
+        select="hashed",
+    ),
+    "cache-of-altered-weights": Fault(
+        "runtime/ort",
+        Patch(
+            "doge_deploy/runtime/ort/graph_cache.py",
+            "    if session is None:\n        bundle.prove()\n",
+            "",
+        ),
+        "an entry made of altered weights is run once the true ones are back",
+        ("test_opening.py",),
+        select="entry",
+    ),
 }
 
 

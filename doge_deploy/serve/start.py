@@ -160,13 +160,25 @@ def open_served(paths: Sequence[Path], options: ServeOptions) -> Served:
     Raises:
         UsageError, UnsupportedModelError, BrokenBundleError, MissingDependencyError: one of them cannot be served.
     """
+    # Of several bundles, one would be hashed while the steps of another are timed.
+    bundles = [open_bundle(path, wait=len(paths) > 1) for path in paths]
+    with contextlib.ExitStack() as checks:
+        for bundle in bundles:
+            checks.enter_context(bundle.damage_first())
+        served = _open_served(bundles, options)
+        for bundle in bundles:
+            bundle.prove()
+    return served
+
+
+def _open_served(bundles: Sequence[Bundle], options: ServeOptions) -> Served:
+    """What `open_served` gives, of bundles whose files may still be checked until their runners are open."""
     from doge_deploy.runtime.backend import open_backend
     from doge_deploy.serve.http.app import Served
     from doge_deploy.serve.http.embeddings import FeatureModel
     from doge_deploy.serve.http.inbox import Inbox
     from doge_deploy.serve.http.metrics import Metrics
 
-    bundles = [open_bundle(path) for path in paths]
     names = list(options.names) or [model_name(bundle) for bundle in bundles]
     if len(names) != len(bundles):
         raise UsageError(f"{len(names)} names for {len(bundles)} bundles: give --served-model-name once for each")

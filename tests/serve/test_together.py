@@ -128,6 +128,7 @@ def test_a_row_without_space_for_padding_is_fed_alone() -> None:
     made = submit(scheduler, [turn, prompt(51, 4)], tokens=1)
     scheduler.step()
     assert scheduler.runner.calls[2:] == [("prefill", 2), ("prefill", 4)], "13 and 4 are more than 16"
+    run(scheduler)
     assert_each_is_alone(made, 1)
 
 
