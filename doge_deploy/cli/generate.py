@@ -5,7 +5,6 @@ What takes long to import is imported when it is needed: `--help` must not wait 
 
 from __future__ import annotations
 
-import atexit
 import contextlib
 import gc
 import json
@@ -123,12 +122,11 @@ def generate(
 
 @contextlib.contextmanager
 def _rare_collections() -> Iterator[None]:
-    """Let Python look for unreachable objects after 50,000 new ones, not 700, and not at the end of the process.
+    """Let Python look for unreachable objects after 50,000 new ones, not 700.
 
     Nearly all that is made while libraries are imported and a bundle is opened stays: to look at it over and over takes
-    some twentieth of that time. At the end it would be looked at several times.
+    some twentieth of that time.
     """
-    atexit.register(gc.freeze)
     before = gc.get_threshold()
     gc.set_threshold(50_000, *before[1:])
     try:
