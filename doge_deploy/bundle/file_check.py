@@ -12,8 +12,9 @@ from pathlib import Path
 from doge_deploy.bundle.files import QUICK_LIMIT_BYTES, FileEntry, file_problems, hash_problem, size_problem
 from doge_deploy.process.background import InBackground
 
-AT_ONCE_BYTES = 1024 * 1024
-"""Files up to this size are hashed by the caller, which takes less than handing them over."""
+AT_ONCE_BYTES = 4 * 1024 * 1024
+"""Files up to this size are hashed by the caller, a tokenizer among them: 2 ms. The thread then reads weights at once,
+and gives their memory back before a session takes most of its own."""
 
 PIECE_BYTES = QUICK_LIMIT_BYTES
 """Read at once by the thread. Between two pieces it needs the interpreter, and waits for whoever has it: 5 ms for a
