@@ -88,7 +88,7 @@ def _denormal_numbers_stay() -> Iterator[None]:
 
 
 def _no_gpu() -> str:
-    # Not torch: the one of constraints.txt is a CPU build, wherever it is installed.
+    # Not torch, which may be a CPU build where there is a GPU.
     listed = run_tool(["nvidia-smi", "-L"])
     return "" if listed and "GPU " in listed else "needs a CUDA device; this machine has none"
 

@@ -73,7 +73,8 @@ esac
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     """A repository with a checkpoint, and stand-ins for the programs."""
-    for name, text in (("doge-deploy", TOOL), ("pip", '#!/bin/bash\necho "pip $*" >> log\n')):
+    said = '#!/bin/bash\necho "${0##*/} $*" >> log\n'
+    for name, text in (("doge-deploy", TOOL), ("pip", said), ("git", said)):
         (tmp_path / "programs").mkdir(exist_ok=True)
         (tmp_path / "programs" / name).write_text(text)
         (tmp_path / "programs" / name).chmod(0o755)
@@ -97,7 +98,7 @@ def log(folder: Path) -> list[str]:
 def test_the_job_of_gitlab_runs_and_ends_with_the_verdict(verdict: int, folder: Path) -> None:
     job = yaml.safe_load(block("GitLab"))["parity"]
     assert run(folder, "bash", "-eo", "pipefail", "-c", "\n".join(job["script"]), verdict=verdict) == verdict
-    assert log(folder) == ["pip install", "doge-deploy export", "doge-deploy verify"]
+    assert log(folder) == ["git clone", "pip install", "doge-deploy export", "doge-deploy verify"]
     kept = [*job["artifacts"]["paths"], job["artifacts"]["reports"]["junit"]]
     assert all((folder / name).exists() for name in kept)
 
