@@ -30,6 +30,7 @@ test-full: setup lint typing ## the same with all sweeps
 
 test-gpu: setup ## the tests that need a CUDA device or TensorRT
 	TRITON_INTERPRET=0 $(BIN)/python -m pytest -m 'gpu or tensorrt'
+	$(BIN)/nox -s on-gpu
 
 GPU_CHECK := build/gpu-check
 GPU_ARCH  ?= sm_90

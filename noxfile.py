@@ -93,6 +93,13 @@ def cuda_placement(session: nox.Session) -> None:
     session.run("python", "tests/cuda_placement.py", *map(str, sorted(bundles.iterdir())), env=environment)
 
 
+@nox.session(name="on-gpu")
+def on_gpu(session: nox.Session) -> None:
+    """On a machine with an NVIDIA GPU: bundles in ONNX Runtime's CUDA provider, whose package shares no environment."""
+    install(session, "export,gpu,dev")
+    session.run("pytest", "-m", "gpu", "-rs", "tests/runtime/cuda", *session.posargs)
+
+
 @nox.session
 def lint(session: nox.Session) -> None:
     """Rules and format."""

@@ -420,6 +420,7 @@ def load(
         speculate=speculate,
         graph_cache=graph_cache,
         defaults=defaults,
+        at_once=True,
     )
     model.open()
     return model

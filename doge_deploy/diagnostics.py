@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Iterable, Sequence
 
@@ -16,6 +15,8 @@ _LONGEST_FINDING = 600
 
 def suggest(name: str, known: Iterable[str]) -> str:
     """` (did you mean 'x'?)` for the known name that is nearest to `name`, or an empty string."""
+    import difflib  # only what is misspelt waits for it
+
     near = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
     return f" (did you mean {near[0]!r}?)" if near else ""
 

@@ -11,6 +11,7 @@ from typing import Any
 import onnx_ir as ir
 import shared_files
 import torch
+import translations
 from safetensors import safe_open
 
 from doge_deploy.bundle.files import file_entries
@@ -19,6 +20,8 @@ from doge_deploy.bundle.writing import write_manifest
 from doge_deploy.options.export import ExportOptions
 from doge_deploy.pipelines.export import export
 from doge_deploy.runtime.ort import graph_file
+
+translations.collect_once()
 
 
 class NoProgress:

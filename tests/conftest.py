@@ -33,7 +33,9 @@ def _shared_files(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """Name the folder that `shared_files` uses, and complain at the end if a test wrote into what all share."""
     base = tmp_path_factory.getbasetemp()
     # the folder of a worker lies in that of the session
-    shared_files.use_folder((base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "shared")
+    of_session = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "shared"
+    # planted_faults.py has many sessions one after another
+    shared_files.use_folder(Path(os.environ.get("DOGE_DEPLOY_TESTS_SHARED", of_session)))
     yield
     changed = shared_files.changed_files()
     assert not changed, f"tests wrote into shared files: {changed}"

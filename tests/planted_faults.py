@@ -26,6 +26,8 @@ LEFT_OUT = shutil.ignore_patterns(
     ".git", ".venv", ".nox", "build", "*.egg-info", "__pycache__", ".*_cache", ".hypothesis", "bundles", "out"
 )
 SELECTION = ("-m", "not sweep and not gpu")
+NO_PART_OF_AN_EXPORT = frozenset({"serve"})
+"""Packages whose faults do not change what an export writes: their tests need not make their bundles anew each time."""
 
 
 @dataclass(frozen=True)
@@ -537,8 +539,8 @@ FAULTS: dict[str, Fault] = {
         "serve",
         Patch(
             "doge_deploy/serve/slots.py",
-            "return int(differ[0]) if len(differ) else length",
-            "return int(differ[0]) + 1 if len(differ) else length",
+            "                    return place\n",
+            "                    return place + 1\n",
         ),
         "6: a prompt is continued from another prompt's token",
         ("test_scheduler.py", "test_behaviour.py"),
@@ -663,6 +665,50 @@ FAULTS: dict[str, Fault] = {
         "a long prompt holds up the texts of others",
         ("test_scheduler.py",),
         select="long_prompt",
+    ),
+    "padding-taken-for-the-last-token": Fault(
+        "serve",
+        Patch(
+            "doge_deploy/serve/scheduler.py",
+            "self._fed(piece, row[min(len(piece.ids), len(row)) - 1])",
+            "self._fed(piece, row[-1])",
+        ),
+        "6: of prompts that are fed together the shorter ones go on behind padding",
+        ("test_together.py",),
+    ),
+    "padding-is-free": Fault(
+        "serve",
+        Patch("doge_deploy/serve/prompts.py", "and tokens <= self._most\n", "and sum(lengths) <= self._most\n"),
+        "several prompts delay the texts of others by more than one piece",
+        ("test_together.py",),
+    ),
+    "padding-beyond-the-row": Fault(
+        "serve",
+        Patch("doge_deploy/serve/prompts.py", "one.kept + width <=", "one.kept + len(one.ids) <="),
+        "a prompt that nearly fills its row fails beside a longer one",
+        ("test_together.py",),
+        select="space_for_padding",
+    ),
+    "mixed-angles-join": Fault(
+        "runtime",
+        Patch(
+            "doge_deploy/runtime/slots.py",
+            "if self.whole_prompts or not self._runner.joins(lengths):",
+            "if not self._runner.joins(lengths) and not self.whole_prompts:",
+        ),
+        "texts beyond the length of their RoPE get each other's angles",
+        ("test_slots.py",),
+        select="prompts_join",
+    ),
+    "arrivals-are-not-waited-for": Fault(
+        "serve",
+        Patch(
+            "doge_deploy/serve/http/arrivals.py",
+            "rounds + 1 if begun == self._begun and not self.coming else 0",
+            "rounds + ROUNDS",
+        ),
+        "of requests that arrive together the first is computed alone",
+        ("test_arrivals.py",),
     ),
     "no-limit-of-tokens": Fault(
         "serve",
@@ -952,6 +998,34 @@ FAULTS: dict[str, Fault] = {
         ("test_odd_requests.py",),
         select="nobody_writes",
     ),
+    "hashes-nobody-looks-at": Fault(
+        "bundle",
+        Patch(
+            "doge_deploy/bundle/file_check.py",
+            "self.found += self._large.result()",
+            "self._large.result()",
+        ),
+        "altered weights of a bundle are run",
+        ("test_file_check.py",),
+    ),
+    "runner-before-the-hashes": Fault(
+        "runtime",
+        Patch("doge_deploy/runtime/backend.py", "    bundle.prove()\n    return runner", "    return runner"),
+        "a program computes with weights before they are proved",
+        ("test_opening.py",),
+        select="hashed",
+    ),
+    "cache-of-altered-weights": Fault(
+        "runtime/ort",
+        Patch(
+            "doge_deploy/runtime/ort/graph_cache.py",
+            "    if session is None:\n        bundle.prove()\n",
+            "",
+        ),
+        "an entry made of altered weights is run once the true ones are back",
+        ("test_opening.py",),
+        select="entry",
+    ),
 }
 
 
@@ -968,7 +1042,7 @@ class Copy:
     """A copy of a checkout whose tests import its own sources, whatever is installed."""
 
     def __init__(self, tree: Path, python: Path, folder: Path) -> None:
-        self.tree, self.python = folder / "tree", python
+        self.tree, self.python, self._shared = folder / "tree", python, folder / "made_once"
         shutil.copytree(tree, self.tree, ignore=LEFT_OUT, symlinks=True)
         if (tree.parent / "shared").exists():
             (folder / "shared").symlink_to((tree.parent / "shared").resolve())
@@ -1026,6 +1100,9 @@ class Copy:
             RuntimeError: what failed fails without the fault too.
         """
         start = time.perf_counter()
+        self.environment.pop("DOGE_DEPLOY_TESTS_SHARED", None)
+        if fault.package in NO_PART_OF_AN_EXPORT:
+            self.environment["DOGE_DEPLOY_TESTS_SHARED"] = str(self._shared)
         patch = fault.find(self.tree)
         place = self.tree / patch.file
         sound = place.read_text(encoding="utf-8")

@@ -197,6 +197,7 @@ class Schedule:
             self.prefill: 6,
             self.decode: 12,
             self.extend: 3,
+            self.together: 3,
             self.release: 2,
             self.copy: 3,
             self.truncate: 2,
@@ -258,6 +259,12 @@ class Schedule:
     def extend(self) -> None:
         """Several tokens to several slots at once, as drafts of speculation are."""
         self.feed(int(self.rng.integers(2, 6)))
+
+    def together(self) -> None:
+        """Prompts, or what is left of them, in one call, where the runner takes them so."""
+        most = int(self.rng.integers(6, 25))
+        if self.runner.joins([most, 1]):
+            self.feed(most)
 
     def feed(self, most: int) -> None:
         fitting = [slot for slot in self.texts if self.room(slot) >= most and self.takes(slot, most)]

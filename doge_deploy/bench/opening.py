@@ -33,7 +33,7 @@ def open_candidate(candidate: Candidate, threads: int) -> Runner:
 
     takes_threads = "threads" in find(candidate.backend).session_options
     return open_backend(
-        open_bundle(candidate.path, check="quick"),
+        open_bundle(candidate.path, check="quick", wait=False),
         candidate.backend,
         layout=candidate.layout,
         threads=threads if takes_threads else None,

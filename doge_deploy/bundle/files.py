@@ -5,12 +5,14 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from types import MappingProxyType
-from typing import Annotated, TypedDict
+from typing import TYPE_CHECKING, Annotated, TypedDict
 
 from doge_deploy.bundle.typed_json import Check
+
+if TYPE_CHECKING:
+    from concurrent.futures import Future
 
 MANIFEST = "manifest.json"
 WEIGHTS_FILE = "weights.safetensors"
@@ -51,20 +53,35 @@ def file_problems(directory: Path, files: Mapping[str, FileEntry], *, quick: boo
     beside the snapshot. That the names stay inside is the manifest's matter.
     """
     for name, entry in files.items():
-        file = directory / name
-        if not file.is_file():
-            yield f"{name} is missing"
-        elif file.stat().st_size != entry["bytes"]:
-            yield f"{name} was altered ({file.stat().st_size} bytes, manifest says {entry['bytes']})"
-        elif not (quick and entry["bytes"] > QUICK_LIMIT_BYTES) and sha256_file(file) != entry["sha256"]:
-            yield f"{name} was altered (its sha256 is not the manifest's)"
+        problem = size_problem(directory, name, entry)
+        if problem is None and not (quick and entry["bytes"] > QUICK_LIMIT_BYTES):
+            problem = hash_problem(directory, name, entry)
+        if problem is not None:
+            yield problem
 
 
-def sha256_file(path: Path) -> str:
-    """Hex digest of a file's bytes."""
+def size_problem(directory: Path, name: str, entry: FileEntry) -> str | None:
+    """What is wrong with a file as far as its size tells."""
+    file = directory / name
+    if not file.is_file():
+        return f"{name} is missing"
+    if (size := file.stat().st_size) != entry["bytes"]:
+        return f"{name} was altered ({size} bytes, manifest says {entry['bytes']})"
+    return None
+
+
+def hash_problem(directory: Path, name: str, entry: FileEntry, piece: int = 1 << 20) -> str | None:
+    """What is wrong with the bytes of a file; `piece` as of `sha256_file`."""
+    if sha256_file(directory / name, piece) != entry["sha256"]:
+        return f"{name} was altered (its sha256 is not the manifest's)"
+    return None
+
+
+def sha256_file(path: Path, piece: int = 1 << 20) -> str:
+    """Hex digest of a file's bytes, of which `piece` are read at once."""
     digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(1 << 20):
+    with path.open("rb", buffering=0) as file:
+        while chunk := file.read(piece):
             digest.update(chunk)
     return digest.hexdigest()
 
@@ -102,6 +119,8 @@ class HashedFile:
         self._pending: Future[None] | None = None
 
     def __enter__(self) -> HashedFile:
+        from concurrent.futures import ThreadPoolExecutor  # what only reads bundles does not wait for it
+
         self._file = self._path.open("wb")
         self._hashing = ThreadPoolExecutor(1, thread_name_prefix="doge-hash")
         return self

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from doge_deploy.bundle.consistency import read_manifest
+from doge_deploy.bundle.file_check import FileCheck
 from doge_deploy.bundle.files import MANIFEST, file_problems
 from doge_deploy.bundle.manifest import Layout, Manifest
 from doge_deploy.bundle.typed_json import no_constant, no_duplicates
@@ -24,6 +27,29 @@ class Bundle:
 
     path: Path
     manifest: Manifest
+    check: FileCheck | None = field(default=None, compare=False, repr=False)
+    """Of its files, where that may still be going on."""
+
+    def prove(self) -> None:
+        """Wait until all files are checked that `open_bundle` was asked to check; nothing where it waited itself.
+
+        Who opens a bundle without waiting calls this before anything that was computed from its files is given out.
+
+        Raises:
+            BrokenBundleError: files are missing or altered (all are named).
+            OSError: one cannot be read.
+        """
+        if self.check is not None and (problems := self.check.problems()):
+            raise _broken(self.path, problems)
+
+    @contextmanager
+    def damage_first(self) -> Iterator[None]:
+        """Whatever the body raises, what is wrong with the files is said in its place."""
+        try:
+            yield
+        except Exception:
+            self.prove()
+            raise
 
     def layout(self, name: str | None = None) -> Layout:
         """The layout called `name`, or the bundle's first.
@@ -70,12 +96,13 @@ class Bundle:
         return data
 
 
-def open_bundle(path: str | Path, *, check: str = "full") -> Bundle:
+def open_bundle(path: str | Path, *, check: str = "full", wait: bool = True) -> Bundle:
     """Open a bundle and check its files.
 
     Args:
         path: the directory.
         check: "full" hashes every file; "quick" hashes small ones and compares the size of the others.
+        wait: False returns while large files are still being hashed; see `Bundle.prove`.
 
     Raises:
         UsageError: there is no such directory.
@@ -85,10 +112,16 @@ def open_bundle(path: str | Path, *, check: str = "full") -> Bundle:
     if not path.is_dir():
         raise UsageError(f"{path} is not a directory; give a bundle that `doge-deploy export` wrote")
     manifest = load_manifest(path)
-    problems = list(file_problems(path, manifest.files, quick=check == "quick"))
-    if problems:
-        raise BrokenBundleError(f"{path}: {join_findings(problems)}; export it again")
+    quick = check == "quick"
+    if not wait:
+        return Bundle(path, manifest, FileCheck(path, manifest.files, quick=quick))
+    if problems := list(file_problems(path, manifest.files, quick=quick)):
+        raise _broken(path, problems)
     return Bundle(path, manifest)
+
+
+def _broken(path: Path, problems: list[str]) -> BrokenBundleError:
+    return BrokenBundleError(f"{path}: {join_findings(problems)}; export it again")
 
 
 def load_manifest(directory: Path) -> Manifest:

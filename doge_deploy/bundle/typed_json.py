@@ -10,6 +10,7 @@ from __future__ import annotations
 import types
 from collections.abc import Callable, Mapping
 from dataclasses import MISSING, dataclass, fields, is_dataclass
+from functools import cache
 from typing import Annotated, Any, Literal, NotRequired, Union, get_args, get_origin, get_type_hints, is_typeddict
 
 from doge_deploy.diagnostics import suggest
@@ -133,11 +134,7 @@ def _record(kind: Any, value: Any, where: str, findings: list[str]) -> Any:
     if not isinstance(value, dict):
         findings.append(must_be(where or "the document", value, "an object"))
         return ILLEGAL
-    hints = get_type_hints(kind, include_extras=True)
-    optional = {key for key, hint in hints.items() if get_origin(hint) is NotRequired}
-    hints = {key: get_args(hint)[0] if key in optional else hint for key, hint in hints.items()}
-    if is_dataclass(kind):
-        optional = {f.name for f in fields(kind) if not (f.default is MISSING and f.default_factory is MISSING)}
+    hints, optional = _keys(kind)
     path = f"{where}." if where else ""
     before = len(findings)
     for key in value:
@@ -150,6 +147,17 @@ def _record(kind: Any, value: Any, where: str, findings: list[str]) -> Any:
         elif key not in optional:
             findings.append(f"{path}{key} is missing: must be {_legal(hint)}")
     return kind(**found) if len(findings) == before else ILLEGAL
+
+
+@cache
+def _keys(kind: Any) -> tuple[dict[str, Any], frozenset[str]]:
+    """The types of the keys that a record has, and which keys may be left out; a manifest has one kind many times."""
+    hints = get_type_hints(kind, include_extras=True)
+    optional = {key for key, hint in hints.items() if get_origin(hint) is NotRequired}
+    hints = {key: get_args(hint)[0] if key in optional else hint for key, hint in hints.items()}
+    if is_dataclass(kind):
+        optional = {f.name for f in fields(kind) if not (f.default is MISSING and f.default_factory is MISSING)}
+    return hints, frozenset(optional)
 
 
 def no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

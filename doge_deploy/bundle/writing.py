@@ -59,7 +59,7 @@ def writing_bundle(output: Path, *, force: bool) -> Iterator[Path]:
         UsageError: `output` exists and `force` is false, is not a bundle, is in use, or cannot be written; or another
             process put something there meanwhile.
     """
-    place = _check_place(output, force=force)
+    place = check_place(output, force=force)
     busy = f"{output}: another export or build is writing to it; try again when it is done"
     with ExitStack() as stack:
         with saying_where(output, Path(place.anchor)):
@@ -78,7 +78,7 @@ def writing_bundle(output: Path, *, force: bool) -> Iterator[Path]:
             _publish(aside, place, output, force=force)
 
 
-def _check_place(output: Path, *, force: bool) -> Path:
+def check_place(output: Path, *, force: bool) -> Path:
     """Where the bundle goes once links are followed; raises UsageError where it may not go there."""
     if not os.path.lexists(output):
         return Path(os.path.realpath(output))

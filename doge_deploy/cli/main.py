@@ -9,6 +9,7 @@ Nothing but small modules of the standard library is imported before Ctrl-C is l
 from __future__ import annotations
 
 import contextlib
+import gc
 import os
 import signal
 import sys
@@ -86,6 +87,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
             with contextlib.suppress(OSError, ValueError):
                 stream.flush()
         os._exit(code)
+    # The end of the process would look for unreachable objects among all that there is, several times.
+    # Not with torch or onnx: their extensions count what is left of them at the end, and would report it.
+    if arguments is None and not sys.modules.keys() & {"torch", "onnx"}:
+        gc.freeze()
     sys.exit(code)
 
 

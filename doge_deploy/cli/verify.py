@@ -103,6 +103,11 @@ def verify(
         raise UsageError(f"--recording {recording}: the localiser runs the reference itself; leave one of them out")
     if lowering_for is not None and (localized or case is not None):
         raise UsageError(f"--lowering-for {lowering_for}: the localiser knows the CPU's graphs and --lowering alone")
+    if localized and lowering:
+        from doge_deploy.bundle.opening import open_bundle
+        from doge_deploy.verify.localize.run import check_lowering
+
+        check_lowering(open_bundle(bundle, check="quick"))  # before everything is judged
     steps = GREEDY_STEPS if greedy_steps is None else greedy_steps
 
     def localize(case: str | None = None, report: Report | None = None) -> Localization:

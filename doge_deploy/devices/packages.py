@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 from collections.abc import Iterable
 
 from doge_deploy.errors import MissingDependencyError
@@ -22,6 +21,8 @@ def require_packages(names: Iterable[str], *, user: str, extra: str) -> None:
     Raises:
         MissingDependencyError: naming the first one that is absent, and the extra.
     """
+    import importlib.metadata  # what runs a bundle asks for nothing here, and does not wait for it
+
     for name in names:
         try:
             importlib.metadata.version(name)

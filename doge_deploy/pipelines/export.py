@@ -11,7 +11,7 @@ from doge_deploy import __version__
 from doge_deploy.bundle.files import file_entries
 from doge_deploy.bundle.genai_config import GENAI_CONFIG, follows_convention, genai_config, write_genai_config
 from doge_deploy.bundle.manifest import Layout, Manifest, Source
-from doge_deploy.bundle.writing import write_manifest, writing_bundle
+from doge_deploy.bundle.writing import check_place, write_manifest, writing_bundle
 from doge_deploy.checkpoint import Checkpoint, check_finite, check_score_range, open_checkpoint
 from doge_deploy.checkpoint.tokenizer import encode, write_tokenizer
 from doge_deploy.devices.packages import require_export_packages
@@ -59,19 +59,21 @@ def export(
         MissingDependencyError: torch, transformers or onnxscript is not installed.
     """
     require_export_packages("export")
-    from doge_deploy.graph.write import inline_functions, write_graphs
-
     options = resolve_options(options)
     _check_lower_for(options)
     if calibration_text is not None:
         _check_calibrated(options)
     dtype = NAMES[options.dtype]
+    check_place(output, force=force)
+    advance = progress.stage("check checkpoint")
+    checkpoint = open_checkpoint(model, num_layers=options.num_layers, adapter=adapter, strict=strict)
+    facts = checkpoint.facts
+    check_facts(facts, options, model)
+    max_length = resolve_max_length(facts, options.max_length)
+    # this takes seconds: most that is refused has been; and nothing is written yet that a signal meanwhile would leave
+    from doge_deploy.graph.write import inline_functions, write_graphs
+
     with writing_bundle(output, force=force) as directory:
-        advance = progress.stage("check checkpoint")
-        checkpoint = open_checkpoint(model, num_layers=options.num_layers, adapter=adapter, strict=strict)
-        facts = checkpoint.facts
-        check_facts(facts, options, model)
-        max_length = resolve_max_length(facts, options.max_length)
         warnings = (*checkpoint.warnings, *check_score_range(checkpoint, dtype))
         others = {}
         if (weight_format := format_of(options)) is not None:

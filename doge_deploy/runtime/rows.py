@@ -9,7 +9,7 @@ Axes: B rows of the cache, R rows of a call, Q tokens of a call, V vocabulary.
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -153,6 +153,17 @@ class RowsRunner(BundleRunner):
         self.extra = {name: joined_selections([part[name] for part in kept], len(lengths)) for name in kept[0]}
         return HostLogits(joined_logits(parts, lengths, step, last=self.last_logits))
 
+    def take_memory(self) -> None:
+        """Have the system give the memory of all rows now, where it would do so when each is used for the first time:
+        a step that has to wait for that takes several times as long.
+        """
+
+    def joins(self, lengths: Sequence[int]) -> bool:
+        """Whether rows with so many tokens each are computed in one call as each is alone, except for the rounding of
+        another number of rows.
+        """
+        return self.angles is None
+
     def clear_row(self, row: int) -> None:
         """The row holds nothing, and zeros where it held something."""
         self._clear_row(row, 0)
@@ -170,7 +181,7 @@ class RowsRunner(BundleRunner):
         self._set_length(target, tokens)
 
     def swap_rows(self, a: int, b: int) -> None:
-        """Exchange what two rows hold."""
+        """Exchange what two different rows hold."""
         self._swap_rows(a, b)
         held = self.row_lengths.copy()
         held[[a, b]] = held[[b, a]]

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from functools import cached_property
 from typing import overload
 
 import numpy as np
@@ -82,7 +83,10 @@ class Sampler:
 
     def __init__(self, options: SamplingOptions) -> None:
         self.options = options
-        self._random = np.random.default_rng(options.seed)
+
+    @cached_property
+    def _random(self) -> np.random.Generator:
+        return np.random.default_rng(self.options.seed)  # NumPy loads this part of itself with the first that is drawn
 
     def pick(self, logits: FloatArray, context: Sequence[int]) -> int:
         """The next token: one of `distribution`, drawn by inverse transform sampling.

@@ -185,6 +185,18 @@ class SlotRunner:
         """
         return not self.whole_prompts and not self._runner.has_dropped(self._row_of(slot))
 
+    def take_memory(self) -> None:
+        """Have the system give the memory of all slots now, not when each is used for the first time."""
+        self._runner.take_memory()
+
+    def joins(self, lengths: Sequence[int]) -> bool:
+        """Whether `extend` of slots with so many tokens each can be run, and gives every one of them what it gets alone
+        except for the rounding of another number of rows.
+        """
+        if self.whole_prompts or not self._runner.joins(lengths):
+            return False
+        return self._runner.refusal(len(lengths), max(lengths)) is None
+
     def _check_cut(self, slot: int, tokens: int, what: str) -> None:
         if self.can_cut(slot):
             return

@@ -10,9 +10,10 @@ from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
+from functools import partial
 from time import perf_counter
 from typing import TypeVar
 
@@ -56,7 +57,7 @@ class Engine:
         self._scheduler = scheduler
         self._deliver = deliver
         scheduler.after_call = self._after_call
-        self._inbox: queue.SimpleQueue[_Ask | None] = queue.SimpleQueue()
+        self._inbox: queue.SimpleQueue[Sequence[_Ask] | None] = queue.SimpleQueue()
         self._outbox: list[tuple[str, Event]] = []
         self._urgent = False
         """Something in the outbox is waited for."""
@@ -94,8 +95,13 @@ class Engine:
         The future raises:
             QueueFullError: too much is waiting. EngineStoppedError: the engine has ended.
         """
-        request.send = lambda event: self._put(request, event)
-        return self.ask(lambda scheduler: scheduler.submit(request))
+        return self.submit_all([request])[0]
+
+    def submit_all(self, requests: Sequence[Request]) -> list[Future[None]]:
+        """The same for several, between the same two steps."""
+        for request in requests:
+            request.send = partial(self._put, request)
+        return self._ask_all([partial(_submit, request) for request in requests])
 
     def cancel(self, request_id: str) -> Future[bool]:
         """End a request, wherever it is; whether there was one."""
@@ -103,13 +109,17 @@ class Engine:
 
     def ask(self, work: Callable[[Scheduler], _Result]) -> Future[_Result]:
         """Do something with the scheduler between two steps."""
-        answer: Future[object] = Future()
+        return self._ask_all([work])[0]
+
+    def _ask_all(self, works: Sequence[Callable[[Scheduler], _Result]]) -> list[Future[_Result]]:
+        asked = [_Ask(work, Future()) for work in works]
         with self._gate:
             if self._stopping:
-                answer.set_exception(EngineStoppedError("the engine has ended"))
+                for one in asked:
+                    one.answer.set_exception(EngineStoppedError("the engine has ended"))
             else:
-                self._inbox.put(_Ask(work, answer))
-        return answer  # type: ignore[return-value]
+                self._inbox.put(asked)
+        return [one.answer for one in asked]  # type: ignore[misc]
 
     def stop(self, timeout: float | None = None) -> bool:
         """End the thread between two steps; requests that are there get no more events. Whether it ended in time."""
@@ -141,7 +151,8 @@ class Engine:
                 return True
             if message is None:
                 return False
-            self._do(message)
+            for asked in message:
+                self._do(asked)
             if self._scheduler.idle:
                 self._flush()  # of a cancellation
 
@@ -177,5 +188,10 @@ class Engine:
                 message = self._inbox.get_nowait()
             except queue.Empty:
                 return
-            if message is not None and message.answer.set_running_or_notify_cancel():
-                message.answer.set_exception(EngineStoppedError("the engine has ended"))
+            for asked in message or ():
+                if asked.answer.set_running_or_notify_cancel():
+                    asked.answer.set_exception(EngineStoppedError("the engine has ended"))
+
+
+def _submit(request: Request, scheduler: Scheduler) -> None:
+    scheduler.submit(request)

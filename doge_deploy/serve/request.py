@@ -139,11 +139,6 @@ class Request:
             raise ValueError("a request needs at least one token")
         self.context = Context(self.prompt_ids)
 
-    @property
-    def pending(self) -> Sequence[int]:
-        """Tokens of the prompt that are still to be fed."""
-        return self.prompt_ids[self.fed :]
-
     def choose(self, logits: FloatArray) -> tuple[int, TokenLogprobs | None]:
         """The next token from `logits` `[V]`, and its logprobs where they were asked for.
 

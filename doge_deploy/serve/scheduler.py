@@ -2,9 +2,9 @@
 
 A step admits requests to free slots, makes one token for every request that is being decoded, and feeds prompts under a
 budget of tokens, so that a long prompt delays the next token of others by one chunk and no more. Where nobody waits for
-a next token, prompts are fed in larger chunks. There is no clock and
-no thread in here: given the same arrivals between the same steps, the same steps are made, and the whole can be run
-under a clock that is not real.
+a next token, prompts are fed in larger chunks. Short prompts that wait together are fed together (`prompts.py`). There
+is no clock and no thread in here: given the same arrivals between the same steps, the same steps are made, and the
+whole can be run under a clock that is not real.
 
 Axes: V vocabulary, n requests that are decoded.
 """
@@ -21,28 +21,21 @@ from doge_deploy.runtime.base import FloatArray
 from doge_deploy.runtime.logits import Logits
 from doge_deploy.runtime.logprobs import log_probabilities
 from doge_deploy.runtime.speculation import DraftLength, NgramIndex
-from doge_deploy.serve.request import Finished, FinishReason, PromptScored, Request, Started, State
-from doge_deploy.serve.slots import Held, SlotTable, common_prefix
-
-COPY_GAIN = 16
-"""A prefix of so many tokens is worth copying from another slot."""
+from doge_deploy.serve.prompts import Piece, Prompts, Rows
+from doge_deploy.serve.request import Finished, FinishReason, PromptScored, Request, State
+from doge_deploy.serve.slots import SlotTable
 
 
-class Slots(Protocol):
+class Slots(Rows, Protocol):
     """What the scheduler needs of a `doge_deploy.runtime.slots.SlotRunner`, whose methods say more."""
 
     slots: int
-    max_length: int
     all_logits: bool
-    whole_prompts: bool
 
     def acquire(self) -> int: ...
     def prefill(self, slot: int, ids: Sequence[int]) -> Logits: ...
     def decode(self, slots: Sequence[int], ids: Sequence[int]) -> Logits: ...
     def extend(self, slots: Sequence[int], ids: Sequence[Sequence[int]], last: int = 1) -> Logits: ...
-    def copy(self, source: int, target: int, tokens: int) -> None: ...
-    def truncate(self, slot: int, tokens: int) -> None: ...
-    def can_cut(self, slot: int) -> bool: ...
 
 
 class QueueFullError(DogeDeployError):
@@ -62,6 +55,9 @@ class Limits:
     """
     alone_tokens: int = 512
     """The same where no request is decoded: larger chunks take less time a token, and delay nobody."""
+    together_tokens: int = 256
+    """Tokens of several prompts in one call, padding included: with more of them hardly less time a token is taken, and
+    the first of these prompts waits for the last."""
     queue_requests: int = 256
     """Requests that may wait."""
     queue_tokens: int = 262_144
@@ -114,6 +110,7 @@ class Scheduler:
         self.waiting: deque[Request] = deque()
         self.waiting_tokens = 0
         """Prompt tokens of the requests that wait; a running count, since a burst asks for it with every request."""
+        self._prompts = Prompts(runner, self.table)
         self.prefilling: list[Request] = []
         self.decoding: list[Request] = []
         self.after_call: Callable[[], None] = _nothing
@@ -202,35 +199,6 @@ class Scheduler:
             request.slot, request.state = held.slot, State.PREFILL
             self.prefilling.append(request)
 
-    def _reuse(self, request: Request) -> None:
-        """Before the first token is fed: keep what the slot holds of the prompt, or copy what another holds.
-
-        The best source is looked for only now, not when the request was admitted: a request with the same beginning
-        may have been fed in between.
-        """
-        assert request.slot is not None
-        held = self.table[request.slot]
-        kept = min(common_prefix(held.tokens, request.prompt_ids), len(request.prompt_ids) - 1)
-        if kept < len(held.tokens) and not self.runner.can_cut(held.slot):
-            kept = 0
-        best = self.table.best_match(request.prompt_ids)
-        copied = best is not None and best.held is not held and best.tokens >= kept + COPY_GAIN
-        if request.score_prompt or self.runner.whole_prompts:  # every token of it has to be fed
-            kept, copied = 0, False
-        if copied and best is not None and self._can_copy(best.held, best.tokens):
-            self.runner.copy(best.held.slot, held.slot, best.tokens)
-            kept = best.tokens
-        elif kept < len(held.tokens):
-            self.runner.truncate(held.slot, kept)
-        held.tokens[:] = request.prompt_ids[:kept]
-        request.fed, request.started = kept, True
-        self.counters.prefix_queries += len(request.prompt_ids)
-        self.counters.prefix_hits += kept
-        request.send(Started(kept))
-
-    def _can_copy(self, source: Held, tokens: int) -> bool:
-        return tokens == len(source.tokens) or self.runner.can_cut(source.slot)
-
     def _finish(self, request: Request, finished: Finished) -> None:
         if request.state is State.QUEUED:
             self.waiting.remove(request)
@@ -253,37 +221,63 @@ class Scheduler:
     # prompts
 
     def _prefill(self) -> None:
-        """Feed prompts in the order of their arrival, until the budget of the step is used up.
-
-        A prompt is cut only where all of the budget is not enough for it: many small pieces take longer than few.
+        """Feed prompts, the oldest first, until the budget of the step is used up: many small pieces take longer than
+        few, so a prompt is cut only where all of the budget is not enough for it.
         """
         fed = 0
-        for request in list(self.prefilling):
+        while True:
             # asked anew each time: a request that got its first token waits for the next one from then on
-            most = self.limits.step_tokens if self.decoding else self.limits.alone_tokens
-            if not request.started:
-                self._reuse(request)
-            if fed and fed + len(request.pending) > most:
+            budget = self.limits.step_tokens if self.decoding else self.limits.alone_tokens
+            call = self._prompts.next_call(self.prefilling, budget, fed, self.limits.together_tokens)
+            if call is None:
                 return
-            ids = request.pending if self.runner.whole_prompts else request.pending[:most]
-            fed += len(ids)
-            try:
-                self._feed(request, ids)
-            except Exception as error:  # of this row alone: the others have their own
-                self._finish(request, Finished("error", "", error))
+            fed += call.tokens
+            for piece in call.pieces:
+                if piece.first:
+                    self.counters.prefix_queries += len(piece.request.prompt_ids)
+                    self.counters.prefix_hits += piece.kept
+            self._feed(call.pieces)
             self.after_call()
 
-    def _feed(self, request: Request, ids: Sequence[int]) -> None:
+    def _feed(self, pieces: Sequence[Piece]) -> None:
+        """Feed pieces of different prompts in one call, and take what follows."""
+        if len(pieces) > 1:
+            slots = [piece.request.slot for piece in pieces if piece.request.slot is not None]
+            try:
+                logits = self.runner.extend(slots, [piece.ids for piece in pieces]).numpy()
+            except Exception:
+                logits = None  # whose fault it is shows when each is fed alone
+            if logits is not None:
+                for piece, row in zip(pieces, logits, strict=True):  # [R, Q or 1, V]: what is behind its own is padding
+                    self._fed(piece, row[min(len(piece.ids), len(row)) - 1])
+                return
+        for piece in pieces:
+            try:
+                last = self._feed_alone(piece)
+            except Exception as error:  # of this row alone: the others have their own
+                self._finish(piece.request, Finished("error", "", error))
+            else:
+                self._fed(piece, last)
+
+    def _feed_alone(self, piece: Piece) -> FloatArray:
+        """Feed a piece; the logits after its last token, `[V]`."""
+        request, ids = piece.request, piece.ids
         assert request.slot is not None
-        if request.score_prompt:
-            every = self.runner.extend([request.slot], [ids], len(ids)).numpy()[0]
-            self._score(request, ids, every)
-            logits = every[-1]
-        else:
-            logits = self.runner.prefill(request.slot, ids).numpy()[0, -1]
-        self.table[request.slot].tokens.extend(ids)
-        request.fed += len(ids)
-        self.counters.prompt_tokens += len(ids)
+        if not request.score_prompt:
+            last: FloatArray = self.runner.prefill(request.slot, ids).numpy()[0, -1]
+            return last
+        every = self.runner.extend([request.slot], [ids], len(ids)).numpy()[0]
+        self._score(request, ids, every)
+        scored: FloatArray = every[-1]
+        return scored
+
+    def _fed(self, piece: Piece, logits: FloatArray) -> None:
+        """The slot holds the piece; `logits` `[V]` are those after its last token."""
+        request = piece.request
+        assert request.slot is not None
+        self.table[request.slot].tokens.extend(piece.ids)
+        request.fed += len(piece.ids)
+        self.counters.prompt_tokens += len(piece.ids)
         if request.fed < len(request.prompt_ids):
             return
         self.prefilling.remove(request)

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-import numpy as np
+_PART = 64
+"""Tokens that are compared at a time: most pairs of texts part early."""
 
 
 @dataclass
@@ -32,10 +33,13 @@ class Match:
 def common_prefix(left: Sequence[int], right: Sequence[int]) -> int:
     """How many first tokens are the same."""
     length = min(len(left), len(right))
-    if not length:
-        return 0
-    differ = np.flatnonzero(np.asarray(left[:length]) != np.asarray(right[:length]))
-    return int(differ[0]) if len(differ) else length
+    for start in range(0, length, _PART):
+        ours, theirs = left[start : start + _PART], right[start : start + _PART]
+        if ours != theirs:
+            for place, (one, other) in enumerate(zip(ours, theirs, strict=False), start):
+                if one != other:
+                    return place
+    return length
 
 
 class SlotTable:

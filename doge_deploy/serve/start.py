@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import logging
 import re
 import signal
@@ -159,13 +160,25 @@ def open_served(paths: Sequence[Path], options: ServeOptions) -> Served:
     Raises:
         UsageError, UnsupportedModelError, BrokenBundleError, MissingDependencyError: one of them cannot be served.
     """
+    # Of several bundles, one would be hashed while the steps of another are timed.
+    bundles = [open_bundle(path, wait=len(paths) > 1) for path in paths]
+    with contextlib.ExitStack() as checks:
+        for bundle in bundles:
+            checks.enter_context(bundle.damage_first())
+        served = _open_served(bundles, options)
+        for bundle in bundles:
+            bundle.prove()
+    return served
+
+
+def _open_served(bundles: Sequence[Bundle], options: ServeOptions) -> Served:
+    """What `open_served` gives, of bundles whose files may still be checked until their runners are open."""
     from doge_deploy.runtime.backend import open_backend
     from doge_deploy.serve.http.app import Served
     from doge_deploy.serve.http.embeddings import FeatureModel
     from doge_deploy.serve.http.inbox import Inbox
     from doge_deploy.serve.http.metrics import Metrics
 
-    bundles = [open_bundle(path) for path in paths]
     names = list(options.names) or [model_name(bundle) for bundle in bundles]
     if len(names) != len(bundles):
         raise UsageError(f"{len(names)} names for {len(bundles)} bundles: give --served-model-name once for each")
@@ -214,8 +227,25 @@ def open_text(bundle: Bundle, name: str, options: ServeOptions, deliver: Deliver
         engine=options.engine,
         flush_denormals=True,
     )
+    warm_up(slots, options.limits)
     scheduler = make_scheduler(bundle, slots, options.limits, speculate=options.speculate)
     return ServedText(name, bundle, Engine(scheduler, deliver), all_logits=slots.all_logits)
+
+
+def warm_up(slots: SlotRunner, limits: Limits) -> None:
+    """Take the memory of all slots and make the largest calls once: what is done the first time only must not be what a
+    client waits for, and memory that is not there is missed before anybody is served.
+    """
+    slots.take_memory()
+    used = [slots.acquire() for _ in range(slots.slots)]
+    width = min(limits.alone_tokens, slots.max_length)
+    slots.prefill(used[0], [0] * width).numpy()
+    slots.truncate(used[0], 0)
+    each = [max(min(limits.together_tokens, width) // len(used), 1)] * len(used)
+    if slots.joins(each):
+        slots.extend(used, [[0] * count for count in each]).numpy()
+    for slot in used:
+        slots.release(slot)
 
 
 def make_scheduler(bundle: Bundle, slots: SlotRunner, limits: Limits, *, speculate: bool = True) -> Scheduler:
@@ -275,6 +305,8 @@ def run(paths: Sequence[Path], options: ServeOptions) -> None:
         timeout_keep_alive=75,
     )
     server = _make_server(config, served, options.drain_seconds)
+    gc.collect()
+    gc.freeze()  # what is there now stays: to look through it again and again would hold up every stream
     with contextlib.suppress(SystemExit):  # uvicorn's way to say that it could not start
         server.run()
     if not server.started:

@@ -1,32 +1,37 @@
 """Backends: what runs a bundle, and what is lowered for it at export.
 
 A package brings its own through the entry point group `doge_deploy.backends`; the entry point names a `Backend`. The
-names are known without loading any of them. ONNX Runtime, TensorRT and TensorRT-RTX register through the same group.
+names are known without loading any of them. ONNX Runtime, TensorRT and TensorRT-RTX register through the same group;
+the default is found without asking what is installed, since `generate` would spend a tenth of its time on that.
 """
 
 from __future__ import annotations
 
 import importlib
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, fields
 from functools import cache
-from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 
 from doge_deploy.diagnostics import joined, suggest
 from doge_deploy.errors import MissingDependencyError, UsageError
 from doge_deploy.options.backends import DEFAULT_BACKEND
-from doge_deploy.targets.deployment import Constraints, DeployableModel, Held, Obstacle
 
 if TYPE_CHECKING:  # the help of a command lists the names, and must not wait for the rest
+    from importlib.metadata import EntryPoint
+
     from doge_deploy.bundle.manifest import Layout, Lowered
     from doge_deploy.bundle.opening import Bundle
     from doge_deploy.devices.facts import DeviceFacts
+    from doge_deploy.targets.deployment import Constraints, DeployableModel, Held, Obstacle
 
 GROUP = "doge_deploy.backends"
+
+DEFAULT_MODULE = "doge_deploy.runtime.ort.backend"
+"""Where the default backend is; its entry point says the same."""
 
 RunnerT = TypeVar("RunnerT")
 """What `open` gives: a `doge_deploy.runtime.base.BundleRunner`, which this package may not import."""
@@ -76,6 +81,8 @@ class SessionOptions:
     """Microseconds that an idle CPU thread waits for work before it sleeps; the backend's own choice where None."""
     graph_cache: bool = True
     """A hint: what a library makes of a graph when it loads it may be kept on disk for the next time."""
+    leaves_interpreter: Callable[[], None] | None = None
+    """A hint: called where the library is about to load the model without Python, which other threads may use then."""
 
     def given(self) -> dict[str, Any]:
         """The options that a user gave, by name; hints are not among them."""
@@ -86,7 +93,7 @@ class SessionOptions:
         }
 
 
-HINTS = frozenset({"flush_denormals", "graph_cache"})
+HINTS = frozenset({"flush_denormals", "graph_cache", "leaves_interpreter"})
 """Options that a backend may ignore without a word."""
 
 
@@ -115,6 +122,9 @@ class Backend(ABC, Generic[RunnerT]):
     """Fields of `SessionOptions` that it takes; hints need not be named."""
     runs_graphs: ClassVar[bool] = False
     """`open` runs a changed graph that is given to it."""
+    proves_bundles: ClassVar[bool] = False
+    """`open` takes a bundle whose files are still being checked, and calls `Bundle.prove` itself before it reads them.
+    """
     shows_selections: ClassVar[bool] = False
     """What the graph selects (keys, experts) can be seen: in `BundleRunner.extra`, of a graph that gives it as further
     outputs where `runs_graphs`, else in every call. What depends on hidden selections is not judged by `verify`."""
@@ -196,6 +206,8 @@ class Backend(ABC, Generic[RunnerT]):
             lowering: what `lowering` gave.
         """
         if not set(model.layouts) & set(self.layouts):
+            from doge_deploy.targets.deployment import Obstacle
+
             yield Obstacle(
                 f"{model.name} holds {', '.join(model.layouts)}, and {self.name} runs {joined(self.layouts)}",
                 "use another backend",
@@ -208,6 +220,8 @@ class Backend(ABC, Generic[RunnerT]):
             model: a checkpoint or a bundle.
             lowering: what `lowering` gave.
         """
+        from doge_deploy.targets.deployment import Held
+
         return Held(slots=model.max_length, longest_call=model.max_length)
 
     def build_bytes(self, fp16_weight_bytes: int) -> int | None:
@@ -276,10 +290,12 @@ def names() -> tuple[str, ...]:
 def check_name(name: str, *more: str) -> str:
     """`name`, which is that of an installed backend or one of `more`.
 
-    Raises:
+    Raises, where it is not the default's:
         UsageError: it is not.
         MissingDependencyError: no backend is registered, not even those of this package.
     """
+    if name == DEFAULT_BACKEND:
+        return name
     known = (*names(), *more)
     if not _entries():
         raise MissingDependencyError(
@@ -298,6 +314,9 @@ def find(name: str) -> Backend[Any]:
         UsageError: there is none.
         MissingDependencyError: its entry point cannot be loaded, or names something else.
     """
+    if name == DEFAULT_BACKEND:
+        default: Backend[Any] = importlib.import_module(DEFAULT_MODULE).BACKEND
+        return default
     return _load(_entries()[check_name(name)])
 
 
@@ -316,6 +335,13 @@ def loadable() -> Iterator[Backend[Any]]:
 @cache
 def _entries() -> dict[str, EntryPoint]:
     return unique(entry_points(group=GROUP))
+
+
+def entry_points(group: str) -> Iterable[EntryPoint]:
+    """What installed packages bring."""
+    from importlib import metadata  # its import takes as long as asking every package
+
+    return metadata.entry_points(group=group)
 
 
 def unique(entries: Iterable[EntryPoint]) -> dict[str, EntryPoint]:

@@ -50,7 +50,7 @@ class Costs:
         return _between(self.decode, rows) + rows * self.token
 
     def of_prefill(self, tokens: int) -> float:
-        """The same by tokens."""
+        """The same by tokens; those of several rows take as long as so many of one, padding included."""
         return _between(self.prefill, tokens)
 
     @classmethod
@@ -103,8 +103,14 @@ class PaperSlots:
         return HostLogits(np.broadcast_to(LOGITS, (len(slots), 1, len(LOGITS))))
 
     def extend(self, slots: Sequence[int], ids: Sequence[Sequence[int]], last: int = 1) -> HostLogits:
-        """Nothing is guessed or scored here."""
-        raise AssertionError
+        """Prompts that are fed together; nothing is guessed or scored here."""
+        assert last == 1
+        self._clock.now += self._costs.of_prefill(len(slots) * max(map(len, ids)))
+        return HostLogits(np.broadcast_to(LOGITS, (len(slots), 1, len(LOGITS))))
+
+    def joins(self, lengths: Sequence[int]) -> bool:
+        """Always."""
+        return True
 
     def copy(self, source: int, target: int, tokens: int) -> None:
         """No two prompts begin alike."""

@@ -268,7 +268,7 @@ def test_the_page_fits(
     shot("streaming")
     assert page.get_by_role("button", name="Stop").is_visible()
     page.get_by_role("tab", name="Server").click()
-    page.wait_for_timeout(2500)
+    expect(page.locator("#times tbody tr").first).to_contain_text("ms")
     shot("server")
     page.get_by_role("tab", name="Chat").click()
     page.get_by_role("button", name="Stop").click()

@@ -264,6 +264,17 @@ def write_one_slot_late(rows: RowsRunner) -> None:
     rows._run_rows = wrong  # type: ignore[method-assign]
 
 
+def take_padding_for_text(rows: RowsRunner) -> None:
+    """A shorter row of a call goes on behind its padding."""
+    advance = rows._advance
+
+    def wrong(first: int, lengths: Any) -> None:
+        held = rows.row_lengths[first : first + len(lengths)]
+        advance(first, np.where(held + lengths.max() <= rows.max_length, lengths.max(), lengths))
+
+    rows._advance = wrong  # type: ignore[method-assign]
+
+
 def forget_what_was_dropped(rows: RowsRunner) -> None:
     rows.has_dropped = lambda row: False  # type: ignore[method-assign]
 
@@ -285,6 +296,7 @@ FAULTS: dict[Callable[[RowsRunner], None], str] = {
     cut_one_token_too_few: "dense",
     copy_one_token_too_few: "dense",
     write_one_slot_late: "dense",
+    take_padding_for_text: "dense",
     forget_what_was_dropped: "window",
     let_the_longest_decide: "dynamic",
     remember_other_texts: "dynamic",
@@ -459,6 +471,27 @@ def test_logits_are_read_before_the_next_call() -> None:
         with pytest.raises(RuntimeError, match="overwritten by a later call"):
             late.numpy()
         np.testing.assert_array_equal(kept, copied)
+
+
+def test_prompts_join_only_where_a_row_gets_what_it_gets_alone() -> None:
+    def joins(config: str, backend: str, *lengths: int) -> bool:
+        return SlotRunner(opened(config, backend).rows, SLOTS).joins(lengths)
+
+    assert joins("dense", "ort", 30, 20, 10, 5) and joins("window", "ort", 30, 20)
+    assert joins("moe", "ort-portable", 9, 5), "each token is routed by itself"
+    assert not joins("dynamic", "ort", 9, 5) and not joins("longrope", "ort", 5, 5), "padding counts as text there"
+    assert joins("dense", "engine", 30, 20) and not joins("dense", "engine", 30, 20, 10, 5, 5), "no profile has 5 rows"
+
+
+def test_rows_that_would_be_short_calls_alone_are_no_long_call_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where long calls have a session of their own (no VNNI), it rounds otherwise than the other one."""
+    rows: Any = opened("dense", "ort").rows
+    runner = SlotRunner(rows, SLOTS)
+    monkeypatch.setattr("doge_deploy.runtime.ort.runners.LONG_CALL", 32)
+    assert runner.joins([20, 20])
+    monkeypatch.setattr(rows, "_open_long", lambda: None)
+    assert runner.joins([15, 15]) and runner.joins([33, 32]), "the same session together as alone"
+    assert not runner.joins([20, 20]) and not runner.joins([33, 31])
 
 
 # What is refused.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -28,6 +29,7 @@ class ScriptedSlots:
 
     Args:
         cuts: whether a slot can be cut; where not, it can only be emptied.
+        joins: most slots that `extend` takes at once.
     """
 
     whole_prompts = False
@@ -42,13 +44,17 @@ class ScriptedSlots:
         rule: Callable[[list[int]], int] = next_token,
         all_logits: bool = True,
         cuts: bool = True,
+        joins: int = 99,
         vocab: int = VOCAB,
     ) -> None:
         self.slots, self.max_length, self.all_logits, self.cuts = slots, max_length, all_logits, cuts
         self.rows: dict[int, list[int]] = {}
         self.rule, self.vocab = rule, vocab
-        self.calls: list[tuple[str, int]] = []
-        """Kind and number of tokens of each call."""
+        self.most = joins
+        self.calls: list[tuple[str, Any]] = []
+        """Kind of each call and its number of tokens, or those of each slot where there are several."""
+        self.wrong: list[str] = []
+        """What nobody may ask for; a scheduler that feeds rows alone after an error would hide it."""
         self.nan_after: set[tuple[int, ...]] = set()
         """Histories after which the logits are NaN."""
 
@@ -77,11 +83,26 @@ class ScriptedSlots:
         self.calls.append(("prefill", len(ids)))
         return HostLogits(self._feed(slot, ids)[None])
 
+    def joins(self, lengths: Sequence[int]) -> bool:
+        return len(lengths) <= self.most and not self.whole_prompts
+
     def extend(self, slots: Sequence[int], ids: Sequence[Sequence[int]], last: int = 1) -> HostLogits:
-        ((slot,), (tokens,)) = slots, ids
-        assert last == len(tokens), "whoever extends a slot wants all logits"
-        self.calls.append(("extend", len(tokens)))
-        return HostLogits(self._feed(slot, tokens)[None])
+        lengths = [len(each) for each in ids]
+        if len(slots) == 1:
+            assert last == lengths[0], "whoever extends a slot wants all logits"
+            self.calls.append(("extend", last))
+            return HostLogits(self._feed(slots[0], ids[0])[None])
+        if not (last == 1 and len(set(slots)) == len(slots) == len(ids) and self.joins(lengths)):
+            self.wrong.append(f"slots {slots} cannot be fed together with {lengths} tokens, last={last}")
+        if any(len(self.rows[slot]) + max(lengths) > self.max_length for slot in slots):
+            self.wrong.append(f"no space for padding in {slots} with {lengths} tokens")
+        assert not self.wrong, self.wrong
+        self.calls.append(("together", tuple(lengths)))
+        rows = [self._feed(slot, tokens) for slot, tokens in zip(slots, ids, strict=True)]
+        logits = np.full((len(rows), max(map(len, rows)), self.vocab), np.nan, np.float32)  # what padding gives
+        for row, own in zip(logits, rows, strict=True):
+            row[: len(own)] = own
+        return HostLogits(logits)
 
     def decode(self, slots: Sequence[int], ids: Sequence[int]) -> HostLogits:
         assert len(slots) == len(ids) == len(set(slots)) > 0

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import pytest
+from scripted_requests import Digits
 from scripted_slots import ScriptedSlots
-from test_scheduler import Digits
 
 from doge_deploy.runtime.sampling import Sampler, SamplingOptions
 from doge_deploy.serve import engine as engine_module

@@ -16,8 +16,10 @@ from scripted_slots import ScriptedSlots
 from servers import NAME, Running, SlowSlots, running, scripted
 
 from doge_deploy.bundle.opening import open_bundle
+from doge_deploy.errors import UsageError
 from doge_deploy.serve import logs
 from doge_deploy.serve.http import connections
+from doge_deploy.serve.http.security import read_keys
 from doge_deploy.text.tokenizer import Tokenizer
 
 BODY = {"prompt": [7], "max_tokens": 2}
@@ -180,6 +182,26 @@ class TestHead:
             assert [server.client.head(path).status_code for path in ("/health", "/metrics")] == [200, 401]
             key = {"Authorization": "bearer  a key"}
             assert server.client.head("/metrics", headers=key).status_code == 200
+
+
+class TestKeys:
+    def test_a_file_as_any_editor_writes_it(self, tmp_path: Path) -> None:
+        file = tmp_path / "keys"
+        file.write_bytes(b"\xef\xbb\xbffirst key\r\n# no key\r\n\r\n  cl\xc3\xa9  \r\nlast")
+        assert read_keys(file) == (b"first key", "clé".encode(), b"last")
+
+    @pytest.mark.parametrize("content", [b"", b"\xef\xbb\xbf", b"\n \n# none\n", b"\xff\xfe"])
+    def test_a_file_without_keys_is_refused(self, tmp_path: Path, content: bytes) -> None:
+        (file := tmp_path / "keys").write_bytes(content)
+        with pytest.raises(UsageError, match=r"--api-key-file .*keys: (holds no key|cannot be read)"):
+            read_keys(file)
+
+    @pytest.mark.parametrize("header", ["Bearer first key", "bearer   first key", "BEARER clé"])
+    def test_a_key_may_hold_blanks_and_any_character(self, tiny_bundle: Path, header: str) -> None:
+        with running(scripted(tiny_bundle, endless(tiny_bundle)), api_keys=(b"first key", "clé".encode())) as server:
+            for value, status in ((header, 200), (f"{header}x", 401), (header[:-1], 401)):
+                response = server.client.get("/v1/models", headers={"Authorization": value.encode()})
+                assert response.status_code == status
 
 
 JSON = json.dumps(BODY).encode()

@@ -3,79 +3,16 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import pytest
-from scripted_slots import VOCAB, ScriptedSlots, next_token, repeating
+from scripted_requests import alone, make, request, run
+from scripted_slots import VOCAB, next_token, repeating
 
 from doge_deploy.errors import UnsupportedModelError
-from doge_deploy.runtime.sampling import Sampler, SamplingOptions
-from doge_deploy.serve.request import Event, Finished, Produced, PromptScored, Request, Started, State
-from doge_deploy.serve.scheduler import Limits, QueueFullError, Scheduler
-
-EOS = 1
-
-
-class Digits:
-    """Each token as its number; stops behind a given text."""
-
-    def __init__(self, stop: str | None = None) -> None:
-        self.stopped, self._stop, self._text = False, stop, ""
-
-    def push(self, token: int) -> str:
-        self._text += f"{token} "
-        self.stopped = self._stop is not None and self._stop in self._text
-        return "" if self.stopped else f"{token} "
-
-    def flush(self) -> str:
-        return ""
-
-
-class Answer(list[Event]):
-    """The events of one request."""
-
-    @property
-    def tokens(self) -> list[int]:
-        return [event.token for event in self if isinstance(event, Produced)]
-
-    @property
-    def finished(self) -> Finished:
-        assert isinstance(self[-1], Finished)
-        return self[-1]
-
-    @property
-    def cached(self) -> int:
-        return next(event.cached_tokens for event in self if isinstance(event, Started))
-
-
-def request(prompt: Sequence[int], *, name: str = "r", tokens: int = 8, **changes: Any) -> tuple[Request, Answer]:
-    answer = Answer()
-    options = changes.pop("sampling", SamplingOptions())
-    fields = {"eos_ids": frozenset({EOS}), "text": Digits(changes.pop("stop", None)), **changes}
-    return Request(name, list(prompt), Sampler(options), tokens, answer.append, **fields), answer
-
-
-def alone(prompt: Sequence[int], tokens: int, rule: Callable[[Sequence[int]], int] = next_token) -> list[int]:
-    history = list(prompt)
-    for _ in range(tokens):
-        history.append(rule(history))
-        if history[-1] == EOS:
-            break
-    return history[len(prompt) :]
-
-
-def run(scheduler: Scheduler, limit: int = 10_000) -> None:
-    for _ in range(limit):
-        if scheduler.idle:
-            return
-        scheduler.step()
-    raise AssertionError("the scheduler does not come to an end")
-
-
-def make(slots: int = 2, *, limits: Limits | None = None, costs: Any = None, **rows: Any) -> Scheduler:
-    exact_length = None if rows.get("cuts", True) else 0  # nothing could be taken back
-    return Scheduler(ScriptedSlots(slots, **rows), limits, costs, exact_length)
+from doge_deploy.runtime.sampling import SamplingOptions
+from doge_deploy.serve.request import Finished, Produced, PromptScored, Started, State
+from doge_deploy.serve.scheduler import Limits, QueueFullError
 
 
 def test_one_request() -> None:
@@ -93,17 +30,22 @@ def test_one_request() -> None:
 @pytest.mark.parametrize("seed", range(40))
 def test_any_schedule_gives_each_request_what_it_gets_alone(seed: int, all_logits: bool, cuts: bool) -> None:
     random_ = random.Random(seed)
-    limits = Limits(step_tokens=random_.choice([1, 3, 8, 64]), alone_tokens=random_.choice([2, 64]))
+    limits = Limits(
+        step_tokens=random_.choice([1, 3, 8, 64]),
+        alone_tokens=random_.choice([2, 64]),
+        together_tokens=random_.choice([1, 16, 64]),
+    )
     costs = random_.choice([None, {1: 1.0, 2: 1.1, 4: 1.2, 8: 1.4}])
     rule = random_.choice([next_token, repeating])
-    scheduler = make(random_.randint(1, 4), limits=limits, costs=costs, all_logits=all_logits, cuts=cuts, rule=rule)
+    rows = {"all_logits": all_logits, "cuts": cuts, "rule": rule, "joins": random_.choice([1, 2, 99])}
+    scheduler = make(random_.randint(1, 6), limits=limits, costs=costs, **rows)
     prefixes = [[random_.randrange(2, VOCAB) for _ in range(random_.randint(1, 30))] for _ in range(3)]
     expected, answers, cancelled = {}, {}, set()
     for step in range(400):
-        if step < 200 and random_.random() < 0.2:
+        for number in range(random_.choice([1, 1, 4]) if step < 200 and random_.random() < 0.15 else 0):
             prompt = random_.choice(prefixes)[: random_.randint(1, 30)]
             prompt = prompt + [random_.randrange(2, VOCAB) for _ in range(random_.randint(0, 6))]
-            name, tokens = f"r{step}", random_.randint(1, 20)
+            name, tokens = f"r{step}-{number}", random_.randint(1, 20)
             one, answers[name] = request(prompt, name=name, tokens=tokens)
             expected[name] = alone(prompt, tokens, rule)
             scheduler.submit(one)
@@ -143,7 +85,7 @@ def test_a_long_prompt_delays_the_next_token_of_others_by_one_chunk() -> None:
 
 
 def test_events_are_sent_call_by_call() -> None:
-    scheduler = make(3, limits=Limits(step_tokens=8))
+    scheduler = make(3, limits=Limits(step_tokens=8), joins=1)
     told: list[tuple[str, ...]] = []
     sent: list[str] = []
 
@@ -174,7 +116,7 @@ def test_prompts_are_fed_in_large_chunks_where_nobody_waits_for_a_token() -> Non
 
 
 def test_a_prompt_is_cut_only_where_a_whole_budget_is_not_enough_for_it() -> None:
-    scheduler = make(4, limits=Limits(step_tokens=8))
+    scheduler = make(4, limits=Limits(step_tokens=8), joins=1)
     scheduler.submit(request([5], tokens=50)[0])
     scheduler.step()
     for length in (5, 4, 3):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -158,3 +159,26 @@ def test_mixtures_whose_rows_depend_on_each_other_are_refused(
 ) -> None:
     assert run_command(["serve", str(tiny_moe_bundle), "--port", "0"]) == 3
     assert "--routing per-token, or use one slot" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("further", [False, True], ids=["alone", "beside another"])
+def test_damage_is_found_before_a_port_is_bound(
+    further: bool,
+    tiny_bundle_last: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Also where it is found by a thread, and something else is wrong."""
+    monkeypatch.setattr("doge_deploy.bundle.file_check.AT_ONCE_BYTES", 0)
+    path = Path(shutil.copytree(tiny_bundle_last, tmp_path / "bundle"))
+    with (path / "weights.safetensors").open("r+b") as file:
+        file.seek(-1, 2)
+        file.write(b"~")
+    others = [str(tiny_bundle_last)] if further else []
+    assert run_command(["inspect", str(path)]) == 3
+    expected = capsys.readouterr().err
+    assert "weights.safetensors was altered" in expected
+    for options in ([], ["--served-model-name", "a", "--served-model-name", "b", "--served-model-name", "c"]):
+        assert run_command(["serve", str(path), *others, "--port", "0", "--threads", "1", *options]) == 3
+        assert capsys.readouterr().err.endswith(expected)

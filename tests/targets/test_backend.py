@@ -10,7 +10,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from importlib.metadata import EntryPoint
+from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from doge_deploy.doctor.deployment_options import DeploymentOption, deployment_o
 from doge_deploy.doctor.machine import Machine
 from doge_deploy.doctor.model import open_model
 from doge_deploy.errors import MissingDependencyError, UsageError
+from doge_deploy.options.backends import DEFAULT_BACKEND
 from doge_deploy.targets import backend as registry
 from doge_deploy.targets.backend import (
     GROUP,
@@ -144,7 +145,13 @@ def test_two_packages_with_one_name() -> None:
 def test_an_installation_without_entry_points(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(registry, "_entries", dict)
     with pytest.raises(MissingDependencyError, match="no backend is registered"):
-        check_name("ort")
+        check_name("trt")
+
+
+def test_the_default_is_the_one_that_its_entry_point_names() -> None:
+    (entry,) = [entry for entry in entry_points(group=GROUP) if entry.name == DEFAULT_BACKEND]
+    assert check_name(DEFAULT_BACKEND) == DEFAULT_BACKEND
+    assert find(DEFAULT_BACKEND) is entry.load() and find(DEFAULT_BACKEND).name == DEFAULT_BACKEND
 
 
 def test_hints_need_no_backend_that_takes_them() -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -201,6 +203,12 @@ def test_an_older_runtime_gets_the_standard_graph(
     version: str, file: str, bundles: Callable[[str], Bundle], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("importlib.metadata.version", lambda name: version)
+    monkeypatch.delitem(sys.modules, "onnxruntime", raising=False)
+    assert graph_file(bundles("dense").layout()) == file, "it is not loaded"
+    loaded = ModuleType("onnxruntime")
+    loaded.__dict__["__version__"] = version
+    monkeypatch.setattr("importlib.metadata.version", lambda name: pytest.fail("it is loaded"))
+    monkeypatch.setitem(sys.modules, "onnxruntime", loaded)
     assert graph_file(bundles("dense").layout()) == file
 
 

@@ -42,7 +42,11 @@ WIDE = {"max_length": 64}
 @pytest.fixture(scope="module")
 def small() -> Path:
     """A checkpoint whose cases are over at once."""
-    return shared_doge(num_hidden_layers=1, vocab_size=256)
+    return one_layer()
+
+
+def one_layer(config: dict[str, Any] | None = None) -> Path:
+    return shared_doge(**{**(config or {}), "num_hidden_layers": 1, "vocab_size": 256})
 
 
 def test_the_same_input_gives_the_same_bytes(small: Path, tmp_path: Path) -> None:
@@ -76,7 +80,7 @@ KINDS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 
 @pytest.mark.parametrize(("config", "options"), cases(KINDS, ["moe-per-token", "bf16", "sliding", "features", "int4"]))
 def test_a_sound_bundle_passes(config: dict[str, Any], options: dict[str, Any], tmp_path: Path) -> None:
-    checkpoint = shared_doge(**{"num_hidden_layers": 1, "vocab_size": 256, **config})
+    checkpoint = one_layer(config)
     bundle = shared_bundle(checkpoint, **options)
     recording = shared_recording(checkpoint, greedy_steps=4, **options)
     live = verify(bundle, reference=str(checkpoint), greedy_steps=4)
@@ -190,8 +194,9 @@ def test_another_checkpoint_is_refused(small: Path, capfd: pytest.CaptureFixture
 
 
 def test_another_routing_is_refused(capfd: pytest.CaptureFixture[str]) -> None:
-    checkpoint = shared_doge(**{**SMALL_MOE, "num_hidden_layers": 1, "vocab_size": 256})
-    recording = shared_recording(checkpoint, greedy_steps=4, routing="per-token", kv_cache=("static", "growing"))
+    config, options = KINDS["moe-per-token"]
+    checkpoint = one_layer(config)
+    recording = shared_recording(checkpoint, greedy_steps=4, **options)
     words = refused(shared_bundle(checkpoint), recording, capfd)
     assert "routing is per-token in the recording and reference in the bundle" in words
 

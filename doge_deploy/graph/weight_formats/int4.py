@@ -26,7 +26,7 @@ class Format(BlockFormat):
     A graph in half precision has whole numbers from -8 to 7, a positive scale of its dtype and no zero point: the one
     form that TensorRT multiplies with as it is stored. Number times scale is exact in that dtype, so that every runtime
     has the same weights. Positive scales lose more, since the largest number of a block may have the sign without a
-    level more (docs/decisions/0040).
+    level more.
     """
 
     name = "int4"

@@ -37,6 +37,7 @@ class OrtBackend(Backend["OrtRunner"]):
     lowers = LAYOUTS
     session_options = frozenset({"portable", "threads", "spin"})
     runs_graphs = True
+    proves_bundles = True
     shows_selections = True
 
     def lower(self, directory: Path, layout: Layout) -> Lowered:
@@ -56,6 +57,7 @@ class OrtBackend(Backend["OrtRunner"]):
             portable=options.portable,
             model=graph,
             cache=options.graph_cache,
+            leaves_interpreter=options.leaves_interpreter,
         )
 
     def runs(self, layout: Layout, options: SessionOptions) -> str:

@@ -13,14 +13,13 @@ import hashlib
 import json
 import os
 import platform
-import shutil
-import tempfile
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
-from doge_deploy.bundle.files import QUICK_LIMIT_BYTES, WEIGHTS_FILE, FileEntry, file_problems, sha256_file
+from doge_deploy.bundle.file_check import FileCheck
+from doge_deploy.bundle.files import QUICK_LIMIT_BYTES, WEIGHTS_FILE, FileEntry, sha256_file
 from doge_deploy.bundle.opening import Bundle
 from doge_deploy.devices.host import available_memory, processor_features
 
@@ -75,18 +74,19 @@ def open_cached(bundle: Bundle, file: str, settings: Mapping[str, str], make: Op
     """A session of a graph of the bundle: from the cache, or made and put there.
 
     Args:
-        bundle: an opened bundle.
+        bundle: an opened bundle. Before its own files are read, or an entry is made of them, they are proved; an entry
+            is opened before that is known, see `Bundle.prove`.
         file: of the graph.
         settings: what of the session's options changes the optimised graph.
         make: makes the session; what it raises for the bundle's own graph is raised.
     """
     folder = cache_folder()
     name = _name(bundle, file, settings) if folder is not None else None
-    if folder is None or name is None:
-        return make(bundle.path / file)
-    entry = folder / name
-    session = _load(entry, make)
-    if session is None and _may_write(bundle):
+    entry = None if folder is None or name is None else folder / name
+    session = None if entry is None else _load(entry, make)
+    if session is None:
+        bundle.prove()
+    if session is None and entry is not None and _may_write(bundle):
         session = _make(entry, bundle.path / file, make)
     return make(bundle.path / file) if session is None else session
 
@@ -118,15 +118,16 @@ def _load(entry: Path, make: Open) -> onnxruntime.InferenceSession | None:
         return None
     try:
         files: dict[str, FileEntry] = json.loads(record.read_bytes())
-        whole = GRAPH in files and not list(file_problems(entry, files, quick=True))
-        if whole:
+        check = FileCheck(entry, files, quick=True)
+        if GRAPH in files and not check.found:
             session = make(entry / GRAPH, optimised=True)
-            with suppress(OSError):
-                os.utime(record)
-            return session
+            if not check.problems():
+                with suppress(OSError):
+                    os.utime(record)
+                return session
     except Exception:  # whatever is wrong with an entry, the bundle itself decides what is said
         pass
-    shutil.rmtree(entry, ignore_errors=True)
+    _remove(entry)
     return None
 
 
@@ -138,6 +139,8 @@ def _may_write(bundle: Bundle) -> bool:
 
 def _make(entry: Path, graph: Path, make: Open) -> onnxruntime.InferenceSession | None:
     """A session of the bundle's graph, and its entry; None where that cannot be written."""
+    import tempfile  # with what it imports it takes 2 ms, which opening an entry does not wait for
+
     made: Path | None = None
     try:
         made = Path(tempfile.mkdtemp(prefix=".", dir=entry.parent))
@@ -153,7 +156,7 @@ def _make(entry: Path, graph: Path, make: Open) -> onnxruntime.InferenceSession 
         return None
     finally:
         if made is not None:
-            shutil.rmtree(made, ignore_errors=True)
+            _remove(made)
     return session
 
 
@@ -176,6 +179,13 @@ def _file_entry(file: Path) -> FileEntry:
     return {"sha256": "" if size > QUICK_LIMIT_BYTES else sha256_file(file), "bytes": size}
 
 
+def _remove(folder: Path) -> None:
+    """Without a word where it cannot be removed."""
+    import shutil  # see `_make`
+
+    shutil.rmtree(folder, ignore_errors=True)
+
+
 def _remove_oldest(folder: Path) -> None:
     """Keep the entries within `LIMIT_BYTES`. Another process may do the same."""
     entries = []
@@ -187,5 +197,5 @@ def _remove_oldest(folder: Path) -> None:
     for _, size, entry in sorted(entries):
         if left <= LIMIT_BYTES:
             return
-        shutil.rmtree(entry, ignore_errors=True)
+        _remove(entry)
         left -= size

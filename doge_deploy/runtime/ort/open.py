@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from doge_deploy.runtime.memory import check_memory
 from doge_deploy.runtime.ort.graph_cache import open_cached
 from doge_deploy.runtime.ort.growing import InPlaceGrowingOrtRunner
 from doge_deploy.runtime.ort.runners import GrowingOrtRunner, OrtRunner, StaticOrtRunner, UncachedOrtRunner
-from doge_deploy.runtime.ort.session import graph_file, open_session
+from doge_deploy.runtime.ort.session import graph_file, load_library, open_session
 from doge_deploy.runtime.ort.window import WindowOrtRunner
 from doge_deploy.runtime.rows import ChangingAngles
 
@@ -30,17 +31,20 @@ def open_runner(
     portable: bool = False,
     profile: Path | None = None,
     cache: bool = True,
+    leaves_interpreter: Callable[[], None] | None = None,
 ) -> OrtRunner:
     """A runner of one layout of a bundle.
 
     Args:
-        bundle: an opened bundle.
+        bundle: an opened bundle. Where its files are still being checked, none of them is read before that has ended;
+            an entry of `graph_cache` may be opened meanwhile, so that whoever gets the runner calls `Bundle.prove`.
         layout: "static" or "growing"; the bundle's first where None.
         threads, spin, profile: see `open_session`.
         flush_denormals: see `open_session`; without effect where keys are left out, which scores of any size decide.
         model: a changed graph of that layout to run instead of the bundle's file; extra outputs are allowed.
         portable: run the standard graph where the bundle also holds one lowered for ONNX Runtime.
         cache: take the optimised graph from `graph_cache`, or put it there.
+        leaves_interpreter: see `open_session`.
 
     Raises:
         UsageError: the bundle has no such layout.
@@ -49,17 +53,20 @@ def open_runner(
     """
     chosen = bundle.layout(layout)
     check_memory(bundle, chosen)
+    load_library()
     file = graph_file(chosen, portable=portable)
     source: Path | bytes = bundle.path / file if model is None else model
     if _has_float4(bundle):
         require_graph_packages("a bundle with weights of float4 on the CPU")
         from doge_deploy.targets.ort import widen_float4
 
+        bundle.prove()
         source = widen_float4(source)
     if bundle.manifest.dtype == "bfloat16":
         require_graph_packages("a bfloat16 bundle on the CPU")
         from doge_deploy.targets.ort import widen_bfloat16
 
+        bundle.prove()
         source = widen_bfloat16(source)
     manifest = bundle.manifest
     facts = manifest.facts
@@ -67,10 +74,12 @@ def open_runner(
     opened = partial(
         open_session, folder=bundle.path, threads=threads, spin=spin, flush_denormals=flush, profile=profile
     )
+    first = partial(opened, leaves_interpreter=leaves_interpreter)
     if cache and profile is None and source == bundle.path / file:
-        session = open_cached(bundle, file, {"flush_denormals": str(flush)}, opened)
+        session = open_cached(bundle, file, {"flush_denormals": str(flush)}, first)
     else:
-        session = opened(source)
+        bundle.prove()
+        session = first(source)
     if chosen.signature.layout == UNCACHED:
         return UncachedOrtRunner(session, chosen, manifest.max_length, facts.pad_token_id)
     last = manifest.last_logits

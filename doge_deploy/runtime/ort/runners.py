@@ -6,7 +6,7 @@ Reference: https://onnxruntime.ai/docs/api/python/api_summary.html (I/O binding)
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -210,6 +210,18 @@ class StaticOrtRunner(OrtRunner, RowsRunner):
             calls.memory = None
         self._bind_logits(calls, rows, last if self.last_logits else width)
         return calls
+
+    def take_memory(self) -> None:
+        """Writes zeros where nothing was ever written: arrays of zeros have no memory before that."""
+        for row, written in enumerate(self._written.tolist()):
+            for buffer in self._buffers.values():
+                buffer[row, :, written:] = 0
+
+    def joins(self, lengths: Sequence[int]) -> bool:
+        """Not where some of the rows alone would be a call of the other session, which rounds in another way."""
+        is_long = len(lengths) * max(lengths) >= LONG_CALL
+        other = self._open_long is not None and is_long and min(lengths) < LONG_CALL
+        return super().joins(lengths) and not other
 
     def _session_for(self, is_long: bool) -> onnxruntime.InferenceSession:
         if not is_long:

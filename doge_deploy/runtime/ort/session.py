@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import importlib.metadata
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -40,6 +41,7 @@ def open_session(
     optimised: bool = False,
     fold: bool = True,
     save_to: Path | None = None,
+    leaves_interpreter: Callable[[], None] | None = None,
 ) -> onnxruntime.InferenceSession:
     """An ONNX Runtime session on the CPU provider.
 
@@ -56,15 +58,16 @@ def open_session(
         optimised: the graph is what `save_to` wrote; it is taken as it is.
         fold: let ONNX Runtime compute once what depends on constants alone.
         save_to: where to write the graph as ONNX Runtime optimised it, with its weights in a file beside it.
+        leaves_interpreter: called once the graph is read, where ONNX Runtime is about to initialise the session, most
+            of the time, and leaves Python's interpreter to other threads.
 
     Raises:
         MissingDependencyError: ONNX Runtime is not installed, or there is no memory for the graph.
         UnsupportedModelError: ONNX Runtime refuses the graph.
     """
-    try:
-        import onnxruntime
-    except ImportError:
-        raise MissingDependencyError("ONNX Runtime is not installed: pip install 'doge-deploy[cpu]'") from None
+    load_library()
+    import onnxruntime
+
     onnxruntime.set_default_logger_severity(3)
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = usable_threads(threads)
@@ -88,12 +91,36 @@ def open_session(
     if isinstance(model, bytes):
         options.add_session_config_entry(_EXTERNAL_FOLDER, str(folder))
     source = model if isinstance(model, bytes) else str(model)
+    further = {} if leaves_interpreter is None else {"disabled_optimizers": _NoOptimisers(leaves_interpreter)}
     try:
-        return onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
+        return onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"], **further)
     except Exception as error:  # ONNX Runtime's exceptions have no common base of their own
         if out_of_memory(error):
             raise MissingDependencyError(f"there is no memory for the graph: {error}") from error
         raise UnsupportedModelError(f"ONNX Runtime {onnxruntime.__version__} refuses the graph: {error}") from error
+
+
+class _NoOptimisers:
+    """No names of optimisers to leave out. ONNX Runtime asks for them when it has read the graph.
+
+    It holds the interpreter while it reads, and not while it initialises the session; between the two nothing else of
+    the caller's runs. Were they asked for at another time, threads would only begin earlier or later.
+    """
+
+    def __init__(self, asked: Callable[[], None]) -> None:
+        self._asked = asked
+
+    def __iter__(self) -> Iterator[str]:
+        self._asked()
+        return iter(())
+
+
+def load_library() -> None:
+    """Raises MissingDependencyError where ONNX Runtime is not installed."""
+    try:
+        import onnxruntime  # noqa: F401
+    except ImportError:
+        raise MissingDependencyError("ONNX Runtime is not installed: pip install 'doge-deploy[cpu]'") from None
 
 
 def graph_file(layout: Layout, *, portable: bool = False) -> str:
@@ -113,7 +140,12 @@ def graph_file(layout: Layout, *, portable: bool = False) -> str:
 
 
 def _installed() -> str | None:
-    """Version of ONNX Runtime, which comes in two packages."""
+    """Version of ONNX Runtime: what is loaded says it at once, else what is installed, which is one of two packages."""
+    if loaded := sys.modules.get("onnxruntime"):
+        version: str = loaded.__version__
+        return version
+    import importlib.metadata
+
     for package in ("onnxruntime", "onnxruntime-gpu"):
         try:
             return importlib.metadata.version(package)

@@ -23,12 +23,13 @@ from starlette.middleware.cors import CORSMiddleware
 from doge_deploy import __version__
 from doge_deploy.serve.http import errors, schemas
 from doge_deploy.serve.http.answers import CLOSED_REQUEST, answer, new_name, unless_gone
+from doge_deploy.serve.http.arrivals import Arrivals
 from doge_deploy.serve.http.embeddings import FeatureModel, encoded
 from doge_deploy.serve.http.errors import ApiError
-from doge_deploy.serve.http.forms import ChatForm, TextForm
+from doge_deploy.serve.http.forms import ChatForm, Form, TextForm
 from doge_deploy.serve.http.inbox import Inbox
 from doge_deploy.serve.http.metrics import Metrics
-from doge_deploy.serve.http.plans import plan_chat, plan_completion, rendered
+from doge_deploy.serve.http.plans import Plan, plan_chat, plan_completion, rendered
 from doge_deploy.serve.http.requests import ChatBody, CompletionBody, DetokenizeBody, EmbeddingBody, TokenizeBody
 from doge_deploy.serve.http.schemas import ErrorAnswer
 from doge_deploy.serve.http.security import MAX_BODY_BYTES, MAX_HELD_BYTES, Gate
@@ -61,6 +62,7 @@ class Served:
     """What was found when a model's bundle was judged at the start, by the model's name."""
     runs_on: Mapping[str, str | int | None] = field(default_factory=dict)
     """For people: backend, engine, threads."""
+    arrivals: Arrivals = field(default_factory=Arrivals)
     working: int = 0
     """Requests for texts and embeddings that are being answered, from their first byte to the last of the answer."""
 
@@ -186,19 +188,27 @@ def _add_generation(app: FastAPI, served: Served, offload: Any) -> None:
     def answers(model: type[BaseModel], content: dict[str, Any] | None = None) -> dict[int | str, dict[str, Any]]:
         return {200: {"model": model, "content": content or {}}, **busy}
 
+    async def answered(plan: Plan, form: Form, http: Request) -> Response:
+        engine = plan.model.engine
+        http.scope[ARRIVAL].over()
+        if engine.scheduler.idle:
+            tokens = sum(len(request.prompt_ids) for request in plan.requests)
+            await served.arrivals.settled(tokens, engine.limits.together_tokens)
+        return await answer(plan, form, served.inboxes[plan.model.name], http)
+
     @app.post("/v1/chat/completions", responses=answers(schemas.ChatCompletion, schemas.EVENTS))
     async def chat(body: ChatBody, http: Request) -> Response:
         """The answer to a conversation, whole or as a stream of server-sent events."""
         model = served.text(body.model)
         plan = await plan_chat(body, model, new_name("chatcmpl"), offload)
-        return await answer(plan, ChatForm(), served.inboxes[model.name], http)
+        return await answered(plan, ChatForm(), http)
 
     @app.post("/v1/completions", responses=answers(schemas.Completion, schemas.EVENTS))
     async def completions(body: CompletionBody, http: Request) -> Response:
         """The continuation of texts or of token ids."""
         model = served.text(body.model)
         plan = await plan_completion(body, model, new_name("cmpl"), offload)
-        return await answer(plan, TextForm(), served.inboxes[model.name], http)
+        return await answered(plan, TextForm(), http)
 
     @app.post("/v1/embeddings", responses=answers(schemas.Embeddings))
     async def embeddings(body: EmbeddingBody, http: Request) -> Response:
@@ -321,6 +331,9 @@ def _card(served: Served, model: ServedText | FeatureModel) -> dict[str, Any]:
     }
 
 
+ARRIVAL = "doge_deploy.arrival"
+"""In the scope of a request that takes work: its `Arrival`."""
+
 WORK_PATHS = frozenset({"/v1/chat/completions", "/v1/completions", "/v1/embeddings"})
 
 
@@ -339,9 +352,11 @@ class WorkCount:
             await errors.response(error)(scope, receive, send)
             return
         self._served.working += 1
+        scope[ARRIVAL] = arrival = self._served.arrivals.begin()
         try:
             await self._app(scope, receive, send)
         finally:
+            arrival.over()
             self._served.working -= 1
 
 

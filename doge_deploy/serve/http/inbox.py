@@ -130,11 +130,14 @@ class Inbox:
         """
         mail = Mail()
         try:
+            if self._failed is not None:
+                raise EngineStoppedError(self._failed)
             for request in requests:
-                if self._failed is not None:
-                    raise EngineStoppedError(self._failed)
                 self._waiters[request.id] = _Waiter(engine, mail)
-                await asyncio.wrap_future(engine.submit(request))
+            taken = map(asyncio.wrap_future, engine.submit_all(requests))
+            for found in await asyncio.gather(*taken, return_exceptions=True):
+                if isinstance(found, BaseException):
+                    raise found
             yield mail
         finally:
             for request in requests:

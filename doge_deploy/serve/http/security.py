@@ -27,7 +27,7 @@ def read_keys(file: Path) -> tuple[bytes, ...]:
         UsageError: the file cannot be read or holds no key.
     """
     try:
-        lines = file.read_text(encoding="utf-8").splitlines()
+        lines = file.read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(f"--api-key-file {file}: cannot be read: {error}") from error
     keys = tuple(line.strip().encode() for line in lines if line.strip() and not line.lstrip().startswith("#"))

@@ -76,6 +76,8 @@ def localize(
     if case is None and report is None:
         raise UsageError("localize: name a case, or give a report of verify")
     bundle = open_bundle(path)
+    if lowering:
+        check_lowering(bundle)
     checkpoint = open_reference(bundle, reference, adapter)
     weights = (report.weights if report is not None else compare_weights(bundle, checkpoint)).failures
     if case is None:
@@ -86,6 +88,19 @@ def localize(
     layout, name = _split(bundle, case)
     with LiveOracle(bundle, checkpoint, greedy_steps=greedy_steps, started=started) as oracle:
         return _Search(bundle, oracle, layout, weights, portable=portable, lowering=lowering).search(name, started)
+
+
+def check_lowering(bundle: Bundle) -> None:
+    """Raises UsageError where the lowering for TensorRT is two graphs of their own: their cache holds the window, in a
+    form that no stage of the reference has. All of them except attention is as in other lowered graphs.
+    """
+    if holds_window(bundle):
+        window = bundle.manifest.facts.keep_window_size
+        raise UsageError(
+            f"{bundle.path}: --localize does not look into the two graphs of a cache that holds the window, which "
+            "--lowering judges here; leave out --lowering for the graphs of the CPU, or export with --max-length "
+            f"{window}, whose lowering differs in attention alone and is looked into"
+        )
 
 
 def _split(bundle: Bundle, case: str) -> tuple[str, str]:
@@ -131,11 +146,6 @@ class _Search:
         weight_format = format_of(self.manifest.options)
         self.rounds = weight_format is not None and weight_format.rounds_activations
         self.options = SessionOptions(portable=portable or self.rounds, spin=False)
-        if lowering and holds_window(bundle):
-            raise UsageError(
-                "--localize does not look into the two graphs of a cache that holds the window, which --lowering "
-                "judges here; leave one of both out"
-            )
         self.runners = open_runners(bundle, layout, self.backend, self.options, lowering=lowering)
         self.judge = Judge(bundle, layout, self.runners, oracle)
         self.columns = self._open_columns(portable=portable)

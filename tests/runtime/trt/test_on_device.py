@@ -10,17 +10,20 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
+import device_checks as checks
 import numpy as np
 import pytest
+from device_checks import BUILD, ENGINES, EngineCase
 
 from doge_deploy.bundle.opening import open_bundle
 from doge_deploy.bundle.writing import write_manifest
 from doge_deploy.cli.main import run_command
+from doge_deploy.devices.versions import at_least
 from doge_deploy.errors import MissingDependencyError
 from doge_deploy.options.build import Target
-from doge_deploy.runtime.base import BundleRunner
 from doge_deploy.runtime.ort import open_runner
 from doge_deploy.runtime.trt import open_runner as open_engine
+from doge_deploy.runtime.trt.bounded import BoundedTrtRunner
 from doge_deploy.runtime.trt.device import CudaDevice, open_device
 from doge_deploy.targets.trt.vendor import PRODUCTS
 
@@ -69,38 +72,67 @@ def test_what_does_not_fit_is_one_line(device: CudaDevice) -> None:
         device.allocate(1 << 50)
 
 
-@pytest.fixture(scope="module", params=["trt-rtx", "trt"])
-def built(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Target]:
-    """doge-tiny in fp16 with an engine for this GPU."""
+def _built(case: EngineCase, target: Target, folder: Path) -> Path:
+    """A bundle with an engine for this GPU; skips where there can be none."""
     from bundles import own_bundle
 
-    target: Target = request.param
     pytest.importorskip(PRODUCTS[target].module)
-    path = own_bundle(tmp_path_factory.mktemp("built") / "doge-tiny", "doge-tiny", dtype="fp16")
-    options = ["--batch-size", "1,1,2", *(["--no-plugins"] if target == "trt" else [])]
-    assert run_command(["build", str(path), "--target", target, *options]) == 0
-    return path, target
+    here = open_device("rtx").compute_capability
+    if case.capability and not at_least(here, case.capability):
+        pytest.skip(f"engines of {case.quantize} weights need compute capability {case.capability}; this is {here}")
+    path = own_bundle(folder / "bundle", case.model, **case.export)
+    assert run_command(["build", str(path), "--target", target, "--batch-size", "1,1,2", *BUILD[target]]) == 0
+    return path
+
+
+TARGETS: tuple[Target, ...] = ("trt-rtx", "trt")
+
+
+@pytest.fixture(scope="module", params=TARGETS)
+def built(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Target]:
+    """doge-tiny in fp16 with an engine whose cache is bounded."""
+    return _built(ENGINES["bounded"], request.param, tmp_path_factory.mktemp("built")), request.param
+
+
+@pytest.fixture(
+    scope="module",
+    params=[(name, target) for target in TARGETS for name in ENGINES],
+    ids=[f"{target}-{name}" for target in TARGETS for name in ENGINES],
+)
+def engine(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[EngineCase, Path, Target]:
+    """Each case with its engine."""
+    name, target = request.param
+    return ENGINES[name], _built(ENGINES[name], target, tmp_path_factory.mktemp("engine")), target
 
 
 @pytest.mark.tensorrt
-def test_an_engine_computes_what_transformers_computes(built: tuple[Path, Target]) -> None:
-    path, target = built
+def test_an_engine_computes_what_transformers_computes(engine: tuple[EngineCase, Path, Target]) -> None:
+    """With weights of few bits their quality is judged too."""
+    _, path, target = engine
     assert run_command(["verify", str(path), "--backend", target, "--greedy-steps", "32"]) == 0
 
 
 @pytest.mark.tensorrt
-def test_decode_steps_follow_onnx_runtime(built: tuple[Path, Target]) -> None:
-    path, target = built
+def test_decode_steps_follow_onnx_runtime(engine: tuple[EngineCase, Path, Target]) -> None:
+    case, path, target = engine
+    if case.rounds_inputs:
+        pytest.skip("its products round their inputs, so that its logits are others; `verify` judges them")
     bundle = open_bundle(path)
-    runners: list[BundleRunner] = [open_engine(bundle, target), open_runner(bundle, "static", portable=True)]
-    logits = []
-    for runner in runners:
-        runner.reset(2)
-        steps = [runner.run(np.array([[5, 6, 7], [8, 9, 10]]))]
-        steps += [runner.run(np.array([[token], [token + 1]])) for token in range(20, 36)]
-        logits.append(np.concatenate(steps, axis=1).astype(np.float64))
-    scale = np.abs(logits[1]).max()
-    assert np.abs(logits[0] - logits[1]).max() < 2**-6 * scale, "16 units in the last place of fp16"
+    standard = open_runner(bundle, "static", portable=True)
+    for tokens in (30, *(() if case.max_length else (100,))):
+        checks.follows(open_engine(bundle, target), standard, bundle.manifest.dtype, tokens=tokens)
+    checks.rows_stay_apart(open_engine(bundle, target), bundle.manifest.dtype)
+
+
+@pytest.mark.tensorrt
+def test_a_bounded_cache_holds_the_best_keys(engine: tuple[EngineCase, Path, Target]) -> None:
+    case, path, target = engine
+    if case.rounds_inputs or case.max_length:
+        pytest.skip("its scores are others" if case.rounds_inputs else "it has a slot for each token")
+    bundle = open_bundle(path)
+    runner = open_engine(bundle, target)
+    assert isinstance(runner, BoundedTrtRunner)
+    checks.holds_the_window(runner, open_runner(bundle, "static", portable=True), bundle.manifest.dtype)
 
 
 @pytest.mark.tensorrt

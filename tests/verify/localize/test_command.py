@@ -69,6 +69,16 @@ def test_a_bundle_that_passes_has_nothing_to_find(capfd: pytest.CaptureFixture[s
     assert "nothing to find: every case is within tolerance" in capfd.readouterr().out
 
 
+def test_what_cannot_be_looked_into_is_said_before_anything_is_judged(capfd: pytest.CaptureFixture[str]) -> None:
+    assert run_command(["verify", str(shared_bundle("doge-tiny")), "--lowering", "--localize"]) == 2
+    captured = capfd.readouterr()
+    (line,) = captured.err.splitlines()
+    assert not captured.out and line.endswith(
+        "leave out --lowering for the graphs of the CPU, or export with --max-length 64, whose lowering differs in "
+        "attention alone and is looked into"
+    )
+
+
 def test_the_lowering_for_tensorrt_is_a_column(tmp_path: Path) -> None:
     found = api.localize(shared_bundle("doge-tiny", max_length=64), "decode", lowering=True)
     assert found.passed, found.lines()
