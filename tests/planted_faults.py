@@ -659,8 +659,8 @@ FAULTS: dict[str, Fault] = {
         "serve",
         Patch(
             "doge_deploy/serve/scheduler.py",
-            "if self.decoding else self.limits.alone_tokens",
-            "if not self.decoding else self.limits.alone_tokens",
+            "if somebody_waits else self.limits.alone_tokens",
+            "if not somebody_waits else self.limits.alone_tokens",
         ),
         "a long prompt holds up the texts of others",
         ("test_scheduler.py",),
@@ -709,6 +709,21 @@ FAULTS: dict[str, Fault] = {
         ),
         "of requests that arrive together the first is computed alone",
         ("test_arrivals.py",),
+    ),
+    "budget-is-never-used-up": Fault(
+        "serve",
+        Patch("doge_deploy/serve/scheduler.py", "fed + call.tokens if somebody_waits or", "0 if somebody_waits or"),
+        "prompts that wait hold up the texts of others until all are fed",
+        ("test_together.py",),
+        select="budget",
+    ),
+    "warm-up-leaves-text": Fault(
+        "serve",
+        Patch(
+            "doge_deploy/serve/start.py", "slots.release(slot)\n\n\ndef make_scheduler", "pass\n\n\ndef make_scheduler"
+        ),
+        "no slot is free when the first client comes",
+        ("test_warm_up.py",),
     ),
     "no-limit-of-tokens": Fault(
         "serve",

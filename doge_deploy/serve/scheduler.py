@@ -227,16 +227,18 @@ class Scheduler:
         fed = 0
         while True:
             # asked anew each time: a request that got its first token waits for the next one from then on
-            budget = self.limits.step_tokens if self.decoding else self.limits.alone_tokens
+            somebody_waits = bool(self.decoding)
+            budget = self.limits.step_tokens if somebody_waits else self.limits.alone_tokens
             call = self._prompts.next_call(self.prefilling, budget, fed, self.limits.together_tokens)
             if call is None:
                 return
-            fed += call.tokens
             for piece in call.pieces:
                 if piece.first:
                     self.counters.prefix_queries += len(piece.request.prompt_ids)
                     self.counters.prefix_hits += piece.kept
             self._feed(call.pieces)
+            # what nobody waited for is no part of what the first one waits for
+            fed = fed + call.tokens if somebody_waits or not self.decoding else 0
             self.after_call()
 
     def _feed(self, pieces: Sequence[Piece]) -> None:

@@ -242,7 +242,7 @@ def warm_up(slots: SlotRunner, limits: Limits) -> None:
     slots.prefill(used[0], [0] * width).numpy()
     slots.truncate(used[0], 0)
     each = [max(min(limits.together_tokens, width) // len(used), 1)] * len(used)
-    if slots.joins(each):
+    if len(used) > 1 and slots.joins(each):
         slots.extend(used, [[0] * count for count in each]).numpy()
     for slot in used:
         slots.release(slot)

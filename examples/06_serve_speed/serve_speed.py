@@ -4,6 +4,7 @@ python serve_speed.py prepare DIR                      checkpoints of random wei
 python serve_speed.py run DIR --size 20M [...]         DIR/results/20M.json: all candidates in turns
 python serve_speed.py alone DIR --size 20M [...]       the server and its scheduler without HTTP, in turns
 python serve_speed.py first DIR --size 20M [...]       first tokens of 8 prompts at once, and the least that is possible
+python serve_speed.py versions DIR OTHER [...]         the same of this and of another version of the sources, in turns
 python serve_speed.py gap DIR --size 20M [...]         what a long prompt does to streams, by --step-tokens
 python serve_speed.py table DIR                        the results as tables
 """
@@ -18,7 +19,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -42,6 +43,8 @@ class Candidate:
     """Starts it; `PORT` stands for the port."""
     model: str
     """What a request calls its model."""
+    sources: str = ""
+    """Where another version of doge_deploy lies; this one where empty."""
 
 
 @dataclass
@@ -126,7 +129,8 @@ def running(candidate: Candidate, log: Path) -> Iterator[Server]:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     command = [str(port) if part == "PORT" else part for part in candidate.command]
-    with log.open("wb") as file, subprocess.Popen(command, stdout=file, stderr=file) as process:
+    env = {**os.environ, "PYTHONPATH": candidate.sources} if candidate.sources else None
+    with log.open("wb") as file, subprocess.Popen(command, stdout=file, stderr=file, env=env) as process:
         try:
             deadline = time.monotonic() + 120
             while True:
@@ -370,6 +374,44 @@ def first(directory: Path, sizes: Sequence[str], kinds: Sequence[str], rounds: i
                 ", ".join(f"{1e3 * cost:.1f}" for cost in costs),
             )
             click.echo(f"| {' | '.join(shown)} |")
+
+
+@cli.command()
+@click.argument("directory", type=click.Path(path_type=Path))
+@click.argument("other", type=click.Path(path_type=Path, exists=True))
+@click.option("--size", "sizes", multiple=True, default=("20M", "60M"))
+@click.option("--kind", "kinds", multiple=True, default=tuple(KINDS))
+@click.option("--rounds", default=7)
+def versions(directory: Path, other: Path, sizes: Sequence[str], kinds: Sequence[str], rounds: int) -> None:
+    """First tokens of 8 prompts that arrive at the same moment, by these sources and those in the folder OTHER, which
+    `git archive COMMIT doge_deploy | tar -x -C OTHER` fills.
+    """
+    click.echo(
+        "| bundle | sources | first token of one ms | of 8: median, p95 | over one: median, smallest, largest round |"
+    )
+    click.echo("| --- " * 5 + "|")
+    for size in sizes:
+        for kind in kinds:
+            with contextlib.ExitStack() as stack:
+                ours = of_doge(directory, size, kind)
+                both = (replace(ours, name="other", sources=str(other.resolve())), replace(ours, name="these"))
+                servers = [stack.enter_context(running(one, directory / f"{one.name}.log")) for one in both]
+                found: dict[str, list[tuple[list[float], list[float]]]] = {one.name: [] for one in both}
+                for number in range(-2, rounds):  # the first two rounds are not counted
+                    for server in servers if number % 2 else servers[::-1]:
+                        one = load.run(server.port, kind, 1, 2, new=8, seed=3 * number + 500)
+                        eight = load.run(server.port, kind, 8, 1, new=8, seed=3 * number + 501)
+                        if number >= 0:
+                            found[server.candidate.name].append((one.first, eight.first))
+            for name, pairs in found.items():
+                ones = [value for one, _ in pairs for value in one]
+                eights = [value for _, eight in pairs for value in eight]
+                each = [median(eight) / median(one) for one, eight in pairs]
+                click.echo(
+                    f"| {size} {kind} | {name} | {1e3 * median(ones):.1f} "
+                    f"| {1e3 * median(eights):.1f}, {1e3 * load.percentile(eights, 0.95):.1f} "
+                    f"| {median(eights) / median(ones):.2f}, {min(each):.2f}, {max(each):.2f} |"
+                )
 
 
 def _orders(prompts: int) -> Iterator[tuple[int, ...]]:

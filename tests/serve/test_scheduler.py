@@ -85,7 +85,7 @@ def test_a_long_prompt_delays_the_next_token_of_others_by_one_chunk() -> None:
 
 
 def test_events_are_sent_call_by_call() -> None:
-    scheduler = make(3, limits=Limits(step_tokens=8), joins=1)
+    scheduler = make(4, limits=Limits(step_tokens=8), joins=1)
     told: list[tuple[str, ...]] = []
     sent: list[str] = []
 
@@ -94,15 +94,15 @@ def test_events_are_sent_call_by_call() -> None:
         sent.clear()
 
     scheduler.after_call = after_call
-    for name in "abc":
+    for name in "abcd":
         one, _ = request([5, 6, ord(name)], name=name, tokens=2)
         one.send = lambda event, name=name: sent.append(name) if isinstance(event, Produced) else None
         scheduler.submit(one)
     scheduler.step()
-    assert told == [("a",), ("b",)], "the first token of one prompt does not wait for the next prompt"
+    assert told == [("a",), ("b",), ("c",)], "the first token of one prompt does not wait for the next prompt"
     told.clear()
     scheduler.step()
-    assert told == [("a", "b"), ("c",)]
+    assert told == [("a", "b", "c"), ("d",)]
 
 
 def test_prompts_are_fed_in_large_chunks_where_nobody_waits_for_a_token() -> None:
