@@ -23,6 +23,7 @@ class Parity(Protocol):
         self,
         model: str | Path,
         *,
+        bundle: str | Path | None = None,
         adapter: str | Path | None = None,
         baseline: str | Path | None = None,
         layouts: Sequence[str] = (),
@@ -30,11 +31,15 @@ class Parity(Protocol):
         portable: bool = False,
         **options: Unpack[ExportKeywords],
     ) -> Report:
-        """Export `model` into a temporary folder and verify the bundle; fail the test with a table where they differ.
+        """Verify a bundle of `model`; fail the test with a table where they differ.
 
         Args:
             model: a directory, a Hub id, or a bundled name.
-            adapter, options: as of `doge_deploy.export`.
+            bundle: one that is kept, and verified as it is: the test fails when the checkpoint or the bundle changed.
+                Without it `model` is exported anew into a temporary folder: the test fails when the packages that
+                export, run or judge it no longer agree.
+            adapter: as of `doge_deploy.export`.
+            options: the same, for an export; they cannot be given with `bundle`.
             baseline, layouts, greedy_steps, portable: as of `doge_deploy.verify`.
 
         Returns:
@@ -44,7 +49,7 @@ class Parity(Protocol):
 
 @pytest.fixture
 def doge_parity(tmp_path_factory: pytest.TempPathFactory) -> Parity:
-    """A function that exports a checkpoint and fails the test unless the bundle computes what the checkpoint does.
+    """A function that fails the test unless a bundle, kept or exported by it, computes what the checkpoint does.
 
     What cannot be exported or judged, because a package is missing for example, fails too: a test that proves nothing
     must not pass.
@@ -53,6 +58,7 @@ def doge_parity(tmp_path_factory: pytest.TempPathFactory) -> Parity:
     def check(
         model: str | Path,
         *,
+        bundle: str | Path | None = None,
         adapter: str | Path | None = None,
         baseline: str | Path | None = None,
         layouts: Sequence[str] = (),
@@ -62,10 +68,15 @@ def doge_parity(tmp_path_factory: pytest.TempPathFactory) -> Parity:
     ) -> Report:
         from doge_deploy import api
 
-        folder = tmp_path_factory.mktemp("doge_parity") / "bundle"
+        if bundle is not None and options:
+            pytest.fail(
+                f"{', '.join(options)}: of an export, and bundle={str(bundle)!r} is kept as it is", pytrace=False
+            )
+        folder = tmp_path_factory.mktemp("doge_parity") / "bundle" if bundle is None else Path(bundle)
         merged = None if adapter is None else str(adapter)
         try:
-            api.export(model, folder, adapter=adapter, **options)
+            if bundle is None:
+                api.export(model, folder, adapter=adapter, **options)
             report = api.verify(
                 folder,
                 reference=str(model),
@@ -76,7 +87,7 @@ def doge_parity(tmp_path_factory: pytest.TempPathFactory) -> Parity:
                 portable=portable,
             )
         except api.DogeDeployError as error:
-            pytest.fail(f"{model}: {error}", pytrace=False)
+            pytest.fail(str(error) if str(model) in str(error) else f"{model}: {error}", pytrace=False)
         if not report.passed:
             from doge_deploy.verify.markdown import report_markdown
 

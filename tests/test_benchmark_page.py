@@ -28,7 +28,7 @@ FOLDER = ROOT / "examples" / "03_benchmarks"
 
 def load(name: str) -> ModuleType:
     """A script of the example as a module; they import each other by name."""
-    for needed in {"page": ["rivals"], "matrix": ["page"]}.get(name, []):
+    for needed in {"page": ["rivals"], "matrix": ["page"], "readme": ["page"]}.get(name, []):
         load(needed)
     spec = importlib.util.spec_from_file_location(name, FOLDER / f"{name}.py")
     assert spec is not None and spec.loader is not None

@@ -110,7 +110,9 @@ def open_bundle(path: str | Path, *, check: str = "full", wait: bool = True) -> 
     """
     path = Path(path)
     if not path.is_dir():
-        raise UsageError(f"{path} is not a directory; give a bundle that `doge-deploy export` wrote")
+        raise UsageError(
+            f"{path} is not a directory; give a bundle, as `doge-deploy export MODEL -o {path}` writes one"
+        )
     manifest = load_manifest(path)
     quick = check == "quick"
     if not wait:

@@ -10,6 +10,17 @@ import click
 from doge_deploy.cli.progress import progress
 
 
+def _capabilities(context: click.Context, parameter: click.Parameter, values: tuple[str, ...]) -> tuple[str, ...]:
+    if not values:
+        return ()
+    from doge_deploy.options.build import parse_capability
+
+    try:
+        return tuple(parse_capability(value) for value in values)
+    except ValueError as error:
+        raise click.BadParameter(f"{error}: write 8.9; repeat the option for several", context, parameter) from None
+
+
 @click.command("build")
 @click.argument("bundle", type=click.Path(path_type=Path))
 @click.option(
@@ -21,6 +32,7 @@ from doge_deploy.cli.progress import progress
     "--compute-capability",
     "compute_capabilities",
     multiple=True,
+    callback=_capabilities,
     metavar="CC",
     help="Compute capability of a GPU to build for, such as 8.9; repeatable.  [default: all that the target covers]",
 )

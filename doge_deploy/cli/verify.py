@@ -130,7 +130,8 @@ def verify(
         localize(case).require_passed()
         return
 
-    with VerifyTable() as table:
+    judged_by = () if recording is None else (f"the recording {recording}",)
+    with VerifyTable(*judged_by) as table:
         report = api.verify(
             bundle,
             recording=recording,

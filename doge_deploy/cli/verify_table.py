@@ -50,12 +50,12 @@ _COLUMNS = (
 class VerifyTable:
     """Live on a terminal, printed once when done elsewhere; a context manager."""
 
-    def __init__(self) -> None:
+    def __init__(self, reference: str = "transformers in eager mode") -> None:
         console = Console()
         self.console = console if console.is_terminal else Console(width=_WIDTH_WITHOUT_TERMINAL)
         self.errors = Console(stderr=True)
         self.columns = [column for column in _COLUMNS if self.console.width >= column.from_width]
-        self.table = Table(title="Bundle against reference (eager)", title_justify="left")
+        self.table = Table(title=f"Bundle against {reference}", title_justify="left")
         for column in self.columns:
             width = None if column.name else 4  # the verdict is never cut
             self.table.add_column(

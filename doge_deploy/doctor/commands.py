@@ -39,6 +39,8 @@ def commands(machine: Machine) -> list[CommandStatus]:
             [export, *(_library(machine, library) for library in default.libraries)],
         )
     )
+    judging = [_library(machine, library) for library in default.libraries]
+    rows.append(_row(machine, "verify --recording", default.libraries[:1], judging))
     for backend in by_demand():
         rows += _backend_rows(machine, backend)
     rows += _broken_backends()

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import gc
 import logging
+import os
 import re
 import signal
 import statistics
@@ -307,12 +309,26 @@ def run(paths: Sequence[Path], options: ServeOptions) -> None:
     server = _make_server(config, served, options.drain_seconds)
     gc.collect()
     gc.freeze()  # what is there now stays: to look through it again and again would hold up every stream
+    refusal = _Refusal()
+    logging.getLogger("uvicorn.error").addFilter(refusal)
     with contextlib.suppress(SystemExit):  # uvicorn's way to say that it could not start
         server.run()
     if not server.started:
-        raise UsageError(
-            f"--host {options.host} --port {options.port}: cannot be bound; is another server running there?"
-        )
+        raise UsageError(f"--host {options.host} --port {options.port}: cannot be bound{refusal.reason}")
+
+
+class _Refusal(logging.Filter):
+    """Why an address cannot be bound. It is kept out of the log: `serve` says it itself."""
+
+    reason = ""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        if not isinstance(record.msg, OSError):
+            return True
+        taken = record.msg.errno == errno.EADDRINUSE
+        why = "another program listens there; choose another --port" if taken else os.strerror(record.msg.errno or 0)
+        self.reason = f": {why}"
+        return False
 
 
 def _make_server(config: uvicorn.Config, served: Served, drain_seconds: float) -> uvicorn.Server:

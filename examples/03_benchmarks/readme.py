@@ -1,4 +1,4 @@
-"""The table of results in README.md, from the JSON files beside docs/benchmarks.md.
+"""The tables of results in README.md, from the JSON files beside docs/benchmarks.md.
 
     python examples/03_benchmarks/readme.py          # writes it
 
@@ -12,12 +12,14 @@ import re
 from pathlib import Path
 
 from page import BASELINES, DECODE_ROWS, kinds_of, number, only, ratio, row_of, table
+from rivals import HEADER, rivals_rows
 
 ROOT = Path(__file__).resolve().parents[2]
 README = ROOT / "README.md"
 RESULTS = ROOT / "docs" / "benchmarks"
 
-_PART = re.compile(r"(<!-- results -->\n).*?(<!-- end -->)", re.DOTALL)
+YARDSTICK = "llama.cpp"
+COLUMNS = ("bundle", "against", "decode", "prefill of 512", "8 rows")
 
 
 def results(folder: Path) -> str:
@@ -36,9 +38,22 @@ def results(folder: Path) -> str:
     return f"{machine['processor']}, {machine['cpus']} cores; {versions}.\n\n{table(header, rows)}"
 
 
+def yardstick(folder: Path) -> str:
+    """Bundles beside llama.cpp, in Markdown."""
+    runs = {file.stem: json.loads(file.read_text(encoding="utf-8")) for file in sorted(folder.glob("*-rivals*.json"))}
+    rows = [dict(zip(HEADER, row, strict=True)) for row in rivals_rows(runs)]
+    lines = [[row[column] for column in COLUMNS] for row in rows if row["against"].startswith(YARDSTICK)]
+    return table(list(COLUMNS), lines)
+
+
 def renewed(text: str, folder: Path = RESULTS) -> str:
-    """The text of README.md with the table as the files have it."""
-    return _PART.sub(lambda found: f"{found[1]}\n{results(folder)}\n\n{found[2]}", text)
+    """The text of README.md with the tables as the files have them."""
+    for name, make in (("results", results), (YARDSTICK, yardstick)):
+        part = re.compile(rf"(<!-- {re.escape(name)} -->\n).*?(<!-- end -->)", re.DOTALL)
+        assert part.search(text), name
+        body = make(folder)
+        text = part.sub(lambda found, body=body: f"{found[1]}\n{body}\n\n{found[2]}", text)
+    return text
 
 
 if __name__ == "__main__":

@@ -61,3 +61,23 @@ def test_a_difference_fails_with_the_table(doge_parity: Parity, monkeypatch: pyt
 def test_an_option_that_is_not_legal_fails_in_one_line(doge_parity: Parity) -> None:
     with pytest.raises(pytest.fail.Exception, match=r"doge-tiny: .*fp7"):
         doge_parity("doge-tiny", dtype="fp7")  # type: ignore[arg-type]
+
+
+def test_a_bundle_that_is_kept_is_not_exported_again(
+    doge_parity: Parity, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    judged = []
+    monkeypatch.setattr(api, "export", lambda *arguments, **options: pytest.fail("it was exported"))
+    monkeypatch.setattr(
+        api, "verify", lambda bundle, **options: judged.append(bundle) or made.report(made.case("prefill"))
+    )
+    doge_parity("doge-tiny", bundle=tmp_path)
+    assert judged == [tmp_path]
+    with pytest.raises(pytest.fail.Exception, match=r"dtype: of an export, and bundle='.*' is kept as it is"):
+        doge_parity("doge-tiny", bundle=tmp_path, dtype="fp16")
+
+
+def test_a_checkpoint_that_is_not_there_is_named_once(doge_parity: Parity) -> None:
+    with pytest.raises(pytest.fail.Exception) as failure:
+        doge_parity("nowhere/at-all/checkpoint")
+    assert str(failure.value).count("nowhere/at-all/checkpoint") == 1

@@ -33,6 +33,12 @@ BAD: dict[str, tuple[list[str], int, str]] = {
         "'llama' is not one of transformers, naive",
     ),
     "bench: a file that cannot be written": (["bench", "x", "--json", "nowhere/report.json"], 2, "nowhere/report.json"),
+    "a decimal comma": (
+        ["build", "x", "--compute-capability", "8,9"],
+        2,
+        "'8,9' is not a compute capability: write 8.9",
+    ),
+    "a checkpoint, no bundle": (["serve", "doge-tiny"], 2, "as `doge-deploy export MODEL -o doge-tiny` writes one"),
     "too many layers": (["export", "doge-tiny", "-o", "x", "--num-layers", "9"], 2, "num_layers=9"),
 }
 

@@ -17,7 +17,7 @@ def row(of: Machine, name: str) -> CommandStatus:
 
 def test_without_gpu_a_bundle_is_exported_verified_and_run() -> None:
     usable = {status.name for status in commands(machine()) if status.usable}
-    assert usable == {"export", "verify", "generate --backend ort"}
+    assert usable == {"export", "verify", "verify --recording", "generate --backend ort"}
 
 
 def test_tensorrt_rtx_builds_without_a_gpu_and_runs_with_one() -> None:

@@ -146,7 +146,9 @@ def test_a_port_that_is_taken_is_one_line(tiny_bundle_last: Path, capsys: pytest
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = str(taken.getsockname()[1])
         assert run_command(["serve", str(tiny_bundle_last), "--port", port]) == 2
-    assert f"--port {port}: cannot be bound" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert f"--port {port}: cannot be bound: another program listens there; choose another --port\n" in error
+    assert error.count("\n") == 1
 
 
 def test_two_bundles_of_one_name_need_names(tiny_bundle_last: Path, capsys: pytest.CaptureFixture[str]) -> None:

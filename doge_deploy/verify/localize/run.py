@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 from functools import partial
 from pathlib import Path
 
@@ -12,6 +12,7 @@ import onnx_ir as ir
 
 from doge_deploy.bundle.opening import Bundle, open_bundle
 from doge_deploy.bundle.signature import UNCACHED
+from doge_deploy.checkpoint import Checkpoint
 from doge_deploy.diagnostics import suggest
 from doge_deploy.errors import UsageError
 from doge_deploy.graph.stages import MADE_BY, point_name, split_point, stage_of
@@ -87,7 +88,20 @@ def localize(
             return _of_weights(weights)
     layout, name = _split(bundle, case)
     with LiveOracle(bundle, checkpoint, greedy_steps=greedy_steps, started=started) as oracle:
-        return _Search(bundle, oracle, layout, weights, portable=portable, lowering=lowering).search(name, started)
+        found = _Search(bundle, oracle, layout, weights, portable=portable, lowering=lowering).search(name, started)
+    found.notes += _changed_facts(bundle, checkpoint)
+    return found
+
+
+def _changed_facts(bundle: Bundle, checkpoint: Checkpoint) -> list[str]:
+    """What the checkpoint's config.json says now and did not say when the bundle was exported."""
+    then, now = bundle.manifest.facts, checkpoint.facts
+    changed = [
+        f"{one.name} is {getattr(now, one.name)}, in the bundle {getattr(then, one.name)}"
+        for one in fields(then)
+        if getattr(then, one.name) != getattr(now, one.name)
+    ]
+    return [f"config.json of the checkpoint has changed since the export: {'; '.join(changed)}"] if changed else []
 
 
 def check_lowering(bundle: Bundle) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -11,6 +13,7 @@ from localize_faults import one_percent
 
 from doge_deploy import api
 from doge_deploy.bundle.opening import open_bundle
+from doge_deploy.checkpoint.find import find_checkpoint
 from doge_deploy.cli.main import run_command
 from doge_deploy.errors import UsageError
 from doge_deploy.graph.stages import POINT
@@ -121,3 +124,15 @@ def test_a_bundle_of_an_older_version_is_refused(tmp_path: Path, capfd: pytest.C
     assert open_bundle(old).manifest.layouts
     assert run_command(["verify", str(old), "--localize", "--case", "prefill"]) == 3
     assert "export the checkpoint again" in capfd.readouterr().err
+
+
+def test_a_changed_config_is_named(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    checkpoint = tmp_path / "checkpoint"
+    shutil.copytree(find_checkpoint("doge-tiny"), checkpoint)
+    config = json.loads((checkpoint / "config.json").read_text())
+    (checkpoint / "config.json").write_text(json.dumps({**config, "rms_norm_eps": 1e-3}))
+    bundle = str(shared_bundle("doge-tiny", logits="all"))
+    command = ["verify", bundle, "--reference", str(checkpoint), "--localize", "--case", "prefill"]
+    assert run_command(command) == 1
+    text = capfd.readouterr()
+    assert "changed since the export: rms_norm_eps is 0.001, in the bundle 1e-06" in text.out + text.err
