@@ -259,7 +259,7 @@ def rivals_part(runs: dict[str, Result]) -> str:
 
 def commands(runs: dict[str, Result]) -> str:
     lines = [
-        "<!-- not run: time: hours; the figures are of such a run -->",
+        "<!-- not run: time: a quarter of an hour; the figures are of such a run -->",
         "```console",
         *(f"$ python examples/03_benchmarks/matrix.py run build/bench {name}" for name in runs),
         "```",
