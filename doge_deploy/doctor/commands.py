@@ -31,15 +31,15 @@ def commands(machine: Machine) -> list[CommandStatus]:
     export = _packages(machine, EXPORT)
     rows = [_row(machine, "export", EXPORT[:2], [export])]
     default = find(DEFAULT_BACKEND)
+    judging = [_library(machine, library) for library in default.libraries]
     rows.append(
         _row(
             machine,
             "verify",
             (*EXPORT[:2], *default.libraries[:1]),
-            [export, *(_library(machine, library) for library in default.libraries)],
+            [export, *judging],
         )
     )
-    judging = [_library(machine, library) for library in default.libraries]
     rows.append(_row(machine, "verify --recording", default.libraries[:1], judging))
     for backend in by_demand():
         rows += _backend_rows(machine, backend)

@@ -309,10 +309,13 @@ def run(paths: Sequence[Path], options: ServeOptions) -> None:
     server = _make_server(config, served, options.drain_seconds)
     gc.collect()
     gc.freeze()  # what is there now stays: to look through it again and again would hold up every stream
-    refusal = _Refusal()
-    logging.getLogger("uvicorn.error").addFilter(refusal)
-    with contextlib.suppress(SystemExit):  # uvicorn's way to say that it could not start
-        server.run()
+    refusal, log = _Refusal(), logging.getLogger("uvicorn.error")
+    log.addFilter(refusal)
+    try:
+        with contextlib.suppress(SystemExit):  # uvicorn's way to say that it could not start
+            server.run()
+    finally:
+        log.removeFilter(refusal)
     if not server.started:
         raise UsageError(f"--host {options.host} --port {options.port}: cannot be bound{refusal.reason}")
 

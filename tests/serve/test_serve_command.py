@@ -145,10 +145,11 @@ def test_this_machine_alone_is_served_unless_another_address_is_named() -> None:
 def test_a_port_that_is_taken_is_one_line(tiny_bundle_last: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = str(taken.getsockname()[1])
-        assert run_command(["serve", str(tiny_bundle_last), "--port", port]) == 2
-    error = capsys.readouterr().err
-    assert f"--port {port}: cannot be bound: another program listens there; choose another --port\n" in error
-    assert error.count("\n") == 1
+        for _ in range(2):  # the second server of a process says it too
+            assert run_command(["serve", str(tiny_bundle_last), "--port", port]) == 2
+            error = capsys.readouterr().err
+            assert f"--port {port}: cannot be bound: another program listens there; choose another --port\n" in error
+            assert error.count("\n") == 1
 
 
 def test_two_bundles_of_one_name_need_names(tiny_bundle_last: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, ClassVar
 
-from doge_deploy.graph.weight_formats._base import PartSource, WeightFormat, power_of_two
+from doge_deploy.graph.weight_formats._base import Part, PartSource, WeightFormat, power_of_two
 
 if TYPE_CHECKING:
     import torch
@@ -40,6 +40,10 @@ class FloatFormat(WeightFormat):
     def kind(self, key: str) -> str:
         """Dtype of a part."""
         return self.stored[key][1] or self.dtype
+
+    def stored_parts(self, name: str, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Part]:
+        """The initializers of the weight `name`, by what they are; `shapes` has the same keys."""
+        return {key: Part(name + suffix, self.kind(key), shapes[key]) for key, (suffix, _) in self.stored.items()}
 
     def part_of(self, initializer: str, dtype: str) -> PartSource | None:
         for key, (suffix, _) in self.stored.items():

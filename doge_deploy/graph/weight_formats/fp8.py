@@ -35,8 +35,7 @@ class Format(FloatFormat):
     )
 
     def parts(self, name: str, shape: tuple[int, int]) -> dict[str, Part]:
-        shapes: dict[str, tuple[int, ...]] = {"values": shape, "scale": ()}
-        return {key: Part(name + suffix, self.kind(key), shapes[key]) for key, (suffix, _) in self.stored.items()}
+        return self.stored_parts(name, {"values": shape, "scale": ()})
 
     def store(self, weight: torch.Tensor, name: str = "") -> dict[str, torch.Tensor]:
         """Numbers `[N, C]` float8_e4m3fn and a scale `[]` in the dtype of the graph."""

@@ -73,8 +73,7 @@ class Format(FloatFormat):
         if not self._is_product(name):
             return self.rest.parts(name, shape)
         blocks = (shape[0], shape[1] // BLOCK)
-        shapes: dict[str, tuple[int, ...]] = {"values": shape, "block_scale": blocks, "whole_scale": ()}
-        return {key: Part(name + suffix, self.kind(key), shapes[key]) for key, (suffix, _) in self.stored.items()}
+        return self.stored_parts(name, {"values": shape, "block_scale": blocks, "whole_scale": ()})
 
     def part_of(self, initializer: str, dtype: str) -> PartSource | None:
         return super().part_of(initializer, dtype) or self.rest.part_of(initializer, dtype)
