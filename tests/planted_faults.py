@@ -23,7 +23,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 LEFT_OUT = shutil.ignore_patterns(
-    ".git", ".venv", ".nox", "build", "*.egg-info", "__pycache__", ".*_cache", ".hypothesis", "bundles", "out"
+    ".git", ".venv", "venv", ".nox", "build", "*.egg-info", "__pycache__", ".*_cache", ".hypothesis", "bundles", "out"
 )
 SELECTION = ("-m", "not sweep and not gpu")
 NO_PART_OF_AN_EXPORT = frozenset({"serve"})

@@ -9,7 +9,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 PAGES = sorted(
-    page for page in ROOT.rglob("*.md") if not {".venv", ".nox", "build"} & set(page.relative_to(ROOT).parts)
+    page for page in ROOT.rglob("*.md") if not {".venv", "venv", ".nox", "build"} & set(page.relative_to(ROOT).parts)
 )
 DECISIONS = ROOT / "docs" / "decisions"
 
