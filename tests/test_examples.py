@@ -7,6 +7,8 @@ import sys
 from pathlib import Path
 
 import pytest
+from bundles import shared_bundle
+from random_doge import shared_doge
 
 from doge_deploy.checkpoint import open_checkpoint
 
@@ -70,6 +72,28 @@ def test_shares_of_operators_add_up(options: tuple[str, ...], tiny_moe_bundle: P
     *kinds, whole = rows
     assert sum(int(row[1]) for row in kinds) == int(whole[1])
     assert abs(sum(int(row[3].rstrip("%")) for row in kinds) - 100) <= 2
+
+
+def test_parts_of_a_step_add_up() -> None:
+    script = EXAMPLES / "03_benchmarks" / "operator_times.py"
+    whole = shared_bundle(shared_doge(head_dim=16, keep_window_size=64, vocab_size=256))
+    result = subprocess.run(
+        [sys.executable, str(script), str(whole), "--in-step", "--rounds", "1"], capture_output=True, text=True
+    )
+    assert result.returncode == 0, result.stderr
+    table, _, small = result.stdout.partition("\n\n")
+    *parts, sum_of_all = [line.strip("| ").split(" | ") for line in table.splitlines()[2:]]
+    nodes = [int(row[1]) for row in parts if row[1].isdigit()]
+    assert sum(nodes) == int(sum_of_all[1]) and "GroupQueryAttention" in result.stdout and "us, " in small
+    assert abs(sum(float(row[2]) for row in parts) - float(sum_of_all[2])) <= 0.1 * len(parts)
+
+
+@pytest.mark.parametrize("options", [["--prefill", "4"], ["--portable"]], ids=" ".join)
+def test_only_steps_of_the_lowered_graph_are_taken_apart(options: list[str], tiny_moe_bundle: Path) -> None:
+    script = EXAMPLES / "03_benchmarks" / "operator_times.py"
+    command = [sys.executable, str(script), str(tiny_moe_bundle), "--in-step", *options]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 2 and "decode steps of the lowered graph" in result.stderr
 
 
 def _capacity(*arguments: str) -> str:
