@@ -81,7 +81,7 @@ def export(
         check_finite(checkpoint, dtype=dtype, others=others)
         advance(1)
         calibration: Sequence[int] = ()
-        if weight_format is not None and _is_calibrated(weight_format, options.task):
+        if weight_format is not None and _is_calibrated(weight_format):
             calibration, source = _calibration(checkpoint, calibration_text, weight_format)
             warnings += source
         layouts, hashed = write_graphs(
@@ -130,21 +130,19 @@ def export(
 _RANDOM_TOKENS = 1024
 
 
-def _is_calibrated(weight_format: WeightFormat, task: str) -> bool:
-    return bool(weight_format.rounds_inputs_to) or (weight_format.uses_covariances and task == "causal-lm")
+def _is_calibrated(weight_format: WeightFormat) -> bool:
+    return bool(weight_format.rounds_inputs_to) or weight_format.uses_covariances
 
 
 def _check_calibrated(options: ExportOptions) -> None:
     """Raises UsageError where a text for calibration has no meaning."""
     found = format_of(options)
-    if found is None or not _is_calibrated(found, "causal-lm"):
+    if found is None or not _is_calibrated(found):
         names = " or ".join(name for name, known in weight_formats().items() if known.rounds_inputs_to)
         raise UsageError(
             f"--calibration-text: only some weight formats are calibrated; give --quantize {names}, or --quantize int4 "
             "with --dtype fp16 or bf16"
         )
-    if not _is_calibrated(found, options.task):
-        raise UsageError(f"--calibration-text: {found.name} weights are calibrated with task=causal-lm only")
 
 
 def _calibration(

@@ -115,9 +115,6 @@ def test_scales_of_inputs_come_from_the_text_that_is_given(
     assert said in capfd.readouterr().err
     assert run_command([*plain, "--quantize", "int4"]) == 2
     assert said in capfd.readouterr().err
-    features = [*plain, "--quantize", "int4", "--dtype", "fp16", "--task", "features"]
-    assert run_command(features) == 2
-    assert "int4 weights are calibrated with task=causal-lm only" in capfd.readouterr().err
     text.write_bytes(b"\xff\xfe")
     assert run_command([*line, "-o", str(tmp_path / "d"), "--calibration-text", str(text)]) == 2
     assert "cannot be read as text" in capfd.readouterr().err
