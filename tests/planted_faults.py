@@ -754,6 +754,24 @@ FAULTS: dict[str, Fault] = {
         "of requests that arrive together the first is computed alone",
         ("test_arrivals.py",),
     ),
+    "prompts-wait-for-tokens": Fault(
+        "serve",
+        Patch(
+            "doge_deploy/serve/engine.py",
+            "next(halves)()",
+            "(next(halves)(), next(halves)())",
+        ),
+        "a prompt that comes while tokens are made waits for the next ones as well",
+        ("test_engine.py",),
+        select="before_the_next_ones",
+    ),
+    "memory-of-one-slot": Fault(
+        "runtime",
+        Patch("doge_deploy/runtime/memory.py", "weights * widened + rows * cache", "weights * widened + cache"),
+        "a server with more slots than memory is ended by the system instead of by a line that says so",
+        ("test_host.py",),
+        select="all_slots",
+    ),
     "budget-is-never-used-up": Fault(
         "serve",
         Patch("doge_deploy/serve/scheduler.py", "fed + call.tokens if somebody_waits or", "0 if somebody_waits or"),
