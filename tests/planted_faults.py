@@ -303,6 +303,50 @@ FAULTS: dict[str, Fault] = {
         "scales of activations come from the last piece of the text only",
         ("test_calibration.py",),
     ),
+    "errors-added-to-later-blocks": Fault(
+        "graph",
+        Patch(
+            "doge_deploy/graph/weight_formats/_feedback.py",
+            "left[:, end:] -= errors @ upper[begin:end, end:]",
+            "left[:, end:] += errors @ upper[begin:end, end:]",
+        ),
+        "4-bit weights in half precision lose more than without a text",
+        ("test_feedback.py",),
+        select="plain_loop",
+    ),
+    "worst-scale-of-a-block": Fault(
+        "graph",
+        Patch(
+            "doge_deploy/graph/weight_formats/_feedback.py",
+            "best = losses.argmin(0)",
+            "best = losses.argmax(0)",
+        ),
+        "the scale of a block is the worst that was tried",
+        ("test_feedback.py",),
+        select="plain_loop",
+    ),
+    "covariances-forget-rows": Fault(
+        "graph",
+        Patch(
+            "doge_deploy/graph/covariances.py",
+            "found = sums[names[0]] + _products(inputs[0]) if names[0] in sums else _products(inputs[0])",
+            "found = _products(inputs[0])",
+        ),
+        "4-bit weights are chosen on the last piece of the text only",
+        ("test_feedback.py",),
+        select="those_of_transformers",
+    ),
+    "recording-of-another-text": Fault(
+        "verify",
+        Patch(
+            "doge_deploy/verify/recording/subject.py",
+            "if CALIBRATION_TOKENS in manifest.files:",
+            "if CALIBRATION_TOKENS in manifest.options.to_json():",
+        ),
+        "a recording judges a bundle whose 4-bit weights were chosen on another text",
+        ("test_feedback.py",),
+        select="another_text",
+    ),
     "parity-with-rounded-inputs": Fault(
         "verify",
         Patch(
@@ -709,6 +753,24 @@ FAULTS: dict[str, Fault] = {
         ),
         "of requests that arrive together the first is computed alone",
         ("test_arrivals.py",),
+    ),
+    "prompts-wait-for-tokens": Fault(
+        "serve",
+        Patch(
+            "doge_deploy/serve/engine.py",
+            "next(halves)()",
+            "(next(halves)(), next(halves)())",
+        ),
+        "a prompt that comes while tokens are made waits for the next ones as well",
+        ("test_engine.py",),
+        select="before_the_next_ones",
+    ),
+    "memory-of-one-slot": Fault(
+        "runtime",
+        Patch("doge_deploy/runtime/memory.py", "weights * widened + rows * cache", "weights * widened + cache"),
+        "a server with more slots than memory is ended by the system instead of by a line that says so",
+        ("test_host.py",),
+        select="all_slots",
     ),
     "budget-is-never-used-up": Fault(
         "serve",

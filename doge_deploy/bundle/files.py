@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 MANIFEST = "manifest.json"
 WEIGHTS_FILE = "weights.safetensors"
 """What every graph refers to, whatever is in it."""
+CALIBRATION_TOKENS = "calibration.json"
+"""The tokens that numbers of 4 bits were chosen on, so that anybody can choose them again."""
 
 Sha256 = Annotated[
     str, Check("64 lowercase hexadecimal digits", lambda text: re.fullmatch("[0-9a-f]{64}", text) is not None)

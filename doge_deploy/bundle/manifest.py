@@ -4,6 +4,7 @@ manifest.json          what it is, where it came from, the hash of every other f
 model.onnx             the graph of the first layout; model.<layout>.onnx of a second one
 model.ort.onnx         the first graph lowered for ONNX Runtime's CPU provider, where that applies
 weights.safetensors    every weight once, external data of the graphs
+calibration.json       the tokens of the text that numbers of 4 bits were chosen on, where they were
 config.json, generation_config.json, tokenizer files: as they were in the checkpoint
 engines/<name>/        an engine that `doge-deploy build` made of the static graph, and what was found about it
 """

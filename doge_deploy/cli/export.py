@@ -83,7 +83,7 @@ _DEFAULT_BLOCKS = ", ".join(
     "--calibration-text",
     type=click.Path(path_type=Path, dir_okay=False),
     metavar="FILE",
-    help="Text for formats that round activations.  [default: the checkpoint's calibration.txt, or the tool's own]",
+    help="Text for formats that are calibrated.  [default: the checkpoint's calibration.txt, or the tool's own]",
 )
 @click.option(
     "--record",

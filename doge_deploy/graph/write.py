@@ -10,7 +10,7 @@ from pathlib import Path
 import onnx_ir as ir
 
 from doge_deploy import __version__
-from doge_deploy.bundle.files import WEIGHTS_FILE, FileEntry
+from doge_deploy.bundle.files import CALIBRATION_TOKENS, WEIGHTS_FILE, FileEntry
 from doge_deploy.bundle.manifest import Layout
 from doge_deploy.bundle.signature import LAYOUTS, UNCACHED, make_signature, uncached_signature
 from doge_deploy.checkpoint import Checkpoint
@@ -18,9 +18,11 @@ from doge_deploy.config.model import DogeFacts
 from doge_deploy.config.revisions import REVISIONS
 from doge_deploy.graph.calibration import input_ranges
 from doge_deploy.graph.check import check_model
+from doge_deploy.graph.feedback import MOST_TOKENS, choose_numbers, write_tokens
 from doge_deploy.graph.passes.inline_functions import InlineFunctionsPass
 from doge_deploy.graph.trace import trace
 from doge_deploy.graph.weight_formats import format_of
+from doge_deploy.graph.weight_formats.int4 import Format as Int4
 from doge_deploy.graph.weights import TensorSources, write_weights
 from doge_deploy.model.rope import rope_tensors
 from doge_deploy.options.export import ExportOptions
@@ -46,7 +48,8 @@ def write_graphs(
         dtype: NumPy's name of the graph's dtype.
         max_length: slots of a row.
         progress: told what is being done.
-        calibration: ids of the text that scales of rounded inputs are made of, where the weight format rounds them.
+        calibration: ids of the text that scales of rounded inputs are made of, where the weight format rounds them, or
+            that numbers are chosen on; empty where they are chosen without a text.
 
     Returns:
         The layouts by name, none of them lowered for a backend yet, and entries of the files that were hashed already.
@@ -80,12 +83,22 @@ def write_graphs(
         advance = progress.stage("calibrate")
         weight_format.ranges = input_ranges(checkpoint, calibration, routing=options.routing, max_length=max_length)
         advance(1)
+    chosen_on: tuple[str, ...] = ()
+    if isinstance(weight_format, Int4) and weight_format.uses_covariances:
+        chosen_on = ("numbers of 4 bits are chosen without a text",)
+        if ids := calibration[:MOST_TOKENS]:
+            advance = progress.stage("calibrate", facts.num_hidden_layers + 1)
+            weight_format.chosen = choose_numbers(
+                checkpoint, ids, weight_format, routing=options.routing, max_length=max_length, advance=advance
+            )
+            write_tokens(directory, ids)
+            chosen_on = (f"numbers of 4 bits are chosen on {len(ids):,} tokens, {CALIBRATION_TOKENS}",)
     advance = progress.stage("write weights", sum(tensor.nbytes for tensor in checkpoint.tensors.values()))
     sources = TensorSources(checkpoint, rope_tensors(checkpoint.config, facts, max_length), weight_format)
     for model in models:
         sources.rewrite(model)
     weights = write_weights(directory / WEIGHTS_FILE, models, sources, advance=advance)
-    notes = tuple(f"{name} is not quantized: {reason}" for name, reason in _by_kind(sources.left).items())
+    notes = chosen_on + tuple(f"{name} is not quantized: {reason}" for name, reason in _by_kind(sources.left).items())
     for name, model in zip(list(layouts), models, strict=True):
         layouts[name] = replace(layouts[name], notes=layouts[name].notes + notes)
         model.producer_name, model.producer_version = "doge-deploy", __version__

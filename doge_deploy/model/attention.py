@@ -48,7 +48,8 @@ def dynamic_mask_attention(
     Args:
         query: `[B, H, Q, D]`; row q of batch b sits at cache slot `first_slot[b] + q`.
         key, value: `[B, Hkv, K, D]`, every slot of the cache.
-        score: `[B, S, K, 1]` float32, one number per cached key; S divides H.
+        score: `[B, S, K, 1]` float32, one number per cached key; S divides H. One in float64 is ranked as float32, so
+            that keys that are equal but for rounding are.
         first_slot: `[B]` int64.
         key_mask: `[B, K]` bool, False for slots nobody may see (padding); None where there are none.
         keep_window_size: keys kept per row; 0 keeps all.
@@ -68,13 +69,14 @@ def dynamic_mask_attention(
     row_score = score.transpose(2, 3)  # [B, S, 1, K]
     if keep_window_size:
         lowest = torch.finfo(torch.float32).min
-        ranked = torch.where(visible, row_score, lowest)
+        ranked = torch.where(visible, row_score.to(torch.float32), lowest)
         visible = visible & keep_mask(ranked, keep_window_size)
     bias = torch.where(visible, row_score.to(query.dtype), hidden_bias(query.dtype))
     heads = query.shape[1]
     key, value, bias = (t.repeat_interleave(heads // t.shape[1], dim=1) for t in (key, value, bias))
     logits = torch.matmul(query, key.transpose(2, 3)) * scale + bias
-    weights = torch.softmax(logits, dim=-1, dtype=torch.float32).to(query.dtype)
+    wide = torch.promote_types(query.dtype, torch.float32)
+    weights = torch.softmax(logits, dim=-1, dtype=wide).to(query.dtype)
     return torch.matmul(weights, value)
 
 
@@ -119,12 +121,15 @@ class Attention(nn.Module):
             RMSNorm(facts.head_dim, facts.rms_norm_eps, dtype) if facts.qk_norm else nn.Identity() for _ in "qk"
         )
         # The score is exponential: float32 in every export, whatever the rest is.
-        self.A = nn.Parameter(torch.empty(facts.num_score_heads, dtype=torch.float32))
-        self.dt_proj = nn.Linear(kv_width, facts.num_score_heads, bias=bias, dtype=torch.float32)
+        wide = torch.promote_types(dtype, torch.float32)
+        self.A = nn.Parameter(torch.empty(facts.num_score_heads, dtype=wide))
+        self.dt_proj = nn.Linear(kv_width, facts.num_score_heads, bias=bias, dtype=wide)
 
     def score(self, value: torch.Tensor) -> torch.Tensor:
-        """exp(A * softplus(dt_proj(value))): `[B, Q, Hkv*D]` in any dtype -> `[B, S, Q, 1]` float32."""
-        dt = self.dt_proj(value.to(torch.float32))
+        """exp(A * softplus(dt_proj(value))): `[B, Q, Hkv*D]` in any dtype -> `[B, S, Q, 1]` float32, float64 in a model
+        of it.
+        """
+        dt = self.dt_proj(value.to(self.dt_proj.weight.dtype))
         return torch.exp(self.A * F.softplus(dt)).transpose(1, 2).unsqueeze(-1)
 
     def project(

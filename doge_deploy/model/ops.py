@@ -16,12 +16,12 @@ from doge_deploy.config.keys import TRAINED_ACTIVATIONS
 
 @torch.library.custom_op("doge::rms_norm", mutates_args=())
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, epsilon: float) -> torch.Tensor:
-    """RMSNormalization over the last axis: float32 statistics, cast back, then the weight.
+    """RMSNormalization over the last axis: float32 statistics (float64 of float64), cast back, then the weight.
 
     `x` is `[..., C]` in any float dtype, `weight` `[C]` in the same one; returns `x`'s shape and dtype.
     Reference: `DogeRMSNorm` in transformers' modeling_doge.py.
     """
-    wide = x.to(torch.float32)
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
     wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + epsilon)
     return weight * wide.to(x.dtype)
 

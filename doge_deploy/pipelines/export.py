@@ -17,7 +17,7 @@ from doge_deploy.checkpoint.tokenizer import encode, write_tokenizer
 from doge_deploy.devices.packages import require_export_packages
 from doge_deploy.dtypes import NAMES
 from doge_deploy.errors import UsageError
-from doge_deploy.graph.weight_formats import format_of, resolve_options, weight_formats
+from doge_deploy.graph.weight_formats import WeightFormat, format_of, resolve_options, weight_formats
 from doge_deploy.options.compatibility import check_facts, resolve_max_length
 from doge_deploy.options.export import ExportOptions
 from doge_deploy.options.generation import GENERATION_CONFIG, illegal_settings
@@ -50,8 +50,8 @@ def export(
         progress: told what is being done.
         adapter: a directory or Hub id of a PEFT LoRA adapter to merge.
         strict: refuse keys of config.json that transformers ignores.
-        calibration_text: a file of text for formats that round activations; the checkpoint's own, or that of this
-            package, where None.
+        calibration_text: a file of text for formats that round activations or choose numbers by them; the
+            checkpoint's own, or that of this package, where None.
 
     Raises:
         UsageError: `output` cannot be written, or the checkpoint has no weights for the task.
@@ -81,8 +81,8 @@ def export(
         check_finite(checkpoint, dtype=dtype, others=others)
         advance(1)
         calibration: Sequence[int] = ()
-        if weight_format is not None and weight_format.rounds_inputs_to:
-            calibration, source = _calibration(checkpoint, calibration_text)
+        if weight_format is not None and _is_calibrated(weight_format):
+            calibration, source = _calibration(checkpoint, calibration_text, weight_format)
             warnings += source
         layouts, hashed = write_graphs(
             directory,
@@ -130,18 +130,25 @@ def export(
 _RANDOM_TOKENS = 1024
 
 
+def _is_calibrated(weight_format: WeightFormat) -> bool:
+    return bool(weight_format.rounds_inputs_to) or weight_format.uses_covariances
+
+
 def _check_calibrated(options: ExportOptions) -> None:
     """Raises UsageError where a text for calibration has no meaning."""
     found = format_of(options)
-    if found is None or not found.rounds_inputs_to:
+    if found is None or not _is_calibrated(found):
         names = " or ".join(name for name, known in weight_formats().items() if known.rounds_inputs_to)
         raise UsageError(
-            f"--calibration-text: only formats that round activations are calibrated; give --quantize {names}"
+            f"--calibration-text: only some weight formats are calibrated; give --quantize {names}, or --quantize int4 "
+            "with --dtype fp16 or bf16"
         )
 
 
-def _calibration(checkpoint: Checkpoint, given: Path | None) -> tuple[Sequence[int], tuple[str, ...]]:
-    """Ids of the text that activations are calibrated on, and a warning where there is no text.
+def _calibration(
+    checkpoint: Checkpoint, given: Path | None, weight_format: WeightFormat
+) -> tuple[Sequence[int], tuple[str, ...]]:
+    """Ids of the text that weights or activations are calibrated on, and a warning where there is no text.
 
     Raises:
         UsageError: the file that was given cannot be read, or says nothing.
@@ -154,6 +161,8 @@ def _calibration(checkpoint: Checkpoint, given: Path | None) -> tuple[Sequence[i
         except (OSError, UnicodeDecodeError) as error:
             raise UsageError(f"--calibration-text {file}: cannot be read as text: {error}") from error
     ids = encode(checkpoint, text)
+    if ids is None and weight_format.uses_covariances:
+        return (), ("numbers of 4 bits are chosen without a text: the checkpoint has no tokenizer",)
     if ids is None:
         size = checkpoint.facts.vocab_size
         warning = f"activations are calibrated on {_RANDOM_TOKENS} random tokens: the checkpoint has no tokenizer"

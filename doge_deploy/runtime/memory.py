@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 
 from doge_deploy.bundle.manifest import Layout
@@ -31,8 +32,38 @@ def check_memory(bundle: Bundle, layout: Layout, root: Path = ROOT) -> None:
         )
 
 
-def least_bytes(bundle: Bundle, layout: Layout) -> int:
-    """Weights, twice where they are widened from bfloat16, and the cache of one row as far as its size is fixed.
+def check_slots(bundles: Sequence[Bundle], slots: int, root: Path = ROOT) -> None:
+    """The same for bundles that are open at once, those with rows each with the memory of all its slots.
+
+    Args:
+        bundles: opened bundles.
+        slots: rows of each.
+        root: as in `check_memory`.
+
+    Raises:
+        MissingDependencyError: they do not fit; the message has both numbers, and what one slot takes.
+    """
+    left = available_memory(root)
+    layouts = [_layout_with_rows(bundle) for bundle in bundles]
+    whole, fewest = (
+        sum(least_bytes(*pair, rows) for pair in zip(bundles, layouts, strict=True)) for rows in (slots, 1)
+    )
+    if left is None or whole <= left:
+        return
+    names = ", ".join(str(bundle.path) for bundle in bundles)
+    way = f"{fewest / 1e6:,.1f} MB with --slots 1: give fewer slots, " if fewest < whole else ""
+    raise MissingDependencyError(
+        f"{names} with --slots {slots}: at least {whole / 1e6:,.1f} MB of memory, this process has "
+        f"{left / 1e6:,.1f} MB left; {way}free some, or raise the limit of the container"
+    )
+
+
+def _layout_with_rows(bundle: Bundle) -> Layout:
+    return bundle.layout("static" if "static" in bundle.manifest.layouts else None)
+
+
+def least_bytes(bundle: Bundle, layout: Layout, rows: int = 1) -> int:
+    """Weights, twice where they are widened from bfloat16, and the caches of `rows` as far as their size is fixed.
 
     A lower bound: activations and what ONNX Runtime lays out anew come on top.
     """
@@ -43,4 +74,4 @@ def least_bytes(bundle: Bundle, layout: Layout) -> int:
         for spec in layout.signature.inputs
         if spec.name.startswith("past") and sum(isinstance(size, str) for size in spec.shape) == 1
     )
-    return weights * widened + cache
+    return weights * widened + rows * cache

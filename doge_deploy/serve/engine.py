@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from functools import partial
+from itertools import cycle
 from time import perf_counter
 from typing import TypeVar
 
@@ -132,9 +133,10 @@ class Engine:
 
     def _run(self) -> None:
         try:
-            while self._read_inbox():
-                self._scheduler.step()
+            halves = cycle((self._scheduler.make_tokens, self._scheduler.feed_prompts))
+            while self._read_inbox():  # before each half: a prompt that came while tokens were made is fed next
                 self._after_call()
+                next(halves)()
         except BaseException as error:  # a fault of our own: nobody may wait for ever
             self.failure = error
             self._scheduler.abort(EngineFailedError(f"the engine failed: {type(error).__name__}: {error}"))

@@ -1,6 +1,6 @@
 """Continuous batching: requests join and leave at any step, and share the rows of one static cache.
 
-A step admits requests to free slots, makes one token for every request that is being decoded, and feeds prompts under a
+A step makes one token for every request that is being decoded, admits requests to free slots, and feeds prompts under a
 budget of tokens, so that a long prompt delays the next token of others by one chunk and no more. Where nobody waits for
 a next token, prompts are fed in larger chunks. Short prompts that wait together are fed together (`prompts.py`). There
 is no clock and no thread in here: given the same arrivals between the same steps, the same steps are made, and the
@@ -172,12 +172,20 @@ class Scheduler:
             self._finish(request, Finished("error", request.text.flush(), error))
 
     def step(self) -> None:
-        """Admit, make one token for each request that is decoded, feed prompts up to the budget."""
+        """Both halves of a step. What submits requests while calls are made does so between the halves as well."""
+        self.make_tokens()
+        self.feed_prompts()
+
+    def make_tokens(self) -> None:
+        """One token, or an accepted draft, for each request that is decoded."""
         self.counters.steps += 1
-        self._admit()
         if self.decoding:
             self._decode()
             self.after_call()
+
+    def feed_prompts(self) -> None:
+        """Admit requests, and feed their prompts up to the budget of a step."""
+        self._admit()
         self._prefill()
 
     def _all(self) -> Iterable[Request]:
@@ -307,7 +315,8 @@ class Scheduler:
 
     def _decode(self) -> None:
         """One token, or an accepted draft, for each request that is decoded."""
-        if len(self.decoding) == 1 and not self.prefilling and (draft := self._draft(self.decoding[0])):
+        prompts_wait = self.prefilling or (self.waiting and self.table.free())
+        if len(self.decoding) == 1 and not prompts_wait and (draft := self._draft(self.decoding[0])):
             self._check_draft(self.decoding[0], draft)
             return
         batch = list(self.decoding)

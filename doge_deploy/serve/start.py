@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 from doge_deploy.bundle.opening import Bundle, open_bundle
 from doge_deploy.errors import MissingDependencyError, UsageError
 from doge_deploy.options.backends import DEFAULT_BACKEND
+from doge_deploy.runtime.memory import check_slots
 from doge_deploy.runtime.slots import SlotRunner, open_slots
 from doge_deploy.runtime.speculation import DRAFTS, exact_length
 from doge_deploy.serve.scheduler import Limits, Scheduler
@@ -164,6 +165,8 @@ def open_served(paths: Sequence[Path], options: ServeOptions) -> Served:
     """
     # Of several bundles, one would be hashed while the steps of another are timed.
     bundles = [open_bundle(path, wait=len(paths) > 1) for path in paths]
+    if options.backend == DEFAULT_BACKEND:  # others have memory of their own
+        check_slots(bundles, options.slots)
     with contextlib.ExitStack() as checks:
         for bundle in bundles:
             checks.enter_context(bundle.damage_first())

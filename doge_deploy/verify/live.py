@@ -17,7 +17,7 @@ from doge_deploy.bundle.manifest import Manifest
 from doge_deploy.bundle.opening import Bundle
 from doge_deploy.checkpoint import Checkpoint
 from doge_deploy.config.model import DogeFacts
-from doge_deploy.graph.weight_formats import format_of
+from doge_deploy.graph.weight_formats import WeightFormat
 from doge_deploy.runtime.base import IntArray
 from doge_deploy.verify.ahead import Ahead, workers_for
 from doge_deploy.verify.cases import (
@@ -42,7 +42,7 @@ from doge_deploy.verify.reference import FEWEST_ROWS, SMALL_PARAMETERS, Referenc
 from doge_deploy.verify.reference_run import ReplayTrace, run_reference
 from doge_deploy.verify.replay import CandidateTrace, Replay, Selections, greedy_calls
 from doge_deploy.verify.rounding import rounded_once_more
-from doge_deploy.verify.stored import stored_weights
+from doge_deploy.verify.stored import stored_weights, weight_format_of
 from doge_deploy.verify.texts import TEXT, ids_of
 from doge_deploy.verify.tolerance import WIDER, limit
 from doge_deploy.verify.weights import compare_weights
@@ -227,7 +227,7 @@ class LiveOracle(Oracle):
     def references(self) -> References:
         """With the weights as the bundle stores them, dequantized where they are quantized."""
         self._started("load the reference")
-        manifest, weight_format = self.manifest, format_of(self.manifest.options)
+        manifest, weight_format = self.manifest, self._weight_format
         stored = {} if weight_format is None else stored_weights(self._bundle, self._checkpoint, weight_format)
         dtypes = (manifest.dtype, WIDER[manifest.dtype])
         same, wider = (Reference(self._checkpoint, dtype, manifest.task, stored) for dtype in dtypes)
@@ -278,7 +278,11 @@ class LiveOracle(Oracle):
         return ids_of(self._bundle, TEXT)
 
     def weights(self, bundle: Bundle) -> WeightsResult:
-        return compare_weights(bundle, self._checkpoint)
+        return compare_weights(bundle, self._checkpoint, self._weight_format)
+
+    @cached_property
+    def _weight_format(self) -> WeightFormat | None:
+        return weight_format_of(self._bundle, self._checkpoint)
 
     def itself(self) -> SelfDifference | None:
         """The same row in one call and token by token, both in transformers."""

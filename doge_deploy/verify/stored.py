@@ -6,11 +6,31 @@ from functools import partial
 
 import torch
 
+from doge_deploy.bundle.files import CALIBRATION_TOKENS
 from doge_deploy.bundle.opening import Bundle
 from doge_deploy.checkpoint import Checkpoint
+from doge_deploy.graph.feedback import choose_numbers, read_tokens
 from doge_deploy.graph.weight_file import read_weight_file
-from doge_deploy.graph.weight_formats import WeightFormat
+from doge_deploy.graph.weight_formats import WeightFormat, format_of
+from doge_deploy.graph.weight_formats.int4 import Format as Int4
 from doge_deploy.verify.reference import Weights
+
+
+def weight_format_of(bundle: Bundle, checkpoint: Checkpoint) -> WeightFormat | None:
+    """The format of a bundle's weights, which stores a weight of the checkpoint as the export did.
+
+    Numbers that were chosen on a text are chosen anew on its tokens, which are in the bundle.
+
+    Raises:
+        BrokenBundleError: they are not.
+    """
+    manifest = bundle.manifest
+    found = format_of(manifest.options)
+    if isinstance(found, Int4) and found.uses_covariances and CALIBRATION_TOKENS in manifest.files:
+        ids = read_tokens(bundle.path, checkpoint.facts.vocab_size)
+        routing, length = manifest.options.routing, manifest.max_length
+        found.chosen = choose_numbers(checkpoint, ids, found, routing=routing, max_length=length)
+    return found
 
 
 def stored_weights(bundle: Bundle, checkpoint: Checkpoint, weight_format: WeightFormat) -> Weights:

@@ -10,17 +10,20 @@ from doge_deploy.bundle.opening import Bundle
 from doge_deploy.checkpoint import Checkpoint, task_tensors
 from doge_deploy.dtypes import DTYPES
 from doge_deploy.graph.weight_file import TRANSPOSED_SUFFIX, read_weight_file
-from doge_deploy.graph.weight_formats import format_of
+from doge_deploy.graph.weight_formats import WeightFormat
 from doge_deploy.graph.weights import TensorSources
 from doge_deploy.model.rope import rope_tensors
 from doge_deploy.verify.oracle import WeightsResult
 
 
-def compare_weights(bundle: Bundle, checkpoint: Checkpoint) -> WeightsResult:
-    """Each tensor of the weight file must be the checkpoint's, rounded or quantized as stored, bit for bit."""
+def compare_weights(bundle: Bundle, checkpoint: Checkpoint, weight_format: WeightFormat | None) -> WeightsResult:
+    """Each tensor of the weight file must be the checkpoint's, rounded or quantized as stored, bit for bit.
+
+    `weight_format`: see `weight_format_of`.
+    """
     rope = rope_tensors(checkpoint.config, checkpoint.facts, bundle.manifest.max_length)
     failures, found = [], set()
-    sources = TensorSources(checkpoint, rope, format_of(bundle.manifest.options))
+    sources = TensorSources(checkpoint, rope, weight_format)
     infos = read_weight_file(bundle.path)
     names = sorted(infos)
     with safe_open(bundle.path / WEIGHTS_FILE, framework="pt") as file:

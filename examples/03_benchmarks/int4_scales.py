@@ -7,9 +7,9 @@ text in place of the 256 tokens of `verify`.
 
 In fp32 a scale may have either sign: the seven ranges that `export` tries, against scales of least squared error (each
 of many ranges of a block is the start of a few rounds: numbers for the scale, then the scale that is best for those
-numbers). In half precision scales are positive: the least squared error that `export` takes, against the scale of the
-largest number and the seven ranges. Prints the error of the weights (root of the mean square, over that of the
-weights), and mean KL and perplexity of `verify`.
+numbers). In half precision scales are positive: what `export` chooses on a text, against the least squared error that
+it takes without one, the scale of the largest number and the seven ranges. Prints the error of the weights (root of the
+mean square, over that of the weights), and mean KL and perplexity of `verify`.
 """
 
 from __future__ import annotations
@@ -33,10 +33,10 @@ from doge_deploy.verify import live
 BLOCKS = (32, 64, 128)
 STARTS, ROUNDS = torch.linspace(1.05, 0.55, 21).tolist(), 4
 
-Store = Callable[[Format, torch.Tensor], dict[str, torch.Tensor]]
+Store = Callable[[Format, torch.Tensor, str], dict[str, torch.Tensor]]
 
 
-def least_squares(self: Format, weight: torch.Tensor) -> dict[str, torch.Tensor]:
+def least_squares(self: Format, weight: torch.Tensor, _name: str = "") -> dict[str, torch.Tensor]:
     """As `Format.store`, symmetric, scales of either sign."""
     rows, columns = weight.shape
     block = self.block(columns)
@@ -59,7 +59,7 @@ def least_squares(self: Format, weight: torch.Tensor) -> dict[str, torch.Tensor]
 def positive(starts: tuple[float, ...]) -> Store:
     """Positive scales: of some fractions of a block's range that of the smallest error, as it is."""
 
-    def store(self: Format, weight: torch.Tensor) -> dict[str, torch.Tensor]:
+    def store(self: Format, weight: torch.Tensor, _name: str = "") -> dict[str, torch.Tensor]:
         rows, columns = weight.shape
         block = self.block(columns)
         blocks = weight.float().reshape(rows, columns // block, block)
@@ -85,7 +85,7 @@ def measure(model: str, block: int, dtype: Any, store: Store) -> str:
     errors = []
 
     def watched(self: Format, weight: torch.Tensor, name: str = "") -> dict[str, torch.Tensor]:
-        parts = store(self, weight)
+        parts = store(self, weight, name)
         stored = torch.from_numpy(self.dequantize({key: as_array(part) for key, part in parts.items()}))
         errors.append([float((stored - weight).square().sum()), float(weight.square().sum())])
         return parts
@@ -113,6 +113,7 @@ def main(models: tuple[str, ...], dtype: str, blocks: tuple[int, ...], text: Tex
     if dtype == "fp32":
         stores["least squares"] = least_squares
     else:
+        stores["least squares, no text"] = lambda self, weight, _name="": self.store_by(weight, None)
         stores |= {"largest number": positive((1.0,)), "seven ranges": positive(Format.shrink)}
     for model in models or ("doge-tiny", "doge-tiny-moe"):
         for block in blocks:

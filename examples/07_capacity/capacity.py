@@ -205,13 +205,14 @@ class Replica:
         return max(self._inbox[0][0], self.clock.now) if self._inbox else float("inf")
 
     def step(self) -> None:
-        """Take in what has arrived and make one step."""
+        """Make one step, and take in what has arrived before each half of it, as the server does."""
         if self._scheduler.idle:
             self.clock.now = self.next_event
-        while self._inbox and self._inbox[0][0] <= self.clock.now:
-            _, number, answer, prompt, new = heapq.heappop(self._inbox)
-            self._submit(number, answer, prompt, new)
-        self._scheduler.step()
+        for half in (self._scheduler.make_tokens, self._scheduler.feed_prompts):
+            while self._inbox and self._inbox[0][0] <= self.clock.now:
+                _, number, answer, prompt, new = heapq.heappop(self._inbox)
+                self._submit(number, answer, prompt, new)
+            half()
 
     def _submit(self, number: int, answer: Answer, prompt: int, new: int) -> None:
         def send(event: Event) -> None:

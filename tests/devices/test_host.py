@@ -13,7 +13,7 @@ from doge_deploy.bundle.opening import open_bundle
 from doge_deploy.devices import host
 from doge_deploy.devices.host import available_cpus, available_memory, cpu_quota, usable_threads
 from doge_deploy.errors import MissingDependencyError
-from doge_deploy.runtime.memory import check_memory, least_bytes
+from doge_deploy.runtime.memory import check_memory, check_slots, least_bytes
 
 MB = 1 << 20
 
@@ -160,6 +160,37 @@ def test_a_bundle_that_does_not_fit_is_said_before_it_is_loaded(tmp_path: Path, 
     with pytest.raises(MissingDependencyError, match=r"at least 3\.\d MB of memory, .* 3\.\d MB left"):
         check_memory(bundle, layout, root)
     check_memory(bundle, layout, pretend(tmp_path, {"proc/meminfo": f"MemAvailable:  {least // 1024 + 1} kB"}))
+
+
+def test_a_server_takes_the_memory_of_all_slots_of_all_its_bundles(tmp_path: Path, tiny_bundle: Path) -> None:
+    bundle = open_bundle(tiny_bundle)
+    layout = bundle.layout("static")
+    one, eight = least_bytes(bundle, layout), least_bytes(bundle, layout, 8)
+    assert eight - one == 7 * (one - (tiny_bundle / "weights.safetensors").stat().st_size)
+    for count in (1, 2):
+        enough = pretend(tmp_path, {"proc/meminfo": f"MemAvailable:  {count * eight // 1024 + 1} kB"})
+        check_slots([bundle] * count, 8, enough)
+        less = pretend(tmp_path, {"proc/meminfo": f"MemAvailable:  {count * eight // 1024 - 1} kB"})
+        with pytest.raises(
+            MissingDependencyError, match=rf"--slots 8: at least .* {count * one / 1e6:.1f} MB with --s"
+        ):
+            check_slots([bundle] * count, 8, less)
+
+
+def test_serve_says_it_before_anything_is_loaded(
+    tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    from doge_deploy.cli.main import run_command
+    from doge_deploy.runtime import memory
+    from doge_deploy.serve import start
+
+    bundle = open_bundle(tiny_bundle)
+    left = least_bytes(bundle, bundle.layout("static"), 3)
+    monkeypatch.setattr(memory, "available_memory", lambda root: left)
+    monkeypatch.setattr(start, "open_slots", lambda *_, **__: pytest.fail("a bundle was opened"))
+    assert run_command(["serve", str(tiny_bundle), "--slots", "4"]) == 4
+    error = capfd.readouterr().err
+    assert error.count("\n") == 1 and "--slots 4: at least" in error and f"{left / 1e6:.1f} MB left" in error
 
 
 def test_generate_says_it_with_exit_code_4(

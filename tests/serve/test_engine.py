@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Sequence
 
 import pytest
 from scripted_requests import Digits
 from scripted_slots import ScriptedSlots
 
+from doge_deploy.runtime.logits import HostLogits
 from doge_deploy.runtime.sampling import Sampler, SamplingOptions
 from doge_deploy.serve import engine as engine_module
 from doge_deploy.serve.engine import Engine
@@ -113,3 +115,37 @@ def test_nothing_is_held_for_ever(hand: Hand, do: Callable[[Hand], object]) -> N
         hand.step(0.0001)
     made = [event for events in hand.delivered for _, event in events]
     assert isinstance(made[-1], Finished) and not hand.engine._outbox
+
+
+@pytest.mark.parametrize("running", [1, 2])
+def test_a_prompt_that_comes_while_tokens_are_made_is_fed_before_the_next_ones(running: int) -> None:
+    """In the engine's own thread: the request comes within a call of the runner."""
+    rows, ended = ScriptedSlots(4, max_length=512), threading.Event()
+
+    def delivered(events: list[tuple[str, Event]]) -> None:
+        if any(name == "late" and isinstance(event, Finished) for name, event in events):
+            ended.set()
+
+    engine = Engine(Scheduler(rows), delivered)
+
+    def submit(name: str, tokens: int) -> None:
+        ids = [5 + ord(name[0]) % 50] * 3
+        engine.submit(Request(name, ids, Sampler(SamplingOptions()), tokens, lambda event: None, Digits()))
+
+    def fed_late(slots: Sequence[int], ids: Sequence[int]) -> HostLogits:
+        logits = decode(slots, ids)
+        if len(slots) == running and [kind for kind, _ in rows.calls].count("decode") == 10:
+            submit("late", 1)
+        return logits
+
+    decode, rows.decode = rows.decode, fed_late  # type: ignore[method-assign]
+    for number in range(running):
+        submit(f"{number}", 100)
+    engine.start()
+    try:
+        assert ended.wait(30)
+    finally:
+        engine.stop(30)
+    kinds = [kind for kind, _ in rows.calls]
+    tenth = [place for place, kind in enumerate(kinds) if kind == "decode"][9]
+    assert kinds[tenth + 1] == "prefill"

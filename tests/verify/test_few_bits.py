@@ -111,7 +111,10 @@ def test_scales_of_inputs_come_from_the_text_that_is_given(
     capfd.readouterr()
     plain = ["export", "doge-tiny", "-o", str(tmp_path / "c"), "--calibration-text", str(text)]
     assert run_command(plain) == 2
-    assert "only formats that round activations are calibrated; give --quantize fp8 or nvfp4" in capfd.readouterr().err
+    said = "only some weight formats are calibrated; give --quantize fp8 or nvfp4, or --quantize int4 with --dtype fp16"
+    assert said in capfd.readouterr().err
+    assert run_command([*plain, "--quantize", "int4"]) == 2
+    assert said in capfd.readouterr().err
     text.write_bytes(b"\xff\xfe")
     assert run_command([*line, "-o", str(tmp_path / "d"), "--calibration-text", str(text)]) == 2
     assert "cannot be read as text" in capfd.readouterr().err

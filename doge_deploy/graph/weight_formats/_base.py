@@ -118,6 +118,9 @@ class WeightFormat(ABC):
         self.ranges: Mapping[str, float] = {}
         """While a model is exported: by name of a weight the largest magnitude of what is multiplied with it, where
         that is to be rounded. See `doge_deploy.graph.calibration`."""
+        self.chosen: Mapping[str, Mapping[str, torch.Tensor]] = {}
+        """By name of a weight what `store` gives for it, where that was made of a text. See
+        `doge_deploy.graph.feedback`."""
 
     def __str__(self) -> str:
         if not self.block_sizes:
@@ -136,6 +139,11 @@ class WeightFormat(ABC):
     def target_remedy(self, target: str) -> str:
         """What helps where `target` does not accept it."""
         return "export without --quantize"
+
+    @property
+    def uses_covariances(self) -> bool:
+        """Whether numbers are chosen by what weights are multiplied with on some text, where there is one."""
+        return False
 
     @property
     def range_dtype(self) -> str:

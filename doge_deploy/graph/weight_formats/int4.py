@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from doge_deploy.errors import UsageError
 from doge_deploy.graph.weight_formats._base import Part, PartSource, Quality
 from doge_deploy.graph.weight_formats._blocks import SCALE_SUFFIX, BlockFormat
+from doge_deploy.graph.weight_formats._feedback import scales_with_feedback
 from doge_deploy.graph.weight_formats._scales import positive_scales
 
 if TYPE_CHECKING:
@@ -26,7 +27,7 @@ class Format(BlockFormat):
     A graph in half precision has whole numbers from -8 to 7, a positive scale of its dtype and no zero point: the one
     form that TensorRT multiplies with as it is stored. Number times scale is exact in that dtype, so that every runtime
     has the same weights. Positive scales lose more, since the largest number of a block may have the sign without a
-    level more.
+    level more; so numbers are chosen by the inputs that a text gives the weights, where there is a text.
     """
 
     name = "int4"
@@ -56,6 +57,10 @@ class Format(BlockFormat):
     def signed(self) -> bool:
         """Whether numbers are stored from -8 to 7."""
         return self.dtype != "float32"
+
+    @property
+    def uses_covariances(self) -> bool:
+        return self.signed
 
     def target_refusal(self, target: str) -> str:
         refusal = super().target_refusal(target)
@@ -95,12 +100,21 @@ class Format(BlockFormat):
         Raises:
             ValueError: C is no multiple of `SMALLEST_BLOCK`.
         """
-        import torch
-
         if not self.signed:
             return super().store(weight, name)
+        return dict(self.chosen[name]) if name in self.chosen else self.store_by(weight, None)
+
+    def store_by(self, weight: torch.Tensor, covariance: torch.Tensor | None) -> dict[str, torch.Tensor]:
+        """As `store` in half precision; `covariance` `[C, C]` float64 of what the weight is multiplied with, None for
+        the least squared error of the weight itself.
+        """
+        import torch
+
         rows, columns = weight.shape
         block = self._known_block(columns)
+        if covariance is not None:
+            values, scale = scales_with_feedback(weight.float(), covariance, block, self.dtype)
+            return {"values": values.to(torch.int8), "scale": scale}
         values, scale = positive_scales(weight.float().reshape(rows, columns // block, block), self.dtype)
         return {"values": values.reshape(rows, columns).to(torch.int8), "scale": scale}
 

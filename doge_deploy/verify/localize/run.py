@@ -41,6 +41,7 @@ from doge_deploy.verify.parity import Judge
 from doge_deploy.verify.report import Report
 from doge_deploy.verify.runners import holds_window, open_runners
 from doge_deploy.verify.source import open_reference
+from doge_deploy.verify.stored import weight_format_of
 from doge_deploy.verify.weights import compare_weights
 
 STANDARD, LOWERED = "standard", "lowered"
@@ -80,7 +81,11 @@ def localize(
     if lowering:
         check_lowering(bundle)
     checkpoint = open_reference(bundle, reference, adapter)
-    weights = (report.weights if report is not None else compare_weights(bundle, checkpoint)).failures
+    weights = (
+        report.weights
+        if report is not None
+        else compare_weights(bundle, checkpoint, weight_format_of(bundle, checkpoint))
+    ).failures
     if case is None:
         assert report is not None
         case = next((f"{one.layout}/{one.case}" for one in report.results if not one.passed), None)

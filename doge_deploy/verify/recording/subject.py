@@ -13,6 +13,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
+from doge_deploy.bundle.files import CALIBRATION_TOKENS
 from doge_deploy.bundle.manifest import Manifest
 
 _OPTIONS = ("task", "dtype", "max_length", "routing", "logits", "num_layers", "quantize", "block_size", "symmetric")
@@ -30,6 +31,8 @@ def subject_of(manifest: Manifest) -> dict[str, Any]:
         **chosen,
         **manifest.facts.to_json(),
     }
+    if CALIBRATION_TOKENS in manifest.files:
+        found["calibration"] = manifest.files[CALIBRATION_TOKENS]["sha256"]
     result: dict[str, Any] = json.loads(json.dumps(found))
     return result
 
