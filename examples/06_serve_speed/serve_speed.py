@@ -129,7 +129,9 @@ def running(candidate: Candidate, log: Path) -> Iterator[Server]:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     command = [str(port) if part == "PORT" else part for part in candidate.command]
-    env = {**os.environ, "PYTHONPATH": candidate.sources} if candidate.sources else None
+    env = dict(os.environ)
+    if candidate.sources:  # and not those of the folder where this is run, which `-m` would put first
+        env |= {"PYTHONPATH": candidate.sources, "PYTHONSAFEPATH": "1"}
     with log.open("wb") as file, subprocess.Popen(command, stdout=file, stderr=file, env=env) as process:
         try:
             deadline = time.monotonic() + 120
@@ -374,6 +376,50 @@ def first(directory: Path, sizes: Sequence[str], kinds: Sequence[str], rounds: i
                 ", ".join(f"{1e3 * cost:.1f}" for cost in costs),
             )
             click.echo(f"| {' | '.join(shown)} |")
+
+
+@cli.command()
+@click.argument("directory", type=click.Path(path_type=Path))
+@click.option("--size", "sizes", multiple=True, default=("20M", "60M"))
+@click.option("--kind", "kinds", multiple=True, default=tuple(KINDS))
+@click.option("--clients", default=8)
+@click.option("--answers", default=8, help="Of each client in a round.")
+@click.option("--spread", default=0.0, help="Of the lengths of answers; 0.5: 32 to 96 tokens.")
+@click.option("--rounds", default=6)
+def loop(
+    directory: Path,
+    sizes: Sequence[str],
+    kinds: Sequence[str],
+    clients: int,
+    answers: int,
+    spread: float,
+    rounds: int,
+) -> None:
+    """Time to first token of clients that ask again as soon as they have an answer, over that of one such client."""
+    click.echo(
+        "| bundle | first token of one ms | of all: median, p95 | over one: median, smallest, largest round | tok/s |"
+    )
+    click.echo("| --- " * 5 + "|")
+    for size in sizes:
+        for kind in kinds:
+            ones: list[load.Load] = []
+            alls: list[load.Load] = []
+            with running(of_doge(directory, size, kind), directory / "loop.log") as server:
+                for number in range(-1, rounds):  # the first round is not counted
+                    one = load.run(server.port, kind, 1, answers, spread=spread, seed=3 * number + 7)
+                    every = load.run(server.port, kind, clients, answers, spread=spread, seed=3 * number + 8)
+                    if number >= 0:
+                        ones.append(one)
+                        alls.append(every)
+            alone = median(value for one in ones for value in one.first)
+            first = [value for every in alls for value in every.first]
+            each = [median(every.first) / median(one.first) for one, every in zip(ones, alls, strict=True)]
+            click.echo(
+                f"| {size} {kind} | {1e3 * alone:.1f} "
+                f"| {1e3 * median(first):.1f}, {1e3 * load.percentile(first, 0.95):.1f} "
+                f"| {median(first) / alone:.2f}, {min(each):.2f}, {max(each):.2f} "
+                f"| {median(every.throughput for every in alls):.0f} |"
+            )
 
 
 @cli.command()

@@ -6,6 +6,7 @@ import gzip
 import json
 import logging
 import socket
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -153,7 +154,11 @@ def test_nobody_writes_lines_into_the_log(server: Running, form: Any, capsys: py
         logs.configure(form)
         path = "/a%0A12:00:00%20serving%1b[2J%20status=200%E2%80%A8%85"
         assert server.client.get(path).status_code == 404
-        line = capsys.readouterr().err.removesuffix("\n")
+        line, deadline = "", time.monotonic() + 10
+        while "\n" not in line and time.monotonic() < deadline:  # it is written after the answer has been sent
+            time.sleep(0.01)
+            line += capsys.readouterr().err
+        line = line.removesuffix("\n")
     finally:
         for logger, handlers, propagate, level in before:
             logger.handlers, logger.propagate = handlers, propagate

@@ -346,7 +346,7 @@ def test_health_is_that_of_the_engines(tiny_bundle: Path) -> None:
             raise KeyboardInterrupt
 
         model = next(iter(replicas[0]._served.texts.values()))
-        model.engine._scheduler.step = broken  # type: ignore[method-assign]
+        model.engine._scheduler._prefill = broken  # type: ignore[method-assign]
         client = Client(body_of())
         await Front(lambda call: Direct(replicas[0], call))(request("/v1/completions"), client.receive, client.send)
         assert client.status == 500
