@@ -2,9 +2,10 @@
 
 A step makes one token for every request that is being decoded, admits requests to free slots, and feeds prompts under a
 budget of tokens, so that a long prompt delays the next token of others by one chunk and no more. Where nobody waits for
-a next token, prompts are fed in larger chunks. Short prompts that wait together are fed together (`prompts.py`). There
-is no clock and no thread in here: given the same arrivals between the same steps, the same steps are made, and the
-whole can be run under a clock that is not real.
+a next token, prompts are fed in larger chunks. Short prompts that wait together are fed together (`prompts.py`), but
+where only two wait while tokens are made, each has a step of its own: their texts then end one after the other, and so
+do not bring the next two at the same moment. There is no clock and no thread in here: given the same arrivals between
+the same steps, the same steps are made, and the whole can be run under a clock that is not real.
 
 Axes: V vocabulary, n requests that are decoded.
 """
@@ -24,6 +25,10 @@ from doge_deploy.runtime.speculation import DraftLength, NgramIndex
 from doge_deploy.serve.prompts import Piece, Prompts, Rows
 from doge_deploy.serve.request import Finished, FinishReason, PromptScored, Request, State
 from doge_deploy.serve.slots import SlotTable
+
+APART = 2
+"""While texts are made, so many prompts that wait are fed one a step; more of them need the time that one call saves
+(docs/decisions/0051-two-prompts-apart.md)."""
 
 
 class Slots(Rows, Protocol):
@@ -237,7 +242,8 @@ class Scheduler:
             # asked anew each time: a request that got its first token waits for the next one from then on
             somebody_waits = bool(self.decoding)
             budget = self.limits.step_tokens if somebody_waits else self.limits.alone_tokens
-            call = self._prompts.next_call(self.prefilling, budget, fed, self.limits.together_tokens)
+            apart = somebody_waits and len(self.prefilling) <= APART
+            call = self._prompts.next_call(self.prefilling, budget, fed, self.limits.together_tokens, apart)
             if call is None:
                 return
             for piece in call.pieces:

@@ -386,6 +386,7 @@ def first(directory: Path, sizes: Sequence[str], kinds: Sequence[str], rounds: i
 @click.option("--answers", default=8, help="Of each client in a round.")
 @click.option("--spread", default=0.0, help="Of the lengths of answers; 0.5: 32 to 96 tokens.")
 @click.option("--rounds", default=6)
+@click.option("--other", type=click.Path(path_type=Path, exists=True), help="A folder with other sources, in turns.")
 def loop(
     directory: Path,
     sizes: Sequence[str],
@@ -394,32 +395,40 @@ def loop(
     answers: int,
     spread: float,
     rounds: int,
+    other: Path | None,
 ) -> None:
-    """Time to first token of clients that ask again as soon as they have an answer, over that of one such client."""
+    """Time to first token of clients that ask again as soon as they have an answer, over that of one such client. With
+    --other the same of other sources; `versions` says how to fill their folder.
+    """
     click.echo(
-        "| bundle | first token of one ms | of all: median, p95 | over one: median, smallest, largest round | tok/s |"
+        "| bundle | sources | first token of one ms | of all: median, p95 | over one: median, smallest, largest round "
+        "| tok/s, smallest, largest round |"
     )
-    click.echo("| --- " * 5 + "|")
+    click.echo("| --- " * 6 + "|")
     for size in sizes:
         for kind in kinds:
-            ones: list[load.Load] = []
-            alls: list[load.Load] = []
-            with running(of_doge(directory, size, kind), directory / "loop.log") as server:
+            ours = replace(of_doge(directory, size, kind), name="these")
+            compared = [ours, *([replace(ours, name="other", sources=str(other.resolve()))] if other else [])]
+            found: dict[str, list[tuple[load.Load, load.Load]]] = {one.name: [] for one in compared}
+            with contextlib.ExitStack() as stack:
+                servers = [stack.enter_context(running(one, directory / f"{one.name}.log")) for one in compared]
                 for number in range(-1, rounds):  # the first round is not counted
-                    one = load.run(server.port, kind, 1, answers, spread=spread, seed=3 * number + 7)
-                    every = load.run(server.port, kind, clients, answers, spread=spread, seed=3 * number + 8)
-                    if number >= 0:
-                        ones.append(one)
-                        alls.append(every)
-            alone = median(value for one in ones for value in one.first)
-            first = [value for every in alls for value in every.first]
-            each = [median(every.first) / median(one.first) for one, every in zip(ones, alls, strict=True)]
-            click.echo(
-                f"| {size} {kind} | {1e3 * alone:.1f} "
-                f"| {1e3 * median(first):.1f}, {1e3 * load.percentile(first, 0.95):.1f} "
-                f"| {median(first) / alone:.2f}, {min(each):.2f}, {max(each):.2f} "
-                f"| {median(every.throughput for every in alls):.0f} |"
-            )
+                    for server in servers if number % 2 else servers[::-1]:
+                        one = load.run(server.port, kind, 1, answers, spread=spread, seed=3 * number + 7)
+                        every = load.run(server.port, kind, clients, answers, spread=spread, seed=3 * number + 8)
+                        if number >= 0:
+                            found[server.candidate.name].append((one, every))
+            for name, pairs in found.items():
+                alone = median(value for one, _ in pairs for value in one.first)
+                first = [value for _, every in pairs for value in every.first]
+                each = [median(every.first) / median(one.first) for one, every in pairs]
+                rates = [every.throughput for _, every in pairs]
+                click.echo(
+                    f"| {size} {kind} | {name} | {1e3 * alone:.1f} "
+                    f"| {1e3 * median(first):.1f}, {1e3 * load.percentile(first, 0.95):.1f} "
+                    f"| {median(first) / alone:.2f}, {min(each):.2f}, {max(each):.2f} "
+                    f"| {median(rates):.0f}, {min(rates):.0f}, {max(rates):.0f} |"
+                )
 
 
 @cli.command()

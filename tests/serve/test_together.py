@@ -99,6 +99,41 @@ def test_a_step_delays_the_next_token_of_others_by_one_budget_whatever_is_fed_to
     assert_each_is_alone(made)
 
 
+def test_two_prompts_that_come_while_tokens_are_made_have_a_step_each() -> None:
+    scheduler = make(6, max_length=128)
+    answer = streaming(scheduler)
+    made = submit(scheduler, [prompt(50, 40), prompt(51, 40)])
+    scheduler.step()
+    assert scheduler.runner.calls == [("decode", 1), ("prefill", 40)]
+    scheduler.step()
+    assert scheduler.runner.calls[2:] == [("decode", 2), ("prefill", 40)], "the first one's text ends a step earlier"
+    run(scheduler)
+    assert_each_is_alone(made)
+    assert answer.tokens == alone([90], 40)
+
+
+@pytest.mark.parametrize(
+    ("others", "lengths", "calls"),
+    [
+        (True, (40, 40, 40), [("decode", 1), ("together", (40, 40, 40))]),
+        (False, (40, 40), [("together", (40, 40))]),
+        (True, (prompts.ALONE - 1,) * 2, [("decode", 1), ("together", (prompts.ALONE - 1,) * 2)]),
+        (True, (40, 5), [("decode", 1), ("prefill", 40), ("prefill", 5)]),
+    ],
+)
+def test_more_prompts_or_shorter_ones_or_before_any_token_share_a_step(
+    others: bool, lengths: tuple[int, ...], calls: list[object]
+) -> None:
+    scheduler = make(6, max_length=128)
+    if others:
+        streaming(scheduler)
+    made = submit(scheduler, [prompt(50 + number, length) for number, length in enumerate(lengths)])
+    scheduler.step()
+    assert scheduler.runner.calls == calls
+    run(scheduler)
+    assert_each_is_alone(made)
+
+
 def test_the_oldest_prompt_is_fed_first_and_never_overtaken_for_long() -> None:
     scheduler = make(6, limits=Limits(step_tokens=20))
     streaming(scheduler)
