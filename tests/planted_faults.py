@@ -293,15 +293,15 @@ FAULTS: dict[str, Fault] = {
         "an fp8 engine cuts large activations off",
         ("test_few_bits.py",),
     ),
-    "calibration-forgets-rows": Fault(
+    "ranges-forget-rows": Fault(
         "graph",
         Patch(
-            "doge_deploy/graph/calibration.py",
+            "doge_deploy/graph/ranges.py",
             "found[weight] = max(found.get(weight, 0.0), float(inputs[0].abs().max()))",
             "found[weight] = float(inputs[0].abs().max())",
         ),
         "scales of activations come from the last piece of the text only",
-        ("test_calibration.py",),
+        ("test_ranges.py",),
     ),
     "errors-added-to-later-blocks": Fault(
         "graph",
