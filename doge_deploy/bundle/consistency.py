@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any, get_args
 
-from doge_deploy.bundle.files import FILE_NAME, MANIFEST, WEIGHTS_FILE, is_inside
+from doge_deploy.bundle.files import CALIBRATION_TOKENS, FILE_NAME, MANIFEST, WEIGHTS_FILE, is_inside
 from doge_deploy.bundle.manifest import FORMAT_VERSION, Layout, LayoutName, Manifest
 from doge_deploy.bundle.signature import UNCACHED, Signature, make_signature, uncached_signature
 from doge_deploy.bundle.typed_json import must_be, typed
@@ -105,6 +105,10 @@ def _layouts(manifest: Manifest) -> Iterator[str]:
         return
     if options.block_size is not None and options.block_size < 1:
         yield must_be("options.block_size", options.block_size, "a whole number >= 1, or null")
+    has_tokens = CALIBRATION_TOKENS in manifest.files
+    if options.calibrate not in (None, has_tokens):
+        why = f"files {'lists' if has_tokens else 'does not list'} {CALIBRATION_TOKENS}"
+        yield must_be("options.calibrate", options.calibrate, f"{has_tokens}, since {why}")
     if options.max_length < 1:
         yield must_be("options.max_length", options.max_length, "a whole number >= 1")
         return

@@ -18,6 +18,12 @@ _DEFAULT_BLOCKS = ", ".join(
     f"{known.default_block_size} with {name}" for name, known in _FORMATS.items() if known.default_block_size
 )
 
+_CALIBRATED = "; ".join(
+    f"{name}, and by default in {' and '.join(known.calibrated_dtypes)}"
+    for name, known in _FORMATS.items()
+    if known.calibrated_dtypes is not None
+)
+
 
 @click.command("export")
 @click.argument("model")
@@ -58,6 +64,11 @@ _DEFAULT_BLOCKS = ", ".join(
     "--symmetric/--asymmetric",
     default=None,
     help="Zero is the middle of the range, or each block has a zero point.  [default: symmetric]",
+)
+@click.option(
+    "--calibrate/--no-calibrate",
+    default=None,
+    help=f"Choose numbers by what the model does with a text, as GPTQ does: with {_CALIBRATED}.",
 )
 @click.option(
     "--inline-functions",

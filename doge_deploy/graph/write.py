@@ -47,8 +47,8 @@ def write_graphs(
         dtype: NumPy's name of the graph's dtype.
         max_length: slots of a row.
         progress: told what is being done.
-        calibration: ids of the text that scales of rounded inputs are made of, where the weight format rounds them, or
-            that numbers are chosen on; empty where they are chosen without a text.
+        calibration: ids of the text that scales of rounded inputs are made of, or that numbers are chosen on, where the
+            options ask for a weight format that does the one or the other.
 
     Returns:
         The layouts by name, none of them lowered for a backend yet, and entries of the files that were hashed already.
@@ -113,11 +113,11 @@ def _calibrate(
         advance = progress.stage("calibrate")
         weight_format.ranges = input_ranges(checkpoint, ids, routing=routing, max_length=max_length)
         advance(1)
-    if not weight_format.uses_covariances:
+    if weight_format.calibrated_dtypes is None:
         return ()
-    ids = ids[:MOST_TOKENS]
-    if not ids:
+    if not weight_format.uses_covariances:
         return ("numbers of 4 bits are chosen without a text",)
+    ids = ids[:MOST_TOKENS]
     advance = progress.stage("calibrate", checkpoint.facts.num_hidden_layers + 1)
     weight_format.chosen = choose_numbers(
         checkpoint, ids, weight_format, routing=routing, max_length=max_length, advance=advance

@@ -39,6 +39,10 @@ class ExportOptions(BaseModel):
     block_size: int | None = Field(None, ge=1, description="a whole number >= 1, or null for the weight format's own")
     """The format says which sizes it takes."""
     symmetric: bool = Field(True, description="true or false")
+    calibrate: bool | None = Field(
+        None, description="true, false, or null for what the weight format does in this dtype"
+    )
+    """Choose numbers by what the model does with a text."""
     inline_functions: bool = Field(False, description="true or false")
     """The standard graphs call no local functions; for runtimes that read none."""
 

@@ -23,6 +23,7 @@ class ExportKeywords(TypedDict, total=False):
     quantize: str | None
     block_size: int | None
     symmetric: bool
+    calibrate: bool | None
     inline_functions: bool
     lower_for: str | Sequence[str]
 

@@ -36,6 +36,10 @@ class ResolvedOptions:
     block_size: int | None
     """Numbers that share a scale; None where weights are not stored in blocks."""
     symmetric: bool
+    calibrate: bool | None = None
+    """Whether numbers were chosen on a text. None where the format has no choice, and in bundles from before there was
+    one, which hold that text or do not.
+    """
     inline_functions: bool = False
     """Bundles from before there was a choice have local functions."""
 

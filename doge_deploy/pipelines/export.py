@@ -82,8 +82,10 @@ def export(
         advance(1)
         calibration: Sequence[int] = ()
         if weight_format is not None and weight_format.is_calibrated:
-            calibration, source = _calibration(checkpoint, calibration_text, weight_format)
+            calibration, source = _calibration(checkpoint, calibration_text, weight_format, options)
             warnings += source
+        if weight_format is not None and weight_format.calibrated_dtypes is not None:
+            options = options.model_copy(update={"calibrate": weight_format.uses_covariances and bool(calibration)})
         layouts, hashed = write_graphs(
             directory,
             checkpoint,
@@ -133,29 +135,34 @@ _RANDOM_TOKENS = 1024
 def _check_calibrated(options: ExportOptions) -> None:
     """Raises UsageError where a text for calibration has no meaning."""
     found = format_of(options)
+    if found is not None and not found.is_calibrated and options.calibrate is False:
+        raise UsageError("--calibration-text with calibrate=False, which takes no text: leave one of them out")
     if found is None or not found.is_calibrated:
         raise UsageError(f"--calibration-text: only some weight formats are calibrated; give {_calibrated_formats()}")
 
 
 def _calibrated_formats() -> str:
-    """What to give for a format that is calibrated: in every dtype that it is offered for, or in some of them."""
+    """What to give for a format that is calibrated: in every dtype that it is offered for, in some of them, or where
+    that is asked for.
+    """
     always, others = [], []
     for name, known in weight_formats().items():
         dtypes = [dtype for dtype in known.dtypes if known(dtype=dtype).is_calibrated]
         if len(dtypes) == len(known.dtypes):
             always.append(name)
-        elif dtypes:
-            others.append(f"--quantize {name} with --dtype {' or '.join(dtypes)}")
+        elif known.calibrated_dtypes is not None:
+            others.append(f"--quantize {name} with --dtype {' or '.join(dtypes)}, or with --calibrate")
     return ", or ".join((f"--quantize {' or '.join(always)}", *others))
 
 
 def _calibration(
-    checkpoint: Checkpoint, given: Path | None, weight_format: WeightFormat
+    checkpoint: Checkpoint, given: Path | None, weight_format: WeightFormat, options: ExportOptions
 ) -> tuple[Sequence[int], tuple[str, ...]]:
     """Ids of the text that weights or activations are calibrated on, and a warning where there is no text.
 
     Raises:
-        UsageError: the file that was given cannot be read, or says nothing.
+        UsageError: the file that was given cannot be read, or says nothing; or a text was asked for that nothing can
+            read.
     """
     file = checkpoint.path / CALIBRATION_FILE if given is None else given
     text = CALIBRATION
@@ -165,6 +172,9 @@ def _calibration(
         except (OSError, UnicodeDecodeError) as error:
             raise UsageError(f"--calibration-text {file}: cannot be read as text: {error}") from error
     ids = encode(checkpoint, text)
+    if ids is None and (given is not None or options.calibrate):
+        asked = f"--calibration-text {given}" if given is not None else "calibrate=True"
+        raise UsageError(f"{asked}: the checkpoint has no tokenizer to read a text with; leave it out, or add one")
     if ids is None and weight_format.uses_covariances:
         return (), ("numbers of 4 bits are chosen without a text: the checkpoint has no tokenizer",)
     if ids is None:

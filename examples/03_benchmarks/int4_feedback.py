@@ -1,17 +1,17 @@
-"""What int4 loses on some texts, chosen with and without the tool's calibration text.
+"""What int4 loses on some texts, its numbers chosen with and without the tool's calibration text.
 
-    python int4_feedback.py [MODEL ...] --text FILE [--text FILE ...] [--tokens 2100]
+    python int4_feedback.py [MODEL ...] --text FILE [--text FILE ...] [--tokens 2100] [--block 32 ...]
 
 MODEL is doge-tiny and doge-tiny-moe where none is named. Of every text so many tokens are run in rows of 256. Prints
 per text the mean KL divergence of transformers with the dequantized weights from transformers with the checkpoint's
-own: fp16 as `export` stores it, and fp32, whose scales may have either sign, by blocks. Feedback in fp32 is not what
-`export` does; it is measured here for decision 44.
+own: fp16 and fp32, by block sizes, and fp32 with zero points. Decisions 44 and 52 have what it found.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import click
 import torch
@@ -19,7 +19,7 @@ import torch
 from doge_deploy.checkpoint import open_checkpoint
 from doge_deploy.checkpoint.tokenizer import encode
 from doge_deploy.graph.covariances import input_covariances
-from doge_deploy.graph.weight_formats import _feedback
+from doge_deploy.graph.weight_formats._base import as_array
 from doge_deploy.graph.weight_formats.int4 import Format
 from doge_deploy.text.calibration import CALIBRATION
 from doge_deploy.verify.reference import Reference
@@ -27,24 +27,6 @@ from doge_deploy.verify.reference import Reference
 ROW = 256
 
 Change = Callable[[str, torch.Tensor], torch.Tensor]
-
-
-def either_sign(left: torch.Tensor, upper: torch.Tensor, _dtype: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """As `_feedback._round_block`, with scales of either sign and of all bits of float32."""
-    largest = left.gather(-1, left.abs().argmax(-1, keepdim=True))[:, 0]
-    scale = largest / -8 * torch.tensor(_feedback.STARTS, dtype=torch.float64)[:, None]
-    scale = torch.where(scale.abs() < 1e-30, 1.0, scale).float().double()
-    seen = torch.linalg.solve_triangular(upper, torch.eye(len(upper), dtype=torch.float64), upper=True)
-    target, found = left @ seen, []
-    for _ in range(2):
-        values, loss = _feedback._round_columns(left, scale, upper)
-        found.append((loss, values, scale))
-        weighed = values @ seen
-        fitted = (weighed * target).sum(-1) / weighed.square().sum(-1)
-        scale = torch.where(fitted.isfinite() & (fitted != 0), fitted, scale).float().double()
-    losses, numbers, scales = (torch.cat(parts) for parts in zip(*found, strict=True))
-    best, rows = losses.argmin(0), torch.arange(len(left))
-    return numbers[best, rows], scales[best, rows]
 
 
 @torch.no_grad()
@@ -61,33 +43,28 @@ def log_probabilities(model: torch.nn.Module, rows: list[torch.Tensor]) -> list[
     return [torch.log_softmax(model(row).logits[0].double(), -1) for row in rows]
 
 
-def changes(covariances: dict[str, torch.Tensor]) -> dict[str, Change]:
+def changes(covariances: dict[str, torch.Tensor], blocks: Sequence[int]) -> dict[str, Change]:
     """What is compared, by name."""
-    half = Format(dtype="fp16")
 
-    def with_text(name: str, weight: torch.Tensor) -> torch.Tensor:
-        parts = half.store_by(weight, covariances[name]) if name in covariances else half.store(weight)
-        block = weight.shape[1] // parts["scale"].shape[1]
-        return parts["values"].float() * parts["scale"].float().repeat_interleave(block, 1)
+    def stored(**options: Any) -> Change:
+        form = Format(**options)
 
-    found: dict[str, Change] = {
-        "fp16 without a text": lambda name, weight: half.dequantized(weight, name),
-        "fp16": with_text,
-    }
-    for size in (32, 64, 128):
-        wide = Format(dtype="fp32", block_size=size)
+        def change(name: str, weight: torch.Tensor) -> torch.Tensor:
+            if not form.uses_covariances or name not in covariances:
+                return form.dequantized(weight)
+            parts = form.store_by(weight, covariances[name], name)
+            return torch.from_numpy(form.dequantize({key: as_array(part) for key, part in parts.items()}))
 
-        def fed_back(name: str, weight: torch.Tensor, wide: Format = wide) -> torch.Tensor:
-            if name not in covariances:
-                return wide.dequantized(weight, name)
-            own, _feedback._round_block = _feedback._round_block, either_sign
-            block = wide._known_block(weight.shape[1])
-            values, scale = _feedback.scales_with_feedback(weight, covariances[name], block, "float32")
-            _feedback._round_block = own
-            return values * scale.repeat_interleave(block, 1)
+        return change
 
-        found[f"fp32 block {size}"] = lambda name, weight, wide=wide: wide.dequantized(weight, name)  # type: ignore[misc]
-        found[f"fp32 block {size}, feedback"] = fed_back
+    found: dict[str, Change] = {}
+    for block in blocks:
+        for dtype, symmetric in (("fp16", True), ("fp32", True), ("fp32", False)):
+            for calibrate in (False, True):
+                name = (
+                    f"{dtype} block {block}{'' if symmetric else ', zero points'}{', calibrated' if calibrate else ''}"
+                )
+                found[name] = stored(dtype=dtype, block_size=block, symmetric=symmetric, calibrate=calibrate)
     return found
 
 
@@ -95,7 +72,8 @@ def changes(covariances: dict[str, torch.Tensor]) -> dict[str, Change]:
 @click.argument("models", nargs=-1)
 @click.option("--text", "texts", type=click.Path(exists=True, path_type=Path), multiple=True, required=True)
 @click.option("--tokens", default=2100, show_default=True)
-def main(models: tuple[str, ...], texts: tuple[Path, ...], tokens: int) -> None:
+@click.option("--block", "blocks", type=int, multiple=True, default=(32, 64, 128), show_default=True)
+def main(models: tuple[str, ...], texts: tuple[Path, ...], tokens: int, blocks: tuple[int, ...]) -> None:
     """Measure MODELS on texts."""
     for name in models or ("doge-tiny", "doge-tiny-moe"):
         checkpoint = open_checkpoint(name)
@@ -111,7 +89,7 @@ def main(models: tuple[str, ...], texts: tuple[Path, ...], tokens: int) -> None:
             covariances |= layer
         parameters = {key: value for key, value in model.named_parameters() if value.ndim == 2}
         own = {key: value.detach().clone() for key, value in parameters.items()}
-        for label, change in changes(covariances).items():
+        for label, change in changes(covariances, blocks).items():
             with torch.no_grad():
                 for key, weight in own.items():
                     if not Format(dtype="fp16").refusal(key, weight.shape):

@@ -56,6 +56,8 @@ class WeightOptions(Protocol):
     @property
     def symmetric(self) -> bool: ...
     @property
+    def calibrate(self) -> bool | None: ...
+    @property
     def dtype(self) -> ShortName: ...
 
 
@@ -68,7 +70,7 @@ def format_of(options: WeightOptions) -> WeightFormat | None:
     if options.quantize is None:
         return None
     return find_weight_format(options.quantize)(
-        block_size=options.block_size, symmetric=options.symmetric, dtype=options.dtype
+        block_size=options.block_size, symmetric=options.symmetric, dtype=options.dtype, calibrate=options.calibrate
     )
 
 
@@ -87,11 +89,17 @@ def resolve_options(options: ExportOptions) -> ExportOptions:
         for name in ("block_size", "symmetric")
         if name in options.model_fields_set and getattr(options, name) is not None
     ]
+    stored = "no quantize" if chosen is None else f"quantize={chosen.name}"
     if given and (chosen is None or not chosen.block_sizes):
-        stored = "no quantize" if chosen is None else f"quantize={chosen.name}"
         names = " or ".join(name for name, found in weight_formats().items() if found.block_sizes)
         raise UsageError(
             f"{given[0]}={getattr(options, given[0])!r} with {stored}: only weights in blocks have that; leave it out "
+            f"or give quantize={names}"
+        )
+    if options.calibrate is not None and (chosen is None or chosen.calibrated_dtypes is None):
+        names = " or ".join(name for name, found in weight_formats().items() if found.calibrated_dtypes is not None)
+        raise UsageError(
+            f"calibrate={options.calibrate} with {stored}: only for numbers of {names} there is that choice; leave it out "
             f"or give quantize={names}"
         )
     found = format_of(options)

@@ -76,9 +76,11 @@ class WeightFormat(ABC):
         block_size: numbers of a row that share a scale, at most; the format's default where None.
         symmetric: whether the zero point is the middle of the range. Only formats with blocks have a choice.
         dtype: what the graph computes in.
+        calibrate: whether numbers are chosen on a text; as the format does it in this dtype where None.
 
     Raises:
-        UsageError: the format has no blocks, or none of that size; or it is not offered for this dtype.
+        UsageError: the format has no blocks, or none of that size; it is not offered for this dtype; or it has no
+            choice between numbers that are chosen on a text and others.
     """
 
     name: ClassVar[str]
@@ -91,6 +93,8 @@ class WeightFormat(ABC):
     default_block_size: ClassVar[int | None] = None
     dtypes: ClassVar[tuple[ShortName, ...]] = ("fp32",)
     """What a graph with such weights may compute in, the default first."""
+    calibrated_dtypes: ClassVar[tuple[ShortName, ...] | None] = None
+    """Where numbers are chosen on a text unless that is switched off; None where the format has no choice."""
     rounds_activations: ClassVar[bool] = False
     """Whether what ONNX Runtime runs for it rounds activations too, so that parity is judged on the standard graph."""
     rounds_inputs_to: ClassVar[str] = ""
@@ -101,7 +105,14 @@ class WeightFormat(ABC):
     targets: ClassVar[frozenset[str]] = frozenset({"ort"})
     """What accepts a bundle with such weights: `ort`, `trt`, `trt-rtx`, `torch-kernels`."""
 
-    def __init__(self, *, block_size: int | None = None, symmetric: bool = True, dtype: ShortName = "fp32") -> None:
+    def __init__(
+        self,
+        *,
+        block_size: int | None = None,
+        symmetric: bool = True,
+        dtype: ShortName = "fp32",
+        calibrate: bool | None = None,
+    ) -> None:
         if dtype not in self.dtypes:
             legal = " or ".join(self.dtypes)
             raise UsageError(
@@ -115,6 +126,10 @@ class WeightFormat(ABC):
         self.block_size = block_size or self.default_block_size
         self.symmetric = symmetric
         self.dtype = NAMES[dtype]
+        if calibrate is not None and self.calibrated_dtypes is None:
+            raise UsageError(f"calibrate={calibrate} with quantize={self.name}: this format has no choice of that")
+        self.uses_covariances = dtype in (self.calibrated_dtypes or ()) if calibrate is None else calibrate
+        """Whether numbers are chosen by what weights are multiplied with on some text."""
         self.ranges: Mapping[str, float] = {}
         """While a model is exported: by name of a weight the largest magnitude of what is multiplied with it, where
         that is to be rounded. See `doge_deploy.graph.ranges`."""
@@ -138,11 +153,6 @@ class WeightFormat(ABC):
     def target_remedy(self, target: str) -> str:
         """What helps where `target` does not accept it."""
         return "export without --quantize"
-
-    @property
-    def uses_covariances(self) -> bool:
-        """Whether numbers are chosen by what weights are multiplied with on some text, where there is one."""
-        return False
 
     @property
     def is_calibrated(self) -> bool:

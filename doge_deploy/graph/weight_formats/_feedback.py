@@ -13,19 +13,21 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from doge_deploy.graph.weight_formats._scales import HIGHEST, LOWEST, STARTS, short_scale
+from doge_deploy.graph.weight_formats._grids import STEPS
 
 if TYPE_CHECKING:
     import torch
+
+    from doge_deploy.graph.weight_formats._grids import Grid
 
 DAMPENING = 0.3
 """Added to the diagonal of a covariance, times its mean: a short text shows the inputs only roughly (decision 44)."""
 
 
 def scales_with_feedback(
-    weight: torch.Tensor, covariance: torch.Tensor, block: int, dtype: str
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Numbers from -8 to 7 and the scale of each block, as `positive_scales` gives them.
+    weight: torch.Tensor, covariance: torch.Tensor, block: int, grid: Grid
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Numbers of a grid, and the scale of each block. A block of zeros has scale 1.
 
     Blocks are rounded in the order of their inputs' mean square, the largest first, and so are the columns of a block.
 
@@ -33,10 +35,11 @@ def scales_with_feedback(
         weight: `[N, C]` float32.
         covariance: of the inputs, `[C, C]` float64.
         block: numbers that share a scale; it divides C.
-        dtype: of the scales, see `positive_scales`.
+        grid: what a block may be rounded to.
 
     Returns:
-        Numbers `[N, C]` float32 and scales `[N, C/block]` of `dtype`.
+        Numbers `[N, C]` float32, scales `[N, C/block]` of the grid's dtype, and the lowest number that each block could
+        have, `[N, C/block]` float32.
     """
     import torch
 
@@ -45,17 +48,18 @@ def scales_with_feedback(
     upper = factor(covariance[order][:, order])
     left = weight.to(torch.float64)[:, order]
     values, scales = torch.empty_like(left), left.new_empty(len(left), columns // block)
+    lowest = torch.empty_like(scales)
     for begin in range(0, columns, block):
         end = begin + block
         own = upper[begin:end, begin:end]
-        found, scale = _round_block(left[:, begin:end], own, dtype)
-        values[:, begin:end], scales[:, begin // block] = found, scale
+        found, scale, low = _round_block(left[:, begin:end], own, grid)
+        values[:, begin:end], scales[:, begin // block], lowest[:, begin // block] = found, scale, low
         errors = torch.linalg.solve_triangular(own, left[:, begin:end] - found * scale[:, None], upper=True, left=False)
         left[:, end:] -= errors @ upper[begin:end, end:]
-    numbers, all_scales = torch.empty_like(values), torch.empty_like(scales)
-    numbers[:, order] = values
-    all_scales[:, order[::block] // block] = scales
-    return numbers.float(), all_scales.to(getattr(torch, dtype))
+    place = order.argsort()  # of each column of the weight among those of `values`
+    blocks = place[::block] // block
+    numbers, lowest = values[:, place].float(), lowest[:, blocks].float()
+    return numbers, scales[:, blocks].to(getattr(torch, grid.dtype)), lowest
 
 
 def column_order(covariance: torch.Tensor, block: int) -> torch.Tensor:
@@ -83,8 +87,10 @@ def factor(covariance: torch.Tensor) -> torch.Tensor:
     return found
 
 
-def _round_block(left: torch.Tensor, upper: torch.Tensor, dtype: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """Numbers `[N, block]` and scales `[N]`, float64, of the columns of one block in their order.
+def _round_block(
+    left: torch.Tensor, upper: torch.Tensor, grid: Grid
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Numbers `[N, block]`, scales `[N]` and lowest numbers `[N]`, float64, of the columns of one block in their order.
 
     Args:
         left: what the columns are to stand for, the errors of earlier blocks made up for.
@@ -92,34 +98,34 @@ def _round_block(left: torch.Tensor, upper: torch.Tensor, dtype: str) -> tuple[t
     """
     import torch
 
-    whole = torch.maximum(left.amax(-1) / HIGHEST, left.amin(-1) / LOWEST)
-    scale = short_scale(whole * torch.tensor(STARTS, dtype=torch.float64)[:, None], dtype).to(torch.float64)  # [S, N]
+    scale, lowest = grid.starts(left)  # [S, N]
     unit = torch.eye(len(upper), dtype=torch.float64)
     seen = torch.linalg.solve_triangular(upper, unit, upper=True)
     target = left @ seen
     found = []
     for _ in range(2):
-        values, loss = _round_columns(left, scale, upper)
-        found.append((loss, values, scale))
+        values, loss = _round_columns(left, scale, lowest, upper)
+        found.append((loss, values, scale, lowest))
         weighed = values @ seen
         fitted = (weighed * target).sum(-1) / weighed.square().sum(-1)
-        scale = short_scale(torch.where(fitted > 0, fitted, scale), dtype).to(torch.float64)
-    losses, values, scales = (torch.cat(parts) for parts in zip(*found, strict=True))
-    best = losses.argmin(0)
-    rows = torch.arange(len(left))
-    chosen, chosen_scale = values[best, rows], scales[best, rows]
-    nothing = (chosen == 0).all(-1)
-    return chosen, torch.where(nothing, torch.ones_like(chosen_scale), chosen_scale)
+        scale = grid.nearest(torch.where(fitted.sign() == scale.sign(), fitted, scale))
+    losses, *parts = (torch.cat(tried) for tried in zip(*found, strict=True))
+    best, rows = losses.argmin(0), torch.arange(len(left))
+    values, scale, lowest = (part[best, rows] for part in parts)
+    nothing = (values == 0).all(-1)
+    return values, torch.where(nothing, torch.ones_like(scale), scale), lowest
 
 
-def _round_columns(left: torch.Tensor, scale: torch.Tensor, upper: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Numbers `[S, N, block]` and the loss `[S, N]` for scales `[S, N]`."""
+def _round_columns(
+    left: torch.Tensor, scale: torch.Tensor, lowest: torch.Tensor, upper: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Numbers `[S, N, block]` and the loss `[S, N]` for scales and lowest numbers `[S, N]`."""
     import torch
 
     rest = left.T[:, None].repeat(1, len(scale), 1)  # [block, S, N]: a column is one piece of memory
-    values, loss = torch.empty_like(rest), torch.zeros_like(scale)
+    values, loss, highest = torch.empty_like(rest), torch.zeros_like(scale), lowest + STEPS
     for column in range(len(rest)):
-        values[column] = torch.clamp(torch.round(rest[column] / scale), LOWEST, HIGHEST)
+        values[column] = torch.clamp(torch.round(rest[column] / scale), lowest, highest)
         error = (rest[column] - values[column] * scale) / upper[column, column]
         loss += error.square()
         rest[column + 1 :] -= upper[column, column + 1 :, None, None] * error

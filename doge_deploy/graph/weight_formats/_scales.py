@@ -59,13 +59,21 @@ def positive_scales(blocks: torch.Tensor, dtype: str) -> tuple[torch.Tensor, tor
     return best_values, best_scale.squeeze(-1).to(getattr(torch, dtype))
 
 
-def short_scale(scale: torch.Tensor, dtype: str) -> torch.Tensor:
-    """The nearest number above zero that has `NUMBER_BITS` fewer bits than `dtype`, is one of `dtype`, and does not
-    leave its range when it is multiplied.
+def short_scale(scale: torch.Tensor, dtype: str, bits: int | None = None) -> torch.Tensor:
+    """The nearest number above zero that has so few bits, is one of `dtype`, and does not leave its range when it is
+    multiplied.
+
+    Args:
+        scale: float32 or float64, not below zero.
+        dtype: float32, float16 or bfloat16.
+        bits: significant ones, at most the default: `NUMBER_BITS` fewer than `dtype` has.
+
+    Returns:
+        Numbers of `dtype`, as float32.
     """
     import torch
 
-    bits = SIGNIFICANT_BITS[dtype] - NUMBER_BITS
+    bits = bits or SIGNIFICANT_BITS[dtype] - NUMBER_BITS
     mantissa, exponent = torch.frexp(scale)
     short = torch.ldexp(torch.round(mantissa * 2**bits), exponent - bits)
     kind: torch.dtype = getattr(torch, dtype)

@@ -9,6 +9,7 @@ from doge_deploy.errors import UsageError
 from doge_deploy.graph.weight_formats._base import Part, PartSource, Quality
 from doge_deploy.graph.weight_formats._blocks import SCALE_SUFFIX, BlockFormat
 from doge_deploy.graph.weight_formats._feedback import scales_with_feedback
+from doge_deploy.graph.weight_formats._grids import EitherSignGrid, Grid, PositiveGrid, ZeroPointGrid
 from doge_deploy.graph.weight_formats._scales import positive_scales
 
 if TYPE_CHECKING:
@@ -27,13 +28,15 @@ class Format(BlockFormat):
     A graph in half precision has whole numbers from -8 to 7, a positive scale of its dtype and no zero point: the one
     form that TensorRT multiplies with as it is stored. Number times scale is exact in that dtype, so that every runtime
     has the same weights. Positive scales lose more, since the largest number of a block may have the sign without a
-    level more; so numbers are chosen by the inputs that a text gives the weights, where there is a text.
+    level more; so numbers are chosen by the inputs that a text gives the weights, where there is a text and nobody
+    switched that off. In fp32 that is done where it is asked for.
     """
 
     name = "int4"
     title = "4 bits, block by block"
     bits = 4
     dtypes = ("fp32", "fp16", "bf16")
+    calibrated_dtypes = ("fp16", "bf16")
     shrink = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7)
     default_block_size = 32
     targets = frozenset({"ort", "trt", "trt-rtx"})
@@ -57,10 +60,6 @@ class Format(BlockFormat):
     def signed(self) -> bool:
         """Whether numbers are stored from -8 to 7."""
         return self.dtype != "float32"
-
-    @property
-    def uses_covariances(self) -> bool:
-        return self.signed
 
     def target_refusal(self, target: str) -> str:
         refusal = super().target_refusal(target)
@@ -115,8 +114,19 @@ class Format(BlockFormat):
         if not self.uses_covariances:
             return super().store_by(weight, covariance, name)
         block = self._known_block(weight.shape[1])
-        values, scale = scales_with_feedback(weight.float(), covariance, block, self.dtype)
-        return {"values": values.to(torch.int8), "scale": scale}
+        values, scale, lowest = scales_with_feedback(weight.float(), covariance, block, self._grid)
+        if self.signed:
+            return {"values": values.to(torch.int8), "scale": scale}
+        raised = (values - lowest.repeat_interleave(block, 1)).to(torch.uint8)
+        stored = {"values": raised, "scale": scale}
+        return stored if self.symmetric else {**stored, "zero_point": (-lowest).to(torch.uint8)}
+
+    @property
+    def _grid(self) -> Grid:
+        """What numbers that are chosen on a text are rounded to."""
+        if self.signed:
+            return PositiveGrid(self.dtype)
+        return EitherSignGrid() if self.symmetric else ZeroPointGrid()
 
     def dequantize(self, parts: Mapping[str, Array]) -> npt.NDArray[np.float32]:
         import numpy as np
