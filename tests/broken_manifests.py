@@ -214,6 +214,12 @@ BROKEN: dict[str, Broken] = {
     "option-quantize": put("options/quantize", "int3", "options.quantize='int3': must be one of fp16, fp8, "),
     "option-block": put("options/block_size", 0, "options.block_size=0: must be a whole number >= 1, or null"),
     "option-symmetric": put("options/symmetric", "yes", "options.symmetric='yes': must be true or false"),
+    "option-calibrate": put("options/calibrate", "yes", "options.calibrate='yes': must be "),
+    "option-calibrate-no-tokens": put(
+        "options/calibrate",
+        True,
+        "options.calibrate=True: must be False, since files does not list calibration.json",
+    ),
     "option-layers": put("options/num_layers", 7, "options.num_layers=7: must be null or 1, as facts.num_hidden"),
     "option-unknown": put("options/speed", "fast", "options.speed: unknown key; known: task, dtype"),
     # layouts

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnx_ir as ir
 import shared_files
 import torch
@@ -88,3 +90,12 @@ def edit_tensor(path: Path, name: str, edit: Callable[[torch.Tensor], None]) -> 
     begin, end = eval(data[8 : 8 + header])[name]["data_offsets"]  # the header is a literal of ours
     start = 8 + header
     path.write_bytes(data[: start + begin] + tensor.numpy().tobytes() + data[start + end :])
+
+
+def edit_bytes(path: Path, name: str, edit: Callable[[np.ndarray], np.ndarray]) -> None:
+    """Change the bytes of one tensor of a safetensors file in place."""
+    data = path.read_bytes()
+    begin = 8 + int.from_bytes(data[:8], "little")
+    first, last = json.loads(data[8:begin])[name]["data_offsets"]
+    changed = edit(np.frombuffer(data[begin + first : begin + last], np.uint8).copy())
+    path.write_bytes(data[: begin + first] + changed.tobytes() + data[begin + last :])

@@ -318,12 +318,45 @@ FAULTS: dict[str, Fault] = {
         "graph",
         Patch(
             "doge_deploy/graph/weight_formats/_feedback.py",
-            "best = losses.argmin(0)",
-            "best = losses.argmax(0)",
+            "best, rows = losses.argmin(0)",
+            "best, rows = losses.argmax(0)",
         ),
         "the scale of a block is the worst that was tried",
         ("test_feedback.py",),
         select="plain_loop",
+    ),
+    "calibrated-scale-with-all-its-bits": Fault(
+        "graph",
+        Patch(
+            "doge_deploy/graph/weight_formats/_grids.py",
+            "WIDE_SCALE_BITS = 11",
+            "WIDE_SCALE_BITS = 24",
+        ),
+        "another processor calibrates a large model to other scales, and verify calls the bundle broken",
+        ("test_feedback.py",),
+        select="few_bits",
+    ),
+    "calibrated-scale-without-sign": Fault(
+        "graph",
+        Patch(
+            "doge_deploy/graph/weight_formats/_grids.py",
+            "torch.where(high > -low, high, low)",
+            "torch.where(high > -low, -high, low)",
+        ),
+        "the largest number of a calibrated block does not get the level more",
+        ("test_feedback.py",),
+        select="either_sign",
+    ),
+    "calibrated-bundle-without-its-tokens": Fault(
+        "bundle",
+        Patch(
+            "doge_deploy/bundle/consistency.py",
+            "if options.calibrate not in (None, has_tokens):",
+            "if options.calibrate not in (None, has_tokens, True):",
+        ),
+        "verify judges a calibrated bundle by numbers that are chosen without a text",
+        ("test_calibrated.py",),
+        select="gone",
     ),
     "covariances-forget-rows": Fault(
         "graph",
@@ -392,8 +425,8 @@ FAULTS: dict[str, Fault] = {
         "graph",
         Patch(
             "doge_deploy/graph/weight_formats/_scales.py",
-            "bits = SIGNIFICANT_BITS[dtype] - NUMBER_BITS",
-            "bits = SIGNIFICANT_BITS[dtype]",
+            "bits = bits or SIGNIFICANT_BITS[dtype] - NUMBER_BITS",
+            "bits = bits or SIGNIFICANT_BITS[dtype]",
         ),
         "runtimes that round number times scale have other 4-bit weights than those that do not",
         ("test_weight_formats.py",),

@@ -18,11 +18,11 @@ _DEFAULT_BLOCKS = ", ".join(
     f"{known.default_block_size} with {name}" for name, known in _FORMATS.items() if known.default_block_size
 )
 
-_CALIBRATED = "; ".join(
-    f"{name}, and by default in {' and '.join(known.calibrated_dtypes)}"
+_CALIBRATED = {
+    name: f"{name} in {' and '.join(known.calibrated_dtypes)}"
     for name, known in _FORMATS.items()
     if known.calibrated_dtypes is not None
-)
+}
 
 
 @click.command("export")
@@ -68,7 +68,8 @@ _CALIBRATED = "; ".join(
 @click.option(
     "--calibrate/--no-calibrate",
     default=None,
-    help=f"Choose numbers by what the model does with a text, as GPTQ does: with {_CALIBRATED}.",
+    help=f"Choose numbers of {' and '.join(_CALIBRATED)} by what the model does with a text, as GPTQ does.  "
+    f"[default: with {', '.join(_CALIBRATED.values())}]",
 )
 @click.option(
     "--inline-functions",

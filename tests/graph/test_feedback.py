@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import math
 import shutil
 from functools import partial
 from pathlib import Path
@@ -25,7 +27,9 @@ from doge_deploy.errors import BrokenBundleError
 from doge_deploy.graph.covariances import input_covariances
 from doge_deploy.graph.feedback import MOST_TOKENS, choose_numbers, read_tokens, write_tokens
 from doge_deploy.graph.weight_formats import format_of, weight_formats
+from doge_deploy.graph.weight_formats._base import as_array
 from doge_deploy.graph.weight_formats._feedback import DAMPENING, column_order, scales_with_feedback
+from doge_deploy.graph.weight_formats._grids import EitherSignGrid, Grid, PositiveGrid, ZeroPointGrid
 from doge_deploy.graph.weight_formats._scales import STARTS, positive_scales, short_scale
 from doge_deploy.graph.weight_formats.int4 import Format
 from doge_deploy.options.export import ExportOptions
@@ -52,12 +56,34 @@ def short(scale: float, dtype: str) -> float:
     return float(short_scale(torch.tensor([scale], dtype=torch.float64), dtype))
 
 
-def feed_back(left: Array, inverse: Array, scale: float, columns: list[int]) -> tuple[Array, Array, Array, float]:
+def of_eleven_bits(number: float) -> float:
+    mantissa, exponent = math.frexp(number)
+    return math.ldexp(round(mantissa * 2**11), exponent - 11)
+
+
+def begin(numbers: Array, start: float, grid: str) -> tuple[float, int]:
+    """The scale that a search begins with, and the lowest number."""
+    high, low = numbers.max(), numbers.min()
+    if grid == "either-sign":
+        return of_eleven_bits(start * (high if high > -low else low) / -8), -8
+    if grid == "zero-points":
+        scale = of_eleven_bits(start * (max(high, 0) - min(low, 0)) / 15)
+        return scale, -int(np.clip(np.round(-start * min(low, 0) / scale), 0, 15))
+    return short(start * max(high / 7, low / -8), grid), -8
+
+
+def near(scale: float, grid: str) -> float:
+    return short(scale, grid) if grid in ("float16", "bfloat16") else of_eleven_bits(scale)
+
+
+def feed_back(
+    left: Array, inverse: Array, scale: float, lowest: int, columns: list[int]
+) -> tuple[Array, Array, Array, float]:
     """One row, one block, column by column: numbers, what is left of the row, what is left of the inverse, the loss."""
     left, inverse = left.copy(), inverse.copy()
     values, loss = np.zeros(len(columns)), 0.0
     for place, column in enumerate(columns):
-        values[place] = np.clip(np.round(left[column] / scale), -8, 7)
+        values[place] = np.clip(np.round(left[column] / scale), lowest, lowest + 15)
         error = left[column] - values[place] * scale
         loss += error**2 / inverse[column, column]
         left -= error / inverse[column, column] * inverse[column]
@@ -65,7 +91,7 @@ def feed_back(left: Array, inverse: Array, scale: float, columns: list[int]) -> 
     return values, left, inverse, loss
 
 
-def plain_loop(weight: Array, covariance: Array, block: int, dtype: str) -> tuple[Array, Array]:
+def plain_loop(weight: Array, covariance: Array, block: int, grid: str) -> tuple[Array, Array, Array]:
     """The same by the inverse itself, from which a row and a column are taken away for each column that is rounded."""
     columns = weight.shape[1]
     mean = covariance.diagonal().mean()
@@ -73,23 +99,23 @@ def plain_loop(weight: Array, covariance: Array, block: int, dtype: str) -> tupl
     power = covariance.diagonal().reshape(-1, block)
     blocks = np.argsort(-power.sum(1), kind="stable")
     values, scales = np.zeros_like(weight), np.zeros((len(weight), columns // block))
+    all_lowest = np.zeros_like(scales)
     for row in range(len(weight)):
         left, inverse = weight[row], np.linalg.inv(dampened)
         for index in blocks:
             own = [int(index) * block + int(place) for place in np.argsort(-power[index], kind="stable")]
             metric = np.linalg.inv(inverse[np.ix_(own, own)])
             best: tuple[Any, ...] | None = None
-            whole = max(left[own].max() / 7, left[own].min() / -8)
             found = []
             for start in STARTS:
-                scale = short(whole * start, dtype)
+                scale, lowest = begin(left[own], start, grid)
                 for turn in range(2):
-                    result = feed_back(left, inverse, scale, own)
-                    found.append((turn, scale, result))
+                    result = feed_back(left, inverse, scale, lowest, own)
+                    found.append((turn, scale, result, lowest))
                     numbers = result[0]
                     size = numbers @ metric @ numbers
                     fitted = numbers @ metric @ left[own] / size if size else 0.0
-                    scale = short(fitted, dtype) if fitted > 0 else scale
+                    scale = near(fitted, grid) if fitted * scale > 0 else scale
             for turn in (0, 1):
                 for one in found:
                     if one[0] == turn and (best is None or one[2][3] < best[2][3] - 1e-15):
@@ -97,21 +123,32 @@ def plain_loop(weight: Array, covariance: Array, block: int, dtype: str) -> tupl
             assert best is not None
             values[row, own], left, inverse = best[2][:3]
             scales[row, index] = best[1] if best[2][0].any() else 1.0
-    return values, scales
+            all_lowest[row, index] = best[3]
+    return values, scales, all_lowest
 
 
-@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+GRIDS: dict[str, Grid] = {
+    "float16": PositiveGrid("float16"),
+    "bfloat16": PositiveGrid("bfloat16"),
+    "either-sign": EitherSignGrid(),
+    "zero-points": ZeroPointGrid(),
+}
+
+
+@pytest.mark.parametrize("grid", GRIDS)
 @pytest.mark.parametrize(("columns", "block"), [(64, 16), (32, 32)])
-def test_numbers_are_those_of_a_plain_loop(columns: int, block: int, dtype: str) -> None:
+def test_numbers_are_those_of_a_plain_loop(columns: int, block: int, grid: str) -> None:
     weight = torch.randn(6, columns, generator=torch.Generator().manual_seed(1))
     covariance = correlated(columns, rank=8)
-    values, scales = scales_with_feedback(weight, covariance, block, dtype)
-    expected = plain_loop(weight.double().numpy(), covariance.numpy(), block, dtype)
-    assert np.array_equal(values.numpy(), expected[0])
-    assert np.array_equal(scales.double().numpy(), expected[1])
+    found = scales_with_feedback(weight, covariance, block, GRIDS[grid])
+    expected = plain_loop(weight.double().numpy(), covariance.numpy(), block, grid)
+    for own, other in zip(found, expected, strict=True):
+        assert np.array_equal(own.double().numpy(), other)
+    assert (found[1] > 0).all() or grid == "either-sign"
+    assert (found[2] == -8).all() or grid == "zero-points"
 
 
-def loss(weight: torch.Tensor, parts: tuple[torch.Tensor, torch.Tensor], covariance: torch.Tensor) -> float:
+def loss(weight: torch.Tensor, parts: tuple[torch.Tensor, ...], covariance: torch.Tensor) -> float:
     block = weight.shape[1] // parts[1].shape[1]
     error = (parts[0].reshape(weight.shape) * parts[1].float().repeat_interleave(block, 1) - weight).double()
     return float((error @ covariance * error).sum())
@@ -121,7 +158,7 @@ def test_products_err_less_than_with_the_best_scales_alone() -> None:
     weight = torch.randn(32, 128, generator=torch.Generator().manual_seed(1))
     covariance = correlated(128, rank=32)
     plain = positive_scales(weight.reshape(32, 4, 32), "float16")
-    found = scales_with_feedback(weight, covariance, 32, "float16")
+    found = scales_with_feedback(weight, covariance, 32, GRIDS["float16"])
     assert loss(weight, found, covariance) < 0.5 * loss(weight, plain, covariance)
     # and the error of the weights themselves grows, but not without limit
     unit = torch.eye(128, dtype=torch.float64)
@@ -131,7 +168,7 @@ def test_products_err_less_than_with_the_best_scales_alone() -> None:
 def test_inputs_that_vary_alone_leave_nothing_to_make_up_for() -> None:
     """Then the numbers are those of `positive_scales`."""
     weight = torch.randn(16, 64, generator=torch.Generator().manual_seed(2))
-    values, scales = scales_with_feedback(weight, torch.eye(64, dtype=torch.float64), 32, "float16")
+    values, scales, _ = scales_with_feedback(weight, torch.eye(64, dtype=torch.float64), 32, GRIDS["float16"])
     expected = positive_scales(weight.reshape(16, 2, 32), "float16")
     assert torch.equal(values, expected[0].reshape(16, 64)) and torch.equal(scales, expected[1])
 
@@ -141,20 +178,70 @@ def test_the_largest_inputs_come_first_and_blocks_stay_together() -> None:
     assert column_order(covariance, 4).tolist() == [4, 5, 6, 7, 1, 3, 2, 0]
 
 
+def wide(*, symmetric: bool = True, calibrate: bool = True) -> Format:
+    return Format(dtype="fp32", symmetric=symmetric, calibrate=calibrate)
+
+
+@pytest.mark.parametrize("symmetric", [True, False], ids=["symmetric", "zero-points"])
+def test_in_fp32_products_err_less_than_without_a_text(symmetric: bool) -> None:
+    stored_as = wide(symmetric=symmetric)
+    weight = torch.randn(32, 128, generator=torch.Generator().manual_seed(1))
+
+    def error(parts: dict[str, torch.Tensor], covariance: torch.Tensor) -> float:
+        difference = stored_as.dequantize({key: as_array(part) for key, part in parts.items()}) - weight.numpy()
+        return float((difference @ covariance.numpy() * difference).sum())
+
+    covariance, unit = correlated(128, rank=32), torch.eye(128, dtype=torch.float64)
+    plain, found = stored_as.store(weight), stored_as.store_by(weight, covariance)
+    assert {key: (part.dtype, part.shape) for key, part in found.items()} == {
+        key: (part.dtype, part.shape) for key, part in plain.items()
+    }
+    assert error(found, covariance) < 0.5 * error(plain, covariance)
+    assert error(plain, unit) < error(found, unit) < 4 * error(plain, unit)
+    # where inputs vary alone nothing is made up for, and least squares is a little better than the seven ranges
+    assert 0.9 * error(plain, unit) < error(stored_as.store_by(weight, unit), unit) < error(plain, unit)
+
+
+def test_the_largest_number_of_either_sign_has_the_level_more() -> None:
+    weight = torch.randn(64, 32, generator=torch.Generator().manual_seed(6))
+    largest = weight.gather(1, weight.abs().argmax(1, keepdim=True))[:, 0]
+    parts = wide().store_by(weight, torch.eye(32, dtype=torch.float64))
+    assert torch.equal(parts["scale"][:, 0] < 0, largest > 0), "the scale's sign is the other one"
+    lowest = parts["values"].amin(1)
+    assert (lowest == 0).sum() > 48 and parts["values"].max() <= 15, "stored numbers have zero point 8"
+
+
+@pytest.mark.parametrize("symmetric", [True, False], ids=["symmetric", "zero-points"])
+@pytest.mark.parametrize("size", [1.0, 1e-38, 1e37])
+def test_scales_in_fp32_have_few_bits_and_stay_in_range(size: float, symmetric: bool) -> None:
+    weight = size * torch.randn(16, 64, generator=torch.Generator().manual_seed(7))
+    weight[0], weight[1, :32] = 0, 3 * size
+    parts = wide(symmetric=symmetric).store_by(weight, correlated(64, rank=8))
+    mantissa, _ = torch.frexp(parts["scale"])
+    assert torch.equal(mantissa * 2**11, (mantissa * 2**11).round())
+    assert (parts["scale"].abs() >= 2.0**-126).all() and (parts["scale"][0] == 1).all()
+    found = torch.from_numpy(wide(symmetric=symmetric).dequantize({key: as_array(one) for key, one in parts.items()}))
+    assert torch.isfinite(found).all() and torch.equal(found[0], torch.zeros(64))
+    if size > 1e-30:  # below, no scale is small enough
+        assert (found / size - weight / size).square().mean() < 0.05
+
+
+@pytest.mark.parametrize("grid", GRIDS)
 @pytest.mark.parametrize("dead", ["nothing", "a-block", "columns", "all"])
-def test_inputs_that_are_never_there_and_rows_of_zeros(dead: str) -> None:
+def test_inputs_that_are_never_there_and_rows_of_zeros(dead: str, grid: str) -> None:
     weight = torch.randn(8, 64, generator=torch.Generator().manual_seed(3))
     weight[0], weight[1, :32], weight[2] = 0, 0, 1e-9
     covariance = correlated(64, rank=4)
     where = {"nothing": [], "a-block": range(32, 64), "columns": [0, 5, 40], "all": range(64)}[dead]
     covariance[list(where)] = 0
     covariance[:, list(where)] = 0
-    values, scales = scales_with_feedback(weight, covariance, 32, "float16")
-    assert torch.isfinite(values).all() and torch.isfinite(scales).all() and (scales > 0).all()
-    assert values.min() >= -8 and values.max() <= 7
+    values, scales, lowest = scales_with_feedback(weight, covariance, 32, GRIDS[grid])
+    assert torch.isfinite(values).all() and torch.isfinite(scales).all() and (scales != 0).all()
+    least = lowest.repeat_interleave(32, 1)
+    assert (values >= least).all() and (values <= least + 15).all() and (lowest <= 0).all() and (lowest >= -15).all()
     assert (values[0] == 0).all() and (scales[0] == 1).all()
     found = values * scales.float().repeat_interleave(32, 1)
-    assert torch.equal(found, found.half().float()), "number times scale is exact"
+    assert torch.equal(found, found.to(scales.dtype).float()), "number times scale is exact"
     assert (found - weight)[3:].square().mean() < 0.05
 
 
@@ -205,15 +292,21 @@ def test_covariances_are_those_of_transformers(ids: list[int], length: int, name
     assert found["model.layers.0.self_attn.q_proj.weight"] is found["model.layers.0.self_attn.v_proj.weight"]
 
 
+STORED = {
+    "fp16": {"dtype": "fp16"},
+    "fp32": {"dtype": "fp32", "calibrate": True},
+    "fp32-zero-points": {"dtype": "fp32", "calibrate": True, "symmetric": False},
+}
+
+
+@pytest.mark.parametrize("options", STORED.values(), ids=STORED.keys())
 @pytest.mark.parametrize("name", ["doge-tiny", "doge-tiny-moe"])
-def test_threads_change_no_number(name: str) -> None:
+def test_threads_change_no_number(name: str, options: dict[str, Any]) -> None:
     ids, before, found = tokens(name, 512), torch.get_num_threads(), []
     for threads in (1, 2):
         torch.set_num_threads(threads)
         try:
-            chosen = choose_numbers(
-                open_checkpoint(name), ids, Format(dtype="fp16"), routing="reference", max_length=512
-            )
+            chosen = choose_numbers(open_checkpoint(name), ids, Format(**options), routing="reference", max_length=512)
         finally:
             torch.set_num_threads(before)
         found.append(chosen)
@@ -227,8 +320,11 @@ def test_a_covariance_matters_to_the_formats_that_say_so(name: str) -> None:
     found = weight_formats()[name]
     weight = torch.randn(32, 64, generator=torch.Generator().manual_seed(5))
     product = "model.layers.0.mlp.up_proj.weight"
-    for dtype in found.dtypes:
-        stored_as = found(dtype=dtype)
+    choices = (None,) if found.calibrated_dtypes is None else (None, True, False)
+    for dtype, calibrate in itertools.product(found.dtypes, choices):
+        stored_as = found(dtype=dtype, calibrate=calibrate)
+        if calibrate is not None:
+            assert stored_as.uses_covariances is calibrate
         plain, by = stored_as.store(weight, product), stored_as.store_by(weight, correlated(64, rank=8), product)
         assert plain.keys() == by.keys()
         same = all(torch.equal(plain[key].float(), by[key].float()) for key in plain)

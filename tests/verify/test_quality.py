@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 import pytest
-from bundles import broken_copy, make_bundle, shared_bundle
+from bundles import broken_copy, edit_bytes, make_bundle, shared_bundle
 from random_doge import SMALL, save_random_doge
 from safetensors import safe_open
 
@@ -102,15 +102,6 @@ def test_one_projection_off_by_ten_percent(quantized: Callable[[str], Path], tmp
     report = check(broken_copy(quantized("int8"), tmp_path / "b", graph=scale_one_projection))
     assert report.failed_cases == ["static/quality"]
     assert report.quality[0].mean_kl > 0.01
-
-
-def edit_bytes(path: Path, name: str, edit: Callable[[np.ndarray], np.ndarray]) -> None:
-    """Change the bytes of one tensor of a safetensors file in place."""
-    data = path.read_bytes()
-    begin = 8 + int.from_bytes(data[:8], "little")
-    first, last = json.loads(data[8:begin])[name]["data_offsets"]
-    changed = edit(np.frombuffer(data[begin + first : begin + last], np.uint8).copy())
-    path.write_bytes(data[: begin + first] + changed.tobytes() + data[begin + last :])
 
 
 DAMAGE: dict[str, tuple[str, Callable[[np.ndarray], np.ndarray]]] = {

@@ -99,8 +99,8 @@ def resolve_options(options: ExportOptions) -> ExportOptions:
     if options.calibrate is not None and (chosen is None or chosen.calibrated_dtypes is None):
         names = " or ".join(name for name, found in weight_formats().items() if found.calibrated_dtypes is not None)
         raise UsageError(
-            f"calibrate={options.calibrate} with {stored}: only for numbers of {names} there is that choice; leave it out "
-            f"or give quantize={names}"
+            f"calibrate={options.calibrate} with {stored}: only {names} has that choice; leave it out or give "
+            f"quantize={names}"
         )
     found = format_of(options)
     return options if found is None else options.model_copy(update={"block_size": found.block_size})
