@@ -1,6 +1,6 @@
-"""Whether an int4 bundle in half precision is the same bytes whatever computes it, and how long its export takes.
+"""Whether a calibrated int4 bundle is the same bytes whatever computes it, and how long its export takes.
 
-    python int4_bytes.py [--dtype fp16] [MODEL ...]
+    python int4_bytes.py [--dtype fp32|fp16|bf16] [--block-size 32] [--asymmetric] [--no-calibrate] [MODEL ...]
 
 MODEL is doge-tiny and doge-tiny-moe where none is named. Each is exported in a process of its own per row: with one
 thread and with two, and with the instructions of older processors, in PyTorch's own code and in its libraries. Prints
@@ -10,12 +10,14 @@ the first digits of the sha256 of the weight file, the seconds of the process, a
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -29,16 +31,19 @@ SETTINGS: dict[str, dict[str, str]] = {
 """Variables of the environment by what they stand for."""
 
 EXPORT = """
-import resource, sys, doge_deploy
-doge_deploy.export(sys.argv[1], sys.argv[2], quantize="int4", dtype=sys.argv[3])
+import json, resource, sys, doge_deploy
+doge_deploy.export(sys.argv[1], sys.argv[2], quantize="int4", **json.loads(sys.argv[3]))
 print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)
 """
 
 
 @click.command()
 @click.argument("models", nargs=-1)
-@click.option("--dtype", type=click.Choice(["fp16", "bf16"]), default="fp16", show_default=True)
-def main(models: tuple[str, ...], dtype: str) -> None:
+@click.option("--dtype", type=click.Choice(["fp32", "fp16", "bf16"]), default="fp16", show_default=True)
+@click.option("--block-size", type=int)
+@click.option("--symmetric/--asymmetric", default=True)
+@click.option("--calibrate/--no-calibrate", default=True)
+def main(models: tuple[str, ...], **options: Any) -> None:
     """Export MODELS in several environments."""
     for model in models or ("doge-tiny", "doge-tiny-moe"):
         hashes = set()
@@ -47,7 +52,7 @@ def main(models: tuple[str, ...], dtype: str) -> None:
                 bundle = Path(folder) / "bundle"
                 begin = time.perf_counter()
                 done = subprocess.run(
-                    [sys.executable, "-c", EXPORT, model, str(bundle), dtype],
+                    [sys.executable, "-c", EXPORT, model, str(bundle), json.dumps(options)],
                     env={**os.environ, **variables},
                     stdout=subprocess.PIPE,
                     text=True,
