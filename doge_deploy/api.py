@@ -83,8 +83,8 @@ def export(
         output: the bundle's directory; it is there whole or not at all.
         options: what to export; defaults where None.
         adapter: a directory or Hub id of a PEFT LoRA adapter to merge.
-        calibration_text: a file of text for weight formats that are calibrated (fp8, nvfp4, int4 in half precision or with `calibrate`);
-            the checkpoint's own `calibration.txt`, or that of this package, where None.
+        calibration_text: a file of text for weight formats that are calibrated (fp8, nvfp4, int4 in half precision or
+            with `calibrate`); the checkpoint's own `calibration.txt`, or that of this package, where None.
         strict: refuse keys of config.json that transformers ignores.
         force: replace an existing bundle.
         progress: told what is being done.

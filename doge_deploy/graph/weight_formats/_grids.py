@@ -14,8 +14,8 @@ if TYPE_CHECKING:
     import torch
 
 WIDE_SCALE_BITS = 11
-"""Significant bits of a scale that is stored in float32. With all 24 some scale of a large model would come out
-otherwise where sums are added in another order; and number times scale is exact (decision 52)."""
+"""Significant bits of a scale that is stored in float32. The fewer there are, the more seldom one comes out otherwise
+where sums are added in another order; and number times scale is exact (decision 52)."""
 
 STEPS = HIGHEST - LOWEST
 
