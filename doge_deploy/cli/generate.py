@@ -9,6 +9,7 @@ import contextlib
 import gc
 import json
 import math
+import os
 import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -135,6 +136,27 @@ def _rare_collections() -> Iterator[None]:
         gc.set_threshold(*before)
 
 
+_BLAS_THREADS = "OPENBLAS_NUM_THREADS"
+
+
+@contextlib.contextmanager
+def _one_blas_thread() -> Iterator[None]:
+    """Let NumPy's library of matrix products start no threads where NumPy is imported within, unless the user asked
+    for some.
+
+    They would spin for a tenth of a second, on the cores on which files are hashed, the tokenizer is read and the
+    session is made; and nothing here multiplies matrices in NumPy.
+    """
+    if _BLAS_THREADS in os.environ:
+        yield
+        return
+    os.environ[_BLAS_THREADS] = "1"  # read when NumPy is loaded, and not again
+    try:
+        yield
+    finally:
+        del os.environ[_BLAS_THREADS]
+
+
 def _asked(choices: Mapping[str, Any]) -> dict[str, Any]:
     """Options of the command line under their names in generation_config.json, None where not given.
 
@@ -173,7 +195,8 @@ class _Session:
         from doge_deploy.bundle.opening import open_bundle
 
         opened = open_bundle(path, check="quick", wait=False)  # it is hashed while NumPy and the others are imported
-        from doge_deploy.runtime.text_model import TextModel
+        with _one_blas_thread():
+            from doge_deploy.runtime.text_model import TextModel
 
         self._quiet = quiet
         self._load_ms: float | None = None
