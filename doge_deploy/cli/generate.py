@@ -6,7 +6,6 @@ What takes long to import is imported when it is needed: `--help` must not wait 
 from __future__ import annotations
 
 import contextlib
-import gc
 import json
 import math
 import os
@@ -18,6 +17,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import click
 
+from doge_deploy.cli.rare_collections import rare_collections
 from doge_deploy.cli.runtime_options import runtime_options
 from doge_deploy.cli.threads import threads_note
 from doge_deploy.errors import UsageError
@@ -110,7 +110,7 @@ def generate(
         "engine": engine,
         "graph_cache": not no_graph_cache,
     }
-    with _rare_collections():
+    with rare_collections():
         session = _Session(bundle, asked, runs, quiet)
     messages = [] if system is None else [{"role": "system", "content": system}]
     if prompt is None:
@@ -119,21 +119,6 @@ def generate(
         session.answer([*messages, {"role": "user", "content": prompt}])
     else:
         session.answer(prompt)
-
-
-@contextlib.contextmanager
-def _rare_collections() -> Iterator[None]:
-    """Let Python look for unreachable objects after 50,000 new ones, not 700.
-
-    Nearly all that is made while libraries are imported and a bundle is opened stays: to look at it over and over takes
-    some twentieth of that time.
-    """
-    before = gc.get_threshold()
-    gc.set_threshold(50_000, *before[1:])
-    try:
-        yield
-    finally:
-        gc.set_threshold(*before)
 
 
 _BLAS_THREADS = "OPENBLAS_NUM_THREADS"
