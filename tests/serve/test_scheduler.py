@@ -43,7 +43,7 @@ def test_any_schedule_gives_each_request_what_it_gets_alone(seed: int, all_logit
     expected, reasons, answers, scored = {}, {}, {}, {}
 
     def arrive(name: str) -> None:
-        """One request, or three with one prompt; some fill their slot, some ask for one token, some have a stop text."""
+        """One request, or three with one prompt; some fill their slot, some ask for one token or have a stop text."""
         prompt = random_.choice(prefixes)[: random_.randint(1, 30)]
         prompt = prompt + [random_.randrange(2, VOCAB) for _ in range(random_.choice([0, 3, 6, 64 - len(prompt)]))]
         tokens = random_.choice([1, random_.randint(1, 20), 100])
@@ -236,12 +236,41 @@ def test_rows_that_cannot_go_back_are_reused_only_whole() -> None:
 
 def test_the_queue_is_bounded_by_requests_and_by_tokens() -> None:
     scheduler = make(1, limits=Limits(queue_requests=2, queue_tokens=10))
+    scheduler.submit(request([5] * 20)[0])  # has the slot
     scheduler.submit(request([5] * 9)[0])
     with pytest.raises(QueueFullError, match="11 prompt tokens would be waiting; the limit is 10"):
         scheduler.submit(request([5, 5])[0])
     scheduler.submit(request([5])[0])
-    with pytest.raises(QueueFullError, match="2 requests are waiting"):
+    with pytest.raises(QueueFullError, match="3 requests would be waiting; the limit is 2"):
         scheduler.submit(request([5])[0])
+    scheduler.step()
+    with pytest.raises(QueueFullError, match="3 requests would be waiting; the limit is 2"):
+        scheduler.submit(request([5])[0])
+
+
+def test_who_gets_a_free_slot_does_not_wait() -> None:
+    """However many come between two steps."""
+    scheduler = make(3, limits=Limits(queue_requests=1, queue_tokens=4))
+    made = [request([5, 6, place], name=str(place), tokens=2) for place in range(4)]
+    for one, _ in made:
+        scheduler.submit(one)
+    with pytest.raises(QueueFullError):
+        scheduler.submit(request([5])[0])
+    run(scheduler)
+    assert all(answer.finished.reason == "length" for _, answer in made)
+
+
+def test_of_requests_that_belong_together_all_are_taken_or_none() -> None:
+    scheduler = make(1, limits=Limits(queue_requests=2, queue_tokens=10))
+    for prompts in ([[5]] * 4, [[5], [5] * 9, [5] * 2], [[5], [5] * 65]):
+        made = [request(prompt) for prompt in prompts]
+        with pytest.raises((QueueFullError, ValueError)):
+            scheduler.submit_all([one for one, _ in made])
+        assert scheduler.idle and scheduler.waiting_tokens == 0 and not any(answer for _, answer in made)
+    made = [request([5], tokens=2) for _ in range(3)]
+    scheduler.submit_all([one for one, _ in made])
+    run(scheduler)
+    assert scheduler.counters.finished == {"length": 3}
 
 
 def test_a_prompt_longer_than_the_queues_limit_can_be_served_alone() -> None:
@@ -300,8 +329,10 @@ def test_abort_ends_everything() -> None:
         answers.append(answer)
         scheduler.submit(one)
     scheduler.step()
+    scheduler.runner.truncate = lambda slot, tokens: 1 / 0  # it may be what failed
     scheduler.abort(RuntimeError("shutting down"))
     assert scheduler.idle and all(str(answer.finished.error) == "shutting down" for answer in answers)
+    assert scheduler.counters.finished == {"error": 3} and scheduler.table.busy == 0
 
 
 def test_a_full_row_ends_a_text() -> None:
