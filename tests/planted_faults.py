@@ -293,15 +293,15 @@ FAULTS: dict[str, Fault] = {
         "an fp8 engine cuts large activations off",
         ("test_few_bits.py",),
     ),
-    "calibration-forgets-rows": Fault(
+    "ranges-forget-rows": Fault(
         "graph",
         Patch(
-            "doge_deploy/graph/calibration.py",
+            "doge_deploy/graph/ranges.py",
             "found[weight] = max(found.get(weight, 0.0), float(inputs[0].abs().max()))",
             "found[weight] = float(inputs[0].abs().max())",
         ),
         "scales of activations come from the last piece of the text only",
-        ("test_calibration.py",),
+        ("test_ranges.py",),
     ),
     "errors-added-to-later-blocks": Fault(
         "graph",
@@ -670,8 +670,8 @@ FAULTS: dict[str, Fault] = {
         "serve",
         Patch(
             "doge_deploy/serve/scheduler.py",
-            "if len(self.waiting) >= self.limits.queue_requests:",
-            "if len(self.waiting) >= 10 * self.limits.queue_requests:",
+            "if count > self.limits.queue_requests:",
+            "if count > 10 * self.limits.queue_requests:",
         ),
         "12: the queue grows beyond its limit",
         ("test_behaviour.py",),
@@ -748,11 +748,33 @@ FAULTS: dict[str, Fault] = {
         "serve",
         Patch(
             "doge_deploy/serve/http/arrivals.py",
-            "rounds + 1 if begun == self._begun and not self.coming else 0",
-            "rounds + ROUNDS",
+            "rounds = 0 if comes else rounds + 1",
+            "rounds += ROUNDS",
         ),
         "of requests that arrive together the first is computed alone",
         ("test_arrivals.py",),
+    ),
+    "half-of-a-request-is-queued": Fault(
+        "serve",
+        Patch(
+            "doge_deploy/serve/scheduler.py",
+            "        if count > self.limits.queue_requests:",
+            "        self.waiting.extend(requests)\n        if count > self.limits.queue_requests:",
+        ),
+        "12: texts of a request that was refused are computed",
+        ("test_scheduler.py",),
+        select="belong_together",
+    ),
+    "failed-call-is-fed-again": Fault(
+        "serve",
+        Patch(
+            "doge_deploy/serve/scheduler.py",
+            "piece.request.fed, piece.request.alone = 0, True",
+            "piece.request.alone = True",
+        ),
+        "6: after a call of several prompts that failed their texts go on behind half of a prompt",
+        ("test_together.py",),
+        select="from_the_start",
     ),
     "prompts-wait-for-tokens": Fault(
         "serve",

@@ -1,10 +1,8 @@
-"""How large the inputs of a model's products become on some text: what scales of rounded inputs are made of."""
+"""A model in PyTorch and the rows of a text: `ranges` and `covariances` watch in it what products are given."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
-from typing import Any
 
 import torch
 from torch import nn
@@ -18,57 +16,44 @@ ROW = 256
 """Tokens of the text that are run at once."""
 
 
-def input_ranges(checkpoint: Checkpoint, ids: Sequence[int], *, routing: str, max_length: int) -> dict[str, float]:
-    """By name of a linear layer's weight, the head's too, the largest magnitude that its input has.
-
-    The model runs in float32, in PyTorch, with all of its weights in memory.
+class Calibration:
+    """A checkpoint's model, which computes in `dtype` and has no weights yet, and the rows that it is to be run on.
 
     Args:
         checkpoint: a language model.
-        ids: the text; it is cut into rows that the bundle holds.
+        ids: the text.
         routing: of a mixture, as in the bundle.
         max_length: slots of a row of the bundle.
+        dtype: float32 or float64.
     """
-    facts = checkpoint.facts
-    length = min(ROW, max_length)
-    with torch.device("meta"):
-        model = StaticCausalLM(
-            facts,
-            max_length=length,
-            windows=reachable_windows(facts, "static", length),
-            routing=routing,
-            last_logits=False,
-            dtype=torch.float32,
-        ).eval()
-    tables = rope_tensors(checkpoint.config, facts, length)
-    state = {
-        name: (tables[name] if name in tables else checkpoint.read(name)).to(tensor.dtype)
-        for name, tensor in model.state_dict().items()
-    }
-    model.load_state_dict(state, assign=True)
-    found: dict[str, float] = {}
 
-    def note(weight: str, _module: Any, inputs: tuple[torch.Tensor, ...]) -> None:
-        found[weight] = max(found.get(weight, 0.0), float(inputs[0].abs().max()))
+    model: StaticCausalLM
+    """With its tables of RoPE; the weights are on the device "meta"."""
+    rows: list[torch.Tensor]
+    """The text, `[1, Q]` each, Q at most `ROW` and at most `max_length`."""
 
-    hooks = [
-        module.register_forward_pre_hook(partial(note, f"{name}.weight"))
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear)
-    ]
-    if facts.tie_word_embeddings:
-        embedding = "model.embed_tokens.weight"
-        hooks.append(
-            model.model.norm.register_forward_hook(lambda module, _, output: note(embedding, module, (output,)))
+    def __init__(
+        self, checkpoint: Checkpoint, ids: Sequence[int], *, routing: str, max_length: int, dtype: torch.dtype
+    ) -> None:
+        facts, length = checkpoint.facts, min(ROW, max_length)
+        with torch.device("meta"):
+            self.model = StaticCausalLM(
+                facts,
+                max_length=length,
+                windows=reachable_windows(facts, "static", length),
+                routing=routing,
+                last_logits=False,
+                dtype=dtype,
+            ).eval()
+        for name, table in rope_tensors(checkpoint.config, facts, length).items():
+            setattr(self.model, name, nn.Buffer(table.to(self.model.get_buffer(name).dtype)))
+        self.rows = [torch.tensor([list(ids[at : at + length])]) for at in range(0, len(ids), length)]
+        self._cache = (
+            (1, facts.num_key_value_heads, length, facts.head_dim),
+            (1, facts.num_key_value_heads, length, facts.head_dim),
+            (1, facts.num_score_heads, length, 1),
         )
-    shape = (1, facts.num_key_value_heads, length, facts.head_dim)
-    score = (1, facts.num_score_heads, length, 1)
-    with torch.no_grad():
-        for start in range(0, len(ids), length):
-            row = torch.tensor([list(ids[start : start + length])])
-            past = [tuple(torch.zeros(size) for size in (shape, shape, score)) for _ in model.layers()]
-            extra = (torch.zeros(1, dtype=torch.int64),) if model.rope_remembers else ()
-            model(row, torch.zeros(1, dtype=torch.int64), past, None, *extra)
-    for hook in hooks:
-        hook.remove()
-    return found
+
+    def empty_cache(self) -> tuple[torch.Tensor, ...]:
+        """Keys, values and scores of a layer before a row, in the dtype of the model."""
+        return tuple(torch.zeros(shape, dtype=self.model.dtype) for shape in self._cache)

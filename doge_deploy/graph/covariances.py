@@ -16,13 +16,9 @@ from torch import nn
 
 from doge_deploy.checkpoint import Checkpoint
 from doge_deploy.checkpoint.names import EMBEDDING, HEAD
-from doge_deploy.graph.trace import reachable_windows
+from doge_deploy.graph.calibration import Calibration
 from doge_deploy.graph.weight_formats._base import KEPT
-from doge_deploy.model.decoder import DecoderLayer, StaticCausalLM
-from doge_deploy.model.rope import rope_tensors
-
-ROW = 256
-"""Tokens of the text that are run at once."""
+from doge_deploy.model.decoder import DecoderLayer
 
 Covariances = dict[str, torch.Tensor]
 
@@ -33,54 +29,33 @@ def input_covariances(
     """Layer by layer, and last for the head: by name of a weight the mean of x x^T of the inputs x that it is
     multiplied with, `[C, C]` float64. Weights with one input share one tensor.
 
-    The model runs in float64, in PyTorch, with the weights of one layer in memory. Nobody has rounded a weight: each
-    layer sees what the checkpoint's own layers before it make of the text. Keys are ranked by their scores in float32,
-    so that equal tokens tie whatever their last bits are.
-
-    Args:
-        checkpoint: a language model.
-        ids: the text; it is cut into rows that the bundle holds.
-        routing: of a mixture, as in the bundle.
-        max_length: slots of a row of the bundle.
+    The model runs in float64, with the weights of one layer in memory. Nobody has rounded a weight: each layer sees
+    what the checkpoint's own layers before it make of the text. Keys are ranked by their scores in float32, so that
+    equal tokens tie whatever their last bits are. Arguments: see `Calibration`.
     """
-    facts = checkpoint.facts
-    length = min(ROW, max_length)
-    with torch.device("meta"):
-        model = StaticCausalLM(
-            facts,
-            max_length=length,
-            windows=reachable_windows(facts, "static", length),
-            routing=routing,
-            last_logits=False,
-            dtype=torch.float64,
-        ).eval()
-    for name, table in rope_tensors(checkpoint.config, facts, length).items():
-        setattr(model, name, nn.Buffer(table.to(model.get_buffer(name).dtype)))
+    run = Calibration(checkpoint, ids, routing=routing, max_length=max_length, dtype=torch.float64)
+    model = run.model
     embedding = checkpoint.read(EMBEDDING)
-    rows = [torch.tensor([list(ids[start : start + length])]) for start in range(0, len(ids), length)]
-    states = [F.embedding(row, embedding).to(torch.float64) for row in rows]
+    states = [F.embedding(row, embedding).to(torch.float64) for row in run.rows]
     start = torch.zeros(1, dtype=torch.int64)
-    shape = (1, facts.num_key_value_heads, length, facts.head_dim)
-    score = (1, facts.num_score_heads, length, 1)
+    memory = start if model.rope_remembers else None
     with torch.no_grad():
         for index, layer in enumerate(model.layers()):
             prefix = f"model.layers.{index}."
             _load(layer, checkpoint, prefix)
             sums: Covariances = {}
             hooks = _watch(layer, prefix, sums)
-            for place, (row, state) in enumerate(zip(rows, states, strict=True)):
-                positions = torch.arange(row.shape[1])[None]
-                memory = start if model.rope_remembers else None
-                cos, sin, _ = model.rotation(positions, memory)
-                past = tuple(torch.zeros(size, dtype=torch.float64) for size in (shape, shape, score))
-                attended, _ = layer.self_attn.forward_static(layer.input_layernorm(state), cos, sin, start, past)
+            for place, state in enumerate(states):
+                cos, sin, _ = model.rotation(torch.arange(state.shape[1])[None], memory)
+                normed = layer.input_layernorm(state)
+                attended, _ = layer.self_attn.forward_static(normed, cos, sin, start, run.empty_cache())
                 states[place] = layer.finish(state, attended)
             for hook in hooks:
                 hook.remove()
             layer.to("meta")
             yield _means(sums, len(ids))
         model.model.norm.weight = nn.Parameter(checkpoint.read("model.norm.weight").to(torch.float64))
-        head = EMBEDDING if facts.tie_word_embeddings else HEAD
+        head = EMBEDDING if checkpoint.facts.tie_word_embeddings else HEAD
         normed = [model.model.norm(state) for state in states]
         yield _means({head: sum(_products(x) for x in normed)}, len(ids))  # type: ignore[dict-item]
 

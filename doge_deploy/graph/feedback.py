@@ -12,7 +12,7 @@ from doge_deploy.bundle.files import CALIBRATION_TOKENS
 from doge_deploy.checkpoint import Checkpoint
 from doge_deploy.errors import BrokenBundleError
 from doge_deploy.graph.covariances import input_covariances
-from doge_deploy.graph.weight_formats.int4 import Format
+from doge_deploy.graph.weight_formats import WeightFormat
 
 MOST_TOKENS = 8192
 """Tokens of a text that are used; what follows is left out."""
@@ -23,7 +23,7 @@ Chosen = dict[str, dict[str, torch.Tensor]]
 def choose_numbers(
     checkpoint: Checkpoint,
     ids: Sequence[int],
-    weight_format: Format,
+    weight_format: WeightFormat,
     *,
     routing: str,
     max_length: int,
@@ -33,12 +33,12 @@ def choose_numbers(
 
     A tied head is the embedding too; another embedding, and tables of experts, are left to `store`: rows are looked up,
     and what the rows of the chosen experts are multiplied with is one number each, or gained nothing (decision 44).
-    The result, 8 bits a number, is held in memory; the model is, layer by layer.
+    The whole result is held in memory, 8 bits a number; of the model one layer at a time.
 
     Args:
         checkpoint: a language model.
         ids: of the text.
-        weight_format: int4 in half precision.
+        weight_format: one that uses covariances.
         routing: of a mixture, as in the bundle.
         max_length: slots of a row of the bundle.
         advance: told of each layer, and of the head.
@@ -47,7 +47,7 @@ def choose_numbers(
     for covariances in input_covariances(checkpoint, ids, routing=routing, max_length=max_length):
         for name, covariance in covariances.items():
             if not weight_format.refusal(name, checkpoint.tensors[name].shape):
-                chosen[name] = weight_format.store_by(checkpoint.read(name), covariance)
+                chosen[name] = weight_format.store_by(checkpoint.read(name), covariance, name)
         advance(1)
     return chosen
 

@@ -102,7 +102,7 @@ class TensorSources:
         if not part.tensor:
             return self.weight_format.constant(part.key)
         if self._latest is None or self._latest[0] != part.tensor:
-            self._latest = part.tensor, self.weight_format.store(self.checkpoint.read(part.tensor), part.tensor)
+            self._latest = part.tensor, self.weight_format.numbers(self.checkpoint.read(part.tensor), part.tensor)
         return self._latest[1][part.key]
 
 

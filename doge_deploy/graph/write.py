@@ -16,13 +16,12 @@ from doge_deploy.bundle.signature import LAYOUTS, UNCACHED, make_signature, unca
 from doge_deploy.checkpoint import Checkpoint
 from doge_deploy.config.model import DogeFacts
 from doge_deploy.config.revisions import REVISIONS
-from doge_deploy.graph.calibration import input_ranges
 from doge_deploy.graph.check import check_model
 from doge_deploy.graph.feedback import MOST_TOKENS, choose_numbers, write_tokens
 from doge_deploy.graph.passes.inline_functions import InlineFunctionsPass
+from doge_deploy.graph.ranges import input_ranges
 from doge_deploy.graph.trace import trace
-from doge_deploy.graph.weight_formats import format_of
-from doge_deploy.graph.weight_formats.int4 import Format as Int4
+from doge_deploy.graph.weight_formats import WeightFormat, format_of
 from doge_deploy.graph.weights import TensorSources, write_weights
 from doge_deploy.model.rope import rope_tensors
 from doge_deploy.options.export import ExportOptions
@@ -79,32 +78,52 @@ def write_graphs(
         layouts[name] = Layout(file, signature, facts.keep_window(max_length), _selection_notes(facts, max_length))
         advance(1)
     weight_format = format_of(options)
-    if weight_format is not None and weight_format.rounds_inputs_to:
-        advance = progress.stage("calibrate")
-        weight_format.ranges = input_ranges(checkpoint, calibration, routing=options.routing, max_length=max_length)
-        advance(1)
-    chosen_on: tuple[str, ...] = ()
-    if isinstance(weight_format, Int4) and weight_format.uses_covariances:
-        chosen_on = ("numbers of 4 bits are chosen without a text",)
-        if ids := calibration[:MOST_TOKENS]:
-            advance = progress.stage("calibrate", facts.num_hidden_layers + 1)
-            weight_format.chosen = choose_numbers(
-                checkpoint, ids, weight_format, routing=options.routing, max_length=max_length, advance=advance
-            )
-            write_tokens(directory, ids)
-            chosen_on = (f"numbers of 4 bits are chosen on {len(ids):,} tokens, {CALIBRATION_TOKENS}",)
+    notes: tuple[str, ...] = ()
+    if weight_format is not None:
+        routing = options.routing
+        notes += _calibrate(
+            directory, checkpoint, weight_format, calibration, routing=routing, max_length=max_length, progress=progress
+        )
     advance = progress.stage("write weights", sum(tensor.nbytes for tensor in checkpoint.tensors.values()))
     sources = TensorSources(checkpoint, rope_tensors(checkpoint.config, facts, max_length), weight_format)
     for model in models:
         sources.rewrite(model)
     weights = write_weights(directory / WEIGHTS_FILE, models, sources, advance=advance)
-    notes = chosen_on + tuple(f"{name} is not quantized: {reason}" for name, reason in _by_kind(sources.left).items())
+    notes += tuple(f"{name} is not quantized: {reason}" for name, reason in _by_kind(sources.left).items())
     for name, model in zip(list(layouts), models, strict=True):
         layouts[name] = replace(layouts[name], notes=layouts[name].notes + notes)
         model.producer_name, model.producer_version = "doge-deploy", __version__
         ir.save(model, directory / layouts[name].file)
         check_model(directory / layouts[name].file, layouts[name].signature)
     return layouts, {WEIGHTS_FILE: weights}
+
+
+def _calibrate(
+    directory: Path,
+    checkpoint: Checkpoint,
+    weight_format: WeightFormat,
+    ids: Sequence[int],
+    *,
+    routing: str,
+    max_length: int,
+    progress: Progress,
+) -> tuple[str, ...]:
+    """Give the format what it makes of a text; returns notes on that."""
+    if weight_format.rounds_inputs_to:
+        advance = progress.stage("calibrate")
+        weight_format.ranges = input_ranges(checkpoint, ids, routing=routing, max_length=max_length)
+        advance(1)
+    if not weight_format.uses_covariances:
+        return ()
+    ids = ids[:MOST_TOKENS]
+    if not ids:
+        return ("numbers of 4 bits are chosen without a text",)
+    advance = progress.stage("calibrate", checkpoint.facts.num_hidden_layers + 1)
+    weight_format.chosen = choose_numbers(
+        checkpoint, ids, weight_format, routing=routing, max_length=max_length, advance=advance
+    )
+    write_tokens(directory, ids)
+    return (f"numbers of 4 bits are chosen on {len(ids):,} tokens, {CALIBRATION_TOKENS}",)
 
 
 def inline_functions(directory: Path, layout: Layout) -> None:

@@ -48,8 +48,8 @@ def dynamic_mask_attention(
     Args:
         query: `[B, H, Q, D]`; row q of batch b sits at cache slot `first_slot[b] + q`.
         key, value: `[B, Hkv, K, D]`, every slot of the cache.
-        score: `[B, S, K, 1]` float32, one number per cached key; S divides H. One in float64 is ranked as float32, so
-            that keys that are equal but for rounding are.
+        score: `[B, S, K, 1]` float32 or float64, one number per cached key; S divides H. float64 is ranked as float32,
+            so that keys whose scores differ by rounding alone rank as equal.
         first_slot: `[B]` int64.
         key_mask: `[B, K]` bool, False for slots nobody may see (padding); None where there are none.
         keep_window_size: keys kept per row; 0 keeps all.
@@ -126,8 +126,8 @@ class Attention(nn.Module):
         self.dt_proj = nn.Linear(kv_width, facts.num_score_heads, bias=bias, dtype=wide)
 
     def score(self, value: torch.Tensor) -> torch.Tensor:
-        """exp(A * softplus(dt_proj(value))): `[B, Q, Hkv*D]` in any dtype -> `[B, S, Q, 1]` float32, float64 in a model
-        of it.
+        """exp(A * softplus(dt_proj(value))): `[B, Q, Hkv*D]` in any dtype -> `[B, S, Q, 1]` float32; in a model of
+        float64, float64.
         """
         dt = self.dt_proj(value.to(self.dt_proj.weight.dtype))
         return torch.exp(self.A * F.softplus(dt)).transpose(1, 2).unsqueeze(-1)

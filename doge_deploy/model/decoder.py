@@ -90,7 +90,7 @@ class Doge(nn.Module):
         routing: "reference" or "per-token".
         last_logits: the head runs on one token per row only.
         task: "causal-lm", "sequence-classification" or "features"; which head there is.
-        dtype: of weights, caches and logits; scores stay float32.
+        dtype: of weights, caches and logits; scores are float32 at least.
     """
 
     rope_cos: torch.Tensor

@@ -84,7 +84,7 @@ def export(
         check_finite(checkpoint, dtype=dtype, others=others)
         advance(1)
         calibration: Sequence[int] = ()
-        if weight_format is not None and _is_calibrated(weight_format):
+        if weight_format is not None and weight_format.is_calibrated:
             calibration, source = _calibration(checkpoint, calibration_text, weight_format)
             warnings += source
         layouts, hashed = write_graphs(
@@ -134,19 +134,23 @@ def export(
 _RANDOM_TOKENS = 1024
 
 
-def _is_calibrated(weight_format: WeightFormat) -> bool:
-    return bool(weight_format.rounds_inputs_to) or weight_format.uses_covariances
-
-
 def _check_calibrated(options: ExportOptions) -> None:
     """Raises UsageError where a text for calibration has no meaning."""
     found = format_of(options)
-    if found is None or not _is_calibrated(found):
-        names = " or ".join(name for name, known in weight_formats().items() if known.rounds_inputs_to)
-        raise UsageError(
-            f"--calibration-text: only some weight formats are calibrated; give --quantize {names}, or --quantize int4 "
-            "with --dtype fp16 or bf16"
-        )
+    if found is None or not found.is_calibrated:
+        raise UsageError(f"--calibration-text: only some weight formats are calibrated; give {_calibrated_formats()}")
+
+
+def _calibrated_formats() -> str:
+    """What to give for a format that is calibrated: in every dtype that it is offered for, or in some of them."""
+    always, others = [], []
+    for name, known in weight_formats().items():
+        dtypes = [dtype for dtype in known.dtypes if known(dtype=dtype).is_calibrated]
+        if len(dtypes) == len(known.dtypes):
+            always.append(name)
+        elif dtypes:
+            others.append(f"--quantize {name} with --dtype {' or '.join(dtypes)}")
+    return ", or ".join((f"--quantize {' or '.join(always)}", *others))
 
 
 def _calibration(

@@ -33,7 +33,7 @@ def check_memory(bundle: Bundle, layout: Layout, root: Path = ROOT) -> None:
 
 
 def check_slots(bundles: Sequence[Bundle], slots: int, root: Path = ROOT) -> None:
-    """The same for bundles that are open at once, those with rows each with the memory of all its slots.
+    """The same for bundles that are open at once, each with the memory of all its slots if it has any.
 
     Args:
         bundles: opened bundles.
@@ -51,10 +51,11 @@ def check_slots(bundles: Sequence[Bundle], slots: int, root: Path = ROOT) -> Non
     if left is None or whole <= left:
         return
     names = ", ".join(str(bundle.path) for bundle in bundles)
-    way = f"{fewest / 1e6:,.1f} MB with --slots 1: give fewer slots, " if fewest < whole else ""
+    one = f" ({fewest / 1e6:,.1f} MB with --slots 1)" if fewest < whole else ""
+    way = "give fewer slots, " if fewest <= left else ""
     raise MissingDependencyError(
-        f"{names} with --slots {slots}: at least {whole / 1e6:,.1f} MB of memory, this process has "
-        f"{left / 1e6:,.1f} MB left; {way}free some, or raise the limit of the container"
+        f"{names}: --slots {slots} takes at least {whole / 1e6:,.1f} MB of memory{one}, this process has "
+        f"{left / 1e6:,.1f} MB left: {way}free some, or raise the limit of the container"
     )
 
 

@@ -22,6 +22,9 @@ PADDING = 16
 """Tokens of padding, for each row that joins a call, that take no longer than the call that is saved: what a call takes
 beside its tokens is as long as 16 tokens (60M int8) to 64 (20M fp32) on 2 cores of an AMD EPYC."""
 
+ALONE = 32
+"""A prompt of so many tokens or more is worth a step of its own: with fewer a call takes hardly longer for two."""
+
 
 class Rows(Protocol):
     """What this needs of a `doge_deploy.runtime.slots.SlotRunner`, whose methods say more."""
@@ -80,7 +83,7 @@ class PromptCall:
     @property
     def has_room(self) -> bool:
         """Whether any piece could join."""
-        return not self.pieces[0].request.score_prompt and self.tokens + self.width <= self._most
+        return self.pieces[0].request.joins and self.tokens + self.width <= self._most
 
     def takes(self, piece: Piece) -> bool:
         """Whether `piece` may join: the rest of its prompt, about as long as the others, in rows with space for all."""
@@ -89,7 +92,7 @@ class PromptCall:
         width = max(lengths)
         tokens = len(pieces) * width
         return (
-            not piece.request.score_prompt
+            piece.request.joins
             and len(piece.after) == len(piece.request.prompt_ids)
             and tokens <= self._most
             and tokens - sum(lengths) <= PADDING * (len(pieces) - 1)
@@ -109,7 +112,9 @@ class Prompts:
     def __init__(self, rows: Rows, table: SlotTable) -> None:
         self._rows, self._table = rows, table
 
-    def next_call(self, waiting: Iterable[Request], budget: int, fed: int, together: int) -> PromptCall | None:
+    def next_call(
+        self, waiting: Iterable[Request], budget: int, fed: int, together: int, apart: bool = False
+    ) -> PromptCall | None:
         """The oldest prompt that is not fed whole, and others that are fed with it: their slots are brought to where
         they are fed.
 
@@ -118,20 +123,25 @@ class Prompts:
             budget: tokens of a step; a prompt is cut only where all of it is not enough.
             fed: how many of them are used up.
             together: tokens of several prompts in one call.
+            apart: a step feeds one prompt of `ALONE` tokens or more, and no other with it.
 
         Returns:
-            None where nobody waits, or the rest of the budget is not enough for the oldest.
+            None where nobody waits, or the rest of the step is not for the oldest.
         """
         call: PromptCall | None = None
         for request in waiting:
             piece = self._piece(request, budget)
             if call is None:
-                if fed and fed + len(piece.ids) > budget:
+                if fed and (fed + len(piece.ids) > budget or (apart and _is_worth_a_step(piece))):
                     return None
                 call = PromptCall(piece, min(budget - fed, together), self._rows)
             elif not call.has_room:
                 break
-            elif not call.takes(piece) or self._gains_from(call, piece):
+            elif (
+                (apart and any(map(_is_worth_a_step, (call.pieces[0], piece))))
+                or not call.takes(piece)
+                or self._gains_from(call, piece)
+            ):
                 continue
             else:
                 call.pieces.append(piece)
@@ -180,3 +190,7 @@ class Prompts:
         return piece.first and any(
             common_prefix(other.after, piece.request.prompt_ids) >= worth for other in call.pieces
         )
+
+
+def _is_worth_a_step(piece: Piece) -> bool:
+    return len(piece.ids) >= ALONE

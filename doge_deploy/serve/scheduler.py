@@ -2,9 +2,10 @@
 
 A step makes one token for every request that is being decoded, admits requests to free slots, and feeds prompts under a
 budget of tokens, so that a long prompt delays the next token of others by one chunk and no more. Where nobody waits for
-a next token, prompts are fed in larger chunks. Short prompts that wait together are fed together (`prompts.py`). There
-is no clock and no thread in here: given the same arrivals between the same steps, the same steps are made, and the
-whole can be run under a clock that is not real.
+a next token, prompts are fed in larger chunks. Short prompts that wait together are fed together (`prompts.py`), but
+where only two wait while tokens are made, each has a step of its own: their texts then end one after the other, and so
+do not bring the next two at the same moment. There is no clock and no thread in here: given the same arrivals between
+the same steps, the same steps are made, and the whole can be run under a clock that is not real.
 
 Axes: V vocabulary, n requests that are decoded.
 """
@@ -14,6 +15,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import chain, islice
 from typing import Protocol
 
 from doge_deploy.errors import DogeDeployError
@@ -24,6 +26,10 @@ from doge_deploy.runtime.speculation import DraftLength, NgramIndex
 from doge_deploy.serve.prompts import Piece, Prompts, Rows
 from doge_deploy.serve.request import Finished, FinishReason, PromptScored, Request, State
 from doge_deploy.serve.slots import SlotTable
+
+APART = 2
+"""While texts are made, so many prompts that wait are fed one a step; more of them need the time that one call saves
+(docs/decisions/0051-two-prompts-apart.md)."""
 
 
 class Slots(Rows, Protocol):
@@ -142,20 +148,31 @@ class Scheduler:
         return used / (self.runner.slots * self.runner.max_length)
 
     def submit(self, request: Request) -> None:
-        """Put a request into the queue.
+        """Put a request into the queue; raises as `submit_all`."""
+        self.submit_all([request])
+
+    def submit_all(self, requests: Sequence[Request]) -> None:
+        """Put requests into the queue. Those that get the slots that are free now do not wait, however many come before
+        slots are given away the next time.
 
         Raises:
-            QueueFullError: too many requests or tokens wait; the request was not taken.
-            ValueError: the prompt does not fit into a slot; the caller checks that first.
+            QueueFullError: too many requests or tokens would wait; none of the requests was taken.
+            ValueError: a prompt does not fit into a slot; the caller checks that first.
         """
-        if len(request.prompt_ids) > self.runner.max_length:
-            raise ValueError(f"{len(request.prompt_ids)} tokens do not fit into {self.runner.max_length}")
-        if len(self.waiting) >= self.limits.queue_requests:
-            raise QueueFullError(f"{len(self.waiting)} requests are waiting, which is the limit")
-        tokens = self.waiting_tokens + len(request.prompt_ids)
-        if self.waiting and tokens > self.limits.queue_tokens:
-            raise QueueFullError(f"{tokens} prompt tokens would be waiting; the limit is {self.limits.queue_tokens}")
-        self.waiting.append(request)
+        for request in requests:
+            if len(request.prompt_ids) > self.runner.max_length:
+                raise ValueError(f"{len(request.prompt_ids)} tokens do not fit into {self.runner.max_length}")
+        tokens = self.waiting_tokens + sum(len(request.prompt_ids) for request in requests)
+        free = self.runner.slots - self.running
+        count = len(self.waiting) + len(requests) - free
+        waiting_tokens = tokens - sum(len(one.prompt_ids) for one in islice(chain(self.waiting, requests), free))
+        if count > self.limits.queue_requests:
+            raise QueueFullError(f"{count} requests would be waiting; the limit is {self.limits.queue_requests}")
+        if count > 1 and waiting_tokens > self.limits.queue_tokens:
+            raise QueueFullError(
+                f"{waiting_tokens} prompt tokens would be waiting; the limit is {self.limits.queue_tokens}"
+            )
+        self.waiting.extend(requests)
         self.waiting_tokens = tokens
 
     def cancel(self, request_id: str) -> bool:
@@ -167,9 +184,11 @@ class Scheduler:
         return False
 
     def abort(self, error: Exception) -> None:
-        """End every request with an error, the waiting ones too."""
-        for request in list(self._all()):
-            self._finish(request, Finished("error", request.text.flush(), error))
+        """End every request with an error, the waiting ones too. The rows are left as they are, since the runner may be
+        what failed: nothing more can be asked for.
+        """
+        for request in self._all():
+            self._end(request, Finished("error", request.text.flush(), error))
 
     def step(self) -> None:
         """Both halves of a step. What submits requests while calls are made does so between the halves as well."""
@@ -208,6 +227,15 @@ class Scheduler:
             self.prefilling.append(request)
 
     def _finish(self, request: Request, finished: Finished) -> None:
+        if request.slot is not None and finished.reason == "error":  # what it holds is not to be trusted
+            self._empty(request.slot)
+        self._end(request, finished)
+
+    def _empty(self, slot: int) -> None:
+        self.runner.truncate(slot, 0)
+        self.table[slot].tokens.clear()
+
+    def _end(self, request: Request, finished: Finished) -> None:
         if request.state is State.QUEUED:
             self.waiting.remove(request)
             self.waiting_tokens -= len(request.prompt_ids)
@@ -216,11 +244,7 @@ class Scheduler:
         elif request in self.decoding:
             self.decoding.remove(request)
         if request.slot is not None:
-            held = self.table[request.slot]
-            if finished.reason == "error":  # what it holds is not to be trusted
-                self.runner.truncate(held.slot, 0)
-                held.tokens.clear()
-            self.table.give_back(held)
+            self.table.give_back(self.table[request.slot])
         request.slot, request.state = None, State.DONE
         self._ngrams.pop(request, None)
         self.counters.finished[finished.reason] = self.counters.finished.get(finished.reason, 0) + 1
@@ -237,7 +261,8 @@ class Scheduler:
             # asked anew each time: a request that got its first token waits for the next one from then on
             somebody_waits = bool(self.decoding)
             budget = self.limits.step_tokens if somebody_waits else self.limits.alone_tokens
-            call = self._prompts.next_call(self.prefilling, budget, fed, self.limits.together_tokens)
+            apart = somebody_waits and len(self.prefilling) <= APART
+            call = self._prompts.next_call(self.prefilling, budget, fed, self.limits.together_tokens, apart)
             if call is None:
                 return
             for piece in call.pieces:
@@ -255,19 +280,21 @@ class Scheduler:
             slots = [piece.request.slot for piece in pieces if piece.request.slot is not None]
             try:
                 logits = self.runner.extend(slots, [piece.ids for piece in pieces]).numpy()
-            except Exception:
-                logits = None  # whose fault it is shows when each is fed alone
-            if logits is not None:
-                for piece, row in zip(pieces, logits, strict=True):  # [R, Q or 1, V]: what is behind its own is padding
-                    self._fed(piece, row[min(len(piece.ids), len(row)) - 1])
+            except Exception:  # whose fault it is shows when each is fed alone; and the rows may hold the pieces by now
+                for piece, slot in zip(pieces, slots, strict=True):
+                    self._empty(slot)
+                    piece.request.fed, piece.request.alone = 0, True
                 return
-        for piece in pieces:
-            try:
-                last = self._feed_alone(piece)
-            except Exception as error:  # of this row alone: the others have their own
-                self._finish(piece.request, Finished("error", "", error))
-            else:
-                self._fed(piece, last)
+            for piece, row in zip(pieces, logits, strict=True):  # [R, Q or 1, V]: what is behind its own is padding
+                self._fed(piece, row[min(len(piece.ids), len(row)) - 1])
+            return
+        (piece,) = pieces
+        try:
+            last = self._feed_alone(piece)
+        except Exception as error:
+            self._finish(piece.request, Finished("error", "", error))
+        else:
+            self._fed(piece, last)
 
     def _feed_alone(self, piece: Piece) -> FloatArray:
         """Feed a piece; the logits after its last token, `[V]`."""

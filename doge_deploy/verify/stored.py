@@ -12,7 +12,6 @@ from doge_deploy.checkpoint import Checkpoint
 from doge_deploy.graph.feedback import choose_numbers, read_tokens
 from doge_deploy.graph.weight_file import read_weight_file
 from doge_deploy.graph.weight_formats import WeightFormat, format_of
-from doge_deploy.graph.weight_formats.int4 import Format as Int4
 from doge_deploy.verify.reference import Weights
 
 
@@ -26,7 +25,7 @@ def weight_format_of(bundle: Bundle, checkpoint: Checkpoint) -> WeightFormat | N
     """
     manifest = bundle.manifest
     found = format_of(manifest.options)
-    if isinstance(found, Int4) and found.uses_covariances and CALIBRATION_TOKENS in manifest.files:
+    if found is not None and found.uses_covariances and CALIBRATION_TOKENS in manifest.files:
         ids = read_tokens(bundle.path, checkpoint.facts.vocab_size)
         routing, length = manifest.options.routing, manifest.max_length
         found.chosen = choose_numbers(checkpoint, ids, found, routing=routing, max_length=length)

@@ -66,7 +66,7 @@ def changes(covariances: dict[str, torch.Tensor]) -> dict[str, Change]:
     half = Format(dtype="fp16")
 
     def with_text(name: str, weight: torch.Tensor) -> torch.Tensor:
-        parts = half.store_by(weight, covariances.get(name))
+        parts = half.store_by(weight, covariances[name]) if name in covariances else half.store(weight)
         block = weight.shape[1] // parts["scale"].shape[1]
         return parts["values"].float() * parts["scale"].float().repeat_interleave(block, 1)
 

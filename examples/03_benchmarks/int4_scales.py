@@ -66,7 +66,7 @@ def positive(starts: tuple[float, ...]) -> Store:
         whole = blocks.abs().amax(-1, keepdim=True) / _scales.HIGHEST
         found: list[list[torch.Tensor]] = []
         for start in starts:
-            scale = _scales._rounded(whole * start, self.dtype)
+            scale = _scales.short_scale(whole * start, self.dtype)
             values = torch.clamp(torch.round(blocks / scale), _scales.LOWEST, _scales.HIGHEST)
             error = (values * scale - blocks).square().sum(-1, keepdim=True)
             found.append([error, values, scale])
@@ -90,7 +90,7 @@ def measure(model: str, block: int, dtype: Any, store: Store) -> str:
         errors.append([float((stored - weight).square().sum()), float(weight.square().sum())])
         return parts
 
-    Format.store = watched
+    Format.numbers = watched
     with tempfile.TemporaryDirectory() as folder:
         bundle = Path(folder) / "bundle"
         doge_deploy.export(model, bundle, ExportOptions(quantize="int4", block_size=block, dtype=dtype))
@@ -108,12 +108,11 @@ def main(models: tuple[str, ...], dtype: str, blocks: tuple[int, ...], text: Tex
     """Measure MODELS."""
     if text is not None:
         live.HELD_OUT = text.read()
-    chosen = Format.store
-    stores: dict[str, Store] = {"export": chosen}
+    stores: dict[str, Store] = {"export": Format.numbers}
     if dtype == "fp32":
         stores["least squares"] = least_squares
     else:
-        stores["least squares, no text"] = lambda self, weight, _name="": self.store_by(weight, None)
+        stores["least squares, no text"] = Format.store
         stores |= {"largest number": positive((1.0,)), "seven ranges": positive(Format.shrink)}
     for model in models or ("doge-tiny", "doge-tiny-moe"):
         for block in blocks:

@@ -171,10 +171,12 @@ def test_a_server_takes_the_memory_of_all_slots_of_all_its_bundles(tmp_path: Pat
         enough = pretend(tmp_path, {"proc/meminfo": f"MemAvailable:  {count * eight // 1024 + 1} kB"})
         check_slots([bundle] * count, 8, enough)
         less = pretend(tmp_path, {"proc/meminfo": f"MemAvailable:  {count * eight // 1024 - 1} kB"})
-        with pytest.raises(
-            MissingDependencyError, match=rf"--slots 8: at least .* {count * one / 1e6:.1f} MB with --s"
-        ):
+        numbers = rf"--slots 8 takes at least .* \({count * one / 1e6:.1f} MB with --slots 1\), .* left: "
+        with pytest.raises(MissingDependencyError, match=f"{numbers}give fewer slots, free some"):
             check_slots([bundle] * count, 8, less)
+        none = pretend(tmp_path, {"proc/meminfo": f"MemAvailable:  {count * one // 1024 - 1} kB"})
+        with pytest.raises(MissingDependencyError, match=f"{numbers}free some"):
+            check_slots([bundle] * count, 8, none)
 
 
 def test_serve_says_it_before_anything_is_loaded(
@@ -190,7 +192,7 @@ def test_serve_says_it_before_anything_is_loaded(
     monkeypatch.setattr(start, "open_slots", lambda *_, **__: pytest.fail("a bundle was opened"))
     assert run_command(["serve", str(tiny_bundle), "--slots", "4"]) == 4
     error = capfd.readouterr().err
-    assert error.count("\n") == 1 and "--slots 4: at least" in error and f"{left / 1e6:.1f} MB left" in error
+    assert error.count("\n") == 1 and "--slots 4 takes at least" in error and f"{left / 1e6:.1f} MB left" in error
 
 
 def test_generate_says_it_with_exit_code_4(

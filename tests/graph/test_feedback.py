@@ -24,9 +24,9 @@ from doge_deploy.checkpoint.tokenizer import encode
 from doge_deploy.errors import BrokenBundleError
 from doge_deploy.graph.covariances import input_covariances
 from doge_deploy.graph.feedback import MOST_TOKENS, choose_numbers, read_tokens, write_tokens
-from doge_deploy.graph.weight_formats import format_of
+from doge_deploy.graph.weight_formats import format_of, weight_formats
 from doge_deploy.graph.weight_formats._feedback import DAMPENING, column_order, scales_with_feedback
-from doge_deploy.graph.weight_formats._scales import STARTS, _rounded, positive_scales
+from doge_deploy.graph.weight_formats._scales import STARTS, positive_scales, short_scale
 from doge_deploy.graph.weight_formats.int4 import Format
 from doge_deploy.options.export import ExportOptions
 from doge_deploy.text.calibration import CALIBRATION
@@ -49,7 +49,7 @@ def correlated(columns: int, *, rank: int, seed: int = 0) -> torch.Tensor:
 
 
 def short(scale: float, dtype: str) -> float:
-    return float(_rounded(torch.tensor([scale], dtype=torch.float64), dtype))
+    return float(short_scale(torch.tensor([scale], dtype=torch.float64), dtype))
 
 
 def feed_back(left: Array, inverse: Array, scale: float, columns: list[int]) -> tuple[Array, Array, Array, float]:
@@ -220,6 +220,19 @@ def test_threads_change_no_number(name: str) -> None:
     assert found[0].keys() == found[1].keys() and len(found[0]) == 3 * 7 + 1
     for weight, parts in found[0].items():
         assert all(torch.equal(part, found[1][weight][key]) for key, part in parts.items()), weight
+
+
+@pytest.mark.parametrize("name", weight_formats())
+def test_a_covariance_matters_to_the_formats_that_say_so(name: str) -> None:
+    found = weight_formats()[name]
+    weight = torch.randn(32, 64, generator=torch.Generator().manual_seed(5))
+    product = "model.layers.0.mlp.up_proj.weight"
+    for dtype in found.dtypes:
+        stored_as = found(dtype=dtype)
+        plain, by = stored_as.store(weight, product), stored_as.store_by(weight, correlated(64, rank=8), product)
+        assert plain.keys() == by.keys()
+        same = all(torch.equal(plain[key].float(), by[key].float()) for key in plain)
+        assert same is not stored_as.uses_covariances
 
 
 @pytest.mark.parametrize("name", ["doge-tiny", "doge-tiny-moe"])

@@ -320,6 +320,24 @@ class TestBatched:
             streamed[choice["index"]] += choice["delta"].get("content", "")
         assert streamed == texts
 
+    @pytest.mark.parametrize("stream", [False, True])
+    def test_what_choices_share_counts_once(self, server: Running, stream: bool) -> None:
+        """A prompt that one choice computed was computed, however many choices found it then."""
+
+        def usage(prompts: list[list[int]]) -> tuple[int, int]:
+            options = {"prompt": prompts, "n": 4, "max_tokens": 2}
+            if stream:
+                found = server.stream("/v1/completions", **options, stream_options={"include_usage": True})[-1]
+            else:
+                found = server.post("/v1/completions", **options)
+            return found["usage"]["prompt_tokens"], found["usage"]["prompt_tokens_details"]["cached_tokens"]
+
+        prompts = [[70 + stream, *range(start, start + 39)] for start in (100, 200)]
+        prompts[1][0] = 72 + stream
+        assert usage(prompts[:1]) == (40, 0)
+        assert usage(prompts[:1]) == (40, 39)
+        assert usage(prompts) == (80, 39)
+
 
 class TestLengths:
     """8: too long a prompt is refused with both numbers; what does not fit into the answer is clipped."""

@@ -99,6 +99,41 @@ def test_a_step_delays_the_next_token_of_others_by_one_budget_whatever_is_fed_to
     assert_each_is_alone(made)
 
 
+def test_two_prompts_that_come_while_tokens_are_made_have_a_step_each() -> None:
+    scheduler = make(6, max_length=128)
+    answer = streaming(scheduler)
+    made = submit(scheduler, [prompt(50, 40), prompt(51, 40)])
+    scheduler.step()
+    assert scheduler.runner.calls == [("decode", 1), ("prefill", 40)]
+    scheduler.step()
+    assert scheduler.runner.calls[2:] == [("decode", 2), ("prefill", 40)], "the first one's text ends a step earlier"
+    run(scheduler)
+    assert_each_is_alone(made)
+    assert answer.tokens == alone([90], 40)
+
+
+@pytest.mark.parametrize(
+    ("others", "lengths", "calls"),
+    [
+        (True, (40, 40, 40), [("decode", 1), ("together", (40, 40, 40))]),
+        (False, (40, 40), [("together", (40, 40))]),
+        (True, (prompts.ALONE - 1,) * 2, [("decode", 1), ("together", (prompts.ALONE - 1,) * 2)]),
+        (True, (40, 5), [("decode", 1), ("prefill", 40), ("prefill", 5)]),
+    ],
+)
+def test_more_prompts_or_shorter_ones_or_before_any_token_share_a_step(
+    others: bool, lengths: tuple[int, ...], calls: list[object]
+) -> None:
+    scheduler = make(6, max_length=128)
+    if others:
+        streaming(scheduler)
+    made = submit(scheduler, [prompt(50 + number, length) for number, length in enumerate(lengths)])
+    scheduler.step()
+    assert scheduler.runner.calls == calls
+    run(scheduler)
+    assert_each_is_alone(made)
+
+
 def test_the_oldest_prompt_is_fed_first_and_never_overtaken_for_long() -> None:
     scheduler = make(6, limits=Limits(step_tokens=20))
     streaming(scheduler)
@@ -248,6 +283,29 @@ def test_an_error_of_a_call_fails_the_request_alone_that_causes_it() -> None:
     run(scheduler)
     assert_each_is_alone([good, other])
     assert str(bad[1].finished.error) == "51"
+
+
+@pytest.mark.parametrize("cuts", [True, False])
+def test_rows_that_a_failed_call_has_changed_already_are_fed_from_the_start(cuts: bool) -> None:
+    """If a device fails while logits are read, or memory ends in the middle of a call, the rows hold the tokens."""
+    scheduler = make(3, limits=Limits(alone_tokens=30), max_length=128, cuts=cuts)
+    rows = scheduler.runner
+    whole, failed = rows.extend, []
+
+    def extend(slots: Sequence[int], ids: Sequence[Sequence[int]], last: int = 1) -> object:
+        found = whole(slots, ids, last)
+        if len(slots) > 1 and not failed:
+            failed.append(slots)
+            raise MemoryError
+        return found
+
+    rows.extend = extend
+    made = submit(scheduler, [prompt(50, 40), prompt(51, 6), prompt(52, 4)])  # the first comes in two pieces
+    run(scheduler)
+    assert failed
+    assert_each_is_alone(made)
+    kinds = [kind for kind, _ in rows.calls]
+    assert kinds.count("together") == 1, "they are not tried together again"
 
 
 @pytest.mark.parametrize("leaving", [0, 1, 2])

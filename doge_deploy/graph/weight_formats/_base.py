@@ -117,10 +117,9 @@ class WeightFormat(ABC):
         self.dtype = NAMES[dtype]
         self.ranges: Mapping[str, float] = {}
         """While a model is exported: by name of a weight the largest magnitude of what is multiplied with it, where
-        that is to be rounded. See `doge_deploy.graph.calibration`."""
+        that is to be rounded. See `doge_deploy.graph.ranges`."""
         self.chosen: Mapping[str, Mapping[str, torch.Tensor]] = {}
-        """By name of a weight what `store` gives for it, where that was made of a text. See
-        `doge_deploy.graph.feedback`."""
+        """By name of a weight what `store_by` gave for it. See `doge_deploy.graph.feedback`."""
 
     def __str__(self) -> str:
         if not self.block_sizes:
@@ -144,6 +143,11 @@ class WeightFormat(ABC):
     def uses_covariances(self) -> bool:
         """Whether numbers are chosen by what weights are multiplied with on some text, where there is one."""
         return False
+
+    @property
+    def is_calibrated(self) -> bool:
+        """Whether a text is looked at when a model is exported."""
+        return self.uses_covariances or bool(self.rounds_inputs_to)
 
     @property
     def range_dtype(self) -> str:
@@ -176,6 +180,17 @@ class WeightFormat(ABC):
     @abstractmethod
     def store(self, weight: torch.Tensor, name: str = "") -> dict[str, torch.Tensor]:
         """The numbers of all parts of a weight `[N, C]` that are not constant, those of less than a byte unpacked."""
+
+    def store_by(self, weight: torch.Tensor, covariance: torch.Tensor, name: str = "") -> dict[str, torch.Tensor]:
+        """As `store`, for the least error of products with inputs of this covariance, `[C, C]` float64.
+
+        A format that does not use covariances stores the same with any.
+        """
+        return self.store(weight, name)
+
+    def numbers(self, weight: torch.Tensor, name: str = "") -> dict[str, torch.Tensor]:
+        """What a bundle holds of a weight `[N, C]`: what was chosen for it, else what `store` gives."""
+        return dict(self.chosen[name]) if name in self.chosen else self.store(weight, name)
 
     def constant(self, initializer: str) -> torch.Tensor:
         """The numbers of a constant part, unpacked.
@@ -226,7 +241,7 @@ class WeightFormat(ABC):
         """What a weight `[N, C]` of the checkpoint becomes, float32."""
         import torch
 
-        parts = {key: as_array(part) for key, part in self.store(weight, name).items()}
+        parts = {key: as_array(part) for key, part in self.numbers(weight, name).items()}
         return torch.from_numpy(self.dequantize(parts))
 
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from doge_deploy.graph.weight_formats._scales import HIGHEST, LOWEST, STARTS, _rounded
+from doge_deploy.graph.weight_formats._scales import HIGHEST, LOWEST, STARTS, short_scale
 
 if TYPE_CHECKING:
     import torch
@@ -93,7 +93,7 @@ def _round_block(left: torch.Tensor, upper: torch.Tensor, dtype: str) -> tuple[t
     import torch
 
     whole = torch.maximum(left.amax(-1) / HIGHEST, left.amin(-1) / LOWEST)
-    scale = _rounded(whole * torch.tensor(STARTS, dtype=torch.float64)[:, None], dtype).to(torch.float64)  # [S, N]
+    scale = short_scale(whole * torch.tensor(STARTS, dtype=torch.float64)[:, None], dtype).to(torch.float64)  # [S, N]
     unit = torch.eye(len(upper), dtype=torch.float64)
     seen = torch.linalg.solve_triangular(upper, unit, upper=True)
     target = left @ seen
@@ -103,7 +103,7 @@ def _round_block(left: torch.Tensor, upper: torch.Tensor, dtype: str) -> tuple[t
         found.append((loss, values, scale))
         weighed = values @ seen
         fitted = (weighed * target).sum(-1) / weighed.square().sum(-1)
-        scale = _rounded(torch.where(fitted > 0, fitted, scale), dtype).to(torch.float64)
+        scale = short_scale(torch.where(fitted > 0, fitted, scale), dtype).to(torch.float64)
     losses, values, scales = (torch.cat(parts) for parts in zip(*found, strict=True))
     best = losses.argmin(0)
     rows = torch.arange(len(left))

@@ -40,7 +40,7 @@ def positive_scales(blocks: torch.Tensor, dtype: str) -> tuple[torch.Tensor, tor
     whole = torch.maximum(high / HIGHEST, low / LOWEST)
     best = best_values = best_scale = None
     for start in STARTS:
-        scale = _rounded(whole * start, dtype)
+        scale = short_scale(whole * start, dtype)
         for _ in range(2):
             values = torch.clamp(torch.round(blocks / scale), LOWEST, HIGHEST)
             error = (values * scale - blocks).square().sum(-1, keepdim=True)
@@ -52,14 +52,14 @@ def positive_scales(blocks: torch.Tensor, dtype: str) -> tuple[torch.Tensor, tor
                 best_values = torch.where(better, values, best_values)
                 best_scale = torch.where(better, scale, best_scale)
             fitted = (values * blocks).sum(-1, keepdim=True) / values.square().sum(-1, keepdim=True)
-            scale = _rounded(torch.where(fitted > 0, fitted, scale), dtype)
+            scale = short_scale(torch.where(fitted > 0, fitted, scale), dtype)
     assert best_values is not None and best_scale is not None
     nothing = (best_values == 0).all(-1, keepdim=True)
     best_scale = torch.where(nothing, torch.ones_like(best_scale), best_scale)
     return best_values, best_scale.squeeze(-1).to(getattr(torch, dtype))
 
 
-def _rounded(scale: torch.Tensor, dtype: str) -> torch.Tensor:
+def short_scale(scale: torch.Tensor, dtype: str) -> torch.Tensor:
     """The nearest number above zero that has `NUMBER_BITS` fewer bits than `dtype`, is one of `dtype`, and does not
     leave its range when it is multiplied.
     """

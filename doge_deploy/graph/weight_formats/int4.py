@@ -100,23 +100,23 @@ class Format(BlockFormat):
         Raises:
             ValueError: C is no multiple of `SMALLEST_BLOCK`.
         """
-        if not self.signed:
-            return super().store(weight, name)
-        return dict(self.chosen[name]) if name in self.chosen else self.store_by(weight, None)
-
-    def store_by(self, weight: torch.Tensor, covariance: torch.Tensor | None) -> dict[str, torch.Tensor]:
-        """As `store` in half precision; `covariance` `[C, C]` float64 of what the weight is multiplied with, None for
-        the least squared error of the weight itself.
-        """
         import torch
 
+        if not self.signed:
+            return super().store(weight, name)
         rows, columns = weight.shape
         block = self._known_block(columns)
-        if covariance is not None:
-            values, scale = scales_with_feedback(weight.float(), covariance, block, self.dtype)
-            return {"values": values.to(torch.int8), "scale": scale}
         values, scale = positive_scales(weight.float().reshape(rows, columns // block, block), self.dtype)
         return {"values": values.reshape(rows, columns).to(torch.int8), "scale": scale}
+
+    def store_by(self, weight: torch.Tensor, covariance: torch.Tensor, name: str = "") -> dict[str, torch.Tensor]:
+        import torch
+
+        if not self.uses_covariances:
+            return super().store_by(weight, covariance, name)
+        block = self._known_block(weight.shape[1])
+        values, scale = scales_with_feedback(weight.float(), covariance, block, self.dtype)
+        return {"values": values.to(torch.int8), "scale": scale}
 
     def dequantize(self, parts: Mapping[str, Array]) -> npt.NDArray[np.float32]:
         import numpy as np

@@ -134,10 +134,12 @@ class Inbox:
                 raise EngineStoppedError(self._failed)
             for request in requests:
                 self._waiters[request.id] = _Waiter(engine, mail)
-            taken = map(asyncio.wrap_future, engine.submit_all(requests))
-            for found in await asyncio.gather(*taken, return_exceptions=True):
-                if isinstance(found, BaseException):
-                    raise found
+            try:
+                await asyncio.wrap_future(engine.submit_all(requests))
+            except Exception:
+                for one in mail.waiters:
+                    one.ended = True  # never begun: there is nothing to be cancelled
+                raise
             yield mail
         finally:
             for request in requests:

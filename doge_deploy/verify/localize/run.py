@@ -41,8 +41,6 @@ from doge_deploy.verify.parity import Judge
 from doge_deploy.verify.report import Report
 from doge_deploy.verify.runners import holds_window, open_runners
 from doge_deploy.verify.source import open_reference
-from doge_deploy.verify.stored import weight_format_of
-from doge_deploy.verify.weights import compare_weights
 
 STANDARD, LOWERED = "standard", "lowered"
 
@@ -81,18 +79,14 @@ def localize(
     if lowering:
         check_lowering(bundle)
     checkpoint = open_reference(bundle, reference, adapter)
-    weights = (
-        report.weights
-        if report is not None
-        else compare_weights(bundle, checkpoint, weight_format_of(bundle, checkpoint))
-    ).failures
     if case is None:
         assert report is not None
         case = next((f"{one.layout}/{one.case}" for one in report.results if not one.passed), None)
         if case is None:
-            return _of_weights(weights)
+            return _of_weights(report.weights.failures)
     layout, name = _split(bundle, case)
     with LiveOracle(bundle, checkpoint, greedy_steps=greedy_steps, started=started) as oracle:
+        weights = (report.weights if report is not None else oracle.weights(bundle)).failures
         found = _Search(bundle, oracle, layout, weights, portable=portable, lowering=lowering).search(name, started)
     found.notes += _changed_facts(bundle, checkpoint)
     return found

@@ -11,7 +11,7 @@ from torch import nn
 
 from doge_deploy.checkpoint import open_checkpoint
 from doge_deploy.checkpoint.tokenizer import encode
-from doge_deploy.graph.calibration import input_ranges
+from doge_deploy.graph.ranges import input_ranges
 from doge_deploy.text.calibration import CALIBRATION
 from doge_deploy.verify.held_out import HELD_OUT
 from doge_deploy.verify.reference import Reference
