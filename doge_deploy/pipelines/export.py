@@ -8,10 +8,10 @@ from dataclasses import replace
 from pathlib import Path
 
 from doge_deploy import __version__
-from doge_deploy.bundle.files import file_entries
+from doge_deploy.bundle.files import WEIGHTS_FILE, file_entries
 from doge_deploy.bundle.genai_config import GENAI_CONFIG, follows_convention, genai_config, write_genai_config
 from doge_deploy.bundle.manifest import Layout, Manifest, Source
-from doge_deploy.bundle.writing import check_place, write_manifest, writing_bundle
+from doge_deploy.bundle.writing import check_place, sync_path, write_manifest, writing_bundle
 from doge_deploy.checkpoint import Checkpoint, check_finite, check_score_range, open_checkpoint
 from doge_deploy.checkpoint.tokenizer import encode, write_tokenizer
 from doge_deploy.devices.packages import require_export_packages
@@ -96,6 +96,8 @@ def export(
             progress=progress,
             calibration=calibration,
         )
+        # on its way to the disk while the rest is made; an error is told once, so it is asked for below
+        synced = InBackground(lambda: sync_path(directory / WEIGHTS_FILE), "doge-sync", abandoned_at_exit=True)
         layouts = _lowered(directory, layouts, options.lower_for, progress)
         if options.inline_functions:  # only now: a lowering looks for the operators that the functions stand for
             advance = progress.stage("inline functions")
@@ -116,6 +118,7 @@ def export(
             write_genai_config(directory / GENAI_CONFIG, document)
         advance = progress.stage("hash files")
         identity.result()
+        synced.result()
         manifest = Manifest(
             tool={"name": "doge-deploy", "version": __version__},
             libraries={name: importlib.metadata.version(name) for name in _LIBRARIES},
