@@ -22,6 +22,7 @@ from doge_deploy.options.compatibility import check_facts, resolve_max_length
 from doge_deploy.options.export import ExportOptions
 from doge_deploy.options.generation import GENERATION_CONFIG, illegal_settings
 from doge_deploy.options.resolved import ResolvedOptions
+from doge_deploy.process.background import InBackground
 from doge_deploy.process.progress import Progress
 from doge_deploy.targets.backend import backends
 from doge_deploy.text.calibration import CALIBRATION, CALIBRATION_FILE
@@ -69,6 +70,8 @@ def export(
     checkpoint = open_checkpoint(model, num_layers=options.num_layers, adapter=adapter, strict=strict)
     facts = checkpoint.facts
     check_facts(facts, options, model)
+    # beside the imports, which wait for nothing; what ends this early does not wait for it
+    identity = InBackground(lambda: checkpoint.sha256, "doge-checkpoint-hash", abandoned_at_exit=True)
     max_length = resolve_max_length(facts, options.max_length)
     # this takes seconds: most that is refused has been; and nothing is written yet that a signal meanwhile would leave
     from doge_deploy.graph.write import inline_functions, write_graphs
@@ -112,6 +115,7 @@ def export(
             )
             write_genai_config(directory / GENAI_CONFIG, document)
         advance = progress.stage("hash files")
+        identity.result()
         manifest = Manifest(
             tool={"name": "doge-deploy", "version": __version__},
             libraries={name: importlib.metadata.version(name) for name in _LIBRARIES},
