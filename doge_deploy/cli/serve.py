@@ -96,8 +96,8 @@ def serve(
 ) -> None:
     """Serve BUNDLE... over HTTP, with the interface of OpenAI's API.
 
-    Chat at http://127.0.0.1:8000/, clients at http://127.0.0.1:8000/v1. Ends on SIGTERM or Ctrl-C, when texts that run or wait
-    are done.
+    Chat at http://127.0.0.1:8000/, clients at http://127.0.0.1:8000/v1. Ends on SIGTERM or Ctrl-C, when texts that run
+    or wait are done.
     """
     if api_key_file is not None and no_auth:
         raise UsageError("--api-key-file and --no-auth contradict each other; give one of them")
