@@ -927,7 +927,7 @@ FAULTS: dict[str, Fault] = {
         "serve",
         Patch(
             "doge_deploy/serve/http/inbox.py",
-            "elif waiter.unread > MAX_UNREAD:",
+            "elif waiter.unread > MAX_UNREAD and not waiter.mail.awaited:",
             "elif waiter.unread > 10**9:",
         ),
         "limits: a client that does not read fills the memory",

@@ -165,12 +165,13 @@ def _calibration(
         UsageError: the file that was given cannot be read, or says nothing.
     """
     file = checkpoint.path / CALIBRATION_FILE if given is None else given
-    text = CALIBRATION
+    text, culprit = CALIBRATION, "text for calibration"
     if given is not None or file.is_file():
+        culprit = str(file) if given is None else f"--calibration-text {file}"
         try:
             text = file.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
-            raise UsageError(f"--calibration-text {file}: cannot be read as text: {error}") from error
+            raise UsageError(f"{culprit}: cannot be read as text: {error}") from error
     ids = encode(checkpoint, text)
     if ids is None and weight_format.uses_covariances:
         return (), ("numbers of 4 bits are chosen without a text: the checkpoint has no tokenizer",)
@@ -178,9 +179,13 @@ def _calibration(
         size = checkpoint.facts.vocab_size
         warning = f"activations are calibrated on {_RANDOM_TOKENS} random tokens: the checkpoint has no tokenizer"
         return [(7 * place * place + 3 * place) % size for place in range(_RANDOM_TOKENS)], (warning,)
+    if not text.strip():
+        raise UsageError(f"{culprit}: holds no text")
     if not ids or max(ids) >= checkpoint.facts.vocab_size:
+        found = f"token {max(ids)}" if ids else "no token"
         raise UsageError(
-            f"--calibration-text {file}: must hold text of the model's {checkpoint.facts.vocab_size} tokens"
+            f"{culprit}: the tokenizer makes {found} of it; tokens of this model are 0 to "
+            f"{checkpoint.facts.vocab_size - 1}"
         )
     return ids, ()
 

@@ -263,10 +263,13 @@ class TestLogprobs:
             error = server.post("/v1/completions", 400, prompt="a", echo=True, logprobs=1, max_tokens=0)["error"]
         assert "export it with --logits all" in error["message"] and error["param"] == "echo"
 
+    @pytest.mark.parametrize(
+        "prompt", ["def f(x):\n    return x", list(range(20, 532))], ids=["short", "fills-the-slot"]
+    )
     def test_a_default_bundle_scores_a_prompt_as_one_with_all_logits(
-        self, server: Running, tiny_bundle_all: Path
+        self, server: Running, tiny_bundle_all: Path, prompt: Any
     ) -> None:
-        asked = {"prompt": "def f(x):\n    return x", "echo": True, "logprobs": 2, "max_tokens": 3, "temperature": 0}
+        asked = {"prompt": prompt, "echo": True, "logprobs": 2, "max_tokens": 3, "temperature": 0}
         with running(of_bundle(tiny_bundle_all)) as other:
             expected = other.complete(**asked)["choices"][0]["logprobs"]
         found = server.complete(**asked)["choices"][0]["logprobs"]
