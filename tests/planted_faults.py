@@ -703,8 +703,8 @@ FAULTS: dict[str, Fault] = {
         "serve",
         Patch(
             "doge_deploy/serve/scheduler.py",
-            "if len(self.waiting) >= self.limits.queue_requests:",
-            "if len(self.waiting) >= 10 * self.limits.queue_requests:",
+            "if count > self.limits.queue_requests:",
+            "if count > 10 * self.limits.queue_requests:",
         ),
         "12: the queue grows beyond its limit",
         ("test_behaviour.py",),
@@ -781,11 +781,33 @@ FAULTS: dict[str, Fault] = {
         "serve",
         Patch(
             "doge_deploy/serve/http/arrivals.py",
-            "rounds + 1 if begun == self._begun and not self.coming else 0",
-            "rounds + ROUNDS",
+            "rounds = 0 if comes else rounds + 1",
+            "rounds += ROUNDS",
         ),
         "of requests that arrive together the first is computed alone",
         ("test_arrivals.py",),
+    ),
+    "half-of-a-request-is-queued": Fault(
+        "serve",
+        Patch(
+            "doge_deploy/serve/scheduler.py",
+            "        if count > self.limits.queue_requests:",
+            "        self.waiting.extend(requests)\n        if count > self.limits.queue_requests:",
+        ),
+        "12: texts of a request that was refused are computed",
+        ("test_scheduler.py",),
+        select="belong_together",
+    ),
+    "failed-call-is-fed-again": Fault(
+        "serve",
+        Patch(
+            "doge_deploy/serve/scheduler.py",
+            "piece.request.fed, piece.request.alone = 0, True",
+            "piece.request.alone = True",
+        ),
+        "6: after a call of several prompts that failed their texts go on behind half of a prompt",
+        ("test_together.py",),
+        select="from_the_start",
     ),
     "prompts-wait-for-tokens": Fault(
         "serve",
@@ -938,7 +960,7 @@ FAULTS: dict[str, Fault] = {
         "serve",
         Patch(
             "doge_deploy/serve/http/inbox.py",
-            "elif waiter.unread > MAX_UNREAD:",
+            "elif waiter.unread > MAX_UNREAD and not waiter.mail.awaited:",
             "elif waiter.unread > 10**9:",
         ),
         "limits: a client that does not read fills the memory",

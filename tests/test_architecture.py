@@ -138,6 +138,24 @@ def test_the_runtime_needs_neither_torch_nor_transformers_nor_the_graph() -> Non
     assert not {"torch", "transformers", "onnx", "doge_deploy.graph", "doge_deploy.model"} & found
 
 
+GENERATE = """
+from doge_deploy.cli.main import run_command
+names, sys.stdout = sys.stdout, sys.stderr
+assert run_command(["generate", {bundle!r}, "--prompt", "The", "--greedy", "--max-new-tokens", "1", "--quiet"]) == 0
+sys.stdout = names
+"""
+
+NOT_FOR_GENERATE = {"click.shell_completion", "numpy.random", "numpy.ma", "importlib.metadata", "asyncio", "subprocess"}
+
+
+def test_generate_imports_little_beyond_its_libraries(tiny_bundle: Path) -> None:
+    libraries = modules_after("import numpy, onnxruntime, tokenizers")
+    found = modules_after(GENERATE.format(bundle=str(tiny_bundle))) - libraries
+    others = {name.split(".")[0] for name in found - {""}} - {name.split(".")[0] for name in libraries}
+    assert others - set(sys.stdlib_module_names) == {"click", "doge_deploy"}
+    assert not NOT_FOR_GENERATE & found
+
+
 def test_a_judge_needs_neither_torch_nor_transformers_nor_onnx() -> None:
     names = ("run", "files", "markdown", "baseline", "node_data", "page.write")
     found = modules_after(f"import {', '.join(f'doge_deploy.verify.{name}' for name in names)}")

@@ -2,11 +2,14 @@
 
     python tests/two_versions.py export BEFORE AFTER FOLDER MODEL... [--quantize none --quantize int8 --quantize int4]
     python tests/two_versions.py time BEFORE AFTER FOLDER NAME... [--rounds 20] [--steps 40]
+    python tests/two_versions.py exports BEFORE AFTER MODEL... [--rounds 5]
 
 BEFORE and AFTER are folders with the sources of a commit (`git archive COMMIT | tar x -C BEFORE`); both run in this
 environment. `export` makes `FOLDER/before/NAME` and `FOLDER/after/NAME`, and says of each file except manifest.json
 whether it is the same, and which keys of the manifest differ. `time` lets each version decode its own bundle in a
 process of its own, in turns, so that never both run, and prints the ratios of the rounds: below 1, AFTER is slower.
+`exports` times whole processes of `export`, in turns with one that imports what the libraries have loaded by the end of
+AFTER's, and nothing else.
 """
 
 from __future__ import annotations
@@ -14,11 +17,14 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 import statistics
 import subprocess
 import sys
+import tempfile
 import tomllib
 from pathlib import Path
+from time import perf_counter
 from typing import Any
 
 import click
@@ -42,6 +48,23 @@ for line in sys.stdin:
     print((time.perf_counter() - begin) / steps, flush=True)
 """
 """Answers each line with the seconds of a decode step."""
+
+
+LOADED = """
+import sys
+from doge_deploy.cli.main import run_command
+assert run_command(["export", sys.argv[1], "-o", sys.argv[2]]) == 0
+with open(sys.argv[3], "w") as file:
+    file.writelines(f"{name}\\n" for name in sys.modules if not name.startswith(("doge_", "__")))
+"""
+"""Writes down the modules of libraries that an export has loaded, in their order."""
+
+IMPORTS = """
+import contextlib, importlib, sys
+for name in open(sys.argv[1]).read().split():
+    with contextlib.suppress(Exception):  # some are no files: their libraries make them
+        importlib.import_module(name)
+"""
 
 
 def prepare(sources: Path) -> None:
@@ -116,6 +139,48 @@ def export(before: Path, after: Path, folder: Path, models: tuple[str, ...], for
             )
             wrong = wrong or bool(differ)
     sys.exit(int(wrong))
+
+
+@main.command()
+@click.argument("before", type=click.Path(path_type=Path))
+@click.argument("after", type=click.Path(path_type=Path))
+@click.argument("models", nargs=-1, required=True)
+@click.option("--rounds", default=5, show_default=True)
+def exports(before: Path, after: Path, models: tuple[str, ...], rounds: int) -> None:
+    """Whole processes that export MODELS in float32, by both versions in turns with the imports alone."""
+    for sources in (before, after):
+        prepare(sources)
+        subprocess.run([sys.executable, "-m", "compileall", "-q", sources / "doge_deploy"], check=True)
+    for model in models:
+        path = model if "/" not in model else str(Path(model).resolve())
+        with tempfile.TemporaryDirectory(dir=after) as name:
+            folder = Path(name)
+            run(after, "-c", LOADED, path, str(folder / "bundle"), str(folder / "modules"))
+
+            def turn(sources: Path, *arguments: str, bundle: Path = folder / "bundle") -> float:
+                shutil.rmtree(bundle, ignore_errors=True)
+                begin = perf_counter()
+                run(sources, *arguments)
+                return perf_counter() - begin
+
+            export = ("-m", "doge_deploy.cli", "export", path, "-o", str(folder / "bundle"))
+            kinds = [(before, *export), (after, *export), (after, "-c", IMPORTS, str(folder / "modules"))]
+            seconds = [[turn(*kind) for kind in kinds] for _ in range(rounds + 1)][1:]  # the first warms up
+        one, two, alone = (statistics.median(column) for column in zip(*seconds, strict=True))
+        print(f"{model}: before {one:.2f} s, after {two:.2f} s, imports alone {alone:.2f} s; {rounds} rounds")
+        for name, first, second in (
+            ("after over before", 1, 0),
+            ("after over imports", 1, 2),
+            ("before over imports", 0, 2),
+        ):
+            ratios = [row[first] / row[second] for row in seconds]
+            quarters = statistics.quantiles(ratios, n=4)
+            print(f"  {name}: median {statistics.median(ratios):.3f}, quarters {quarters[0]:.3f} to {quarters[2]:.3f}")
+
+
+def run(sources: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, *arguments]
+    return subprocess.run(command, env=environment(sources), cwd=sources, check=True, capture_output=True, text=True)
 
 
 @main.command()

@@ -108,7 +108,7 @@ def file_entries(directory: Path, known: Mapping[str, FileEntry] = MappingProxyT
 
 
 class HashedFile:
-    """A new file that is hashed as it is written, by a second thread: hashing takes as long as writing.
+    """A new file that is hashed as it is written, each by a thread of its own: both take as long as making the data.
 
     Args:
         path: the file; what is there is replaced.
@@ -118,32 +118,38 @@ class HashedFile:
         self._path = path
         self._digest = hashlib.sha256()
         self._bytes = 0
-        self._pending: Future[None] | None = None
+        self._pending: tuple[Future[object], ...] = ()
 
     def __enter__(self) -> HashedFile:
         from concurrent.futures import ThreadPoolExecutor  # what only reads bundles does not wait for it
 
         self._file = self._path.open("wb")
-        self._hashing = ThreadPoolExecutor(1, thread_name_prefix="doge-hash")
+        self._threads = ThreadPoolExecutor(2, thread_name_prefix="doge-write")
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        self._hashing.shutdown()
-        self._file.close()
-        if kind is None and self._pending is not None:
-            self._pending.result()
+        self._threads.shutdown()
+        try:
+            if kind is None:
+                self._finish()
+        finally:
+            self._file.close()
 
     def write(self, data: bytes | memoryview) -> None:
-        """Write `data`, which must not change afterwards; it is kept until the next call is done.
+        """Begin to write and to hash `data`, which must not change until the next call or the end.
 
         Raises:
-            OSError: as of `write`.
+            OSError: the data of the last call could not be written; the end raises it for those of this one.
         """
-        before, self._pending = self._pending, self._hashing.submit(self._digest.update, data)
-        self._file.write(data)
+        self._finish()
+        self._pending = self._threads.submit(self._digest.update, data), self._threads.submit(self._file.write, data)
         self._bytes += memoryview(data).nbytes
-        if before is not None:
-            before.result()
+
+    def _finish(self) -> None:
+        """Wait for what was begun."""
+        for begun in self._pending:
+            begun.result()
+        self._pending = ()
 
     def entry(self) -> FileEntry:
         """What a manifest says of the file; to be asked once it is closed."""

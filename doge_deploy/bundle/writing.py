@@ -192,11 +192,16 @@ def remove_leftovers(place: Path) -> None:
 def sync(folder: Path) -> None:
     """Wait until the files of a folder are on the disk: before that, a disk may still turn out to be full."""
     for path in (*sorted(folder.iterdir()), folder):
-        handle = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
+        sync_path(path)
+
+
+def sync_path(path: Path) -> None:
+    """The same for one file or folder."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def _publish(aside: Path, place: Path, output: Path, *, force: bool) -> None:

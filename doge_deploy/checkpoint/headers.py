@@ -1,7 +1,7 @@
 """Names, dtypes, shapes and places of stored tensors, from safetensors headers alone.
 
 They are parsed here because a damaged file must be described, and the safetensors package says only that a
-header is invalid. Reading the data goes through that package, which checks it all once more.
+header is invalid.
 Reference: the format section of https://github.com/huggingface/safetensors.
 """
 

@@ -43,7 +43,7 @@ COMPANIONS = (
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checked checkpoint. Opening one reads headers only; `read` maps one tensor at a time."""
+    """A checked checkpoint. Opening one reads headers only; `read` reads one tensor at a time."""
 
     path: Path
     source: str | None
@@ -64,11 +64,11 @@ class Checkpoint:
     """transformers reads the same from `path` as `read` does from here."""
 
     def read(self, name: str) -> torch.Tensor:
-        """One tensor, in its stored dtype, backed by a memory map of its file, or merged with an adapter.
+        """One tensor, in its stored dtype, in memory of its own, merged with the adapter where there is one.
 
         Raises:
             KeyError: the model has no such tensor.
-            UnsupportedModelError: the file was changed since it was opened.
+            UnsupportedModelError: the file cannot be read, or was made shorter since it was opened.
         """
         tensor = read_tensor(self.tensors[name])
         change = None if self.adapter is None else self.adapter.changes.get(name)

@@ -7,7 +7,6 @@ import os
 from typing import Any
 
 import click
-from click.shell_completion import shell_complete
 
 from doge_deploy import __version__
 
@@ -70,6 +69,8 @@ def run(args: list[str]) -> int:
         click.ClickException, DogeDeployError, or whatever else ended the command.
     """
     if instruction := os.environ.get(_COMPLETION):
+        from click.shell_completion import shell_complete
+
         return shell_complete(cli, {}, PROGRAM, _COMPLETION, instruction)
     try:
         with cli.make_context(PROGRAM, list(args)) as context:

@@ -8,6 +8,7 @@ from typing import Any
 import click
 
 from doge_deploy.cli.progress import progress
+from doge_deploy.cli.rare_collections import rare_collections
 from doge_deploy.cli.record import write_recording
 from doge_deploy.dtypes import NAMES
 from doge_deploy.graph.weight_formats import weight_formats
@@ -129,7 +130,7 @@ def export(
 
         check_writable(record)
     options = load_export_options(config_file, choices, assignments)
-    with progress() as display:
+    with rare_collections(), progress() as display:
         manifest = api.export(
             model,
             output,

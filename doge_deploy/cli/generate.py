@@ -6,9 +6,9 @@ What takes long to import is imported when it is needed: `--help` must not wait 
 from __future__ import annotations
 
 import contextlib
-import gc
 import json
 import math
+import os
 import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import click
 
+from doge_deploy.cli.rare_collections import rare_collections
 from doge_deploy.cli.runtime_options import runtime_options
 from doge_deploy.cli.threads import threads_note
 from doge_deploy.errors import UsageError
@@ -109,7 +110,7 @@ def generate(
         "engine": engine,
         "graph_cache": not no_graph_cache,
     }
-    with _rare_collections():
+    with rare_collections():
         session = _Session(bundle, asked, runs, quiet)
     messages = [] if system is None else [{"role": "system", "content": system}]
     if prompt is None:
@@ -120,19 +121,25 @@ def generate(
         session.answer(prompt)
 
 
-@contextlib.contextmanager
-def _rare_collections() -> Iterator[None]:
-    """Let Python look for unreachable objects after 50,000 new ones, not 700.
+_BLAS_THREADS = "OPENBLAS_NUM_THREADS"
 
-    Nearly all that is made while libraries are imported and a bundle is opened stays: to look at it over and over takes
-    some twentieth of that time.
+
+@contextlib.contextmanager
+def _one_blas_thread() -> Iterator[None]:
+    """Let NumPy's library of matrix products start no threads where NumPy is imported within, unless the user asked
+    for some.
+
+    They would spin for a tenth of a second, on the cores on which files are hashed, the tokenizer is read and the
+    session is made; and nothing here multiplies matrices in NumPy.
     """
-    before = gc.get_threshold()
-    gc.set_threshold(50_000, *before[1:])
+    if _BLAS_THREADS in os.environ:
+        yield
+        return
+    os.environ[_BLAS_THREADS] = "1"  # read when NumPy is loaded, and not again
     try:
         yield
     finally:
-        gc.set_threshold(*before)
+        del os.environ[_BLAS_THREADS]
 
 
 def _asked(choices: Mapping[str, Any]) -> dict[str, Any]:
@@ -173,7 +180,8 @@ class _Session:
         from doge_deploy.bundle.opening import open_bundle
 
         opened = open_bundle(path, check="quick", wait=False)  # it is hashed while NumPy and the others are imported
-        from doge_deploy.runtime.text_model import TextModel
+        with _one_blas_thread():
+            from doge_deploy.runtime.text_model import TextModel
 
         self._quiet = quiet
         self._load_ms: float | None = None

@@ -14,7 +14,7 @@ import os
 import signal
 import sys
 import time
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -83,15 +83,38 @@ def main(arguments: Sequence[str] | None = None) -> None:
         # code run from a string, as dataclasses make it, would end the process by the signal although it was handled:
         # CPython remembers it (`unhandled_keyboard_interrupt` in Modules/main.c).
         signal.signal(signal.SIGINT, signal.SIG_IGN)
-        for stream in (sys.stdout, sys.stderr):
-            with contextlib.suppress(OSError, ValueError):
-                stream.flush()
-        os._exit(code)
-    # The end of the process would look for unreachable objects among all that there is, several times.
-    # Not with torch or onnx: their extensions count what is left of them at the end, and would report it.
-    if arguments is None and not sys.modules.keys() & {"torch", "onnx"}:
-        gc.freeze()
+        _leave(code)
+    if arguments is None:
+        # Python would look for unreachable objects among all that there is, several times.
+        if not sys.modules.keys() & {"torch", "onnx"}:
+            gc.freeze()
+        else:  # their extensions count what is left of them, and would report what was not looked for
+            _end(code)
     sys.exit(code)
+
+
+def _end(code: int) -> NoReturn:
+    """End the process as Python does, up to the point where it takes its modules apart: with PyTorch that takes longer
+    than many an export writes.
+
+    Threads that are no daemons are waited for, and what was registered for the end is done, in this order. Both are
+    called by the names by which Python itself calls them; so end the children of `multiprocessing`, too.
+    """
+    import atexit
+    import threading
+
+    try:
+        threading._shutdown()  # type: ignore[attr-defined]
+        atexit._run_exitfuncs()
+    finally:
+        _leave(code)
+
+
+def _leave(code: int) -> NoReturn:
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):
+            stream.flush()
+    os._exit(code)
 
 
 def run_command(args: list[str], debug: bool = False) -> int:

@@ -68,7 +68,7 @@ from doge_deploy.errors import UsageError
     type=float,
     default=30.0,
     show_default=True,
-    help="On SIGTERM, how long running texts may take to end.",
+    help="On SIGTERM, how long texts that run or wait may take to end.",
 )
 @click.option(
     "--log-format", type=click.Choice(["text", "json"]), default="text", show_default=True, help="Form of the log."
@@ -96,8 +96,8 @@ def serve(
 ) -> None:
     """Serve BUNDLE... over HTTP, with the interface of OpenAI's API.
 
-    Chat at http://127.0.0.1:8000/, clients at http://127.0.0.1:8000/v1. Ends on SIGTERM or Ctrl-C, when running texts
-    are done.
+    Chat at http://127.0.0.1:8000/, clients at http://127.0.0.1:8000/v1. Ends on SIGTERM or Ctrl-C, when texts that run
+    or wait are done.
     """
     if api_key_file is not None and no_auth:
         raise UsageError("--api-key-file and --no-auth contradict each other; give one of them")

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from packaging.version import InvalidVersion, Version
-
 
 def at_least(version: str, first: str) -> bool:
     """Whether `version` is `first` or a later one, a pre-release counted as its release.
@@ -15,6 +13,25 @@ def at_least(version: str, first: str) -> bool:
     Raises:
         packaging.version.InvalidVersion: `first` is no version.
     """
+    if (found := _numbers(version)) and (limit := _numbers(first)):
+        return found >= limit
+    return _at_least(version, first)
+
+
+def _numbers(version: str) -> tuple[int, ...]:
+    """`1.20.0` as (1, 20), without the zeros that end it; () for what is more than numbers and dots."""
+    parts = version.split(".")
+    if not all(part.isascii() and part.isdigit() for part in parts):
+        return ()
+    while len(parts) > 1 and not int(parts[-1]):
+        parts.pop()
+    return tuple(map(int, parts))
+
+
+def _at_least(version: str, first: str) -> bool:
+    """`at_least` for versions of any kind: the reference implementation."""
+    from packaging.version import InvalidVersion, Version  # `generate`, which compares numbers, does not wait for it
+
     try:
         found = Version(Version(version).base_version)
     except InvalidVersion:

@@ -54,6 +54,8 @@ def _first_frequencies(config: Mapping[str, Any], facts: DogeFacts) -> tuple[npt
     """
     if facts.rope_type == "default":
         return default_frequencies(facts), 1.0
+    if facts.rope_type == "dynamic" and facts.head_dim > 2:  # for 2 it raises, in transformers' own words
+        return _frequencies_of(_dynamic_theta(facts), facts.head_dim), 1.0
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
     frequencies, scaling = ROPE_INIT_FUNCTIONS[facts.rope_type](_doge_config(config))
@@ -65,9 +67,23 @@ def default_frequencies(facts: DogeFacts) -> npt.NDArray[np.float32]:
 
     Reference: `DogeRotaryEmbedding.compute_default_rope_parameters`; https://arxiv.org/abs/2104.09864, section 3.2.2.
     """
-    exponents = torch.arange(0, facts.head_dim, 2, dtype=torch.float32) / facts.head_dim
-    frequencies: npt.NDArray[np.float32] = (1.0 / facts.rope["rope_theta"] ** exponents).numpy()
+    return _frequencies_of(facts.rope["rope_theta"], facts.head_dim)
+
+
+def _frequencies_of(theta: float, head_dim: int) -> npt.NDArray[np.float32]:
+    exponents = torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim
+    frequencies: npt.NDArray[np.float32] = (1.0 / theta**exponents).numpy()
     return frequencies
+
+
+def _dynamic_theta(facts: DogeFacts) -> float:
+    """The base of `dynamic` before any text is longer than the angles were made for: `rope_theta`, but for rounding.
+
+    Reference: `_compute_dynamic_ntk_parameters` in transformers' modeling_rope_utils.py, its operations in their order.
+    """
+    factor, length, head_dim = facts.rope["factor"], facts.max_position_embeddings, facts.head_dim
+    grown: float = ((factor * length / length) - (factor - 1)) ** (head_dim / (head_dim - 2))
+    return float(facts.rope["rope_theta"] * grown)
 
 
 def _doge_config(config: Mapping[str, Any]) -> Any:

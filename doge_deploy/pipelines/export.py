@@ -8,10 +8,10 @@ from dataclasses import replace
 from pathlib import Path
 
 from doge_deploy import __version__
-from doge_deploy.bundle.files import file_entries
+from doge_deploy.bundle.files import WEIGHTS_FILE, file_entries
 from doge_deploy.bundle.genai_config import GENAI_CONFIG, follows_convention, genai_config, write_genai_config
 from doge_deploy.bundle.manifest import Layout, Manifest, Source
-from doge_deploy.bundle.writing import check_place, write_manifest, writing_bundle
+from doge_deploy.bundle.writing import check_place, sync_path, write_manifest, writing_bundle
 from doge_deploy.checkpoint import Checkpoint, check_finite, check_score_range, open_checkpoint
 from doge_deploy.checkpoint.tokenizer import encode, write_tokenizer
 from doge_deploy.devices.packages import require_export_packages
@@ -22,6 +22,7 @@ from doge_deploy.options.compatibility import check_facts, resolve_max_length
 from doge_deploy.options.export import ExportOptions
 from doge_deploy.options.generation import GENERATION_CONFIG, illegal_settings
 from doge_deploy.options.resolved import ResolvedOptions
+from doge_deploy.process.background import InBackground
 from doge_deploy.process.progress import Progress
 from doge_deploy.targets.backend import backends
 from doge_deploy.text.calibration import CALIBRATION, CALIBRATION_FILE
@@ -69,6 +70,8 @@ def export(
     checkpoint = open_checkpoint(model, num_layers=options.num_layers, adapter=adapter, strict=strict)
     facts = checkpoint.facts
     check_facts(facts, options, model)
+    # beside the imports, which wait for nothing; what ends this early does not wait for it
+    identity = InBackground(lambda: checkpoint.sha256, "doge-checkpoint-hash", abandoned_at_exit=True)
     max_length = resolve_max_length(facts, options.max_length)
     # this takes seconds: most that is refused has been; and nothing is written yet that a signal meanwhile would leave
     from doge_deploy.graph.write import inline_functions, write_graphs
@@ -95,6 +98,8 @@ def export(
             progress=progress,
             calibration=calibration,
         )
+        # on its way to the disk while the rest is made; an error is told once, so it is asked for below
+        synced = InBackground(lambda: sync_path(directory / WEIGHTS_FILE), "doge-sync", abandoned_at_exit=True)
         layouts = _lowered(directory, layouts, options.lower_for, progress)
         if options.inline_functions:  # only now: a lowering looks for the operators that the functions stand for
             advance = progress.stage("inline functions")
@@ -114,6 +119,8 @@ def export(
             )
             write_genai_config(directory / GENAI_CONFIG, document)
         advance = progress.stage("hash files")
+        identity.result()
+        synced.result()
         manifest = Manifest(
             tool={"name": "doge-deploy", "version": __version__},
             libraries={name: importlib.metadata.version(name) for name in _LIBRARIES},
@@ -165,12 +172,13 @@ def _calibration(
             read.
     """
     file = checkpoint.path / CALIBRATION_FILE if given is None else given
-    text = CALIBRATION
+    text, culprit = CALIBRATION, "text for calibration"
     if given is not None or file.is_file():
+        culprit = str(file) if given is None else f"--calibration-text {file}"
         try:
             text = file.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
-            raise UsageError(f"--calibration-text {file}: cannot be read as text: {error}") from error
+            raise UsageError(f"{culprit}: cannot be read as text: {error}") from error
     ids = encode(checkpoint, text)
     if ids is None and (given is not None or options.calibrate):
         asked = f"--calibration-text {given}" if given is not None else "calibrate=True"
@@ -181,9 +189,13 @@ def _calibration(
         size = checkpoint.facts.vocab_size
         warning = f"activations are calibrated on {_RANDOM_TOKENS} random tokens: the checkpoint has no tokenizer"
         return [(7 * place * place + 3 * place) % size for place in range(_RANDOM_TOKENS)], (warning,)
+    if not text.strip():
+        raise UsageError(f"{culprit}: holds no text")
     if not ids or max(ids) >= checkpoint.facts.vocab_size:
+        found = f"token {max(ids)}" if ids else "no token"
         raise UsageError(
-            f"--calibration-text {file}: must hold text of the model's {checkpoint.facts.vocab_size} tokens"
+            f"{culprit}: the tokenizer makes {found} of it; tokens of this model are 0 to "
+            f"{checkpoint.facts.vocab_size - 1}"
         )
     return ids, ()
 

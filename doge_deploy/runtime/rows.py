@@ -130,6 +130,8 @@ class RowsRunner(BundleRunner):
         lengths: IntArray,
         step: int,
         run: Callable[[int, IntArray, IntArray], FloatArray],
+        *,
+        every: bool = False,
     ) -> Logits:
         """A call in pieces of at most `step` tokens, with the logits and what else one call would give.
 
@@ -139,6 +141,7 @@ class RowsRunner(BundleRunner):
             lengths: `[R]`, as in `run_rows`.
             step: tokens of a piece.
             run: runs a piece, in which a row that ended before has no real token; nobody else writes to its logits.
+            every: it gives the logits of every token, whatever the model gives where nobody asks.
         """
         parts, kept, before = [], [], self.row_lengths
         try:
@@ -151,7 +154,7 @@ class RowsRunner(BundleRunner):
         finally:
             self.row_lengths = before  # the caller advances it
         self.extra = {name: joined_selections([part[name] for part in kept], len(lengths)) for name in kept[0]}
-        return HostLogits(joined_logits(parts, lengths, step, last=self.last_logits))
+        return HostLogits(joined_logits(parts, lengths, step, last=self.last_logits and not every))
 
     def take_memory(self) -> None:
         """Have the system give the memory of all rows now, where it would do so when each is used for the first time:

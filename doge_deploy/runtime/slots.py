@@ -174,7 +174,7 @@ class SlotRunner:
             raise UsageError(f"truncate: slot {slot} holds {held} tokens, and cannot be cut to {tokens}")
         if 0 < tokens < held:
             self._check_cut(slot, tokens, "truncate")
-        if tokens < held:
+        if tokens < held or not tokens:  # a call that failed may have left something in a row that held nothing
             self._runner.truncate_row(self._row_of(slot), tokens)
 
     def can_cut(self, slot: int) -> bool:

@@ -58,7 +58,7 @@ class Engine:
         self._scheduler = scheduler
         self._deliver = deliver
         scheduler.after_call = self._after_call
-        self._inbox: queue.SimpleQueue[Sequence[_Ask] | None] = queue.SimpleQueue()
+        self._inbox: queue.SimpleQueue[_Ask | None] = queue.SimpleQueue()
         self._outbox: list[tuple[str, Event]] = []
         self._urgent = False
         """Something in the outbox is waited for."""
@@ -96,31 +96,27 @@ class Engine:
         The future raises:
             QueueFullError: too much is waiting. EngineStoppedError: the engine has ended.
         """
-        return self.submit_all([request])[0]
+        return self.submit_all([request])
 
-    def submit_all(self, requests: Sequence[Request]) -> list[Future[None]]:
-        """The same for several, between the same two steps."""
+    def submit_all(self, requests: Sequence[Request]) -> Future[None]:
+        """The same for several, all of them or none."""
         for request in requests:
             request.send = partial(self._put, request)
-        return self._ask_all([partial(_submit, request) for request in requests])
+        return self.ask(lambda scheduler: scheduler.submit_all(requests))
 
     def cancel(self, request_id: str) -> Future[bool]:
         """End a request, wherever it is; whether there was one."""
         return self.ask(lambda scheduler: scheduler.cancel(request_id))
 
     def ask(self, work: Callable[[Scheduler], _Result]) -> Future[_Result]:
-        """Do something with the scheduler between two steps."""
-        return self._ask_all([work])[0]
-
-    def _ask_all(self, works: Sequence[Callable[[Scheduler], _Result]]) -> list[Future[_Result]]:
-        asked = [_Ask(work, Future()) for work in works]
+        """Do something with the scheduler before its next half of a step."""
+        asked = _Ask(work, Future())
         with self._gate:
             if self._stopping:
-                for one in asked:
-                    one.answer.set_exception(EngineStoppedError("the engine has ended"))
+                asked.answer.set_exception(EngineStoppedError("the engine has ended"))
             else:
                 self._inbox.put(asked)
-        return [one.answer for one in asked]  # type: ignore[misc]
+        return asked.answer  # type: ignore[return-value]
 
     def stop(self, timeout: float | None = None) -> bool:
         """End the thread between two steps; requests that are there get no more events. Whether it ended in time."""
@@ -153,8 +149,7 @@ class Engine:
                 return True
             if message is None:
                 return False
-            for asked in message:
-                self._do(asked)
+            self._do(message)
             if self._scheduler.idle:
                 self._flush()  # of a cancellation
 
@@ -190,10 +185,5 @@ class Engine:
                 message = self._inbox.get_nowait()
             except queue.Empty:
                 return
-            for asked in message or ():
-                if asked.answer.set_running_or_notify_cancel():
-                    asked.answer.set_exception(EngineStoppedError("the engine has ended"))
-
-
-def _submit(request: Request, scheduler: Scheduler) -> None:
-    scheduler.submit(request)
+            if message is not None and message.answer.set_running_or_notify_cancel():
+                message.answer.set_exception(EngineStoppedError("the engine has ended"))

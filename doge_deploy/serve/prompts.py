@@ -83,7 +83,7 @@ class PromptCall:
     @property
     def has_room(self) -> bool:
         """Whether any piece could join."""
-        return not self.pieces[0].request.score_prompt and self.tokens + self.width <= self._most
+        return self.pieces[0].request.joins and self.tokens + self.width <= self._most
 
     def takes(self, piece: Piece) -> bool:
         """Whether `piece` may join: the rest of its prompt, about as long as the others, in rows with space for all."""
@@ -92,7 +92,7 @@ class PromptCall:
         width = max(lengths)
         tokens = len(pieces) * width
         return (
-            not piece.request.score_prompt
+            piece.request.joins
             and len(piece.after) == len(piece.request.prompt_ids)
             and tokens <= self._most
             and tokens - sum(lengths) <= PADDING * (len(pieces) - 1)

@@ -123,6 +123,8 @@ class Request:
     slot: int | None = None
     started: bool = False
     """It was looked what of the prompt is in the slots already."""
+    alone: bool = False
+    """Its prompt is fed in calls of its own: one with others failed."""
     fed: int = 0
     """Tokens of prompt and output that the slot holds."""
     produced: int = 0
@@ -138,6 +140,11 @@ class Request:
         if not self.prompt_ids:
             raise ValueError("a request needs at least one token")
         self.context = Context(self.prompt_ids)
+
+    @property
+    def joins(self) -> bool:
+        """Whether its prompt may be fed in one call with those of others."""
+        return not (self.score_prompt or self.alone)
 
     def choose(self, logits: FloatArray) -> tuple[int, TokenLogprobs | None]:
         """The next token from `logits` `[V]`, and its logprobs where they were asked for.

@@ -15,6 +15,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import chain, islice
 from typing import Protocol
 
 from doge_deploy.errors import DogeDeployError
@@ -147,20 +148,31 @@ class Scheduler:
         return used / (self.runner.slots * self.runner.max_length)
 
     def submit(self, request: Request) -> None:
-        """Put a request into the queue.
+        """Put a request into the queue; raises as `submit_all`."""
+        self.submit_all([request])
+
+    def submit_all(self, requests: Sequence[Request]) -> None:
+        """Put requests into the queue. Those that get the slots that are free now do not wait, however many come before
+        slots are given away the next time.
 
         Raises:
-            QueueFullError: too many requests or tokens wait; the request was not taken.
-            ValueError: the prompt does not fit into a slot; the caller checks that first.
+            QueueFullError: too many requests or tokens would wait; none of the requests was taken.
+            ValueError: a prompt does not fit into a slot; the caller checks that first.
         """
-        if len(request.prompt_ids) > self.runner.max_length:
-            raise ValueError(f"{len(request.prompt_ids)} tokens do not fit into {self.runner.max_length}")
-        if len(self.waiting) >= self.limits.queue_requests:
-            raise QueueFullError(f"{len(self.waiting)} requests are waiting, which is the limit")
-        tokens = self.waiting_tokens + len(request.prompt_ids)
-        if self.waiting and tokens > self.limits.queue_tokens:
-            raise QueueFullError(f"{tokens} prompt tokens would be waiting; the limit is {self.limits.queue_tokens}")
-        self.waiting.append(request)
+        for request in requests:
+            if len(request.prompt_ids) > self.runner.max_length:
+                raise ValueError(f"{len(request.prompt_ids)} tokens do not fit into {self.runner.max_length}")
+        tokens = self.waiting_tokens + sum(len(request.prompt_ids) for request in requests)
+        free = self.runner.slots - self.running
+        count = len(self.waiting) + len(requests) - free
+        waiting_tokens = tokens - sum(len(one.prompt_ids) for one in islice(chain(self.waiting, requests), free))
+        if count > self.limits.queue_requests:
+            raise QueueFullError(f"{count} requests would be waiting; the limit is {self.limits.queue_requests}")
+        if count > 1 and waiting_tokens > self.limits.queue_tokens:
+            raise QueueFullError(
+                f"{waiting_tokens} prompt tokens would be waiting; the limit is {self.limits.queue_tokens}"
+            )
+        self.waiting.extend(requests)
         self.waiting_tokens = tokens
 
     def cancel(self, request_id: str) -> bool:
@@ -172,9 +184,11 @@ class Scheduler:
         return False
 
     def abort(self, error: Exception) -> None:
-        """End every request with an error, the waiting ones too."""
-        for request in list(self._all()):
-            self._finish(request, Finished("error", request.text.flush(), error))
+        """End every request with an error, the waiting ones too. The rows are left as they are, since the runner may be
+        what failed: nothing more can be asked for.
+        """
+        for request in self._all():
+            self._end(request, Finished("error", request.text.flush(), error))
 
     def step(self) -> None:
         """Both halves of a step. What submits requests while calls are made does so between the halves as well."""
@@ -213,6 +227,15 @@ class Scheduler:
             self.prefilling.append(request)
 
     def _finish(self, request: Request, finished: Finished) -> None:
+        if request.slot is not None and finished.reason == "error":  # what it holds is not to be trusted
+            self._empty(request.slot)
+        self._end(request, finished)
+
+    def _empty(self, slot: int) -> None:
+        self.runner.truncate(slot, 0)
+        self.table[slot].tokens.clear()
+
+    def _end(self, request: Request, finished: Finished) -> None:
         if request.state is State.QUEUED:
             self.waiting.remove(request)
             self.waiting_tokens -= len(request.prompt_ids)
@@ -221,11 +244,7 @@ class Scheduler:
         elif request in self.decoding:
             self.decoding.remove(request)
         if request.slot is not None:
-            held = self.table[request.slot]
-            if finished.reason == "error":  # what it holds is not to be trusted
-                self.runner.truncate(held.slot, 0)
-                held.tokens.clear()
-            self.table.give_back(held)
+            self.table.give_back(self.table[request.slot])
         request.slot, request.state = None, State.DONE
         self._ngrams.pop(request, None)
         self.counters.finished[finished.reason] = self.counters.finished.get(finished.reason, 0) + 1
@@ -261,19 +280,21 @@ class Scheduler:
             slots = [piece.request.slot for piece in pieces if piece.request.slot is not None]
             try:
                 logits = self.runner.extend(slots, [piece.ids for piece in pieces]).numpy()
-            except Exception:
-                logits = None  # whose fault it is shows when each is fed alone
-            if logits is not None:
-                for piece, row in zip(pieces, logits, strict=True):  # [R, Q or 1, V]: what is behind its own is padding
-                    self._fed(piece, row[min(len(piece.ids), len(row)) - 1])
+            except Exception:  # whose fault it is shows when each is fed alone; and the rows may hold the pieces by now
+                for piece, slot in zip(pieces, slots, strict=True):
+                    self._empty(slot)
+                    piece.request.fed, piece.request.alone = 0, True
                 return
-        for piece in pieces:
-            try:
-                last = self._feed_alone(piece)
-            except Exception as error:  # of this row alone: the others have their own
-                self._finish(piece.request, Finished("error", "", error))
-            else:
-                self._fed(piece, last)
+            for piece, row in zip(pieces, logits, strict=True):  # [R, Q or 1, V]: what is behind its own is padding
+                self._fed(piece, row[min(len(piece.ids), len(row)) - 1])
+            return
+        (piece,) = pieces
+        try:
+            last = self._feed_alone(piece)
+        except Exception as error:
+            self._finish(piece.request, Finished("error", "", error))
+        else:
+            self._fed(piece, last)
 
     def _feed_alone(self, piece: Piece) -> FloatArray:
         """Feed a piece; the logits after its last token, `[V]`."""

@@ -27,6 +27,8 @@ from typing import Any
 import click
 import load
 
+from doge_deploy.serve.scheduler import Limits
+
 HERE = Path(__file__).parent
 MAKE_RANDOM = HERE.parent / "02_published_sizes" / "make_random.py"
 KINDS = {"fp32": (), "int8": ("--quantize", "int8")}
@@ -242,6 +244,11 @@ def of_doge(directory: Path, size: str, kind: str, *options: str) -> Candidate:
     return Candidate(" ".join((found.name, *options)), (*found.command, *options), kind)
 
 
+def bare(bundle: Path, kind: str) -> Candidate:
+    """The least server over HTTP."""
+    return Candidate("bare", (sys.executable, str(HERE / "bare.py"), str(bundle), "PORT"), kind)
+
+
 @cli.command()
 @click.argument("directory", type=click.Path(path_type=Path))
 @click.option("--size", "sizes", multiple=True, default=("20M", "60M"))
@@ -258,13 +265,12 @@ def alone(directory: Path, sizes: Sequence[str], kinds: Sequence[str], clients: 
     click.echo("| --- " * 9 + "|")
     for size in sizes:
         for kind in kinds:
-            bundle = str(directory / size / kind)
-            bare = Candidate("bare", (sys.executable, str(HERE / "bare.py"), bundle, "PORT"), kind)
+            bundle = directory / size / kind
             with (
                 running(of_doge(directory, size, kind), directory / "alone.log") as server,
-                running(bare, directory / "bare.log") as least,
+                running(bare(bundle, kind), directory / "bare.log") as least,
                 subprocess.Popen(
-                    [sys.executable, str(HERE / "alone.py"), bundle],
+                    [sys.executable, str(HERE / "alone.py"), str(bundle)],
                     stdin=subprocess.PIPE,
                     stdout=subprocess.PIPE,
                     text=True,
@@ -497,7 +503,8 @@ def _waits(order: Sequence[int], cost_of: Mapping[int, float]) -> list[float]:
 @click.option("--steps", default="64,128,256,512", help="Values of --step-tokens.")
 def gap(directory: Path, sizes: Sequence[str], kind: str, streams: int, rounds: int, steps: str) -> None:
     """Gaps of streams while a prompt of 1,500 tokens arrives, its time to first token, and beside them the calls that a
-    gap is made of, timed alone in the same run: a step of the streams and the longest of the prompt's pieces.
+    gap is made of, timed alone in the same run: a step of the streams and the longest of the prompt's pieces. The last
+    row of a size is the least server over HTTP (`bare.py`), which has the default.
     """
     click.echo(
         "| bundle | step tokens | gap ms: median, p95, largest | a step, the longest piece alone ms "
@@ -507,18 +514,19 @@ def gap(directory: Path, sizes: Sequence[str], kind: str, streams: int, rounds: 
     for size in sizes:
         with contextlib.ExitStack() as stack:
             products = stack.enter_context(Products(directory / size / kind))
-            servers = [
-                stack.enter_context(
+            servers = {
+                step: stack.enter_context(
                     running(of_doge(directory, size, kind, "--step-tokens", step), directory / f"gap{step}.log")
                 )
                 for step in steps.split(",")
-            ]
+            }
+            least = bare(directory / size / kind, kind)
+            servers["bare"] = stack.enter_context(running(least, directory / "bare.log"))
             found: dict[str, tuple[list[float], list[float], list[float], list[float]]] = {}
             for number in range(-1, rounds):  # the first round is not counted
-                for server in servers:
-                    width = server.candidate.command[-1]
+                for width, server in servers.items():
                     seen, other = load.run_with_long_prompt(server.port, kind, streams, seed=number + 9)
-                    pieces = products.ask("chunk", 1500, width)
+                    pieces = products.ask("chunk", 1500, Limits.step_tokens if width == "bare" else width)
                     one = products.ask("step", 128, streams)
                     if number >= 0:
                         gaps, firsts, steps_, longest = found.setdefault(width, ([], [], [], []))

@@ -34,6 +34,21 @@ def test_an_error_of_writing_comes_out() -> None:
     assert caught.value.errno == errno.ENOSPC
 
 
+def test_an_error_of_writing_stops_who_goes_on() -> None:
+    with pytest.raises(OSError) as caught, HashedFile(Path("/dev/full")) as file:
+        for _ in range(2):
+            file.write(b"x" * 1_000_000)
+        pytest.fail("the second call did not say that the first could not write")
+    assert caught.value.errno == errno.ENOSPC
+
+
+def test_what_else_goes_wrong_comes_out_and_the_file_is_closed(tmp_path: Path) -> None:
+    with pytest.raises(KeyError), HashedFile(tmp_path / "weights") as file:
+        file.write(b"x" * 1_000_000)
+        raise KeyError("another")
+    assert (tmp_path / "weights").stat().st_size == 1_000_000 and file._file.closed
+
+
 def test_known_entries_are_not_hashed_again(tmp_path: Path) -> None:
     (tmp_path / "a").write_bytes(b"a")
     (tmp_path / "b").write_bytes(b"b")

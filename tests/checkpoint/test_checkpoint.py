@@ -350,3 +350,15 @@ def test_the_bound_holds_and_is_reached(bias: bool, tmp_path: Path) -> None:
     for head in range(2):
         assert math.isclose(exponents[head, head], upper[head], rel_tol=1e-6)
         assert math.isclose(exponents[2 + head, head], lower[head], rel_tol=1e-6, abs_tol=1e-9)
+
+
+def test_a_file_that_shrinks_is_said_to_be_truncated(tmp_path: Path) -> None:
+    checkpoint = open_checkpoint(str(save_random_doge(tmp_path)))
+    last = max(checkpoint.tensors.values(), key=lambda info: info.offset)
+    with last.file.open("r+b") as file:
+        file.truncate(last.offset + 4)
+    with pytest.raises(UnsupportedModelError, match=f"truncated: {last.name} lacks its last {last.nbytes - 4} bytes"):
+        checkpoint.read(last.name)
+    last.file.unlink()
+    with pytest.raises(UnsupportedModelError, match=f"{last.name} cannot be read: No such file"):
+        checkpoint.read(last.name)

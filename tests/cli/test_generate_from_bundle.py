@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -64,3 +65,30 @@ def test_a_prompt_that_does_not_fit_is_one_line(tiny_bundle: Path, capfd: pytest
     error = capfd.readouterr().err
     assert "512" in error
     assert error.count("\n") == 1
+
+
+IMPORTS_NUMPY = """
+import os, sys
+from importlib.abc import MetaPathFinder
+
+class Watch(MetaPathFinder):
+    def find_spec(self, name, path=None, target=None):
+        if name == "numpy":
+            print(os.environ.get("OPENBLAS_NUM_THREADS"), file=sys.stderr)
+
+sys.meta_path.insert(0, Watch())
+from doge_deploy.cli.main import run_command
+before = os.environ.get("OPENBLAS_NUM_THREADS")
+assert run_command(["generate", sys.argv[1], "--prompt", "The", "--max-new-tokens", "1", "--quiet"]) == 0
+assert os.environ.get("OPENBLAS_NUM_THREADS") == before
+"""
+
+
+@pytest.mark.parametrize(("given", "read"), [(None, "1"), ("3", "3")], ids=["by default", "as the user says"])
+def test_numpy_starts_no_threads_of_its_own(tiny_bundle: Path, given: str | None, read: str) -> None:
+    environment = {name: value for name, value in os.environ.items() if name != "OPENBLAS_NUM_THREADS"}
+    if given is not None:
+        environment["OPENBLAS_NUM_THREADS"] = given
+    command = [sys.executable, "-c", IMPORTS_NUMPY, str(tiny_bundle)]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    assert (result.returncode, result.stderr) == (0, f"{read}\n")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import signal
+import subprocess
 import sys
 from pathlib import Path
 
@@ -112,3 +113,37 @@ def test_a_missing_runtime_is_exit_code_4(
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
     assert run_command(["generate", str(tiny_bundle), "--prompt", "x"]) == 4
     assert "pip install 'doge-deploy[cpu]'" in capfd.readouterr().err
+
+
+END = """
+import atexit, sys, threading, time
+import {library}
+
+gone = []
+
+def late():
+    time.sleep(0.2)
+    gone.append("thread")
+    print("a thread")
+
+def registered():
+    print("what was registered", gone)
+
+atexit.register(registered)
+threading.Thread(target=late).start()
+sys.argv = ["doge-deploy", *sys.argv[1:]]
+from doge_deploy.cli.main import main
+main()
+"""
+
+
+@pytest.mark.parametrize("library", ["onnx", "numpy"])
+@pytest.mark.parametrize(("arguments", "code"), [(["--version"], 0), (["--nothing"], 2)], ids=["good", "usage"])
+def test_the_end_waits_and_does_what_was_registered(library: str, arguments: list[str], code: int) -> None:
+    """Where onnx or torch is loaded, the process does not take its modules apart; all else is as in any end."""
+    command = [sys.executable, "-c", END.format(library=library), *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == code, done.stderr
+    lines = [line for line in done.stdout.splitlines() if "version" not in line]
+    assert lines[:2] == ["a thread", "what was registered ['thread']"]
+    assert "leaked" not in done.stderr and "Traceback" not in done.stderr

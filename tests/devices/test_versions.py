@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from packaging.version import InvalidVersion
 
-from doge_deploy.devices.versions import at_least
+from doge_deploy.devices.versions import _at_least, at_least
 
 
 @pytest.mark.parametrize(
@@ -43,3 +43,27 @@ def test_too_early(version: str, first: str) -> None:
 def test_a_bound_must_be_a_version() -> None:
     with pytest.raises(InvalidVersion):
         at_least("1.0", "new")
+
+
+NUMBERS = (
+    "0",
+    "0.0",
+    "1",
+    "1.0",
+    "1.0.0",
+    "1.0.1",
+    "01.2",
+    "1.2",
+    "1.2.0",
+    "1.10",
+    "10.15.1",
+    "10.15",
+    "1.7.1.116",
+    "1.2.0.1",
+)
+
+
+@pytest.mark.parametrize("version", NUMBERS)
+def test_numbers_and_dots_are_compared_without_packaging_as_with_it(version: str) -> None:
+    for first in NUMBERS:
+        assert at_least(version, first) == _at_least(version, first), (version, first)

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import json
 import math
+import subprocess
+import sys
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from transformers import DogeConfig
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.models.doge.modeling_doge import DogeRotaryEmbedding
 
 from doge_deploy.config.model import DogeFacts
-from doge_deploy.model.rope import default_frequencies, rope_tensors
+from doge_deploy.model.rope import _first_frequencies, default_frequencies, rope_tensors
 
 LENGTH = 512
 HALF = 16
@@ -71,6 +75,21 @@ def test_default_frequencies_are_those_of_transformers_to_the_bit(head_dim: int,
     assert default_frequencies(facts).tobytes() == DogeRotaryEmbedding(config).inv_freq.numpy().tobytes()
 
 
+@pytest.mark.parametrize("length", [3000, 2048, 777])
+@pytest.mark.parametrize("factor", [1, 4.0, 4.1, 1.1, 1e6 / 3])
+@pytest.mark.parametrize(("head_dim", "theta"), [(4, 10000), (64, 1e4), (128, 123456.789), (26, 1.5)])
+def test_first_dynamic_frequencies_are_those_of_transformers_to_the_bit(
+    head_dim: int, theta: float, factor: float, length: int
+) -> None:
+    values = {"hidden_size": 4 * head_dim, "num_attention_heads": 4, "max_position_embeddings": length}
+    rope = {"rope_type": "dynamic", "rope_theta": theta, "factor": factor}
+    config = DogeConfig(**values, rope_parameters=rope)
+    facts = DogeFacts.from_config({**config.to_dict(), "architectures": None})
+    found, scaling = _first_frequencies(config.to_dict(), facts)
+    reference, expected_scaling = ROPE_INIT_FUNCTIONS["dynamic"](config)
+    assert (found.tobytes(), scaling) == (reference.numpy().tobytes(), expected_scaling)
+
+
 def test_tables_are_correctly_rounded_cosines_of_float32_angles() -> None:
     rope = ROPES["dynamic"]
     cos, _ = tensors(rope, LENGTH).values()
@@ -95,3 +114,20 @@ def test_frequencies_beyond_the_original_length_are_those_of_transformers(name: 
 @pytest.mark.parametrize("name", ["default", "linear", "yarn", "llama3"])
 def test_other_types_have_tables_of_any_length(name: str) -> None:
     assert tensors(ROPES[name], 2 * LENGTH)["rope_cos"].shape == (2 * LENGTH, HALF)
+
+
+WITHOUT_TRANSFORMERS = """
+import json, sys
+sys.modules["transformers"] = None  # importing it, which takes a second, is an error
+from doge_deploy.config.model import DogeFacts
+from doge_deploy.model.rope import rope_tensors
+config = json.loads(sys.argv[1])
+print(list(rope_tensors(config, DogeFacts.from_config(config), 16)))
+"""
+
+
+@pytest.mark.parametrize("name", ["default", "dynamic"])
+def test_published_types_do_not_wait_for_transformers(name: str) -> None:
+    text = json.dumps({**config(ROPES[name]), "architectures": None})
+    done = subprocess.run([sys.executable, "-c", WITHOUT_TRANSFORMERS, text], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, "['rope_cos', 'rope_sin']\n"), done.stderr

@@ -23,7 +23,7 @@ from doge_deploy.bundle.opening import Bundle, open_bundle
 from doge_deploy.errors import UnsupportedModelError, UsageError
 from doge_deploy.options.build import BuildOptions
 from doge_deploy.runtime import cuda
-from doge_deploy.runtime.ort import open_runner, window
+from doge_deploy.runtime.ort import open_runner, runners, window
 from doge_deploy.runtime.ort.window import WindowOrtRunner
 from doge_deploy.runtime.rows import RowsRunner
 from doge_deploy.runtime.slots import SlotRunner, open_slots
@@ -457,6 +457,45 @@ def test_the_shorter_text_moves() -> None:
     runner.prefill(short, [3])
     runner.decode([long, short], [1, 2])
     assert [runner._row[slot] for slot in (long, between, short)] == [0, 2, 1]
+
+
+@pytest.mark.parametrize("config", ["dense", "window", "sliding"])
+def test_logits_of_more_tokens_than_are_computed_at_once(config: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are those of calls that are short enough."""
+    monkeypatch.setattr(runners, "PIECE", 8)
+    slots = SlotRunner(opened(config, "ort").rows, SLOTS)
+    slot, ids = slots.acquire(), list(range(20, 47))
+    pieces = [ids[at : at + 8] for at in range(0, len(ids), 8)]
+    expected = np.concatenate([slots.extend([slot], [piece], len(piece)).numpy()[0].copy() for piece in pieces])
+    for last in (len(ids), 20, 2):
+        slots.truncate(slot, 0)
+        found = slots.extend([slot], [ids], last).numpy()[0]
+        assert slots.length(slot) == len(ids)
+        np.testing.assert_array_equal(found, expected[-last:])
+
+
+@pytest.mark.parametrize("before", [0, 5])
+def test_an_emptied_slot_is_empty_whatever_a_failed_call_left(before: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = opened("window", "ort").rows
+    slots = SlotRunner(rows, SLOTS)
+    slot, ids = slots.acquire(), list(range(20, 50))
+    expected = slots.prefill(slot, ids).numpy().copy()
+    slots.truncate(slot, 0)
+    if before:
+        slots.prefill(slot, ids[:before])
+    whole, calls = rows._run_part, itertools.count()  # type: ignore[attr-defined]
+
+    def fail_later(*arguments: Any) -> Any:
+        if next(calls) == 2:
+            raise MemoryError
+        return whole(*arguments)
+
+    with monkeypatch.context() as patch, pytest.raises(MemoryError):
+        patch.setattr(rows, "_run_part", fail_later)
+        slots.prefill(slot, ids)
+    assert slots.length(slot) == before
+    slots.truncate(slot, 0)
+    np.testing.assert_array_equal(slots.prefill(slot, ids).numpy(), expected)
 
 
 def test_logits_are_read_before_the_next_call() -> None:

@@ -67,7 +67,7 @@ def test_those_that_come_one_after_the_other_go_together() -> None:
     starts = {"a": 0, "b": 5, "c": 12, "d": 20}
     world = play(lambda world: asyncio.gather(*(world.request(name, at, 4, tokens=8) for name, at in starts.items())))
     assert len(set(world.ended.values())) == 1 and world.ended["a"] >= 24
-    assert world.arrivals.coming == 0
+    assert not world.arrivals.coming
 
 
 def test_one_that_comes_later_goes_later() -> None:
@@ -100,6 +100,20 @@ def test_nobody_waits_longer_than_the_limit_for_one_that_does_not_come(monkeypat
     assert "a" in play(work).ended
 
 
+def test_one_that_began_long_ago_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A body that comes byte by byte must not make everybody else wait as long as the limit is."""
+    monkeypatch.setattr(module, "LONGEST_SECONDS", 0.2)
+
+    async def work(world: World) -> None:
+        world.arrivals.begin()
+        await asyncio.sleep(0.3)
+        begun = world.round
+        await world.request("a", 0, 0)
+        world.ended["a"] -= begun
+
+    assert play(work).ended["a"] <= ROUNDS + 3
+
+
 def test_one_that_is_refused_is_not_waited_for() -> None:
     async def work(world: World) -> None:
         refused = world.arrivals.begin()
@@ -110,7 +124,7 @@ def test_one_that_is_refused_is_not_waited_for() -> None:
         refused.over()
         refused.over()
         await waiting
-        assert world.arrivals.coming == 0
+        assert not world.arrivals.coming
 
     assert "a" in play(work).ended
 

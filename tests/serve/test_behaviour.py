@@ -263,10 +263,13 @@ class TestLogprobs:
             error = server.post("/v1/completions", 400, prompt="a", echo=True, logprobs=1, max_tokens=0)["error"]
         assert "export it with --logits all" in error["message"] and error["param"] == "echo"
 
+    @pytest.mark.parametrize(
+        "prompt", ["def f(x):\n    return x", list(range(20, 532))], ids=["short", "fills-the-slot"]
+    )
     def test_a_default_bundle_scores_a_prompt_as_one_with_all_logits(
-        self, server: Running, tiny_bundle_all: Path
+        self, server: Running, tiny_bundle_all: Path, prompt: Any
     ) -> None:
-        asked = {"prompt": "def f(x):\n    return x", "echo": True, "logprobs": 2, "max_tokens": 3, "temperature": 0}
+        asked = {"prompt": prompt, "echo": True, "logprobs": 2, "max_tokens": 3, "temperature": 0}
         with running(of_bundle(tiny_bundle_all)) as other:
             expected = other.complete(**asked)["choices"][0]["logprobs"]
         found = server.complete(**asked)["choices"][0]["logprobs"]
@@ -319,6 +322,24 @@ class TestBatched:
             choice = chunk["choices"][0]
             streamed[choice["index"]] += choice["delta"].get("content", "")
         assert streamed == texts
+
+    @pytest.mark.parametrize("stream", [False, True])
+    def test_what_choices_share_counts_once(self, server: Running, stream: bool) -> None:
+        """A prompt that one choice computed was computed, however many choices found it then."""
+
+        def usage(prompts: list[list[int]]) -> tuple[int, int]:
+            options = {"prompt": prompts, "n": 4, "max_tokens": 2}
+            if stream:
+                found = server.stream("/v1/completions", **options, stream_options={"include_usage": True})[-1]
+            else:
+                found = server.post("/v1/completions", **options)
+            return found["usage"]["prompt_tokens"], found["usage"]["prompt_tokens_details"]["cached_tokens"]
+
+        prompts = [[70 + stream, *range(start, start + 39)] for start in (100, 200)]
+        prompts[1][0] = 72 + stream
+        assert usage(prompts[:1]) == (40, 0)
+        assert usage(prompts[:1]) == (40, 39)
+        assert usage(prompts) == (80, 39)
 
 
 class TestLengths:

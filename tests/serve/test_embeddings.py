@@ -72,6 +72,7 @@ def test_texts_are_made_while_embeddings_wait(gated: tuple[Running, Gated]) -> N
     with ThreadPoolExecutor() as pool:
         jobs = [pool.submit(server.post, "/v1/embeddings", input="a", model="features") for _ in range(2)]
         server.wait_until(lambda: server.served.features["features"].waiting == 2)
+        assert not server.served.arrivals.coming, "texts do not wait for what is no text"
         assert server.complete("a", max_tokens=1, model="text")["usage"]["completion_tokens"] == 1
         error = server.post("/v1/embeddings", 429, input="a", model="features")["error"]
         assert error["code"] == "queue_full" and "2 requests for embeddings are waiting" in error["message"]

@@ -6,7 +6,7 @@ import random
 from collections.abc import Sequence
 
 import pytest
-from scripted_requests import alone, make, request, run
+from scripted_requests import EOS, alone, make, request, run
 from scripted_slots import VOCAB, next_token, repeating
 
 from doge_deploy.errors import UnsupportedModelError
@@ -40,32 +40,56 @@ def test_any_schedule_gives_each_request_what_it_gets_alone(seed: int, all_logit
     rows = {"all_logits": all_logits, "cuts": cuts, "rule": rule, "joins": random_.choice([1, 2, 99])}
     scheduler = make(random_.randint(1, 6), limits=limits, costs=costs, **rows)
     prefixes = [[random_.randrange(2, VOCAB) for _ in range(random_.randint(1, 30))] for _ in range(3)]
-    expected, answers, cancelled = {}, {}, set()
-    for step in range(400):
-        for number in range(random_.choice([1, 1, 4]) if step < 200 and random_.random() < 0.15 else 0):
-            prompt = random_.choice(prefixes)[: random_.randint(1, 30)]
-            prompt = prompt + [random_.randrange(2, VOCAB) for _ in range(random_.randint(0, 6))]
-            name, tokens = f"r{step}-{number}", random_.randint(1, 20)
-            one, answers[name] = request(prompt, name=name, tokens=tokens)
-            expected[name] = alone(prompt, tokens, rule)
+    expected, reasons, answers, scored = {}, {}, {}, {}
+
+    def arrive(name: str) -> None:
+        """One request, or three with one prompt; some fill their slot, some ask for one token or have a stop text."""
+        prompt = random_.choice(prefixes)[: random_.randint(1, 30)]
+        prompt = prompt + [random_.randrange(2, VOCAB) for _ in range(random_.choice([0, 3, 6, 64 - len(prompt)]))]
+        tokens = random_.choice([1, random_.randint(1, 20), 100])
+        for choice in range(random_.choice([1, 1, 3])):
+            each = f"{name}-{choice}"
+            text = alone(prompt, min(tokens, scheduler.runner.max_length + 1 - len(prompt)), rule)
+            stop = f"{random_.choice(text)} " if random_.random() < 0.2 else None
+            expected[each], reasons[each] = cut_at(text, stop)
+            changes = {"stop": stop, "score_prompt": all_logits and random_.random() < 0.1}
+            one, answers[each] = request(prompt, name=each, tokens=tokens, **changes)
+            if one.score_prompt:
+                scored[each] = prompt
             scheduler.submit(one)
-        if random_.random() < 0.03 and expected:
-            name = random_.choice(sorted(expected))
-            if scheduler.cancel(name):
-                cancelled.add(name)
-        scheduler.step()
-        held = scheduler.runner.rows
-        assert all(scheduler.table[slot].tokens == tokens for slot, tokens in held.items())
-        assert scheduler.waiting_tokens == sum(len(one.prompt_ids) for one in scheduler.waiting)
+
+    for step in range(400):
+        for number, half in enumerate((scheduler.make_tokens, scheduler.feed_prompts)):
+            for more in range(random_.choice([1, 1, 4]) if step < 150 and random_.random() < 0.08 else 0):
+                arrive(f"r{step}-{number}-{more}")
+            if random_.random() < 0.03 and expected:
+                name = random_.choice(sorted(expected))
+                if scheduler.cancel(name):
+                    reasons[name] = "cancelled"
+            half()
+            held = scheduler.runner.rows
+            assert all(scheduler.table[slot].tokens == tokens for slot, tokens in held.items())
+            assert scheduler.waiting_tokens == sum(len(one.prompt_ids) for one in scheduler.waiting)
     run(scheduler)
     assert len(answers) > 10
     for name, answer in answers.items():
-        if name in cancelled:
-            assert answer.tokens == expected[name][: len(answer.tokens)] and answer.finished.reason == "cancelled"
+        if reasons[name] == "cancelled":
+            assert answer.tokens == expected[name][: len(answer.tokens)]
         else:
             assert answer.tokens == expected[name]
+            scores = [event.entries for event in answer if isinstance(event, PromptScored)]
+            assert [len(entries) for entries in scores] == ([len(scored[name])] if name in scored else [])
+        assert answer.finished.reason == reasons[name]
         assert sum(isinstance(event, Finished) for event in answer) == 1
     assert scheduler.table.busy == 0
+
+
+def cut_at(text: Sequence[int], stop: str | None) -> tuple[list[int], str]:
+    """Tokens up to that with which a stop text is whole, and why a text of them ends."""
+    for end in range(1, len(text) + 1):
+        if stop is not None and stop in "".join(f"{token} " for token in text[:end]):
+            return list(text[:end]), "stop"
+    return list(text), "stop" if text[-1] == EOS else "length"
 
 
 def test_a_long_prompt_delays_the_next_token_of_others_by_one_chunk() -> None:
@@ -212,12 +236,41 @@ def test_rows_that_cannot_go_back_are_reused_only_whole() -> None:
 
 def test_the_queue_is_bounded_by_requests_and_by_tokens() -> None:
     scheduler = make(1, limits=Limits(queue_requests=2, queue_tokens=10))
+    scheduler.submit(request([5] * 20)[0])  # has the slot
     scheduler.submit(request([5] * 9)[0])
     with pytest.raises(QueueFullError, match="11 prompt tokens would be waiting; the limit is 10"):
         scheduler.submit(request([5, 5])[0])
     scheduler.submit(request([5])[0])
-    with pytest.raises(QueueFullError, match="2 requests are waiting"):
+    with pytest.raises(QueueFullError, match="3 requests would be waiting; the limit is 2"):
         scheduler.submit(request([5])[0])
+    scheduler.step()
+    with pytest.raises(QueueFullError, match="3 requests would be waiting; the limit is 2"):
+        scheduler.submit(request([5])[0])
+
+
+def test_who_gets_a_free_slot_does_not_wait() -> None:
+    """However many come between two steps."""
+    scheduler = make(3, limits=Limits(queue_requests=1, queue_tokens=4))
+    made = [request([5, 6, place], name=str(place), tokens=2) for place in range(4)]
+    for one, _ in made:
+        scheduler.submit(one)
+    with pytest.raises(QueueFullError):
+        scheduler.submit(request([5])[0])
+    run(scheduler)
+    assert all(answer.finished.reason == "length" for _, answer in made)
+
+
+def test_of_requests_that_belong_together_all_are_taken_or_none() -> None:
+    scheduler = make(1, limits=Limits(queue_requests=2, queue_tokens=10))
+    for prompts in ([[5]] * 4, [[5], [5] * 9, [5] * 2], [[5], [5] * 65]):
+        made = [request(prompt) for prompt in prompts]
+        with pytest.raises((QueueFullError, ValueError)):
+            scheduler.submit_all([one for one, _ in made])
+        assert scheduler.idle and scheduler.waiting_tokens == 0 and not any(answer for _, answer in made)
+    made = [request([5], tokens=2) for _ in range(3)]
+    scheduler.submit_all([one for one, _ in made])
+    run(scheduler)
+    assert scheduler.counters.finished == {"length": 3}
 
 
 def test_a_prompt_longer_than_the_queues_limit_can_be_served_alone() -> None:
@@ -276,8 +329,10 @@ def test_abort_ends_everything() -> None:
         answers.append(answer)
         scheduler.submit(one)
     scheduler.step()
+    scheduler.runner.truncate = lambda slot, tokens: 1 / 0  # it may be what failed
     scheduler.abort(RuntimeError("shutting down"))
     assert scheduler.idle and all(str(answer.finished.error) == "shutting down" for answer in answers)
+    assert scheduler.counters.finished == {"error": 3} and scheduler.table.busy == 0
 
 
 def test_a_full_row_ends_a_text() -> None:

@@ -285,6 +285,29 @@ def test_an_error_of_a_call_fails_the_request_alone_that_causes_it() -> None:
     assert str(bad[1].finished.error) == "51"
 
 
+@pytest.mark.parametrize("cuts", [True, False])
+def test_rows_that_a_failed_call_has_changed_already_are_fed_from_the_start(cuts: bool) -> None:
+    """If a device fails while logits are read, or memory ends in the middle of a call, the rows hold the tokens."""
+    scheduler = make(3, limits=Limits(alone_tokens=30), max_length=128, cuts=cuts)
+    rows = scheduler.runner
+    whole, failed = rows.extend, []
+
+    def extend(slots: Sequence[int], ids: Sequence[Sequence[int]], last: int = 1) -> object:
+        found = whole(slots, ids, last)
+        if len(slots) > 1 and not failed:
+            failed.append(slots)
+            raise MemoryError
+        return found
+
+    rows.extend = extend
+    made = submit(scheduler, [prompt(50, 40), prompt(51, 6), prompt(52, 4)])  # the first comes in two pieces
+    run(scheduler)
+    assert failed
+    assert_each_is_alone(made)
+    kinds = [kind for kind, _ in rows.calls]
+    assert kinds.count("together") == 1, "they are not tried together again"
+
+
 @pytest.mark.parametrize("leaving", [0, 1, 2])
 def test_a_cancellation_while_prompts_are_fed_touches_no_other(leaving: int) -> None:
     scheduler = make(4, limits=Limits(step_tokens=12), max_length=128)

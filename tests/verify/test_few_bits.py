@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import pytest
 from bundles import broken_copy, make_bundle, shared_bundle
 from sweeps import cases
 
+from doge_deploy.checkpoint.find import find_checkpoint
 from doge_deploy.checkpoint.headers import read_header
 from doge_deploy.cli.main import run_command
 from doge_deploy.errors import UsageError
@@ -118,6 +120,24 @@ def test_scales_of_inputs_come_from_the_text_that_is_given(
     text.write_bytes(b"\xff\xfe")
     assert run_command([*line, "-o", str(tmp_path / "d"), "--calibration-text", str(text)]) == 2
     assert "cannot be read as text" in capfd.readouterr().err
+    text.write_text(" \n", encoding="utf-8")
+    assert run_command([*line, "-o", str(tmp_path / "d"), "--calibration-text", str(text)]) == 2
+    assert f"--calibration-text {text}: holds no text" in capfd.readouterr().err
+
+
+def test_who_is_named_where_the_tokenizer_is_not_the_models(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    folder = tmp_path / "checkpoint"
+    shutil.copytree(find_checkpoint("doge-tiny"), folder)
+    line = ["export", str(folder), "-o", str(tmp_path / "b"), "--quantize", "fp8", "--dtype", "fp16"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(exporting, "encode", lambda checkpoint, text: [5, 2000])
+        assert run_command(line) == 2
+        (folder / "calibration.txt").write_text("A text.", encoding="utf-8")
+        assert run_command(line) == 2
+    reason = "the tokenizer makes token 2000 of it; tokens of this model are 0 to 1023"
+    first, second = (text for text in capfd.readouterr().err.splitlines() if "error:" in text)
+    assert first.endswith(f"error: text for calibration: {reason}")
+    assert second.endswith(f"error: {folder / 'calibration.txt'}: {reason}")
 
 
 @pytest.mark.parametrize("kind", ["fp8", "nvfp4"])

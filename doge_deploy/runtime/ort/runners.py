@@ -255,10 +255,16 @@ class StaticOrtRunner(OrtRunner, RowsRunner):
 
     def _run_last(self, first: int, input_ids: IntArray, last: int) -> Logits:
         rows, width = input_ids.shape
-        if width > self._piece and not self.whole_calls:
-            raise UsageError(f"logits of the last {last} of {width} tokens: at most {self._piece} come in one call")
-        logits, number = self._run_part(first, input_ids, np.full(rows, width), last), self._count
-        return HostLogits(logits, lambda: self._count == number)
+        lengths, step = np.full(rows, width), self._piece
+        if width <= step or self.whole_calls:
+            logits, number = self._run_part(first, input_ids, lengths, last), self._count
+            return HostLogits(logits, lambda: self._count == number)
+
+        def run(first: int, part: IntArray, real: IntArray) -> FloatArray:
+            return self._run_part(first, part, real, part.shape[1]).copy()
+
+        found = self._run_in_pieces(first, input_ids, lengths, step, run, every=True)
+        return HostLogits(found.numpy()[:, -last:])
 
     def _run_part(self, first: int, input_ids: IntArray, lengths: IntArray, last: int = 1) -> FloatArray:
         """A call, or a piece of one, in which rows that ended before have no real token.

@@ -37,7 +37,7 @@ async def answer(plan: Plan, form: Form, inbox: Inbox, http: HttpRequest) -> Res
         {
             **head(plan, form.object),
             "choices": [form.choice(choice, plan) for choice in plan.choices],
-            "usage": plan.usage.json(),
+            "usage": plan.usage().json(),
         }
     )
 

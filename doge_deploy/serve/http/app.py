@@ -332,9 +332,10 @@ def _card(served: Served, model: ServedText | FeatureModel) -> dict[str, Any]:
 
 
 ARRIVAL = "doge_deploy.arrival"
-"""In the scope of a request that takes work: its `Arrival`."""
+"""In the scope of a request for text: its `Arrival`."""
 
-WORK_PATHS = frozenset({"/v1/chat/completions", "/v1/completions", "/v1/embeddings"})
+TEXT_PATHS = frozenset({"/v1/chat/completions", "/v1/completions"})
+WORK_PATHS = TEXT_PATHS | {"/v1/embeddings"}
 
 
 class WorkCount:
@@ -352,11 +353,13 @@ class WorkCount:
             await errors.response(error)(scope, receive, send)
             return
         self._served.working += 1
-        scope[ARRIVAL] = arrival = self._served.arrivals.begin()
+        if scope["path"] in TEXT_PATHS:
+            scope[ARRIVAL] = self._served.arrivals.begin()
         try:
             await self._app(scope, receive, send)
         finally:
-            arrival.over()
+            if ARRIVAL in scope:
+                scope[ARRIVAL].over()
             self._served.working -= 1
 
 

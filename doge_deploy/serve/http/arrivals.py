@@ -15,7 +15,8 @@ ROUNDS = 8
 of a connection to the first look at its request, and one connection is accepted in each."""
 
 LONGEST_SECONDS = 0.005
-"""However many come."""
+"""However many come; and one that began so long ago and is not ready, such as a body that comes byte by byte, is not
+waited for at all."""
 
 
 class Arrival:
@@ -27,7 +28,7 @@ class Arrival:
     def over(self) -> None:
         """It is not waited for any more; may be called several times."""
         if self._arrivals is not None:
-            self._arrivals.coming -= 1
+            del self._arrivals.coming[self]
             self._arrivals = None
 
 
@@ -35,8 +36,8 @@ class Arrivals:
     """Those of all models. Everything is done in the thread of the event loop."""
 
     def __init__(self) -> None:
-        self.coming = 0
-        """Requests that have begun and are neither ready nor refused."""
+        self.coming: dict[Arrival, float] = {}
+        """Requests that have begun and are neither ready nor refused, the latest last, and when they began."""
         self._begun = 0
         """All that ever did."""
         self._tokens = 0
@@ -46,9 +47,10 @@ class Arrivals:
 
     def begin(self) -> Arrival:
         """A request is there, and will have to be read, checked and encoded."""
-        self.coming += 1
         self._begun += 1
-        return Arrival(self)
+        arrival = Arrival(self)
+        self.coming[arrival] = asyncio.get_running_loop().time()
+        return arrival
 
     async def settled(self, tokens: int, enough: int) -> None:
         """Wait for the others that arrive now.
@@ -65,7 +67,9 @@ class Arrivals:
         await asyncio.shield(self._together)
 
     def _look(self, loop: asyncio.AbstractEventLoop, deadline: float, enough: int, begun: int, rounds: int) -> None:
-        rounds = rounds + 1 if begun == self._begun and not self.coming else 0
+        latest = next(reversed(self.coming.values()), float("-inf"))
+        comes = begun != self._begun or loop.time() - latest < LONGEST_SECONDS
+        rounds = 0 if comes else rounds + 1
         if rounds < ROUNDS and self._tokens < enough and loop.time() < deadline:
             loop.call_soon(self._look, loop, deadline, enough, self._begun, rounds)
             return

@@ -63,7 +63,7 @@ class Chunks:
         """What comes behind the last choice."""
         if not self._plan.include_usage:
             return (DONE,)
-        return (self._event({"choices": [], "usage": self._plan.usage.json()}), DONE)
+        return (self._event({"choices": [], "usage": self._plan.usage().json()}), DONE)
 
     def failed(self, error: Exception) -> Sequence[bytes]:
         """The end of a stream that cannot go on."""
@@ -89,7 +89,7 @@ def take(plan: Plan, choice: Choice, found: Event) -> str:
         ApiError: the request failed.
     """
     if isinstance(found, Produced):
-        plan.usage.completion_tokens += 1
+        plan.completion_tokens += 1
         if not plan.stream:
             choice.pieces.append(found.text)
             if found.logprobs is not None:
@@ -102,7 +102,7 @@ def take(plan: Plan, choice: Choice, found: Event) -> str:
         choice.pieces.append(found.text)
         return found.text
     if isinstance(found, Started):
-        plan.usage.cached_tokens += found.cached_tokens
+        choice.cached_tokens = found.cached_tokens
     elif isinstance(found, PromptScored):
         choice.prompt_logprobs = found.entries
     return ""

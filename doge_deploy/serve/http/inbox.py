@@ -13,7 +13,9 @@ from doge_deploy.serve.http.metrics import Metrics
 from doge_deploy.serve.request import Event, Finished, Produced, Request, Started
 
 MAX_UNREAD = 1024
-"""Events of one request that wait to be sent: a client that does not read its stream loses it, and its slot is free."""
+"""Events of one request that wait until earlier ones are sent: a client that does not read its stream loses it, and its
+slot is free. Where it is this process that was busy with something else for so long, nobody loses anything.
+"""
 
 
 class Mail(AsyncIterator[list[tuple[int, Event]]]):
@@ -26,6 +28,8 @@ class Mail(AsyncIterator[list[tuple[int, Event]]]):
         self.waiters: list[_Waiter] = []
         self._events: list[tuple[int, Event]] = []
         self._arrived: asyncio.Future[None] | None = None
+        self.awaited = False
+        """Its reader has done all that it had to do with earlier events."""
 
     @property
     def open(self) -> bool:
@@ -40,11 +44,13 @@ class Mail(AsyncIterator[list[tuple[int, Event]]]):
             self._arrived.set_result(None)
 
     async def __anext__(self) -> list[tuple[int, Event]]:
+        self.awaited = True
         if not self._events:
             if not self.open:
                 raise StopAsyncIteration
             self._arrived = asyncio.get_running_loop().create_future()
             await self._arrived
+        self.awaited = False
         events, self._events = self._events, []
         for waiter in self.waiters:
             waiter.unread = 0
@@ -101,7 +107,7 @@ class Inbox:
             waiter.mail.put(waiter, event)
             if waiter.ended:
                 waiter.closed = True
-            elif waiter.unread > MAX_UNREAD:
+            elif waiter.unread > MAX_UNREAD and not waiter.mail.awaited:
                 waiter.closed = True
                 waiter.engine.cancel(name)
                 waiter.mail.put(waiter, Finished("error", "", _not_read()))
@@ -134,10 +140,12 @@ class Inbox:
                 raise EngineStoppedError(self._failed)
             for request in requests:
                 self._waiters[request.id] = _Waiter(engine, mail)
-            taken = map(asyncio.wrap_future, engine.submit_all(requests))
-            for found in await asyncio.gather(*taken, return_exceptions=True):
-                if isinstance(found, BaseException):
-                    raise found
+            try:
+                await asyncio.wrap_future(engine.submit_all(requests))
+            except Exception:
+                for one in mail.waiters:
+                    one.ended = True  # never begun: there is nothing to be cancelled
+                raise
             yield mail
         finally:
             for request in requests:

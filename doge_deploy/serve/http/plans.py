@@ -43,6 +43,8 @@ class Choice:
     logprobs: list[TokenLogprobs] = field(default_factory=list)
     prompt_logprobs: tuple[TokenLogprobs | None, ...] = ()
     finish_reason: str | None = None
+    cached_tokens: int = 0
+    """Of the prompt, those that were not computed for this choice."""
 
     @property
     def text(self) -> str:
@@ -62,7 +64,19 @@ class Plan:
     include_usage: bool
     name: str
     created: int = field(default_factory=lambda: int(time.time()))
-    usage: Usage = field(default_factory=Usage)
+    completion_tokens: int = 0
+
+    def usage(self) -> Usage:
+        """Tokens so far. A prompt counts once, however many choices it has, and so does what was computed of it: the
+        others find in a slot what the first of them computed.
+        """
+        prompts: dict[int, int] = {}
+        cached: dict[int, int] = {}
+        for choice in self.choices:
+            key = id(choice.prompt_ids)  # two prompts may be equal
+            prompts[key] = len(choice.prompt_ids)
+            cached[key] = min(cached.get(key, choice.cached_tokens), choice.cached_tokens)
+        return Usage(sum(prompts.values()), self.completion_tokens, sum(cached.values()))
 
 
 @dataclass(frozen=True)
@@ -159,9 +173,7 @@ def _planned(body: GenerationBody, model: ServedText, name: str, wanted: _Wanted
             requests.append(model.request(f"{name}-{index}", prompt_ids, answering, number))
     assert answering is not None
     include_usage = body.stream_options is not None and body.stream_options.include_usage
-    plan = Plan(model, answering, choices, requests, bool(body.stream), include_usage, name)
-    plan.usage.prompt_tokens = sum(len(ids) for ids, _ in wanted.prompts)
-    return plan
+    return Plan(model, answering, choices, requests, bool(body.stream), include_usage, name)
 
 
 def _asked(body: GenerationBody, length: int | None) -> dict[str, Any]:

@@ -17,13 +17,13 @@ from doge_deploy.serve.tokens import TokenTexts
 Json = dict[str, Any]
 
 
-@dataclass
+@dataclass(frozen=True)
 class Usage:
     """Tokens of a request, all its choices together."""
 
-    prompt_tokens: int = 0
-    completion_tokens: int = 0
-    cached_tokens: int = 0
+    prompt_tokens: int
+    completion_tokens: int
+    cached_tokens: int
     """Of the prompts, those that were not computed again."""
 
     def json(self) -> Json:
