@@ -177,6 +177,8 @@ def run(
     results.mkdir(exist_ok=True)
     counts = [int(number) for number in clients.split(",")]
     found = [one for one in candidates(directory, size, transformers, os.cpu_count() or 1) if only in one.name]
+    if not found:
+        raise click.UsageError(f"--only {only}: no candidate has that in its name")
     with contextlib.ExitStack() as stack:
         servers = [stack.enter_context(running(one, results / f"{one.name.replace(' ', '-')}.log")) for one in found]
         for server in servers:  # the first answers take longer, and are not counted
