@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -22,6 +23,10 @@ os.environ.setdefault("TRITON_INTERPRET", "1")
 
 # Tests leave nothing in the user's cache; those of the cache itself choose a folder.
 os.environ.setdefault("DOGE_DEPLOY_GRAPH_CACHE", "off")
+
+# Tests that run in the background of a shell have an ignored Ctrl-C, and so would have what they start.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 collect_ignore = ["page"]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import functools
 import os
 import signal
 import subprocess
@@ -102,11 +101,7 @@ def started(command: str, **streams: object) -> subprocess.Popen[bytes]:
     """`main()` in a process of its own, after the Python lines of `command`."""
     code = f"{textwrap.dedent(command)}\nfrom doge_deploy.cli.main import main\nmain()"
     args = [sys.executable, "-c", code, *streams.pop("args", ())]  # type: ignore[call-overload]
-    return subprocess.Popen(args, preexec_fn=HEED, **streams)  # type: ignore[call-overload, no-any-return]
-
-
-HEED = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
-"""A test run in the background of a shell ignores Ctrl-C, and so would what it starts."""
+    return subprocess.Popen(args, **streams)  # type: ignore[call-overload, no-any-return]
 
 
 TALKING = {

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -35,9 +34,8 @@ RAISED = {
 def process(code: str, *arguments: object, **streams: object) -> Ended:
     """`main()` in a process of its own, after some Python."""
     command = [sys.executable, "-c", f"{code}\nfrom doge_deploy.cli.main import main\nmain()", *map(str, arguments)]
-    heed: Callable[[], object] = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # noqa: E731
     options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, **streams}
-    done = subprocess.run(command, preexec_fn=heed, **options)  # type: ignore[call-overload]
+    done = subprocess.run(command, **options)  # type: ignore[call-overload]
     return Ended(done.returncode, (done.stdout or b"").decode(), (done.stderr or b"").decode())
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import json
 import signal
 import subprocess
@@ -164,9 +163,7 @@ def test_a_failed_export_leaves_the_old_bundle_and_nothing_else(
 def test_an_interrupted_export_leaves_nothing(tmp_path: Path, number: int, code: int) -> None:
     output = tmp_path / "bundle"
     arguments = [sys.executable, "-m", "doge_deploy.cli", "export", "doge-tiny", "-o", str(output)]
-    # A job in the background of a shell inherits an ignored SIGINT; here it must arrive.
-    heed = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
-    process = subprocess.Popen(arguments, stderr=subprocess.PIPE, text=True, preexec_fn=heed)
+    process = subprocess.Popen(arguments, stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 60
     while not list(tmp_path.iterdir()) and time.monotonic() < deadline:
         time.sleep(0.02)
