@@ -431,8 +431,8 @@ def run(path: Path, count: int, first: int) -> list[dict[str, Any]]:
         if answer == (case.text, case.reason, len(case.tokens)):
             continue
         turns = certificates.explain(case, answer)
-        parts = {"text": answer[0], "alone": case.text, "reasons": [answer[1], case.reason]}
-        different.append({"turns": turns, "body": case.body, **parts})
+        ends = {"reasons": [answer[1], case.reason], "tokens": [answer[2], len(case.tokens)]}
+        different.append({"turns": turns, **ends, "text": answer[0], "alone": case.text, "body": case.body})
     explained = [one["turns"] for one in different if one["turns"] is not None]
     print(
         f"{path.name}: {len(fitting)} texts of {sum(len(case.tokens) for case in fitting)} tokens;"
