@@ -18,7 +18,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from statistics import median
@@ -415,28 +415,50 @@ def loop(
     click.echo("| --- " * 6 + "|")
     for size in sizes:
         for kind in kinds:
-            ours = replace(of_doge(directory, size, kind), name="these")
-            compared = [ours, *([replace(ours, name="other", sources=str(other.resolve()))] if other else [])]
-            found: dict[str, list[tuple[load.Load, load.Load]]] = {one.name: [] for one in compared}
-            with contextlib.ExitStack() as stack:
-                servers = [stack.enter_context(running(one, directory / f"{one.name}.log")) for one in compared]
-                for number in range(-1, rounds):  # the first round is not counted
-                    for server in servers if number % 2 else servers[::-1]:
-                        one = load.run(server.port, kind, 1, answers, spread=spread, seed=3 * number + 7)
-                        every = load.run(server.port, kind, clients, answers, spread=spread, seed=3 * number + 8)
-                        if number >= 0:
-                            found[server.candidate.name].append((one, every))
-            for name, pairs in found.items():
-                alone = median(value for one, _ in pairs for value in one.first)
-                first = [value for _, every in pairs for value in every.first]
-                each = [median(every.first) / median(one.first) for one, every in pairs]
+            these = replace(of_doge(directory, size, kind), name="these")
+
+            def measure(server: Server, number: int, kind: str = kind) -> tuple[load.Load, load.Load]:
+                one = load.run(server.port, kind, 1, answers, spread=spread, seed=3 * number + 7)
+                return one, load.run(server.port, kind, clients, answers, spread=spread, seed=3 * number + 8)
+
+            for name, pairs in _both_sources(these, other, directory, rounds, 1, measure).items():
                 rates = [every.throughput for _, every in pairs]
                 click.echo(
-                    f"| {size} {kind} | {name} | {1e3 * alone:.1f} "
-                    f"| {1e3 * median(first):.1f}, {1e3 * load.percentile(first, 0.95):.1f} "
-                    f"| {median(first) / alone:.2f}, {min(each):.2f}, {max(each):.2f} "
+                    f"| {size} {kind} | {name} | {_first_cells(pairs)} "
                     f"| {median(rates):.0f}, {min(rates):.0f}, {max(rates):.0f} |"
                 )
+
+
+def _both_sources(
+    these: Candidate,
+    other: Path | None,
+    directory: Path,
+    rounds: int,
+    skipped: int,
+    measure: Callable[[Server, int], tuple[load.Load, load.Load]],
+) -> dict[str, list[tuple[load.Load, load.Load]]]:
+    """What was measured of these sources, and in turns of those in a folder; some first rounds are not counted."""
+    compared = [these, *([replace(these, name="other", sources=str(other.resolve()))] if other else [])]
+    found: dict[str, list[tuple[load.Load, load.Load]]] = {one.name: [] for one in compared}
+    with contextlib.ExitStack() as stack:
+        servers = [stack.enter_context(running(one, directory / f"{one.name}.log")) for one in compared]
+        for number in range(-skipped, rounds):
+            for server in servers if number % 2 else servers[::-1]:
+                loads = measure(server, number)
+                if number >= 0:
+                    found[server.candidate.name].append(loads)
+    return found
+
+
+def _first_cells(pairs: Sequence[tuple[load.Load, load.Load]]) -> str:
+    """First tokens of one client, of many, and the second over the first."""
+    alone = median(value for one, _ in pairs for value in one.first)
+    first = [value for _, every in pairs for value in every.first]
+    each = [median(every.first) / median(one.first) for one, every in pairs]
+    return (
+        f"{1e3 * alone:.1f} | {1e3 * median(first):.1f}, {1e3 * load.percentile(first, 0.95):.1f} "
+        f"| {median(first) / alone:.2f}, {min(each):.2f}, {max(each):.2f}"
+    )
 
 
 @cli.command()
@@ -455,26 +477,14 @@ def versions(directory: Path, other: Path, sizes: Sequence[str], kinds: Sequence
     click.echo("| --- " * 5 + "|")
     for size in sizes:
         for kind in kinds:
-            with contextlib.ExitStack() as stack:
-                ours = of_doge(directory, size, kind)
-                both = (replace(ours, name="other", sources=str(other.resolve())), replace(ours, name="these"))
-                servers = [stack.enter_context(running(one, directory / f"{one.name}.log")) for one in both]
-                found: dict[str, list[tuple[list[float], list[float]]]] = {one.name: [] for one in both}
-                for number in range(-2, rounds):  # the first two rounds are not counted
-                    for server in servers if number % 2 else servers[::-1]:
-                        one = load.run(server.port, kind, 1, 2, new=8, seed=3 * number + 500)
-                        eight = load.run(server.port, kind, 8, 1, new=8, seed=3 * number + 501)
-                        if number >= 0:
-                            found[server.candidate.name].append((one.first, eight.first))
-            for name, pairs in found.items():
-                ones = [value for one, _ in pairs for value in one]
-                eights = [value for _, eight in pairs for value in eight]
-                each = [median(eight) / median(one) for one, eight in pairs]
-                click.echo(
-                    f"| {size} {kind} | {name} | {1e3 * median(ones):.1f} "
-                    f"| {1e3 * median(eights):.1f}, {1e3 * load.percentile(eights, 0.95):.1f} "
-                    f"| {median(eights) / median(ones):.2f}, {min(each):.2f}, {max(each):.2f} |"
-                )
+            these = replace(of_doge(directory, size, kind), name="these")
+
+            def measure(server: Server, number: int, kind: str = kind) -> tuple[load.Load, load.Load]:
+                one = load.run(server.port, kind, 1, 2, new=8, seed=3 * number + 500)
+                return one, load.run(server.port, kind, 8, 1, new=8, seed=3 * number + 501)
+
+            for name, pairs in _both_sources(these, other, directory, rounds, 2, measure).items():
+                click.echo(f"| {size} {kind} | {name} | {_first_cells(pairs)} |")
 
 
 def _orders(prompts: int) -> Iterator[tuple[int, ...]]:
