@@ -5,8 +5,8 @@
 Beside each kind of trouble four witnesses ask for the same texts again and again, token by token as a stream; what they
 get must be what they got before, and nobody may wait for ever. Printed are memory, open files and threads of the server
 before, at the peak and after. Kinds: vanish (500 clients that leave at random moments), burst (1,000 requests at once),
-stuck (clients that do not read, do not send, or send a byte a second), killed (a client that gets SIGKILL) and sigterm.
-Exit code 1: something was not as it must be.
+bodies (large ones, 200 at once), stuck (clients that do not read, do not send, or send a byte a second), killed (a
+client that gets SIGKILL) and sigterm. Exit code 1: something was not as it must be.
 """
 
 from __future__ import annotations
@@ -35,6 +35,8 @@ WITNESSES = ("Once upon a time", "def f(x):", "A list is", "The dog")
 ENDLESS = {"1": -100, "5": -100}
 """Biases with which a text does not end by itself."""
 PATIENCE_SECONDS = 60
+KEPT_MIB = 48.0
+"""Memory that trouble may leave behind: 1,000 connections at once leave 40 MiB, and the next 1,000 add nothing."""
 
 
 class Trouble(Exception):
@@ -169,6 +171,19 @@ async def burst(server: ServerProcess, requests: int = 1000) -> str:
     return f"{requests} at once in {time.monotonic() - start:.1f} s: {dict(counts)}"
 
 
+async def bodies(server: ServerProcess, requests: int = 200, size: int = 400_000) -> str:
+    """Large bodies all at once, three times: what they took goes back to the system."""
+    counts: collections.Counter[int] = collections.Counter()
+    body = {"prompt": [7] * 60, "max_tokens": 8, "user": "x" * size}
+    limits = httpx.Limits(max_connections=requests)
+    async with httpx.AsyncClient(base_url=server.url, timeout=300, limits=limits) as client:
+        for _ in range(3):
+            answers = await asyncio.gather(*(client.post("/v1/completions", json=body) for _ in range(requests)))
+            counts.update(answer.status_code for answer in answers)
+    require(set(counts) <= {200, 429}, f"answers: {counts}")
+    return f"three times {requests} bodies of {size / 1000:.0f} kB: {dict(counts)}"
+
+
 def clients_of(port: int) -> set[tuple[str, int]]:
     """Addresses of clients that the server's side of the system has connections with.
 
@@ -282,6 +297,7 @@ def sigterm(bundle: Path) -> str:
 KINDS: dict[str, Callable[[ServerProcess], Awaitable[str]]] = {
     "vanish": vanish,
     "burst": burst,
+    "bodies": bodies,
     "stuck": stuck,
     "killed": killed,
 }
@@ -301,6 +317,7 @@ async def watch(server: ServerProcess, kind: Callable[[ServerProcess], Awaitable
     await at_rest(server)
     await asyncio.sleep(1.0)
     after = server.use()
+    require(after.memory_mib <= before.memory_mib + KEPT_MIB, f"memory stays: {before} {after}")
     require(after.files <= before.files and after.threads <= before.threads + 2, f"left behind: {before} {after}")
     return (
         f"{told}; witnesses got {count.total()} streams, all as before; MiB {before.memory_mib:.0f} before,"

@@ -31,7 +31,11 @@ import httpx
 import numpy as np
 from processes import ServerProcess, Use, export_bundles, serving
 
+from doge_deploy.serve.engine import REST_SECONDS
+
 EVERY_SECONDS = 10.0
+REST = 2 * REST_SECONDS
+"""Whoever left is noticed, closed connections are closed, and the engines have given back what they do not use."""
 CONFIDENCE = 1.96
 WORDS = "list of a the for in def return x + = value dog cat once upon time print range len i ( ) :\n".split(" ")
 
@@ -203,7 +207,7 @@ async def load(server: ServerProcess, seconds: float, share: float, out: Path, s
                     await asyncio.sleep(traffic.random.expovariate(rate))
                 if running:
                     await asyncio.wait(running)
-                await asyncio.sleep(0.3)  # whoever left is noticed, and closed connections are closed
+                await asyncio.sleep(REST)
                 samples.append(server.use())
                 elapsed = time.monotonic() - begun
                 taken = (samples[-1].cpu_seconds + time.process_time() - used) / elapsed / (os.cpu_count() or 1)
