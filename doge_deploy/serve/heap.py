@@ -1,4 +1,4 @@
-"""Freed memory that the C library has kept goes back to the system while nothing is asked of the server."""
+"""Memory of the C library (glibc): one heap for all threads, and what it does not use goes back while nobody asks."""
 
 from __future__ import annotations
 
@@ -6,21 +6,35 @@ import ctypes
 from collections.abc import Callable
 from functools import cache
 
+_M_ARENA_MAX = -8
+"""Of malloc.h: how many heaps there may be."""
+
+
+def share_one_heap() -> None:
+    """Let threads that begin from now on use the heap of the first one, where the C library can be told so.
+
+    glibc gives each thread a heap of its own. The free end of such a heap stays with the process, whatever `give_back`
+    does, so that every thread holds what its largest moment took.
+    """
+    if (option := _function("mallopt")) is not None:
+        option(_M_ARENA_MAX, 1)
+
 
 def give_back() -> None:
-    """Return what the heap does not use, where the C library can (glibc); elsewhere nothing happens.
+    """Return what the heap does not use, where the C library can; elsewhere nothing happens.
 
     Large arrays of other lengths with every request leave holes between smaller ones that live on. glibc keeps these
     holes, so that a server which has seen many requests holds more than one that has seen few.
     """
-    if (trim := _trim()) is not None:
+    if (trim := _function("malloc_trim")) is not None:
         trim(0)
 
 
 @cache
-def _trim() -> Callable[[int], int] | None:
+def _function(name: str) -> Callable[..., int] | None:
+    """One of glibc's functions; None with another C library."""
     try:
-        trim: Callable[[int], int] = ctypes.CDLL(None).malloc_trim
-    except (AttributeError, OSError, TypeError):  # another C library; Windows has no process-wide handle
+        found: Callable[..., int] = getattr(ctypes.CDLL(None), name)
+    except (AttributeError, OSError, TypeError):  # Windows has no handle of the whole process
         return None
-    return trim
+    return found

@@ -24,6 +24,7 @@ from doge_deploy.options.backends import DEFAULT_BACKEND
 from doge_deploy.runtime.memory import check_slots
 from doge_deploy.runtime.slots import SlotRunner, open_slots
 from doge_deploy.runtime.speculation import DRAFTS, exact_length
+from doge_deploy.serve.heap import share_one_heap
 from doge_deploy.serve.scheduler import Limits, Scheduler
 
 if TYPE_CHECKING:
@@ -283,6 +284,7 @@ def run(paths: Sequence[Path], options: ServeOptions) -> None:
         MismatchError: nothing was served, since a bundle does not compute what its recording holds.
     """
     require_server()
+    share_one_heap()
     import uvicorn
 
     from doge_deploy.serve.http.app import create_app

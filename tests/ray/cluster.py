@@ -185,8 +185,8 @@ def running_replicas() -> int:
 
 
 def deploy(bundle: Path, replicas: int, **more: Any) -> None:
-    arguments = {"bundles": [str(bundle)], "replicas": replicas, "slots": SLOTS, "health_seconds": HEALTH_SECONDS}
-    serve.run(app({**arguments, **more}))
+    number = {} if "max_replicas" in more else {"replicas": replicas}
+    serve.run(app({"bundles": [str(bundle)], "slots": SLOTS, "health_seconds": HEALTH_SECONDS, **number, **more}))
     wait(lambda: running_replicas() == replicas and len(replica_processes()) == replicas, f"{replicas} replicas")
 
 
@@ -241,6 +241,30 @@ def scaled_down_under_load(address: str, bundle: Path, expected: dict[str, str])
         time.sleep(1)
     assert check_texts(load.sent, expected) == len(load.sent), [one for one in load.sent if one.error]
     print(f"scaled from 2 to 1 replicas under load: {len(load.sent)} requests, none failed")
+
+
+def scaled_by_load(address: str, bundle: Path, expected: dict[str, str]) -> None:
+    """One replica becomes two while there is more to do than it should have, and one again when there is not."""
+    limits = {"min_replicas": 1, "max_replicas": 2, "target_ongoing": 2}
+    delays = {"upscale_delay_seconds": 1.0, "downscale_delay_seconds": 2.0}
+    deploy(bundle, 1, **limits, **delays)
+    load = Load(address)
+    with load.on():
+        more = wait(lambda: running_replicas() == 2, "a second replica")
+        before = replica_processes()
+        time.sleep(3)
+        spent = {process: seconds - before.get(process, 0) for process, seconds in replica_processes().items()}
+    assert len(spent) == 2 and min(spent.values()) > 0.1 * sum(spent.values()), f"both work: {spent}"
+    light = Load(address)
+    with light.on(1):
+        fewer = wait(lambda: running_replicas() == 1 and len(replica_processes()) == 1, "one replica again")
+        time.sleep(1)
+    sent = [*load.sent, *light.sent]
+    assert check_texts(sent, expected) == len(sent), [one for one in sent if one.error]
+    print(
+        f"a second replica {more:.1f} s after {CLIENTS} clients came, none but the first {fewer:.1f} s after all but"
+        f" one had gone: {len(sent)} requests, none failed"
+    )
 
 
 def throughput(address: str, seconds: float) -> float:
@@ -354,6 +378,7 @@ def main() -> None:
             killed_under_load(address, bundle, expected)
             clients_that_leave(address)
             scaled_down_under_load(address, bundle, expected)
+            scaled_by_load(address, bundle, expected)
         one_against_two(address, bundle, asked.rounds, asked.seconds)
         if not asked.only_throughput:
             busy_is_429(address, bundle, expected)

@@ -190,3 +190,15 @@ def test_damage_is_found_before_a_port_is_bound(
     for options in ([], ["--served-model-name", "a", "--served-model-name", "b", "--served-model-name", "c"]):
         assert run_command(["serve", str(path), *others, "--port", "0", "--threads", "1", *options]) == 3
         assert capsys.readouterr().err.endswith(expected)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_all_threads_share_one_heap(tiny_bundle_last: Path) -> None:
+    """glibc reserves heaps of threads 64 MiB at a time, at multiples of that."""
+    with serving(tiny_bundle_last) as (process, url):
+        answer = httpx.post(f"{url}/v1/completions", json={"prompt": "x", "max_tokens": 2}, timeout=60)
+        assert answer.status_code == 200
+        lines = [line.split() for line in Path(f"/proc/{process.pid}/maps").read_text().splitlines()]
+    anonymous = [line[0] for line in lines if len(line) == 5]
+    heaps = [where for where in anonymous if int(where.split("-")[0], 16) % 2**26 == 0]
+    assert len(anonymous) > 10 and not heaps
