@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -94,6 +95,19 @@ def test_only_steps_of_the_lowered_graph_are_taken_apart(options: list[str], tin
     command = [sys.executable, str(script), str(tiny_moe_bundle), "--in-step", *options]
     result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode == 2 and "decode steps of the lowered graph" in result.stderr
+
+
+@pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="a busy core leaves none")
+def test_steps_beside_a_busy_core_are_timed() -> None:
+    script = EXAMPLES / "03_benchmarks" / "busy_core.py"
+    command = [sys.executable, str(script), str(shared_bundle("doge-tiny", logits="last")), "--rounds", "2"]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    rows = [line.strip("| ").split(" | ") for line in result.stdout.splitlines()[2:]]
+    assert [row[1].split(", ")[1] for row in rows] == ["50 us", "0 us", "1000 us", "50 us"]
+    for _, _, idle, busy, ratio in rows:
+        first, second = (float(times.split(" ")[0]) for times in (idle, busy))
+        assert first > 0 and abs(float(ratio.split(" ")[0]) - second / first) < 0.3 * second / first
 
 
 def _capacity(*arguments: str) -> str:
