@@ -341,6 +341,8 @@ class Certificates:
 
     alone: Alone
     layouts: Layouts
+    ways: int = LAYOUTS
+    """In how many ways the tokens before a place are fed, beside the one of the run alone."""
 
     def explain(
         self,
@@ -369,7 +371,7 @@ class Certificates:
             return None
         output = found.tokens[: places[0]]
         prompt = self.alone.ids(case)
-        ways = [self.layouts.rows(prompt, output, seed) for seed in (None, *range(LAYOUTS))]
+        ways = [self.layouts.rows(prompt, output, seed) for seed in (None, *range(self.ways))]
         for place in places:
             possible = self._possible(case, [rows[place] for rows in ways], found, place)
             for token in possible:
@@ -425,12 +427,15 @@ def run(path: Path, count: int, first: int) -> list[dict[str, Any]]:
     for line in metrics.splitlines():
         if line.startswith(("doge_prefix_cache", "doge_request_success", "doge_spec_")):
             print(f"  {line}")
-    certificates = Certificates(alone, Layouts(path))
+    layouts = Layouts(path)
+    few, many = Certificates(alone, layouts), Certificates(alone, layouts, 4 * LAYOUTS)
     different = []
     for case, answer in zip(fitting, found, strict=True):
         if answer == (case.text, case.reason, len(case.tokens)):
             continue
-        turns = certificates.explain(case, answer)
+        turns = few.explain(case, answer)
+        if turns is None:  # a few ways may not show how far a boundary moves
+            turns = many.explain(case, answer)
         ends = {"reasons": [answer[1], case.reason], "tokens": [answer[2], len(case.tokens)]}
         different.append({"turns": turns, **ends, "text": answer[0], "alone": case.text, "body": case.body})
     explained = [one["turns"] for one in different if one["turns"] is not None]
