@@ -194,11 +194,16 @@ def test_damage_is_found_before_a_port_is_bound(
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_all_threads_share_one_heap(tiny_bundle_last: Path) -> None:
-    """glibc reserves heaps of threads 64 MiB at a time, at multiples of that."""
+    """glibc reserves heaps of threads 64 MiB at a time, at multiples of that: first what is in use, then the rest."""
     with serving(tiny_bundle_last) as (process, url):
         answer = httpx.post(f"{url}/v1/completions", json={"prompt": "x", "max_tokens": 2}, timeout=60)
         assert answer.status_code == 200
         lines = [line.split() for line in Path(f"/proc/{process.pid}/maps").read_text().splitlines()]
-    anonymous = [line[0] for line in lines if len(line) == 5]
-    heaps = [where for where in anonymous if int(where.split("-")[0], 16) % 2**26 == 0]
-    assert len(anonymous) > 10 and not heaps
+    reserved = 2**26
+    places = [tuple(int(end, 16) for end in line[0].split("-")) for line in lines]
+    heaps = [
+        hex(start)
+        for (start, end), (rest, last), line in zip(places, places[1:], lines[1:], strict=False)
+        if start % reserved == 0 and line[1] == "---p" and rest == end and last >= start + reserved
+    ]
+    assert len(places) > 10 and not heaps
