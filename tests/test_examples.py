@@ -97,7 +97,9 @@ def test_only_steps_of_the_lowered_graph_are_taken_apart(options: list[str], tin
     assert result.returncode == 2 and "decode steps of the lowered graph" in result.stderr
 
 
-@pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="a busy core leaves none")
+@pytest.mark.skipif(
+    sys.platform != "linux" or len(os.sched_getaffinity(0)) < 2, reason="ties a process to one of two cores or more"
+)
 def test_steps_beside_a_busy_core_are_timed() -> None:
     script = EXAMPLES / "03_benchmarks" / "busy_core.py"
     command = [sys.executable, str(script), str(shared_bundle("doge-tiny", logits="last")), "--rounds", "2"]

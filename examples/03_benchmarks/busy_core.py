@@ -22,9 +22,10 @@ import numpy as np
 from doge_deploy.bundle.opening import open_bundle
 from doge_deploy.runtime.ort import open_runner
 from doge_deploy.runtime.ort.runners import OrtRunner
+from doge_deploy.runtime.ort.session import SPIN_US
 
 PROMPT, STEPS = 128, 64
-SPINS = (50, 0, 1000)
+SPINS = (SPIN_US, 0, 1000)
 """Microseconds; the first is the default."""
 
 BUSY = "import os, sys; os.sched_setaffinity(0, {int(sys.argv[1])}); print(flush=True)\nwhile True: pass"
@@ -36,7 +37,8 @@ def busy(core: int) -> Iterator[None]:
     process = subprocess.Popen([sys.executable, "-c", BUSY, str(core)], stdout=subprocess.PIPE)
     try:
         assert process.stdout is not None
-        process.stdout.readline()
+        if not process.stdout.readline():
+            raise click.ClickException(f"core {core}: no process could be tied to it")
         yield
     finally:
         process.kill()

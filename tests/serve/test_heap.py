@@ -36,7 +36,7 @@ print(freed - before, resident() - before)
 
 
 HEAPS = """
-import ctypes, re, sys, threading
+import ctypes, sys, threading
 from doge_deploy.serve.heap import share_one_heap
 
 allocate = ctypes.CDLL(None).malloc
