@@ -5,9 +5,14 @@ The names of `__all__` are those of `api.py`, which is imported when the first o
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING
 
 __version__ = "0.2.0"
+
+# ONNX Runtime's own builds from 1.29 on send events to Microsoft and keep a device id in the user's cache, unless this
+# is set when the library is loaded (its Privacy.md). Nothing here calls another machine without being asked to.
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
 if TYPE_CHECKING:
     from doge_deploy.api import (

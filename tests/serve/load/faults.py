@@ -117,15 +117,20 @@ async def cancelled(server: ServerProcess) -> float:
     return (await metrics(server.url))["cancelled"]
 
 
-async def at_rest(server: ServerProcess, seconds: float = 60) -> None:
-    """Wait until nothing runs and nothing waits."""
+async def until(server: ServerProcess, reached: Callable[[float], bool], what: str, seconds: float = 60) -> None:
+    """Wait until the number of requests that run or wait is as `reached` says."""
     deadline = time.monotonic() + seconds
     while True:
         found = await metrics(server.url)
-        if not found["doge_num_requests_running"] and not found["doge_num_requests_waiting"]:
+        if reached(found["doge_num_requests_running"] + found["doge_num_requests_waiting"]):
             return
-        require(time.monotonic() < deadline, f"it does not come to rest: {dict(found)}")
+        require(time.monotonic() < deadline, f"{what}: {dict(found)}")
         await asyncio.sleep(0.1)
+
+
+async def at_rest(server: ServerProcess) -> None:
+    """Wait until nothing runs and nothing waits."""
+    await until(server, lambda requests: not requests, "it does not come to rest")
 
 
 async def vanish(server: ServerProcess, clients: int = 500) -> str:
@@ -281,7 +286,7 @@ def sigterm(bundle: Path) -> str:
             limits = httpx.Limits(max_connections=200)
             async with httpx.AsyncClient(base_url=server.url, timeout=60, limits=limits) as client:
                 jobs = [asyncio.ensure_future(one(client, number)) for number in range(120)]
-                await asyncio.sleep(0.5)
+                await until(server, lambda requests: requests >= 60, "the load does not arrive")
                 start = time.monotonic()
                 server.process.send_signal(signal.SIGTERM)
                 await asyncio.sleep(0.2)
