@@ -155,7 +155,6 @@ class TestTooLong:
     def test_a_prompt_of_all_tokens_has_one_more(self, server: Running) -> None:
         assert server.complete(LONG[:-1])["usage"]["total_tokens"] == 513
 
-
     def test_an_answer_has_what_the_bundle_says_where_nobody_says(self, server: Running) -> None:
         assert server.complete([70])["usage"]["completion_tokens"] == 100
         assert server.post(CHAT, messages=SAID)["usage"]["completion_tokens"] == 100
