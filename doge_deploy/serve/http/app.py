@@ -172,7 +172,6 @@ def create_app(
     app.add_middleware(WorkCount, served=served)
     app.add_middleware(Gate, keys=tuple(api_keys), max_body_bytes=max_body_bytes, max_held_bytes=max_held_bytes)
     app.add_middleware(Heads)
-    app.add_middleware(RequestIds)
     if cors_origins:  # outside of the keys: a browser asks whether it may before it sends one, and reads refusals too
         app.add_middleware(
             CORSMiddleware,
@@ -181,6 +180,7 @@ def create_app(
             allow_headers=["*"],
             expose_headers=["X-Request-Id", "Retry-After"],
         )
+    app.add_middleware(RequestIds)
     app.openapi = lambda: _openapi(app)  # type: ignore[method-assign]
     return app
 
