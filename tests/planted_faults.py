@@ -1043,8 +1043,8 @@ FAULTS: dict[str, Fault] = {
     "offsets-of-tokens": Fault(
         "serve",
         Patch(
-            "doge_deploy/serve/http/responses.py",
-            "return len(self.decoder.decode(bytes(found.bytes)))",
+            "doge_deploy/serve/http/logprobs.py",
+            "return len(self.decoder.decode(found.bytes))",
             "return len(found.token)",
         ),
         "5: behind a character of several tokens text_offset points beyond its token",

@@ -194,7 +194,7 @@ def _add_generation(app: FastAPI, served: Served, offload: Any) -> None:
         if engine.scheduler.idle:
             tokens = sum(len(request.prompt_ids) for request in plan.requests)
             await served.arrivals.settled(tokens, engine.limits.together_tokens)
-        return await answer(plan, form, served.inboxes[plan.model.name], http)
+        return await answer(plan, form, served.inboxes[plan.model.name], http, offload)
 
     @app.post("/v1/chat/completions", responses=answers(schemas.ChatCompletion, schemas.EVENTS))
     async def chat(body: ChatBody, http: Request) -> Response:

@@ -15,6 +15,7 @@ from doge_deploy.serve.http.requests import ChatBody, CompletionBody, Generation
 from doge_deploy.serve.http.responses import Usage
 from doge_deploy.serve.model import Answering, ServedText
 from doge_deploy.serve.request import Request
+from doge_deploy.serve.tokens import TokenTexts
 from doge_deploy.text.tokenizer import Tokenizer
 
 _Result = TypeVar("_Result")
@@ -63,6 +64,8 @@ class Plan:
     stream: bool
     include_usage: bool
     name: str
+    texts: TokenTexts | None = None
+    """Where logprobs were asked for."""
     created: int = field(default_factory=lambda: int(time.time()))
     completion_tokens: int = 0
 
@@ -151,8 +154,9 @@ async def _plan(body: GenerationBody, model: ServedText, name: str, wanted: _Wan
     number, limit = len(wanted.prompts) * (body.n or 1), model.engine.limits.queue_requests
     if number > limit:
         raise ApiError(400, f"n: {number} texts in one request; this server takes at most {limit}", param="n")
-    # a grammar takes a moment to compile; and a request looks at each token of its prompt: there may be many of both
-    if _is_guided(body) or number * max(len(ids) for ids, _ in wanted.prompts) > SHORT_CHARACTERS:
+    # a grammar takes a moment to compile, and so do the texts of tokens where they are asked for the first time; and a
+    # request looks at each token of its prompt: there may be many of both
+    if _is_guided(body) or wanted.logprobs is not None or number * max(len(ids) for ids, _ in wanted.prompts) > SHORT_CHARACTERS:
         plan: Plan = await offload(lambda: _planned(body, model, name, wanted))
         return plan
     return _planned(body, model, name, wanted)
@@ -173,7 +177,8 @@ def _planned(body: GenerationBody, model: ServedText, name: str, wanted: _Wanted
             requests.append(model.request(f"{name}-{index}", prompt_ids, answering, number))
     assert answering is not None
     include_usage = body.stream_options is not None and body.stream_options.include_usage
-    return Plan(model, answering, choices, requests, bool(body.stream), include_usage, name)
+    texts = None if wanted.logprobs is None else model.token_texts
+    return Plan(model, answering, choices, requests, bool(body.stream), include_usage, name, texts)
 
 
 def _asked(body: GenerationBody, length: int | None) -> dict[str, Any]:
