@@ -44,7 +44,7 @@ def completion(entry: TokenLogprobs, *tokens: bytes) -> Any:
 
 
 class TestTheChosenToken:
-    """OpenAI: "there may be up to logprobs+1 elements in the response"; evaluation harnesses compare it with the best."""
+    """There are up to `logprobs` + 1 entries, as in OpenAI's API: evaluation harnesses compare it with the best."""
 
     @pytest.mark.parametrize("top", [(), ((0, -0.5),), ((0, -0.5), (1, -1.5))])
     def test_is_among_those_of_a_completion(self, top: tuple[tuple[int, float], ...]) -> None:

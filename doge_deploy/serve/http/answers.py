@@ -41,8 +41,8 @@ async def answer(plan: Plan, form: Form, inbox: Inbox, http: HttpRequest, offloa
 
 
 def _whole(plan: Plan, form: Form) -> bytes:
-    """The body of a whole answer. With logprobs it may be tens of megabytes: each choice is bytes before the next one is
-    written, so that other threads have to wait for no longer than the step of one choice takes.
+    """The body of a whole answer. With logprobs it may be tens of megabytes: each choice is bytes before the next one
+    is written, so that no single step of that, in which other threads have to wait, takes long.
     """
     body = {**head(plan, form.object), "choices": Encoded(f"[{HOLE}]"), "usage": plan.usage().json()}
     before, after = written(body).encode().split(HOLE.encode())

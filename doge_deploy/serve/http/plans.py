@@ -154,9 +154,10 @@ async def _plan(body: GenerationBody, model: ServedText, name: str, wanted: _Wan
     number, limit = len(wanted.prompts) * (body.n or 1), model.engine.limits.queue_requests
     if number > limit:
         raise ApiError(400, f"n: {number} texts in one request; this server takes at most {limit}", param="n")
-    # a grammar takes a moment to compile, and so do the texts of tokens where they are asked for the first time; and a
-    # request looks at each token of its prompt: there may be many of both
-    if _is_guided(body) or wanted.logprobs is not None or number * max(len(ids) for ids, _ in wanted.prompts) > SHORT_CHARACTERS:
+    # a grammar takes a moment to compile, and what names tokens to be made; and a request looks at each token of its
+    # prompt: there may be many of both
+    is_long = number * max(len(ids) for ids, _ in wanted.prompts) > SHORT_CHARACTERS
+    if is_long or _is_guided(body) or wanted.logprobs is not None:
         plan: Plan = await offload(lambda: _planned(body, model, name, wanted))
         return plan
     return _planned(body, model, name, wanted)
