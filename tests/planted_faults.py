@@ -1040,6 +1040,38 @@ FAULTS: dict[str, Fault] = {
         ("test_behaviour.py",),
         select="top_logprobs_0",
     ),
+    "chosen-token-left-out": Fault(
+        "serve",
+        Patch("doge_deploy/serve/http/logprobs.py", "in (*entry.top, (entry.token, entry.logprob)):", "in entry.top:"),
+        "5: top_logprobs of a completion has no entry for an unlikely token that was chosen",
+        ("test_top_logprobs.py",),
+        select="TestTheChosenToken",
+    ),
+    "least-likely-of-a-name": Fault(
+        "serve",
+        Patch(
+            "doge_deploy/serve/http/logprobs.py",
+            "found.setdefault(self.texts[token].name_json, logprob)",
+            "found[self.texts[token].name_json] = logprob",
+        ),
+        "5: of tokens with the same name top_logprobs shows the least likely",
+        ("test_top_logprobs.py",),
+        select="TestNames",
+    ),
+    "nan-in-a-scored-prompt": Fault(
+        "serve",
+        Patch("doge_deploy/serve/scheduler.py", "            require_finite(row, length)\n", "            pass\n"),
+        "13: NaN in a prompt that is only scored is sent as a number",
+        ("test_scheduler.py", "test_behaviour.py"),
+        select="scored_with_nan",
+    ),
+    "queue-until-the-first-token": Fault(
+        "serve",
+        Patch("doge_deploy/serve/http/inbox.py", "event.slot_time - waiter.arrived", "now - waiter.arrived"),
+        "16: the time in the queue is the time to the first token",
+        ("test_inbox.py",),
+        select="time_in_the_queue",
+    ),
     "offsets-of-tokens": Fault(
         "serve",
         Patch(
