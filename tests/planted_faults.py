@@ -654,7 +654,7 @@ FAULTS: dict[str, Fault] = {
     ),
     "length-of-a-prompt": Fault(
         "serve",
-        Patch("doge_deploy/serve/model.py", "if len(ids) > self.max_length:", "if len(ids) > 2 * self.max_length:"),
+        Patch("doge_deploy/serve/lengths.py", "if tokens > most:", "if tokens > 2 * most:"),
         "8: a prompt that is too long gets past the check",
         ("test_behaviour.py",),
         select="TestLengths",
@@ -692,7 +692,7 @@ FAULTS: dict[str, Fault] = {
         "serve",
         Patch(
             "doge_deploy/serve/http/plans.py",
-            'raise ApiError(400, str(error), param="messages") from error',
+            'raise ApiError(400, f"messages: {error}", param="messages") from error',
             "raise RuntimeError(str(error)) from error",
         ),
         "11: messages that the template refuses are answered with a 500",

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 from doge_deploy.errors import DogeDeployError
 from doge_deploy.runtime.logprobs import TokenLogprobs
 from doge_deploy.serve.grammar import Grammar
-from doge_deploy.serve.http.errors import ApiError
+from doge_deploy.serve.http.errors import ApiError, about, field_of
 from doge_deploy.serve.http.requests import ChatBody, CompletionBody, GenerationBody
 from doge_deploy.serve.http.responses import Usage
 from doge_deploy.serve.model import Answering, ServedText
@@ -104,6 +104,8 @@ async def plan_chat(body: ChatBody, model: ServedText, name: str, offload: Offlo
     """
     messages = [{"role": message.role, "content": message.text} for message in body.messages]
     ids = await offload(lambda: rendered(model.tokenizer, messages))
+    with about("messages"):
+        model.check_prompt(ids)
     logprobs = (body.top_logprobs or 0) if body.logprobs else None
     return await _plan(body, model, name, _Wanted([(ids, None)], body.max_new_tokens, None, logprobs), offload)
 
@@ -117,7 +119,7 @@ def rendered(tokenizer: Tokenizer, messages: Sequence[Mapping[str, str]]) -> lis
     try:
         return tokenizer.render_chat(messages, literal=True)
     except DogeDeployError as error:
-        raise ApiError(400, str(error), param="messages") from error
+        raise ApiError(400, f"messages: {error}", param="messages") from error
 
 
 async def plan_completion(body: CompletionBody, model: ServedText, name: str, offload: Offload[Any]) -> Plan:
@@ -125,8 +127,10 @@ async def plan_completion(body: CompletionBody, model: ServedText, name: str, of
 
     def encoded() -> list[tuple[list[int], str | None]]:
         found = []
-        for prompt in body.prompts:
-            ids = model.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
+        for index, prompt in enumerate(body.prompts):
+            with about(field_of("prompt", index, body.prompts)):
+                ids = model.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
+                model.check_prompt(ids)
             text = None
             if body.echo:
                 text = prompt if isinstance(prompt, str) else model.tokenizer.text_of(ids)
@@ -169,8 +173,8 @@ def _planned(body: GenerationBody, model: ServedText, name: str, wanted: _Wanted
     requests: list[Request] = []
     answering: Answering | None = None
     for prompt_ids, text in wanted.prompts:
-        model.check_prompt(prompt_ids)
-        options = model.options(asked, len(prompt_ids), wanted.default_length)
+        with about("logit_bias"):  # all else was checked with the body
+            options = model.options(asked, len(prompt_ids), wanted.default_length)
         answering = Answering(options, wanted.logprobs, wanted.echo and wanted.logprobs is not None, grammar)
         for number in range(body.n or 1):
             index = len(choices)
