@@ -268,8 +268,8 @@ def engine_ended_under_load(address: str, bundle: Path, expected: dict[str, str]
     assert later and check_texts(load.sent, expected) + len(lost) == len(load.sent)
     assert not [one for one in later if one in lost], "a request failed that came when the engine had ended"
     print(
-        f"an engine ended: {len(lost)} requests that it had failed, none of {len(later)} later ones; two replicas again "
-        f"after {back:.1f} s"
+        f"an engine ended: {len(lost)} requests that it had failed, none of {len(later)} later ones; two replicas "
+        f"again after {back:.1f} s"
     )
 
 

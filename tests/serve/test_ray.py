@@ -426,19 +426,16 @@ def test_of_a_stream_that_is_read_late_nothing_is_lost(tiny_bundle: Path, monkey
     monkeypatch.setattr("doge_deploy.serve.ray.replica.MAX_WAITING", 2)
 
     async def use(replicas: list[Replica], slots: list[SlowSlots]) -> None:
-        texts, sizes = [], []
+        told, sizes = [], []
+        call = Call(request("/v1/completions"), body_of(stream=True, max_tokens=50))
         for pause in (0.0, 0.02):
-            text = b""
-            async for batch in replicas[0].answer(
-                Call(request("/v1/completions"), body_of(stream=True, max_tokens=50))
-            ):
+            stream = b""
+            async for batch in replicas[0].answer(call):
                 sizes.append(len(batch))
-                text += b"".join(message.get("body", b"") for message in batch)
+                stream += b"".join(message.get("body", b"") for message in batch)
                 await asyncio.sleep(pause)
-            texts.append(
-                [json.loads(line[6:])["choices"] for line in text.split(b"\n\n") if line.startswith(b"data: {")]
-            )
-        told = ["".join(choice["text"] for choices in text for choice in choices) for text in texts]
+            events = [json.loads(line[6:]) for line in stream.split(b"\n\n") if line.startswith(b"data: {")]
+            told.append("".join(event["choices"][0]["text"] for event in events))
         assert told[0] == told[1] and len(told[0]) >= 50 and max(sizes) <= 2
 
     with_replicas(tiny_bundle, use)

@@ -1,6 +1,6 @@
 """The front: passes requests on to replicas, and makes the best of it when one is lost.
 
-An answer of which nothing has come out is asked for again, at another replica, also where the first one takes no work. A
+An answer of which nothing has come out is asked for again, at another replica, also where the first takes no work. A
 stream that has begun ends with an error event. So that it can be asked for again, of a stream the opening chunk is held
 back, which has no token, and of any other answer all of it.
 """
