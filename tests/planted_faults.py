@@ -654,7 +654,7 @@ FAULTS: dict[str, Fault] = {
     ),
     "length-of-a-prompt": Fault(
         "serve",
-        Patch("doge_deploy/serve/model.py", "if len(ids) > self.max_length:", "if len(ids) > 2 * self.max_length:"),
+        Patch("doge_deploy/serve/lengths.py", "if tokens > most:", "if tokens > 2 * most:"),
         "8: a prompt that is too long gets past the check",
         ("test_behaviour.py",),
         select="TestLengths",
@@ -692,7 +692,7 @@ FAULTS: dict[str, Fault] = {
         "serve",
         Patch(
             "doge_deploy/serve/http/plans.py",
-            'raise ApiError(400, str(error), param="messages") from error',
+            'raise ApiError(400, f"messages: {error}", param="messages") from error',
             "raise RuntimeError(str(error)) from error",
         ),
         "11: messages that the template refuses are answered with a 500",
@@ -1047,11 +1047,43 @@ FAULTS: dict[str, Fault] = {
         ("test_behaviour.py",),
         select="top_logprobs_0",
     ),
+    "chosen-token-left-out": Fault(
+        "serve",
+        Patch("doge_deploy/serve/http/logprobs.py", "in (*entry.top, (entry.token, entry.logprob)):", "in entry.top:"),
+        "5: top_logprobs of a completion has no entry for an unlikely token that was chosen",
+        ("test_top_logprobs.py",),
+        select="TestTheChosenToken",
+    ),
+    "least-likely-of-a-name": Fault(
+        "serve",
+        Patch(
+            "doge_deploy/serve/http/logprobs.py",
+            "found.setdefault(self.texts[token].name_json, logprob)",
+            "found[self.texts[token].name_json] = logprob",
+        ),
+        "5: of tokens with the same name top_logprobs shows the least likely",
+        ("test_top_logprobs.py",),
+        select="TestNames",
+    ),
+    "nan-in-a-scored-prompt": Fault(
+        "serve",
+        Patch("doge_deploy/serve/scheduler.py", "            require_finite(row, length)\n", "            pass\n"),
+        "13: NaN in a prompt that is only scored is sent as a number",
+        ("test_scheduler.py", "test_behaviour.py"),
+        select="scored_with_nan",
+    ),
+    "queue-until-the-first-token": Fault(
+        "serve",
+        Patch("doge_deploy/serve/http/inbox.py", "event.slot_time - waiter.arrived", "now - waiter.arrived"),
+        "16: the time in the queue is the time to the first token",
+        ("test_inbox.py",),
+        select="time_in_the_queue",
+    ),
     "offsets-of-tokens": Fault(
         "serve",
         Patch(
-            "doge_deploy/serve/http/responses.py",
-            "return len(self.decoder.decode(bytes(found.bytes)))",
+            "doge_deploy/serve/http/logprobs.py",
+            "return len(self.decoder.decode(found.bytes))",
             "return len(found.token)",
         ),
         "5: behind a character of several tokens text_offset points beyond its token",

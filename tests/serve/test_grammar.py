@@ -301,6 +301,7 @@ REFUSED: list[tuple[dict[str, Any], str, str]] = [
     ({"guided_json": {"type": "nonsense"}}, "guided_json", "nonsense"),
     ({"guided_json": "[1]"}, "guided_json", "must be a JSON object"),
     ({"guided_json": "{"}, "guided_json", "not valid JSON"),
+    ({"guided_json": 5}, "guided_json", "must be a JSON object, or one as a text; not 5"),
     ({"guided_json": '{"a":' * 20_000}, "guided_json", "characters; at most"),
     ({"guided_json": '{"a":' * 10_000}, "guided_json", "nested too deeply"),
     ({"guided_json": {"dependentRequired": {"a": ["b"]}}}, "guided_json", "dependentRequired"),
@@ -314,7 +315,7 @@ REFUSED: list[tuple[dict[str, Any], str, str]] = [
     ({"structured_outputs": {"json": "{"}}, "structured_outputs.json", "not valid JSON"),
     ({"structured_outputs": {}}, "structured_outputs", "exactly one of json, regex, choice and grammar"),
     ({"structured_outputs": {"json": {}, "regex": "a"}}, "structured_outputs", "exactly one"),
-    ({"structured_outputs": {"choice": []}}, "structured_outputs.choice", "at least 1"),
+    ({"structured_outputs": {"choice": []}}, "structured_outputs.choice", "must not be empty"),
     ({"structured_outputs": {"choice": ["a"] * 4097}}, "structured_outputs.choice", "at most 4096"),
     *[
         ({"structured_outputs": {"regex": "a", name: value}}, f"structured_outputs.{name}", "not supported")
@@ -358,7 +359,8 @@ class TestHttp:
             error = server.post("/v1/completions", 400, prompt="a", structured_outputs={"choice": ["a"]}, **other)[
                 "error"
             ]
-            assert f"structured_outputs.choice and {next(iter(other))} cannot both" in error["message"]
+            assert error["param"] == "structured_outputs"
+            assert f"{next(iter(other))} is given too, and they cannot both" in error["message"]
 
     def test_as_many_choices_as_are_taken_can_be_followed(self, server: Running) -> None:
         """Of alternatives of a rule llguidance follows 2,000, and says so in the middle of the text."""

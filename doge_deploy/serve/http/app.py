@@ -25,7 +25,7 @@ from doge_deploy.serve.http import errors, schemas
 from doge_deploy.serve.http.answers import CLOSED_REQUEST, answer, new_name, unless_gone
 from doge_deploy.serve.http.arrivals import Arrivals
 from doge_deploy.serve.http.embeddings import FeatureModel, encoded
-from doge_deploy.serve.http.errors import ApiError
+from doge_deploy.serve.http.errors import ApiError, about, field_of
 from doge_deploy.serve.http.forms import ChatForm, Form, TextForm
 from doge_deploy.serve.http.inbox import Inbox
 from doge_deploy.serve.http.metrics import Metrics
@@ -41,6 +41,9 @@ _TOKENIZER_THREADS = 2
 
 _Result = TypeVar("_Result")
 _Model = TypeVar("_Model", bound="ServedText | FeatureModel")
+
+_TASKS = {"text": "causal-lm", "embeddings": "features"}
+"""What a bundle must have been exported for that makes it."""
 
 _log = logging.getLogger("doge_deploy.serve")
 
@@ -93,7 +96,14 @@ class Served:
             return next(iter(models.values()))
         if name is not None and name in models:
             return models[name]
-        known = ", ".join(models) or "none"
+        if not models:
+            raise ApiError(
+                404,
+                f"model: nothing here makes {what}; serve a bundle that was exported with --task {_TASKS[what]}",
+                param="model",
+                code="model_not_found",
+            )
+        known = ", ".join(models)
         if name is None:
             raise ApiError(400, f"model: this server has several models for {what}, name one: {known}", param="model")
         raise ApiError(
@@ -195,7 +205,7 @@ def _add_generation(app: FastAPI, served: Served, offload: Any) -> None:
         if engine.scheduler.idle:
             tokens = sum(len(request.prompt_ids) for request in plan.requests)
             await served.arrivals.settled(tokens, engine.limits.together_tokens)
-        return await answer(plan, form, served.inboxes[plan.model.name], http)
+        return await answer(plan, form, served.inboxes[plan.model.name], http, offload)
 
     @app.post("/v1/chat/completions", responses=answers(schemas.ChatCompletion, schemas.EVENTS))
     async def chat(body: ChatBody, http: Request) -> Response:
@@ -215,7 +225,15 @@ def _add_generation(app: FastAPI, served: Served, offload: Any) -> None:
     async def embeddings(body: EmbeddingBody, http: Request) -> Response:
         """A vector for each text, of a bundle that was exported with `--task features`."""
         model = served.feature(body.model)
-        texts = await offload(lambda: [model.encode(text) for text in body.texts])
+
+        def work() -> list[list[int]]:
+            found = []
+            for index, text in enumerate(body.texts):
+                with about(field_of("input", index, body.texts)):
+                    found.append(model.encode(text))
+            return found
+
+        texts = await offload(work)
         vectors = await unless_gone(model.embed_all(texts), http.receive)
         if vectors is None:
             return Response(status_code=CLOSED_REQUEST)
@@ -270,7 +288,8 @@ def _add_operations(app: FastAPI, served: Served, offload: Any) -> None:
                 messages = [{"role": one.role, "content": one.text} for one in body.messages]
                 return rendered(found.tokenizer, messages)
             assert body.prompt is not None
-            return found.tokenizer.ids(body.prompt, add_special_tokens=body.add_special_tokens)
+            with about("prompt"):
+                return found.tokenizer.ids(body.prompt, add_special_tokens=body.add_special_tokens)
 
         ids = await offload(work)
         return {"tokens": ids, "count": len(ids), "max_model_len": found.max_length}
@@ -279,7 +298,8 @@ def _add_operations(app: FastAPI, served: Served, offload: Any) -> None:
     async def detokenize(body: DetokenizeBody) -> dict[str, str]:
         """The text of token ids, special tokens included."""
         found = served.any(body.model)
-        found.tokenizer.check_ids(body.tokens)
+        with about("tokens"):
+            found.tokenizer.check_ids(body.tokens)
         return {"prompt": await offload(lambda: found.tokenizer.text_of(body.tokens))}
 
     @app.get("/", include_in_schema=False)

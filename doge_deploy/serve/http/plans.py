@@ -7,14 +7,15 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
-from doge_deploy.errors import DogeDeployError, UsageError
+from doge_deploy.errors import DogeDeployError
 from doge_deploy.runtime.logprobs import TokenLogprobs
 from doge_deploy.serve.grammar.compiler import Grammar
-from doge_deploy.serve.http.errors import ApiError
+from doge_deploy.serve.http.errors import ApiError, about, field_of
 from doge_deploy.serve.http.requests import ChatBody, CompletionBody, GenerationBody
 from doge_deploy.serve.http.responses import Usage
 from doge_deploy.serve.model import Answering, ServedText
 from doge_deploy.serve.request import Request
+from doge_deploy.serve.tokens import TokenTexts
 from doge_deploy.text.tokenizer import Tokenizer
 
 _Result = TypeVar("_Result")
@@ -63,6 +64,8 @@ class Plan:
     stream: bool
     include_usage: bool
     name: str
+    texts: TokenTexts | None = None
+    """Where logprobs were asked for."""
     created: int = field(default_factory=lambda: int(time.time()))
     completion_tokens: int = 0
 
@@ -101,6 +104,8 @@ async def plan_chat(body: ChatBody, model: ServedText, name: str, offload: Offlo
     """
     messages = [{"role": message.role, "content": message.text} for message in body.messages]
     ids = await offload(lambda: rendered(model.tokenizer, messages))
+    with about("messages"):
+        model.check_prompt(ids)
     logprobs = (body.top_logprobs or 0) if body.logprobs else None
     return await _plan(body, model, name, _Wanted([(ids, None)], body.max_new_tokens, None, logprobs), offload)
 
@@ -114,7 +119,7 @@ def rendered(tokenizer: Tokenizer, messages: Sequence[Mapping[str, str]]) -> lis
     try:
         return tokenizer.render_chat(messages, literal=True)
     except DogeDeployError as error:
-        raise ApiError(400, str(error), param="messages") from error
+        raise ApiError(400, f"messages: {error}", param="messages") from error
 
 
 async def plan_completion(body: CompletionBody, model: ServedText, name: str, offload: Offload[Any]) -> Plan:
@@ -122,8 +127,10 @@ async def plan_completion(body: CompletionBody, model: ServedText, name: str, of
 
     def encoded() -> list[tuple[list[int], str | None]]:
         found = []
-        for prompt in body.prompts:
-            ids = model.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
+        for index, prompt in enumerate(body.prompts):
+            with about(field_of("prompt", index, body.prompts)):
+                ids = model.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
+                model.check_prompt(ids)
             text = None
             if body.echo:
                 text = prompt if isinstance(prompt, str) else model.tokenizer.text_of(ids)
@@ -152,8 +159,10 @@ async def _plan(body: GenerationBody, model: ServedText, name: str, wanted: _Wan
     if number > limit:
         raise ApiError(400, f"n: {number} texts in one request; this server takes at most {limit}", param="n")
     grammar = await _grammar(body, model)
-    # a request looks at each token of its prompt: there may be many of both
-    if number * max(len(ids) for ids, _ in wanted.prompts) > SHORT_CHARACTERS:
+    # what names tokens takes a moment to be made; and a request looks at each token of its prompt: there may be many of
+    # both
+    is_long = number * max(len(ids) for ids, _ in wanted.prompts) > SHORT_CHARACTERS
+    if is_long or wanted.logprobs is not None:
         plan: Plan = await offload(lambda: _planned(body, model, name, wanted, grammar))
         return plan
     return _planned(body, model, name, wanted, grammar)
@@ -165,8 +174,8 @@ def _planned(body: GenerationBody, model: ServedText, name: str, wanted: _Wanted
     requests: list[Request] = []
     answering: Answering | None = None
     for prompt_ids, text in wanted.prompts:
-        model.check_prompt(prompt_ids)
-        options = model.options(asked, len(prompt_ids), wanted.default_length)
+        with about("logit_bias"):  # all else was checked with the body
+            options = model.options(asked, len(prompt_ids), wanted.default_length)
         answering = Answering(options, wanted.logprobs, wanted.echo and wanted.logprobs is not None, grammar)
         for number in range(body.n or 1):
             index = len(choices)
@@ -174,7 +183,8 @@ def _planned(body: GenerationBody, model: ServedText, name: str, wanted: _Wanted
             requests.append(model.request(f"{name}-{index}", prompt_ids, answering, number))
     assert answering is not None
     include_usage = body.stream_options is not None and body.stream_options.include_usage
-    return Plan(model, answering, choices, requests, bool(body.stream), include_usage, name)
+    texts = None if wanted.logprobs is None else model.token_texts
+    return Plan(model, answering, choices, requests, bool(body.stream), include_usage, name, texts)
 
 
 def _asked(body: GenerationBody, length: int | None) -> dict[str, Any]:
@@ -204,7 +214,5 @@ async def _grammar(body: GenerationBody, model: ServedText) -> Grammar | None:
     """What the answer must look like; raises ApiError that names the field."""
     if (guide := body.guide) is None:
         return None
-    try:
+    with about(guide.field):
         return await model.grammars.compile(guide.kind, guide.source)
-    except UsageError as error:
-        raise ApiError(400, f"{guide.field}: {error}", param=guide.field) from error
