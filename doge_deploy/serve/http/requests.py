@@ -195,7 +195,7 @@ def _as_schema(value: object) -> object:
     except RecursionError:
         raise ValueError("the schema is nested too deeply") from None
     except ValueError as error:
-        raise ValueError(f"the text is not valid JSON: {error}") from None
+        raise ValueError(f"the text is not JSON: {error}") from None
     if not isinstance(found, dict):
         raise ValueError(f"the text must be a JSON object; not {spelled(found)}")
     return found
