@@ -864,6 +864,13 @@ FAULTS: dict[str, Fault] = {
         ("test_behaviour.py",),
         select="TestAdmission",
     ),
+    "grammar-without-a-trial": Fault(
+        "serve",
+        Patch("doge_deploy/serve/grammar/desk.py", "self._trial.compile(kind, text)\n", "pass\n"),
+        "a grammar may end the server, since no other process compiles it first",
+        ("test_grammar.py",),
+        select="TestDesk",
+    ),
     "nan-ends-the-engine": Fault(
         "serve",
         Patch(
