@@ -864,6 +864,13 @@ FAULTS: dict[str, Fault] = {
         ("test_behaviour.py",),
         select="TestAdmission",
     ),
+    "grammar-without-a-trial": Fault(
+        "serve",
+        Patch("doge_deploy/serve/grammar/desk.py", "self._trial.compile(kind, text)\n", "pass\n"),
+        "a grammar may end the server, since no other process compiles it first",
+        ("test_grammar.py",),
+        select="TestDesk",
+    ),
     "nan-ends-the-engine": Fault(
         "serve",
         Patch(
@@ -1040,11 +1047,57 @@ FAULTS: dict[str, Fault] = {
         ("test_behaviour.py",),
         select="top_logprobs_0",
     ),
+    "chosen-token-left-out": Fault(
+        "serve",
+        Patch("doge_deploy/serve/http/logprobs.py", "in (*entry.top, (entry.token, entry.logprob)):", "in entry.top:"),
+        "5: top_logprobs of a completion has no entry for an unlikely token that was chosen",
+        ("test_top_logprobs.py",),
+        select="TestTheChosenToken",
+    ),
+    "least-likely-of-a-name": Fault(
+        "serve",
+        Patch(
+            "doge_deploy/serve/http/logprobs.py",
+            "found.setdefault(self.texts[token].name_json, logprob)",
+            "found[self.texts[token].name_json] = logprob",
+        ),
+        "5: of tokens with the same name top_logprobs shows the least likely",
+        ("test_top_logprobs.py",),
+        select="TestNames",
+    ),
+    "a-refusal-is-an-answer": Fault(
+        "serve",
+        Patch("doge_deploy/serve/ray/front.py", 'if message["status"] == 503:', 'if message["status"] == 599:'),
+        "more than one machine: a replica that takes no work answers for all of them",
+        ("test_ray.py",),
+        select="TakesNoWork",
+    ),
+    "unread-answers-of-a-replica-grow": Fault(
+        "serve",
+        Patch("doge_deploy/serve/ray/replica.py", "            await room.acquire()\n", ""),
+        "more than one machine: a client that does not read fills the memory of a replica",
+        ("test_ray.py",),
+        select="of_a_stream",
+    ),
+    "nan-in-a-scored-prompt": Fault(
+        "serve",
+        Patch("doge_deploy/serve/scheduler.py", "            require_finite(row, length)\n", "            pass\n"),
+        "13: NaN in a prompt that is only scored is sent as a number",
+        ("test_scheduler.py", "test_behaviour.py"),
+        select="scored_with_nan",
+    ),
+    "queue-until-the-first-token": Fault(
+        "serve",
+        Patch("doge_deploy/serve/http/inbox.py", "event.slot_time - waiter.arrived", "now - waiter.arrived"),
+        "16: the time in the queue is the time to the first token",
+        ("test_inbox.py",),
+        select="time_in_the_queue",
+    ),
     "offsets-of-tokens": Fault(
         "serve",
         Patch(
-            "doge_deploy/serve/http/responses.py",
-            "return len(self.decoder.decode(bytes(found.bytes)))",
+            "doge_deploy/serve/http/logprobs.py",
+            "return len(self.decoder.decode(found.bytes))",
             "return len(found.token)",
         ),
         "5: behind a character of several tokens text_offset points beyond its token",

@@ -395,14 +395,14 @@ ILLEGAL = [
     ("", ""),
     ("[" * 100_000, ""),
     ('{"a":' * 20_000, ""),
-    ('{"prompt": "a", "guided_regex": "("}', "regex"),
-    ('{"prompt": "a", "guided_grammar": "start: \\"a\\" ~"}', "grammar"),
+    ('{"prompt": "a", "guided_regex": "("}', "guided_regex: "),
+    ('{"prompt": "a", "guided_grammar": "start: \\"a\\" ~"}', "guided_grammar: "),
     ('{"prompt": "a", "guided_choice": []}', "guided_choice"),
     ('{"prompt": "a", "guided_choice": ["a"], "guided_regex": "b"}', "cannot both"),
     ('{"prompt": "a", "response_format": {"type": "json_schema"}}', "json_schema"),
-    ('{"prompt": "a", "guided_json": {"type": "nonsense"}}', "json_schema"),
-    ('{"prompt": "a", "guided_json": {"$ref": "#"}}', "json_schema"),
-    ('{"prompt": "a", "guided_json": {"$ref": "http://127.0.0.1:9/x"}}', "json_schema"),
+    ('{"prompt": "a", "guided_json": {"type": "nonsense"}}', "guided_json: "),
+    ('{"prompt": "a", "guided_json": {"$ref": "#"}}', "guided_json: "),
+    ('{"prompt": "a", "guided_json": {"$ref": "http://127.0.0.1:9/x"}}', "guided_json: "),
     # what is wrong with each of a million entries is not told for each
     ('{"prompt": [' + '"",' * 400_000 + '""]}', "at most 64"),
     ('{"prompt": [' + "0.5," * 400_000 + "1]}", "at most 64"),
@@ -444,7 +444,8 @@ class TestIllegal:
     def test_a_grammar_that_takes_long_is_stopped(self, server: Running) -> None:
         """With llguidance's own limits it takes seconds for a token, in which nobody else gets one."""
         answer = server.client.post("/v1/completions", json={"prompt": "a", "guided_regex": "(a{1000}){1000}"})
-        assert answer.status_code == 400 and "structured output failed" in answer.json()["error"]["message"]
+        message = answer.json()["error"]["message"]
+        assert answer.status_code == 400 and ("make it simpler" in message or "structured output failed" in message)
 
     def test_a_null_character_is_text(self, server: Running) -> None:
         assert server.complete("a\x00b", max_tokens=1)["usage"]["completion_tokens"] == 1
@@ -552,6 +553,19 @@ class TestErrorsWithin:
             error = server.post("/v1/completions", 500, prompt=[7], max_tokens=50)["error"]
             assert "NaN" in error["message"] and error["type"] == "server_error"
 
+    @pytest.mark.parametrize("length", [0, 3])
+    def test_a_prompt_that_is_scored_with_nan_fails_alone(self, tiny_bundle: Path, length: int) -> None:
+        slots = slots_saying(tiny_bundle, [70], 1, slots=2)
+        slots.nan_after.add((7, 8))
+        asked = {"prompt": [7, 8, 9], "max_tokens": length, "echo": True, "logprobs": 0}
+        with running(scripted(tiny_bundle, slots)) as server:
+            error = server.post("/v1/completions", 500, **asked)["error"]
+            assert "after 2 tokens hold NaN" in error["message"] and error["type"] == "server_error"
+            (chunk,) = server.stream("/v1/completions", **asked)
+            assert chunk["error"] == error
+            assert server.complete([7], max_tokens=2)["usage"]["completion_tokens"] == 2
+            assert server.scheduler.counters.finished == {"error": 2, "length": 1}
+
     def test_what_comes_when_all_was_given_up_is_told_so(self, tiny_bundle: Path) -> None:
         """At shutdown: a request that was still being tokenized would run on and be cut off."""
         with running(scripted(tiny_bundle, slots_saying(tiny_bundle, [70], 1))) as server:
@@ -643,6 +657,16 @@ class TestMetrics:
         text = server.client.get("/metrics").text
         for name in self.NAMES:
             assert f"\ndoge_{name}{{" in text, name
+
+    def test_every_reason_is_there_before_its_first_request(self, tiny_bundle: Path) -> None:
+        """Else an alarm does not see the first one: what comes into being has not grown."""
+        metrics = scripted(tiny_bundle, ScriptedSlots(1)).metrics
+        labels = {"model_name": NAME}
+        for reason in ("stop", "length", "cancelled", "error"):
+            assert (
+                metrics.registry.get_sample_value("doge_request_success_total", {**labels, "finished_reason": reason})
+                == 0
+            ), reason
 
     def test_times_are_counted_as_the_library_counts_them(self) -> None:
         times, reference = Metrics(), CollectorRegistry()

@@ -146,6 +146,7 @@ def create_app(
             for inbox in served.inboxes.values():
                 inbox.fail("the server was stopped")
             for model in served.texts.values():
+                await asyncio.to_thread(model.grammars.close)
                 await asyncio.to_thread(model.engine.stop, 10)
             for feature in served.features.values():
                 feature.stop()
@@ -204,7 +205,7 @@ def _add_generation(app: FastAPI, served: Served, offload: Any) -> None:
         if engine.scheduler.idle:
             tokens = sum(len(request.prompt_ids) for request in plan.requests)
             await served.arrivals.settled(tokens, engine.limits.together_tokens)
-        return await answer(plan, form, served.inboxes[plan.model.name], http)
+        return await answer(plan, form, served.inboxes[plan.model.name], http, offload)
 
     @app.post("/v1/chat/completions", responses=answers(schemas.ChatCompletion, schemas.EVENTS))
     async def chat(body: ChatBody, http: Request) -> Response:

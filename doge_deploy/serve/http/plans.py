@@ -9,12 +9,13 @@ from typing import Any, TypeVar
 
 from doge_deploy.errors import DogeDeployError
 from doge_deploy.runtime.logprobs import TokenLogprobs
-from doge_deploy.serve.grammar import Grammar
+from doge_deploy.serve.grammar.compiler import Grammar
 from doge_deploy.serve.http.errors import ApiError, about, field_of
 from doge_deploy.serve.http.requests import ChatBody, CompletionBody, GenerationBody
 from doge_deploy.serve.http.responses import Usage
 from doge_deploy.serve.model import Answering, ServedText
 from doge_deploy.serve.request import Request
+from doge_deploy.serve.tokens import TokenTexts
 from doge_deploy.text.tokenizer import Tokenizer
 
 _Result = TypeVar("_Result")
@@ -63,6 +64,8 @@ class Plan:
     stream: bool
     include_usage: bool
     name: str
+    texts: TokenTexts | None = None
+    """Where logprobs were asked for."""
     created: int = field(default_factory=lambda: int(time.time()))
     completion_tokens: int = 0
 
@@ -155,15 +158,18 @@ async def _plan(body: GenerationBody, model: ServedText, name: str, wanted: _Wan
     number, limit = len(wanted.prompts) * (body.n or 1), model.engine.limits.queue_requests
     if number > limit:
         raise ApiError(400, f"n: {number} texts in one request; this server takes at most {limit}", param="n")
-    # a grammar takes a moment to compile; and a request looks at each token of its prompt: there may be many of both
-    if _is_guided(body) or number * max(len(ids) for ids, _ in wanted.prompts) > SHORT_CHARACTERS:
-        plan: Plan = await offload(lambda: _planned(body, model, name, wanted))
+    grammar = await _grammar(body, model)
+    # what names tokens takes a moment to be made; and a request looks at each token of its prompt: there may be many of
+    # both
+    is_long = number * max(len(ids) for ids, _ in wanted.prompts) > SHORT_CHARACTERS
+    if is_long or wanted.logprobs is not None:
+        plan: Plan = await offload(lambda: _planned(body, model, name, wanted, grammar))
         return plan
-    return _planned(body, model, name, wanted)
+    return _planned(body, model, name, wanted, grammar)
 
 
-def _planned(body: GenerationBody, model: ServedText, name: str, wanted: _Wanted) -> Plan:
-    grammar, asked = _grammar(body, model), _asked(body, wanted.length)
+def _planned(body: GenerationBody, model: ServedText, name: str, wanted: _Wanted, grammar: Grammar | None) -> Plan:
+    asked = _asked(body, wanted.length)
     choices: list[Choice] = []
     requests: list[Request] = []
     answering: Answering | None = None
@@ -177,7 +183,8 @@ def _planned(body: GenerationBody, model: ServedText, name: str, wanted: _Wanted
             requests.append(model.request(f"{name}-{index}", prompt_ids, answering, number))
     assert answering is not None
     include_usage = body.stream_options is not None and body.stream_options.include_usage
-    return Plan(model, answering, choices, requests, bool(body.stream), include_usage, name)
+    texts = None if wanted.logprobs is None else model.token_texts
+    return Plan(model, answering, choices, requests, bool(body.stream), include_usage, name, texts)
 
 
 def _asked(body: GenerationBody, length: int | None) -> dict[str, Any]:
@@ -203,24 +210,9 @@ def _asked(body: GenerationBody, length: int | None) -> dict[str, Any]:
     return asked
 
 
-def _is_guided(body: GenerationBody) -> bool:
-    """Whether the answer must have a form."""
-    guides = (body.guided_regex, body.guided_choice, body.guided_grammar, body.guided_json, body.response_format)
-    return any(guide is not None for guide in guides)
-
-
-def _grammar(body: GenerationBody, model: ServedText) -> Grammar | None:
-    form = body.response_format
-    if body.guided_regex is not None:
-        return model.compiler.compile("regex", body.guided_regex)
-    if body.guided_choice is not None:
-        return model.compiler.compile("choice", body.guided_choice)
-    if body.guided_grammar is not None:
-        return model.compiler.compile("grammar", body.guided_grammar)
-    if body.guided_json is not None:
-        return model.compiler.compile("json_schema", body.guided_json)
-    if form is not None and form.json_schema is not None:
-        return model.compiler.compile("json_schema", form.json_schema.schema_)
-    if form is not None and form.type == "json_object":
-        return model.compiler.compile("json_object")
-    return None
+async def _grammar(body: GenerationBody, model: ServedText) -> Grammar | None:
+    """What the answer must look like; raises ApiError that names the field."""
+    if (guide := body.guide) is None:
+        return None
+    with about(guide.field):
+        return await model.grammars.compile(guide.kind, guide.source)
