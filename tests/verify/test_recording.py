@@ -357,7 +357,7 @@ def test_the_divergence_of_some_tokens_estimates_that_of_all() -> None:
 
 def altered(recording: Path, target: Path, edit: Callable[[dict[str, Any], Tensors], object]) -> Path:
     """A copy whose document says something else, with hashes that fit: what a hostile writer could make."""
-    container = read_container(recording, KIND)
+    container = read_container(recording, KIND, "a recording")
     tensors = Tensors()
     for digest in container.infos:
         array = container.read(digest, tuple("float32 float64 int64 int32 uint64".split()), "a tensor")
