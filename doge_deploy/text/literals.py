@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from doge_deploy.errors import UsageError
+from doge_deploy.text.backend import ids_of
 
 if TYPE_CHECKING:
     import tokenizers
@@ -72,5 +73,4 @@ class Literals:
 
     def _piece(self, text: str, mark: str) -> list[int]:
         plain = text.replace(mark, "")
-        ids: list[int] = self._backend.encode(plain, add_special_tokens=False).ids if plain else []
-        return ids
+        return ids_of(self._backend, plain, add_special_tokens=False) if plain else []
