@@ -129,11 +129,7 @@ class Tokenizer:
 
     def ids(self, text: str, *, add_special_tokens: bool, room: int | None = None) -> list[int]:
         """Ids of a text, with what the post-processor adds or without; takes and raises what `encode` does."""
-        self._check_room(text, room)
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:
-            raise UsageError(f"the text is not valid UTF-8: {text[error.start]!r} at character {error.start}") from None
+        self._check_text(text, room)
         try:
             ids = ids_of(self._backend, text, add_special_tokens=add_special_tokens)
         except Exception as error:  # of a tokenizer without a token for what it does not know
@@ -141,15 +137,18 @@ class Tokenizer:
         self.check_ids(ids)
         return ids
 
-    def _check_room(self, text: str, room: int | None) -> None:
-        """Raises UsageError where `text` has more than `room` tokens, whatever they are."""
-        if room is None or self._longest is None:
-            return
-        fewest = math.ceil(len(text) / self._longest)
-        if fewest > room:
-            raise UsageError(
-                f"the text has {len(text)} characters, which are {fewest} tokens or more, and at most {room} tokens fit"
-            )
+    def _check_text(self, text: str, room: int | None) -> None:
+        """Raises UsageError where `text` is no Unicode text, or has more than `room` tokens whatever they are."""
+        if room is not None and self._longest is not None:
+            fewest = math.ceil(len(text) / self._longest)
+            if fewest > room:
+                raise UsageError(
+                    f"the text has {len(text)} characters, which are {fewest} tokens or more, and at most {room} fit"
+                )
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise UsageError(f"the text is not valid UTF-8: {text[error.start]!r} at character {error.start}") from None
 
     @cached_property
     def _longest(self) -> int | None:
@@ -189,7 +188,7 @@ class Tokenizer:
             return self.ids(self.chat_text(messages), add_special_tokens=False, room=room)
         mark, marked = self._literals.mark(messages)
         text = self.chat_text(marked)
-        self._check_room(text.replace(mark, ""), room)
+        self._check_text(text.replace(mark, ""), room)
         # Whether pieces between special tokens are what the whole is, which not every tokenizer grants, shows on the
         # same conversation without what was typed.
         plain = self.chat_text([{**message, "content": "a"} for message in messages])

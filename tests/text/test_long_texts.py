@@ -109,14 +109,17 @@ class TestRoom:
         [
             lambda tokenizer, text: tokenizer.encode(text, room=ROOM),
             lambda tokenizer, text: tokenizer.render_chat(chat(text), literal=True, room=ROOM),
+            lambda tokenizer, text: tokenizer.render_chat(chat(text + EOT), literal=True, room=ROOM),
             lambda tokenizer, text: tokenizer.render_chat(chat(text), room=ROOM),
         ],
-        ids=["text", "conversation", "conversation as transformers takes it"],
+        ids=["text", "conversation", "with a special token as text", "as transformers takes it"],
     )
     def test_what_cannot_fit_is_not_encoded(
         self, tokenizer: Tokenizer, encoded: list[str], work: Callable[[Tokenizer, str], Any], text: str
     ) -> None:
-        with pytest.raises(UsageError, match=r"has \d+ characters, which are \d\d tokens or more, and at most 10 ") as e:
+        with pytest.raises(
+            UsageError, match=r"has \d+ characters, which are \d\d tokens or more, and at most 10 "
+        ) as e:
             work(tokenizer, text)
         characters, fewest = (int(word) for word in str(e.value).split() if word.isdigit() and word != "10")
         assert characters >= len(text) and fewest == -(-characters // LONGEST) > ROOM
