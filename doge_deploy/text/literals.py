@@ -92,7 +92,7 @@ def _one_of(texts: Iterable[str], depth: int = _DEPTH) -> str:
         tails.setdefault(text[0], []).append(text[1:])
     branches = []
     for head, rests in tails.items():
-        begin = head + commonprefix(rests)
+        begin = head + commonprefix(rests)  # noqa: RUF071 (characters are meant)
         rests = [rest[len(begin) - 1 :] for rest in rests]
         branches.append(re.escape(begin) + (_one_of(rests, depth - 1) if any(rests) else ""))
     return f"(?:{'|'.join(branches)}){'' if longest_first[-1] else '?'}"
