@@ -703,8 +703,8 @@ FAULTS: dict[str, Fault] = {
         "serve",
         Patch(
             "doge_deploy/serve/scheduler.py",
-            "if count > self.limits.queue_requests:",
-            "if count > 10 * self.limits.queue_requests:",
+            "if count > self.queue_requests:",
+            "if count > 10 * self.queue_requests:",
         ),
         "12: the queue grows beyond its limit",
         ("test_behaviour.py",),

@@ -84,6 +84,16 @@ class ServedText:
             self._config, asked, eos_ids=facts.eos_token_ids, source=file, vocab_size=facts.vocab_size
         )
 
+    def encode(self, prompt: str | Sequence[int]) -> list[int]:
+        """Ids of a prompt that can be answered. A text that cannot fit whatever its tokens are is not encoded.
+
+        Raises:
+            UsageError: as `check_prompt`.
+        """
+        ids = self.tokenizer.encode(prompt, room=self.max_length) if isinstance(prompt, str) else list(prompt)
+        self.check_prompt(ids)
+        return ids
+
     def check_prompt(self, ids: Sequence[int]) -> None:
         """Whether a prompt can be answered.
 

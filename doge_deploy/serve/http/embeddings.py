@@ -48,12 +48,12 @@ class FeatureModel:
         return self.bundle.manifest.max_length
 
     def encode(self, text: str | Sequence[int]) -> list[int]:
-        """Ids of a text that can be embedded.
+        """Ids of a text that can be embedded. One that cannot fit whatever its tokens are is not encoded.
 
         Raises:
             UsageError: it is empty, too long, or holds a token that the model has not.
         """
-        ids = self.tokenizer.encode(text) if isinstance(text, str) else list(text)
+        ids = self.tokenizer.encode(text, room=self.max_length) if isinstance(text, str) else list(text)
         if not ids or len(ids) > self.max_length:
             raise UsageError(f"a text of {len(ids)} tokens; must be 1 to {self.max_length}")
         self.tokenizer.check_ids(ids)
