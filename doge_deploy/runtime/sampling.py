@@ -142,7 +142,7 @@ class Sampler:
         """
         options = self.options
         scores = np.asarray(logits, np.float32)
-        _require_finite(scores, len(context))
+        require_finite(scores, len(context))
         if options.logit_bias:
             scores = add_biases(scores, options.logit_bias)
         if options.repetition_penalty != 1:
@@ -153,8 +153,16 @@ class Sampler:
         return scores
 
 
-def _require_finite(scores: Float32Array, length: int) -> None:
-    """-inf is a token that is ruled out; NaN or +inf anywhere, or -inf everywhere, leaves no distribution."""
+def require_finite(scores: Float32Array, length: int) -> None:
+    """-inf is a token that is ruled out; NaN or +inf anywhere, or -inf everywhere, leaves no distribution.
+
+    Args:
+        scores: logits `[V]`.
+        length: how many tokens they come after.
+
+    Raises:
+        UnsupportedModelError: there is none.
+    """
     largest = scores.max()  # NaN where there is any
     if np.isfinite(largest):
         return

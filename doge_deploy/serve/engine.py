@@ -57,7 +57,7 @@ class Engine:
     def __init__(self, scheduler: Scheduler, deliver: Deliver) -> None:
         self._scheduler = scheduler
         self._deliver = deliver
-        scheduler.after_call = self._after_call
+        scheduler.after_call, scheduler.clock = self._after_call, perf_counter
         self._inbox: queue.SimpleQueue[_Ask | None] = queue.SimpleQueue()
         self._outbox: list[tuple[str, Event]] = []
         self._urgent = False

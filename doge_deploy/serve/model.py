@@ -17,6 +17,7 @@ from doge_deploy.serve.request import Event, Request
 from doge_deploy.serve.text import StreamedText
 from doge_deploy.serve.tokens import TokenTexts
 from doge_deploy.text.files import TOKENIZER_FILE
+from doge_deploy.text.lengths import check_length
 from doge_deploy.text.tokenizer import Tokenizer
 
 
@@ -48,7 +49,7 @@ class ServedText:
 
     @property
     def max_length(self) -> int:
-        """Most tokens of prompt and answer together; the last token of an answer needs no place."""
+        """Most tokens of a prompt; with its answer it may have one more, since the last token needs no place."""
         return self.bundle.manifest.max_length
 
     @cached_property
@@ -102,11 +103,7 @@ class ServedText:
         """
         if not ids:
             raise UsageError("the prompt is empty and the tokenizer has no bos token; give at least one token")
-        if len(ids) > self.max_length:
-            raise UsageError(
-                f"the prompt has {len(ids)} tokens, and this model takes at most {self.max_length} tokens of prompt "
-                "and answer together"
-            )
+        check_length(len(ids), self.max_length)
         self.tokenizer.check_ids(ids)
 
     def request(self, name: str, prompt_ids: Sequence[int], answering: Answering, choice: int = 0) -> Request:

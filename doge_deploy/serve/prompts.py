@@ -182,7 +182,7 @@ class Prompts:
             self._rows.truncate(held.slot, piece.kept)
         held.tokens[:] = request.prompt_ids[: piece.kept]
         request.fed, request.started = piece.kept, True
-        request.send(Started(piece.kept))
+        request.send(Started(piece.kept, request.slot_time))
 
     def _gains_from(self, call: PromptCall, piece: Piece) -> bool:
         """Whether half of the piece or more can be copied when the call has been made."""

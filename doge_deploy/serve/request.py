@@ -37,6 +37,8 @@ class Started:
 
     cached_tokens: int
     """Tokens of the prompt that the slot held already, or that were copied from another."""
+    slot_time: float = 0.0
+    """When the request got its slot, in seconds of the scheduler's clock."""
 
 
 @dataclass(frozen=True)
@@ -121,6 +123,8 @@ class Request:
 
     state: State = State.QUEUED
     slot: int | None = None
+    slot_time: float = 0.0
+    """When it got the slot, in seconds of the scheduler's clock."""
     started: bool = False
     """It was looked what of the prompt is in the slots already."""
     alone: bool = False

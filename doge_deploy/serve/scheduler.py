@@ -4,8 +4,8 @@ A step makes one token for every request that is being decoded, admits requests 
 budget of tokens, so that a long prompt delays the next token of others by one chunk and no more. Where nobody waits for
 a next token, prompts are fed in larger chunks. Short prompts that wait together are fed together (`prompts.py`), but
 where only two wait while tokens are made, each has a step of its own: their texts then end one after the other, and so
-do not bring the next two at the same moment. There is no clock and no thread in here: given the same arrivals between
-the same steps, the same steps are made, and the whole can be run under a clock that is not real.
+do not bring the next two at the same moment. There is no thread in here, and no clock decides anything: given the same
+arrivals between the same steps, the same steps are made, and the whole can be run under a clock that is not real.
 
 Axes: V vocabulary, n requests that are decoded.
 """
@@ -22,6 +22,7 @@ from doge_deploy.errors import DogeDeployError
 from doge_deploy.runtime.base import FloatArray
 from doge_deploy.runtime.logits import Logits
 from doge_deploy.runtime.logprobs import log_probabilities
+from doge_deploy.runtime.sampling import require_finite
 from doge_deploy.runtime.speculation import DraftLength, NgramIndex
 from doge_deploy.serve.prompts import Piece, Prompts, Rows
 from doge_deploy.serve.request import Finished, FinishReason, PromptScored, Request, State
@@ -132,6 +133,8 @@ class Scheduler:
         self.decoding: list[Request] = []
         self.after_call: Callable[[], None] = _nothing
         """Called when the events of a call of the runner have been sent: those of the next one come much later."""
+        self.clock: Callable[[], float] = _no_time
+        """Read where a request gets its slot, for `Started`, which goes out only behind the first call for it."""
         self._ngrams: dict[Request, NgramIndex] = {}
         self._exact_length = runner.max_length if exact_length is None else min(exact_length, runner.max_length)
         speculates = runner.all_logits and not runner.whole_prompts
@@ -240,6 +243,7 @@ class Scheduler:
             held = match.held if match is not None and keeps else free[0]
             self.table.take(held)
             request.slot, request.state = held.slot, State.PREFILL
+            request.slot_time = self.clock()
             self.prefilling.append(request)
 
     def _finish(self, request: Request, finished: Finished) -> None:
@@ -346,13 +350,20 @@ class Scheduler:
         self._take(request, logits)
 
     def _score(self, request: Request, ids: Sequence[int], logits: FloatArray) -> None:
-        """Logprobs of the prompt's tokens: each from the logits of the token before it."""
+        """Logprobs of the prompt's tokens: each from the logits of the token before it.
+
+        Raises:
+            UnsupportedModelError: the logits hold NaN.
+        """
         if not request.prompt_scores:
             request.prompt_scores.append(None)
         following = request.prompt_ids[request.fed + 1 : request.fed + len(ids) + 1]
         top = request.logprobs or 0
-        for row, token in zip(logits, following, strict=False):
-            request.prompt_scores.append(log_probabilities(row.astype("float32"), token, top))
+        rows = logits.astype("float32")
+        for length, row in enumerate(rows, request.fed + 1):
+            require_finite(row, length)
+        for row, token in zip(rows, following, strict=False):
+            request.prompt_scores.append(log_probabilities(row, token, top))
 
     # tokens
 
@@ -433,3 +444,8 @@ class Scheduler:
 
 def _nothing() -> None:
     """Where nobody wants to know."""
+
+
+def _no_time() -> float:
+    """Where nobody asks for it."""
+    return 0.0

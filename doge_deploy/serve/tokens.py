@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -13,35 +15,45 @@ if TYPE_CHECKING:
 class TokenText:
     """One token as a client sees it."""
 
-    token: str
-    """Its text; U+FFFD where it is no whole character."""
-    bytes: list[int]
+    bytes: bytes
     """UTF-8; joined over the tokens of an answer they are its text."""
-
-
-@dataclass(frozen=True)
-class _Known:
-    text: TokenText
     special: bool
+    """It is left out of texts."""
+
+    @cached_property
+    def token(self) -> str:
+        """Its text; U+FFFD where it is no whole character."""
+        return self.bytes.decode("utf-8", "replace")
+
+    @cached_property
+    def name(self) -> str:
+        r"""Its text; `bytes:\xNN...`, as OpenAI's API writes it, where it is not whole characters: all of those would
+        have the same text.
+        """
+        try:
+            return self.bytes.decode("utf-8")
+        except UnicodeDecodeError:
+            return "bytes:" + "".join(f"\\x{byte:02x}" for byte in self.bytes)
+
+    @cached_property
+    def name_json(self) -> str:
+        """`name` as JSON of ASCII."""
+        return json.dumps(self.name)
+
+    @cached_property
+    def chat_json(self) -> str:
+        """The members `token` and `bytes` of a chat's entry, as JSON of ASCII."""
+        return f'"token":{json.dumps(self.token)},"bytes":[{",".join(map(str, self.bytes))}]'
 
 
-class TokenTexts:
-    """Texts of single tokens of one tokenizer, each looked up once."""
+class TokenTexts(dict[int, TokenText]):
+    """Texts of the tokens of one tokenizer by their ids, each looked up when it is first asked for."""
 
     def __init__(self, tokenizer: LLTokenizer) -> None:
+        super().__init__()
         self._tokenizer = tokenizer
-        self._known: dict[int, _Known] = {}
 
-    def __getitem__(self, token: int) -> TokenText:
-        return self._find(token).text
-
-    def is_special(self, token: int) -> bool:
-        """Whether it is left out of texts."""
-        return self._find(token).special
-
-    def _find(self, token: int) -> _Known:
-        if token not in self._known:
-            data = self._tokenizer.decode_bytes([token])
-            text = TokenText(data.decode("utf-8", "replace"), list(data))
-            self._known[token] = _Known(text, self._tokenizer.is_special_token(token))
-        return self._known[token]
+    def __missing__(self, token: int) -> TokenText:
+        found = TokenText(self._tokenizer.decode_bytes([token]), self._tokenizer.is_special_token(token))
+        self[token] = found
+        return found

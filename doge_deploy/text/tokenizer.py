@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -18,6 +17,7 @@ from doge_deploy.text.files import (
     read_template,
     special_tokens,
 )
+from doge_deploy.text.lengths import check_characters
 from doge_deploy.text.literals import Literals
 from doge_deploy.text.longest import longest_token
 from doge_deploy.text.streams import Detokenizer, Vocabulary
@@ -122,7 +122,8 @@ class Tokenizer:
 
         Raises:
             UsageError: `text` holds what is not Unicode text (lone surrogates, from undecodable bytes), a token that
-                the model has no embedding for, or more tokens than there is `room` for.
+                the model has no embedding for.
+            TooLongError: more tokens than there is `room` for.
         """
         ids = self.ids(text, add_special_tokens=True, room=room)
         return ids if ids or self.bos_id is None else [self.bos_id]
@@ -138,13 +139,11 @@ class Tokenizer:
         return ids
 
     def _check_text(self, text: str, room: int | None) -> None:
-        """Raises UsageError where `text` is no Unicode text, or has more than `room` tokens whatever they are."""
+        """Raises UsageError where `text` is no Unicode text, TooLongError where it has more than `room` tokens whatever
+        they are.
+        """
         if room is not None and self._longest is not None:
-            fewest = math.ceil(len(text) / self._longest)
-            if fewest > room:
-                raise UsageError(
-                    f"the text has {len(text)} characters, which are {fewest} tokens or more, and at most {room} fit"
-                )
+            check_characters(len(text), self._longest, room)
         try:
             text.encode()
         except UnicodeEncodeError as error:

@@ -554,6 +554,19 @@ class TestErrorsWithin:
             error = server.post("/v1/completions", 500, prompt=[7], max_tokens=50)["error"]
             assert "NaN" in error["message"] and error["type"] == "server_error"
 
+    @pytest.mark.parametrize("length", [0, 3])
+    def test_a_prompt_that_is_scored_with_nan_fails_alone(self, tiny_bundle: Path, length: int) -> None:
+        slots = slots_saying(tiny_bundle, [70], 1, slots=2)
+        slots.nan_after.add((7, 8))
+        asked = {"prompt": [7, 8, 9], "max_tokens": length, "echo": True, "logprobs": 0}
+        with running(scripted(tiny_bundle, slots)) as server:
+            error = server.post("/v1/completions", 500, **asked)["error"]
+            assert "after 2 tokens hold NaN" in error["message"] and error["type"] == "server_error"
+            (chunk,) = server.stream("/v1/completions", **asked)
+            assert chunk["error"] == error
+            assert server.complete([7], max_tokens=2)["usage"]["completion_tokens"] == 2
+            assert server.scheduler.counters.finished == {"error": 2, "length": 1}
+
     def test_what_comes_when_all_was_given_up_is_told_so(self, tiny_bundle: Path) -> None:
         """At shutdown: a request that was still being tokenized would run on and be cut off."""
         with running(scripted(tiny_bundle, slots_saying(tiny_bundle, [70], 1))) as server:
@@ -658,6 +671,16 @@ class TestMetrics:
         text = server.client.get("/metrics").text
         for name in self.NAMES:
             assert f"\ndoge_{name}{{" in text, name
+
+    def test_every_reason_is_there_before_its_first_request(self, tiny_bundle: Path) -> None:
+        """Else an alarm does not see the first one: what comes into being has not grown."""
+        metrics = scripted(tiny_bundle, ScriptedSlots(1)).metrics
+        labels = {"model_name": NAME}
+        for reason in ("stop", "length", "cancelled", "error"):
+            assert (
+                metrics.registry.get_sample_value("doge_request_success_total", {**labels, "finished_reason": reason})
+                == 0
+            ), reason
 
     def test_times_are_counted_as_the_library_counts_them(self) -> None:
         times, reference = Metrics(), CollectorRegistry()

@@ -10,6 +10,7 @@ from scripted_slots import ScriptedSlots
 from servers import NAME, scripted
 
 from doge_deploy.options.generation import GenerationOptions
+from doge_deploy.runtime.logprobs import TokenLogprobs
 from doge_deploy.serve.http.chunks import Chunks
 from doge_deploy.serve.http.forms import ChatForm, Form, TextForm
 from doge_deploy.serve.http.plans import Choice, Plan
@@ -33,21 +34,23 @@ def plan(bundle: Path, *, include_usage: bool, logprobs: int | None = None, name
     model = scripted(bundle, ScriptedSlots(1)).texts[NAME]
     model.name = name
     answering = Answering(GenerationOptions(), logprobs)
-    return Plan(model, answering, [Choice(0, [7]), Choice(1, [7])], [], True, include_usage, "cmpl-0")
+    texts = None if logprobs is None else model.token_texts
+    return Plan(model, answering, [Choice(0, [7]), Choice(1, [7])], [], True, include_usage, "cmpl-0", texts)
 
 
 @pytest.mark.parametrize("form", [ChatForm, TextForm])
 @pytest.mark.parametrize("include_usage", [False, True])
 @pytest.mark.parametrize("name", [NAME, 'odd "\0" name \N{DOG FACE}'])
+@pytest.mark.parametrize("entries", [(), (TokenLogprobs(70, -1.5, ((71, -0.5), (70, -1.5))),)])
 def test_a_chunk_is_what_it_would_be_made_from_its_parts(
-    tiny_bundle: Path, form: type[Form], include_usage: bool, name: str
+    tiny_bundle: Path, form: type[Form], include_usage: bool, name: str, entries: tuple[TokenLogprobs, ...]
 ) -> None:
-    asked = plan(tiny_bundle, include_usage=include_usage, name=name)
+    asked = plan(tiny_bundle, include_usage=include_usage, name=name, logprobs=len(entries) or None)
     quick, slow = Chunks(asked, form()), Chunks(asked, form())
     for text in (*TEXTS, *TEXTS):
         for choice in asked.choices:
-            found = quick.part(choice, text)
-            assert found == slow.slow(choice, text)
+            found = quick.part(choice, text, entries)
+            assert found == slow.slow(choice, text, entries)
             body = json.loads(found.removeprefix(b"data: "))
             assert body["model"] == name and body["choices"][0]["index"] == choice.index
             assert text in (body["choices"][0].get("text"), body["choices"][0].get("delta", {}).get("content"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -10,7 +11,9 @@ from scripted_requests import Digits
 from scripted_slots import ScriptedSlots
 
 from doge_deploy.runtime.sampling import Sampler, SamplingOptions
+from doge_deploy.serve import engine as engine_module
 from doge_deploy.serve.engine import Engine, EngineStoppedError
+from doge_deploy.serve.http import inbox as inbox_module
 from doge_deploy.serve.http.errors import ApiError
 from doge_deploy.serve.http.inbox import MAX_UNREAD, Inbox, Mail
 from doge_deploy.serve.http.metrics import Metrics
@@ -26,8 +29,8 @@ class Bare:
         self.scheduler = Scheduler(ScriptedSlots(1), limits)
         self.engine = Engine(self.scheduler, self.inbox.deliver)
 
-    def request(self, name: str) -> Request:
-        return Request(name, [5], Sampler(SamplingOptions()), 9, lambda event: None, Digits())
+    def request(self, name: str, tokens: int = 9) -> Request:
+        return Request(name, [5], Sampler(SamplingOptions()), tokens, lambda event: None, Digits())
 
     async def engine_reads(self) -> None:
         """Let it do what it was asked for, once."""
@@ -108,3 +111,54 @@ def test_who_leaves_while_the_engine_is_asked_is_not_computed() -> None:
         assert bare.scheduler.idle and bare.inbox.waiting == 0
 
     asyncio.run(main())
+
+
+class Timed(Bare):
+    """The same under a clock that only the rows move on: each call takes a second."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.now = 0.0
+        for module in (engine_module, inbox_module):
+            monkeypatch.setattr(module, "perf_counter", lambda: self.now)
+        super().__init__()
+        self.inbox.attach(asyncio.get_running_loop())
+        rows = self.scheduler.runner
+        for name in ("prefill", "decode", "extend"):
+            monkeypatch.setattr(rows, name, self._slow(getattr(rows, name)))
+
+    def _slow(self, call: Callable[..., Any]) -> Callable[..., Any]:
+        def taken(*arguments: Any) -> Any:
+            self.now += 1
+            return call(*arguments)
+
+        return taken
+
+    async def answer(self, *names: str) -> None:
+        """Requests of three tokens, one after the other in the only slot, to their ends."""
+        asked = asyncio.ensure_future(self.engine_reads())
+        async with self.inbox.submitted(self.engine, [self.request(name, 3) for name in names]) as mail:
+            await asked
+            while not self.scheduler.idle:
+                self.scheduler.step()
+                self.engine._after_call()
+                await asyncio.sleep(0)
+            async for _ in mail:
+                pass
+
+
+def test_the_time_in_the_queue_ends_with_a_slot(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not with the first token, though both are told together."""
+
+    async def main() -> tuple[list[float], list[float]]:
+        bare = Timed(monkeypatch)
+        times, found = bare.inbox._times, []
+        for names in ("a", "bc"):
+            before = times.queue_time.sum, times.first_token.sum
+            await bare.answer(*names)
+            found.append([times.queue_time.sum - before[0], times.first_token.sum - before[1]])
+        assert sum(times.queue_time.counts) == 3
+        return found[0], found[1]
+
+    alone, behind = asyncio.run(main())
+    assert alone == [0, 1]
+    assert behind == [3, 1 + 4], "the second one waits for the three calls of the first"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -43,20 +44,22 @@ def chat(text: str) -> list[dict[str, str]]:
 @pytest.mark.parametrize(
     ("path", "body", "param"),
     [
-        ("/v1/completions", {"prompt": LONG}, None),
-        ("/v1/completions", {"prompt": [LONG, "a"], "echo": True, "logprobs": 1, "max_tokens": 0}, None),
+        ("/v1/completions", {"prompt": LONG}, "prompt"),
+        ("/v1/completions", {"prompt": [LONG, "a"], "echo": True, "logprobs": 1, "max_tokens": 0}, "prompt.0"),
         ("/v1/chat/completions", {"messages": chat(LONG)}, "messages"),
         ("/v1/chat/completions", {"messages": chat(LONG + EOT)}, "messages"),
-        ("/v1/embeddings", {"input": LONG, "model": "features"}, None),
+        ("/v1/embeddings", {"input": LONG, "model": "features"}, "input"),
     ],
     ids=["a text", "several", "a conversation", "with a special token as text", "embeddings"],
 )
 def test_what_cannot_fit_is_refused_before_it_is_encoded(
-    server: Running, encoded: list[int], path: str, body: dict[str, Any], param: str | None
+    server: Running, encoded: list[int], path: str, body: dict[str, Any], param: str
 ) -> None:
     error = server.post(path, 400, **{"model": "text", **body})["error"]
-    assert "characters, which are 120" in error["message"] and "at most 512 fit" in error["message"]
-    assert error["param"] == param and not encoded
+    assert re.match(
+        rf"{param}: 3\d{{5}} characters, which are 120\d\d tokens or more; .* 512 tokens$", error["message"]
+    )
+    assert (error["param"], error["code"]) == (param, "context_length_exceeded") and not encoded
 
 
 def test_what_might_have_fitted_is_refused_with_both_numbers(server: Running, encoded: list[int]) -> None:
@@ -65,12 +68,14 @@ def test_what_might_have_fitted_is_refused_with_both_numbers(server: Running, en
         ("/v1/chat/completions", {"messages": chat("b" * 2000)}),
         ("/v1/embeddings", {"input": "b" * 2000, "model": "features"}),
     ):
-        assert "512" in server.post(path, 400, **{"model": "text", **body})["error"]["message"]
+        error = server.post(path, 400, **{"model": "text", **body})["error"]
+        assert re.search(r": \d+ tokens; .* 512 tokens$", error["message"])
+        assert error["code"] == "context_length_exceeded"
     assert len(encoded) == 3
 
 
 def test_no_more_prompts_are_encoded_than_may_ever_wait(server: Running, encoded: list[int]) -> None:
-    error = server.post("/v1/completions", 400, model="text", prompt=["a"] * 100, n=3)["error"]
+    error = server.post("/v1/completions", 400, model="text", prompt=["a"] * 60, n=5)["error"]
     assert error["param"] == "n" and not encoded
 
 

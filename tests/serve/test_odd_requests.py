@@ -334,7 +334,7 @@ class TestTexts:
             places = list(zip(found["tokens"], found["text_offset"], strict=True))
             checked = 0
             for token, place in places:
-                if "\ufffd" not in token and not (token.startswith("<|") and token not in text):
+                if not token.startswith("bytes:") and not (token.startswith("<|") and token not in text):
                     assert text[place : place + len(token)] == token
                     checked += 1
             assert checked >= 4 and places[-1][1] == len(text)  # the token that ends the text has none

@@ -379,6 +379,24 @@ def test_the_prompt_is_scored_whole_whatever_the_chunks(chunk: int) -> None:
         assert answer.finished.reason == "length" and answer.tokens == []
 
 
+@pytest.mark.parametrize("tokens", [0, 3])
+@pytest.mark.parametrize("chunk", [1, 3, 64])
+@pytest.mark.parametrize("known", [2, 4], ids=["within", "at the end"])
+def test_a_prompt_that_is_scored_with_nan_fails_alone(tokens: int, chunk: int, known: int) -> None:
+    prompt = [5, 6, 7, 8]
+    scheduler = make(2, limits=Limits(alone_tokens=chunk))
+    scheduler.runner.nan_after.add(tuple(prompt[:known]))
+    bad, wrong = request(prompt, name="bad", tokens=tokens, logprobs=0, score_prompt=True)
+    good, right = request([8, 9], name="good")
+    scheduler.submit(bad)
+    scheduler.submit(good)
+    run(scheduler)
+    assert isinstance(wrong.finished.error, UnsupportedModelError)
+    assert f"after {known} tokens hold NaN" in str(wrong.finished.error)
+    assert not any(isinstance(event, PromptScored) for event in wrong) and right.tokens == alone([8, 9], 8)
+    assert scheduler.counters.finished == {"error": 1, "length": 1} and [] in scheduler.runner.rows.values()
+
+
 COSTS = {1: 1.0, 2: 1.1, 4: 1.2, 8: 1.4}
 
 

@@ -6,16 +6,20 @@ import asyncio
 import contextlib
 import secrets
 from collections.abc import AsyncIterator, Coroutine
+from functools import partial
 from typing import Any, TypeVar
 
 from fastapi import Request as HttpRequest
-from fastapi.responses import JSONResponse, Response
+from fastapi.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from doge_deploy.serve.http.chunks import Chunks, head, take
 from doge_deploy.serve.http.forms import Form
 from doge_deploy.serve.http.inbox import Inbox, Mail
+from doge_deploy.serve.http.offload import Offload
 from doge_deploy.serve.http.plans import Plan
+from doge_deploy.serve.http.responses import HOLE, Encoded, written
+from doge_deploy.serve.request import PromptScored
 
 _Result = TypeVar("_Result")
 
@@ -23,23 +27,28 @@ CLOSED_REQUEST = 499
 """What the log says of a client that went away; nobody reads it."""
 
 
-async def answer(plan: Plan, form: Form, inbox: Inbox, http: HttpRequest) -> Response:
+async def answer(plan: Plan, form: Form, inbox: Inbox, http: HttpRequest, offload: Offload) -> Response:
     """Run the plan; a stream, or a whole answer. A client that goes away frees its slots."""
     if plan.stream:
         stack = contextlib.AsyncExitStack()
         # what refuses the request (a full queue) must become its status, so it is submitted before the answer begins
         mail = await stack.enter_async_context(inbox.submitted(plan.model.engine, plan.requests))
-        return _Stream(streamed(Chunks(plan, form), mail), stack)
+        return _Stream(streamed(Chunks(plan, form), mail, offload), stack)
     async with inbox.submitted(plan.model.engine, plan.requests) as mail:
         if not await unless_gone(_collected(plan, mail), http.receive):
             return Response(status_code=CLOSED_REQUEST)
-    return JSONResponse(
-        {
-            **head(plan, form.object),
-            "choices": [form.choice(choice, plan) for choice in plan.choices],
-            "usage": plan.usage().json(),
-        }
-    )
+    whole = _whole(plan, form) if plan.texts is None else await offload(partial(_whole, plan, form))
+    return Response(whole, media_type="application/json")
+
+
+def _whole(plan: Plan, form: Form) -> bytes:
+    """The body of a whole answer. With logprobs it may be tens of megabytes: each choice is bytes before the next one
+    is written, so that no single step of that, in which other threads have to wait, takes long.
+    """
+    body = {**head(plan, form.object), "choices": Encoded(f"[{HOLE}]"), "usage": plan.usage().json()}
+    before, after = written(body).encode().split(HOLE.encode())
+    choices = [written(form.choice(choice, plan)).encode() for choice in plan.choices]
+    return b"%b%b%b" % (before, b",".join(choices), after)
 
 
 class _Stream(Response):
@@ -96,13 +105,16 @@ async def _collected(plan: Plan, mail: Mail) -> bool:
     return True
 
 
-async def streamed(chunks: Chunks, mail: Mail) -> AsyncIterator[bytes]:
+async def streamed(chunks: Chunks, mail: Mail, offload: Offload) -> AsyncIterator[bytes]:
     """Server-sent events of all choices as they come, those together that are there at the same time."""
     ready: list[bytes] = []
     try:
         async for events in mail:
             for index, found in events:
-                ready += chunks.of(index, found)
+                if isinstance(found, PromptScored):  # one chunk with the logprobs of all of a prompt
+                    ready += await offload(partial(chunks.of, index, found))
+                else:
+                    ready += chunks.of(index, found)
             if ready and mail.open:
                 yield b"".join(ready)
                 ready.clear()

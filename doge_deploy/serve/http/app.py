@@ -24,7 +24,7 @@ from doge_deploy.serve.http import errors, schemas
 from doge_deploy.serve.http.answers import CLOSED_REQUEST, answer, new_name, unless_gone
 from doge_deploy.serve.http.arrivals import Arrivals
 from doge_deploy.serve.http.embeddings import FeatureModel, encoded
-from doge_deploy.serve.http.errors import ApiError
+from doge_deploy.serve.http.errors import ApiError, about, field_of
 from doge_deploy.serve.http.forms import ChatForm, Form, TextForm
 from doge_deploy.serve.http.inbox import Inbox
 from doge_deploy.serve.http.metrics import Metrics
@@ -40,6 +40,9 @@ from doge_deploy.serve.model import ServedText
 PAGE = Path(__file__).parent.parent / "page"
 
 _Model = TypeVar("_Model", bound="ServedText | FeatureModel")
+
+_TASKS = {"text": "causal-lm", "embeddings": "features"}
+"""What a bundle must have been exported for that makes it."""
 
 _log = logging.getLogger("doge_deploy.serve")
 
@@ -99,7 +102,14 @@ class Served:
             return next(iter(models.values()))
         if name is not None and name in models:
             return models[name]
-        known = ", ".join(models) or "none"
+        if not models:
+            raise ApiError(
+                404,
+                f"model: nothing here makes {what}; serve a bundle that was exported with --task {_TASKS[what]}",
+                param="model",
+                code="model_not_found",
+            )
+        known = ", ".join(models)
         if name is None:
             raise ApiError(400, f"model: this server has several models for {what}, name one: {known}", param="model")
         raise ApiError(
@@ -198,7 +208,7 @@ def _add_generation(app: FastAPI, served: Served, offload: Offload) -> None:
         if engine.scheduler.idle:
             tokens = sum(len(request.prompt_ids) for request in plan.requests)
             await served.arrivals.settled(tokens, engine.limits.together_tokens)
-        return await answer(plan, form, served.inboxes[plan.model.name], http)
+        return await answer(plan, form, served.inboxes[plan.model.name], http, offload)
 
     @app.post("/v1/chat/completions", responses=answers(schemas.ChatCompletion, schemas.EVENTS))
     async def chat(body: ChatBody, http: Request) -> Response:
@@ -219,7 +229,15 @@ def _add_generation(app: FastAPI, served: Served, offload: Offload) -> None:
         """A vector for each text, of a bundle that was exported with `--task features`."""
         model = served.feature(body.model)
         given = body.texts
-        texts = await offload(lambda: [model.encode(text) for text in given], sum(map(len, given)))
+
+        def work() -> list[list[int]]:
+            found = []
+            for index, text in enumerate(given):
+                with about(field_of("input", index, given)):
+                    found.append(model.encode(text))
+            return found
+
+        texts = await offload(work, sum(map(len, given)))
         vectors = await unless_gone(model.embed_all(texts), http.receive)
         if vectors is None:
             return Response(status_code=CLOSED_REQUEST)
@@ -275,7 +293,8 @@ def _add_operations(app: FastAPI, served: Served, offload: Offload) -> None:
             if prompt is None:
                 ids = rendered(found.tokenizer, messages)
             else:
-                ids = found.tokenizer.ids(prompt, add_special_tokens=body.add_special_tokens)
+                with about("prompt"):
+                    ids = found.tokenizer.ids(prompt, add_special_tokens=body.add_special_tokens)
             return tokens_json(ids, found.max_length)
 
         size = sum(len(one["content"]) for one in messages) if prompt is None else len(prompt)
@@ -287,7 +306,8 @@ def _add_operations(app: FastAPI, served: Served, offload: Offload) -> None:
         found = served.any(body.model)
 
         def work() -> str:
-            found.tokenizer.check_ids(body.tokens)
+            with about("tokens"):
+                found.tokenizer.check_ids(body.tokens)
             return line_of_json({"prompt": found.tokenizer.text_of(body.tokens)})
 
         return Response(await offload(work, len(body.tokens)), media_type="application/json")

@@ -4,26 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from doge_deploy.runtime.logprobs import TokenLogprobs
 from doge_deploy.serve.http.errors import as_api_error, error_body
-from doge_deploy.serve.http.forms import Form
+from doge_deploy.serve.http.forms import NONE, Form
 from doge_deploy.serve.http.plans import Choice, Plan
-from doge_deploy.serve.http.responses import DONE, Json, event, line_of_json
+from doge_deploy.serve.http.responses import DONE, HOLE, Json, event, line_of_json
 from doge_deploy.serve.request import Event, Finished, Produced, PromptScored, Started
-
-_MARK = "\0"
-"""Stands for the text of a chunk while its other bytes are made; nothing behind the text is this."""
 
 
 class Chunks:
     """The stream of one answer.
 
-    Most chunks differ in their text alone. So everything before and behind the text is made once for each choice,
-    and only the text is encoded for each token; `slow` is the same chunk made from its parts.
+    Most chunks differ in their text and their logprobs alone. So everything around these is made once for each choice,
+    and only they are written for each token; `slow` is the same chunk made from its parts.
     """
 
     def __init__(self, plan: Plan, form: Form) -> None:
         self._plan, self._form = plan, form
-        self._around: dict[int, tuple[bytes, bytes]] = {}
+        self._around: dict[int, list[bytes]] = {}
 
     def of(self, index: int, found: Event) -> Sequence[bytes]:
         """What `found` of the choice `index` adds to the stream.
@@ -35,7 +33,7 @@ class Chunks:
         text = take(plan, choice, found)
         if isinstance(found, Produced):
             if found.logprobs is not None:
-                return (self._chunk(self._form.part(choice, text, [found.logprobs], plan)),)
+                return (self.part(choice, text, (found.logprobs,)),)
             return (self.part(choice, text),) if text else ()
         if isinstance(found, Finished):
             last = self._chunk(self._form.last(choice, plan))
@@ -45,19 +43,20 @@ class Chunks:
             return () if opening is None else (self._chunk(opening),)
         return ()
 
-    def part(self, choice: Choice, text: str) -> bytes:
-        """A chunk with more text, and nothing else."""
-        if self._plan.answering.logprobs is not None:  # its list of them is empty, and counts on
-            return self.slow(choice, text)
+    def part(self, choice: Choice, text: str, entries: Sequence[TokenLogprobs] = ()) -> bytes:
+        """A chunk with more text and the logprobs of its tokens, and nothing else."""
         around = self._around.get(choice.index)
         if around is None:
-            before, after = self.slow(choice, _MARK).rsplit(line_of_json(_MARK).encode(), 1)
-            around = self._around[choice.index] = before, after
-        return b"%b%b%b" % (around[0], line_of_json(text).encode(), around[1])
+            around = self._chunk(self._form.part(choice, HOLE, HOLE)).split(HOLE.encode())
+            self._around[choice.index] = around
+        before, between, after = around
+        logprobs = NONE if self._plan.texts is None else self._form.logprobs(choice, entries, self._plan)
+        return b"%b%b%b%b%b" % (before, line_of_json(text).encode(), between, logprobs.encode(), after)
 
-    def slow(self, choice: Choice, text: str) -> bytes:
+    def slow(self, choice: Choice, text: str, entries: Sequence[TokenLogprobs] = ()) -> bytes:
         """The same, made as every other chunk is."""
-        return self._chunk(self._form.part(choice, text, [], self._plan))
+        logprobs = self._form.logprobs(choice, entries, self._plan)
+        return self._chunk(self._form.part(choice, text, logprobs))
 
     def end(self) -> Sequence[bytes]:
         """What comes behind the last choice."""

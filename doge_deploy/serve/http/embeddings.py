@@ -18,6 +18,7 @@ from doge_deploy.errors import UnsupportedModelError, UsageError
 from doge_deploy.runtime.base import Runner
 from doge_deploy.serve.engine import EngineStoppedError
 from doge_deploy.serve.scheduler import QueueFullError
+from doge_deploy.text.lengths import check_length
 from doge_deploy.text.tokenizer import Tokenizer
 
 
@@ -54,8 +55,9 @@ class FeatureModel:
             UsageError: it is empty, too long, or holds a token that the model has not.
         """
         ids = self.tokenizer.encode(text, room=self.max_length) if isinstance(text, str) else list(text)
-        if not ids or len(ids) > self.max_length:
-            raise UsageError(f"a text of {len(ids)} tokens; must be 1 to {self.max_length}")
+        if not ids:
+            raise UsageError("the text is empty and the tokenizer has no bos token; give at least one token")
+        check_length(len(ids), self.max_length)
         self.tokenizer.check_ids(ids)
         return ids
 

@@ -5,7 +5,8 @@ Reference: https://platform.openai.com/docs/guides/error-codes
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -15,7 +16,9 @@ from starlette.exceptions import HTTPException
 
 from doge_deploy.errors import DogeDeployError, UsageError
 from doge_deploy.serve.engine import EngineFailedError, EngineStoppedError
+from doge_deploy.serve.http.findings import place, told
 from doge_deploy.serve.scheduler import QueueFullError
+from doge_deploy.text.lengths import TooLongError
 
 RETRY_AFTER_S = 1
 """What a client is told to wait when the queue is full."""
@@ -30,6 +33,25 @@ class ApiError(Exception):
     def __init__(self, status: int, message: str, *, param: str | None = None, code: str | None = None) -> None:
         super().__init__(message)
         self.status, self.message, self.param, self.code = status, message, param, code
+
+
+@contextlib.contextmanager
+def about(field: str) -> Iterator[None]:
+    """Within it a UsageError becomes a refusal that names the field that the client has to change.
+
+    Raises:
+        ApiError: a UsageError was raised within.
+    """
+    try:
+        yield
+    except UsageError as error:
+        code = "context_length_exceeded" if isinstance(error, TooLongError) else None
+        raise ApiError(400, f"{field}: {str(error).removeprefix(f'{field}: ')}", param=field, code=code) from error
+
+
+def field_of(name: str, index: int, entries: Sequence[object]) -> str:
+    """The field of one of several `entries`; of the only one it is `name`, which may hold it without a list."""
+    return name if len(entries) == 1 else f"{name}.{index}"
 
 
 def error_body(
@@ -73,18 +95,17 @@ def validation_error(error: RequestValidationError) -> ApiError:
     if finding["loc"] == ("body",) and finding["type"] in _NO_OBJECT:
         what = "the body is empty; it" if finding["type"] == "missing" else "the body"
         return ApiError(400, f"{what} must be a JSON object")
-    place = [str(part) for part in finding["loc"] if part not in ("body", "query", "path", "str")]
+    parts = place(finding)
     # parts of a union's own names, such as `list[str]`, say nothing to a client
-    field = ".".join(part for part in place if part.replace("_", "").isalnum()) or None
+    field = ".".join(part for part in parts if part.replace("_", "").isalnum()) or None
     if finding["type"] == "json_invalid":
         return ApiError(400, f"the body is not valid JSON: {finding.get('ctx', {}).get('error', finding['msg'])}")
     if finding["type"] == "extra_forbidden":
-        name = place[-1]
+        name = parts[-1]
         if not name.replace("_", "").isalnum():  # told as it came
             field = ".".join([*([] if field is None else [field]), repr(name)])
         return ApiError(400, f"{field}: not supported by this server", param=field, code="unsupported_parameter")
-    message = str(finding["msg"]).removeprefix("Value error, ")
-    return ApiError(400, f"{field}: {message}" if field else message, param=field)
+    return ApiError(400, f"{field}: {told(finding)}" if field else told(finding), param=field)
 
 
 _NO_OBJECT = ("missing", "model_attributes_type", "model_type", "dict_type")

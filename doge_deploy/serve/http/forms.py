@@ -6,8 +6,11 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 
 from doge_deploy.runtime.logprobs import TokenLogprobs
+from doge_deploy.serve.http.logprobs import CompletionLogprobs, chat_logprobs
 from doge_deploy.serve.http.plans import Choice, Plan
-from doge_deploy.serve.http.responses import CompletionLogprobs, Json, chat_logprobs
+from doge_deploy.serve.http.responses import Encoded, Json
+
+NONE = Encoded("null")
 
 
 class Form(ABC):
@@ -25,8 +28,12 @@ class Form(ABC):
         """A choice's first chunk, before any token; None where there is none."""
 
     @abstractmethod
-    def part(self, choice: Choice, text: str, logprobs: Sequence[TokenLogprobs], plan: Plan) -> Json:
-        """A chunk with more of the text."""
+    def part(self, choice: Choice, text: str, logprobs: Encoded) -> Json:
+        """A chunk with more of the text, and with what `logprobs` gave."""
+
+    @abstractmethod
+    def logprobs(self, choice: Choice, entries: Sequence[TokenLogprobs], plan: Plan) -> Encoded:
+        """Those of the next tokens; `null` where nobody asked for them."""
 
     @abstractmethod
     def last(self, choice: Choice, plan: Plan) -> Json:
@@ -43,23 +50,23 @@ class ChatForm(Form):
         return {
             "index": choice.index,
             "message": message,
-            "logprobs": self._logprobs(choice.logprobs, plan),
+            "logprobs": self.logprobs(choice, choice.logprobs, plan),
             "finish_reason": choice.finish_reason,
         }
 
     def first(self, choice: Choice, plan: Plan) -> Json | None:
-        return self._chunk(choice, {"role": "assistant", "content": ""}, None)
+        return self._chunk(choice, {"role": "assistant", "content": ""}, NONE)
 
-    def part(self, choice: Choice, text: str, logprobs: Sequence[TokenLogprobs], plan: Plan) -> Json:
-        return self._chunk(choice, {"content": text}, self._logprobs(logprobs, plan))
+    def part(self, choice: Choice, text: str, logprobs: Encoded) -> Json:
+        return self._chunk(choice, {"content": text}, logprobs)
 
     def last(self, choice: Choice, plan: Plan) -> Json:
-        return {**self._chunk(choice, {}, None), "finish_reason": choice.finish_reason}
+        return {**self._chunk(choice, {}, NONE), "finish_reason": choice.finish_reason}
 
-    def _logprobs(self, entries: Sequence[TokenLogprobs], plan: Plan) -> Json | None:
-        return None if plan.answering.logprobs is None else chat_logprobs(entries, plan.model.token_texts)
+    def logprobs(self, choice: Choice, entries: Sequence[TokenLogprobs], plan: Plan) -> Encoded:
+        return NONE if plan.texts is None else chat_logprobs(entries, plan.texts)
 
-    def _chunk(self, choice: Choice, delta: Json, logprobs: Json | None) -> Json:
+    def _chunk(self, choice: Choice, delta: Json, logprobs: Encoded) -> Json:
         return {"index": choice.index, "delta": delta, "logprobs": logprobs, "finish_reason": None}
 
 
@@ -76,29 +83,29 @@ class TextForm(Form):
         return {
             "index": choice.index,
             "text": (choice.prompt_text or "") + choice.text,
-            "logprobs": self._logprobs(choice, entries, plan),
+            "logprobs": self.logprobs(choice, entries, plan),
             "finish_reason": choice.finish_reason,
         }
 
     def first(self, choice: Choice, plan: Plan) -> Json | None:
         if choice.prompt_text is None:
             return None
-        return self._chunk(choice, choice.prompt_text, self._logprobs(choice, choice.prompt_logprobs, plan))
+        return self._chunk(choice, choice.prompt_text, self.logprobs(choice, choice.prompt_logprobs, plan))
 
-    def part(self, choice: Choice, text: str, logprobs: Sequence[TokenLogprobs], plan: Plan) -> Json:
-        return self._chunk(choice, text, self._logprobs(choice, logprobs, plan))
+    def part(self, choice: Choice, text: str, logprobs: Encoded) -> Json:
+        return self._chunk(choice, text, logprobs)
 
     def last(self, choice: Choice, plan: Plan) -> Json:
-        return {**self._chunk(choice, "", None), "finish_reason": choice.finish_reason}
+        return {**self._chunk(choice, "", NONE), "finish_reason": choice.finish_reason}
 
-    def _logprobs(self, choice: Choice, entries: Sequence[TokenLogprobs | None], plan: Plan) -> Json | None:
-        if plan.answering.logprobs is None:
-            return None
+    def logprobs(self, choice: Choice, entries: Sequence[TokenLogprobs | None], plan: Plan) -> Encoded:
+        if plan.texts is None:
+            return NONE
         written = self._written.get(choice.index)
         if written is None:
-            written = CompletionLogprobs(plan.model.token_texts, choice.prompt_text or "")
+            written = CompletionLogprobs(plan.texts, choice.prompt_text or "")
             self._written[choice.index] = written
         return written.json(entries, first=choice.prompt_ids[0])
 
-    def _chunk(self, choice: Choice, text: str, logprobs: Json | None) -> Json:
+    def _chunk(self, choice: Choice, text: str, logprobs: Encoded) -> Json:
         return {"index": choice.index, "text": text, "logprobs": logprobs, "finish_reason": None}

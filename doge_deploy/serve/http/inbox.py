@@ -1,4 +1,6 @@
-"""Events of the engine's thread, sorted to those who wait for them in the event loop; times are taken here."""
+"""Events of the engine's thread, sorted to those who wait for them in the event loop. Times are taken here, as a client
+sees them, except the one at which a request got its slot: its event goes out only behind the next call of the runner.
+"""
 
 from __future__ import annotations
 
@@ -121,7 +123,7 @@ class Inbox:
                 times.inter_token.observe(now - waiter.last)
             waiter.last = now
         elif isinstance(event, Started):
-            times.queue_time.observe(now - waiter.arrived)
+            times.queue_time.observe(event.slot_time - waiter.arrived)
         elif isinstance(event, Finished):
             waiter.ended = True
             times.latency.observe(now - waiter.arrived)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from itertools import accumulate
+from typing import get_args
 
 from prometheus_client import CollectorRegistry
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
@@ -14,6 +15,7 @@ from prometheus_client.registry import Collector
 from prometheus_client.utils import floatToGoString
 
 from doge_deploy.serve.http.embeddings import FeatureModel
+from doge_deploy.serve.request import FinishReason
 from doge_deploy.serve.scheduler import Scheduler
 
 SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
@@ -162,8 +164,8 @@ class _States(Collector):
             }
             for name, value in values.items():
                 families[name].add_metric([model], value)
-            for reason, number in dict(counters.finished).items():
-                finished.add_metric([model, reason], number)
+            for reason in get_args(FinishReason):  # also where it is 0: an alarm looks whether it has grown
+                finished.add_metric([model, reason], counters.finished.get(reason, 0))
         for model, features in self.features.items():
             families["prompt_tokens"].add_metric([model], features.tokens)
         return [*families.values(), finished]

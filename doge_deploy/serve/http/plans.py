@@ -7,16 +7,17 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from doge_deploy.errors import DogeDeployError
+from doge_deploy.errors import BrokenBundleError
 from doge_deploy.runtime.logprobs import TokenLogprobs
 from doge_deploy.serve.grammar import Grammar
-from doge_deploy.serve.http.errors import ApiError
+from doge_deploy.serve.http.errors import ApiError, about, field_of
 from doge_deploy.serve.http.offload import Offload
 from doge_deploy.serve.http.requests import ChatBody, CompletionBody, GenerationBody
 from doge_deploy.serve.http.responses import Usage
 from doge_deploy.serve.model import Answering, ServedText
 from doge_deploy.serve.request import Request
 from doge_deploy.serve.scheduler import QueueFullError
+from doge_deploy.serve.tokens import TokenTexts
 from doge_deploy.text.tokenizer import Tokenizer
 
 SHORT_CHARACTERS = 2048
@@ -60,6 +61,8 @@ class Plan:
     stream: bool
     include_usage: bool
     name: str
+    texts: TokenTexts | None = None
+    """Where logprobs were asked for."""
     created: int = field(default_factory=lambda: int(time.time()))
     completion_tokens: int = 0
 
@@ -115,14 +118,14 @@ def rendered(tokenizer: Tokenizer, messages: Sequence[Mapping[str, str]], model:
     Raises:
         ApiError: the template refuses them, breaks on them, or was stopped by a limit; they cannot be answered.
     """
-    try:
-        if model is None:
-            return tokenizer.render_chat(messages, literal=True)
-        ids = tokenizer.render_chat(messages, literal=True, room=model.max_length)
-        model.check_prompt(ids)
+    with about("messages"):
+        try:
+            ids = tokenizer.render_chat(messages, literal=True, room=None if model is None else model.max_length)
+        except BrokenBundleError as error:  # of the template, which is as it is
+            raise ApiError(400, f"messages: {error}", param="messages") from error
+        if model is not None:
+            model.check_prompt(ids)
         return ids
-    except DogeDeployError as error:
-        raise ApiError(400, str(error), param="messages") from error
 
 
 async def plan_completion(body: CompletionBody, model: ServedText, name: str, offload: Offload) -> Plan:
@@ -130,8 +133,9 @@ async def plan_completion(body: CompletionBody, model: ServedText, name: str, of
 
     def encoded() -> list[tuple[list[int], str | None]]:
         found = []
-        for prompt in body.prompts:
-            ids = model.encode(prompt)
+        for index, prompt in enumerate(body.prompts):
+            with about(field_of("prompt", index, body.prompts)):
+                ids = model.encode(prompt)
             text = None
             if body.echo:
                 text = prompt if isinstance(prompt, str) else model.tokenizer.text_of(ids)
@@ -170,17 +174,19 @@ def _check_tokens(body: GenerationBody, lengths: Sequence[int], model: ServedTex
         model.engine.scheduler.check_alone(repeated)
     except QueueFullError as error:
         param = "prompt" if (body.n or 1) == 1 else "n"
-        message = (
-            f"{param}: {sum(repeated)} prompt tokens in one request, too many even while nothing else waits: {error}"
-        )
-        raise ApiError(400, message, param=param) from error
+        total = f"{sum(repeated)} prompt tokens in one request"
+        raise ApiError(
+            400, f"{param}: {total}, too many even while nothing else waits: {error}", param=param
+        ) from error
 
 
 async def _plan(body: GenerationBody, model: ServedText, name: str, wanted: _Wanted, offload: Offload) -> Plan:
-    _check_tokens(body, [len(ids) for ids, _ in wanted.prompts], model)
-    number = len(wanted.prompts) * (body.n or 1)
-    # a grammar takes a moment to compile; and a request looks at each token of its prompt: there may be many of both
-    if _is_guided(body) or number * max(len(ids) for ids, _ in wanted.prompts) > SHORT_CHARACTERS:
+    lengths = [len(ids) for ids, _ in wanted.prompts]
+    _check_tokens(body, lengths, model)
+    # a grammar takes a moment to compile, and what names tokens to be made; and a request looks at each token of its
+    # prompt: there may be many of both
+    is_long = len(lengths) * (body.n or 1) * max(lengths) > SHORT_CHARACTERS
+    if is_long or _is_guided(body) or wanted.logprobs is not None:
         return await offload(lambda: _planned(body, model, name, wanted))
     return _planned(body, model, name, wanted)
 
@@ -191,7 +197,8 @@ def _planned(body: GenerationBody, model: ServedText, name: str, wanted: _Wanted
     requests: list[Request] = []
     answering: Answering | None = None
     for prompt_ids, text in wanted.prompts:
-        options = model.options(asked, len(prompt_ids), wanted.default_length)
+        with about("logit_bias"):  # all else was checked with the body
+            options = model.options(asked, len(prompt_ids), wanted.default_length)
         answering = Answering(options, wanted.logprobs, wanted.echo and wanted.logprobs is not None, grammar)
         for number in range(body.n or 1):
             index = len(choices)
@@ -199,7 +206,8 @@ def _planned(body: GenerationBody, model: ServedText, name: str, wanted: _Wanted
             requests.append(model.request(f"{name}-{index}", prompt_ids, answering, number))
     assert answering is not None
     include_usage = body.stream_options is not None and body.stream_options.include_usage
-    return Plan(model, answering, choices, requests, bool(body.stream), include_usage, name)
+    texts = None if wanted.logprobs is None else model.token_texts
+    return Plan(model, answering, choices, requests, bool(body.stream), include_usage, name, texts)
 
 
 def _asked(body: GenerationBody, length: int | None) -> dict[str, Any]:

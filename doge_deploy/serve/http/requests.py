@@ -7,6 +7,8 @@ Reference: https://platform.openai.com/docs/api-reference
 
 from __future__ import annotations
 
+import json
+import re
 from typing import Annotated, Any, Literal
 
 from pydantic import (
@@ -20,6 +22,8 @@ from pydantic import (
     WithJsonSchema,
     model_validator,
 )
+
+from doge_deploy.serve.http.findings import kind_error, rule
 
 MAX_CHOICES = 16
 MAX_PROMPTS = 64
@@ -71,7 +75,8 @@ def _neutral(*values: object) -> Any:
 
     def check(value: object) -> object:
         if value is not None and value not in values:
-            legal = " or ".join(["null", *map(repr, values)])
+            *most, last = ["null", *(json.dumps(one) for one in values)]
+            legal = f"{', '.join(most)} or {last}" if most else last
             raise ValueError(f"not supported by this server; {legal} is accepted")
         return value
 
@@ -79,6 +84,8 @@ def _neutral(*values: object) -> Any:
 
 
 def _as_texts(value: object) -> object:
+    if not isinstance(value, str | list):
+        raise kind_error("a text or a list of texts", value)
     return [value] if isinstance(value, str) else value
 
 
@@ -107,6 +114,8 @@ _JSON_TYPES = {
 
 def _of_one_kind(value: object) -> object:
     """Of a list that fits none of several types the first one tells what its first entry is not, which helps nobody."""
+    if not isinstance(value, str | list):
+        raise kind_error("a text, a list of texts, or token ids", value)
     if isinstance(value, list) and 0 < len(value) <= MAX_TOKEN_IDS:
         for place, entry in enumerate(value):
             if type(entry) not in (str, int, list) or type(entry) is not type(value[0]):
@@ -155,8 +164,20 @@ class ResponseFormat(_Body):
     @model_validator(mode="after")
     def _has_a_schema(self) -> ResponseFormat:
         if (self.type == "json_schema") != (self.json_schema is not None):
-            raise ValueError("json_schema belongs to type 'json_schema', which needs it")
+            raise rule("json_schema", "belongs to the type 'json_schema', which needs it")
         return self
+
+
+def _token_key(value: object) -> object:
+    if isinstance(value, str) and not re.fullmatch(_TOKEN_KEY, value):
+        raise ValueError("must be a token id, in digits")
+    return value
+
+
+_TOKEN_KEY = r"[0-9]{1,9}"
+_TokenKey = Annotated[
+    str, BeforeValidator(_token_key), WithJsonSchema({"type": "string", "pattern": f"^{_TOKEN_KEY}$"})
+]
 
 
 class GenerationBody(_Body):
@@ -175,7 +196,7 @@ class GenerationBody(_Body):
     frequency_penalty: Annotated[float, Field(ge=-2, le=2, **_NUMBER)] | None = None
     logit_bias: (
         Annotated[
-            dict[Annotated[str, Field(pattern=r"^[0-9]{1,9}$")], Annotated[float, Field(ge=-100, le=100, **_NUMBER)]],
+            dict[_TokenKey, Annotated[float, Field(ge=-100, le=100, **_NUMBER)]],
             Field(max_length=MAX_BIASES, json_schema_extra={"additionalProperties": False}),
             _at_most(MAX_BIASES),
         ]
@@ -213,7 +234,7 @@ class GenerationBody(_Body):
     @model_validator(mode="after")
     def _agrees(self) -> GenerationBody:
         if self.stream_options is not None and not self.stream:
-            raise ValueError("stream_options belongs to stream: true")
+            raise rule("stream_options", "only with stream: true")
         guided = [
             name
             for name in ("guided_regex", "guided_choice", "guided_grammar", "guided_json")
@@ -222,7 +243,7 @@ class GenerationBody(_Body):
         if self.response_format is not None and self.response_format.type != "text":
             guided.append("response_format")
         if len(guided) > 1:
-            raise ValueError(f"{guided[0]} and {guided[1]} cannot both be followed; give one of them")
+            raise rule(guided[0], f"{guided[1]} is given too, and they cannot both be followed")
         return self
 
 
@@ -233,17 +254,35 @@ class TextPart(_Body):
     text: StrictStr
 
 
+def _as_content(value: object) -> object:
+    if not isinstance(value, str | list):
+        raise kind_error("a text or a list of parts", value)
+    return value
+
+
 class Message(_Body):
     """One message of a conversation."""
 
     role: Annotated[StrictStr, Field(min_length=1, max_length=64)]
-    content: StrictStr | Annotated[list[TextPart], Field(fail_fast=True, max_length=MAX_PARTS), _at_most(MAX_PARTS)]
+    content: Annotated[
+        StrictStr | Annotated[list[TextPart], Field(fail_fast=True, max_length=MAX_PARTS), _at_most(MAX_PARTS)],
+        BeforeValidator(_as_content),
+    ]
     name: StrictStr | None = None
+    """Accepted and not looked at: chat templates know roles."""
+    # what clients send back of an answer as they got it, from this server or from another one
+    type: _neutral("text", "message") = None  # type: ignore[valid-type]
     tool_calls: _neutral([]) = None  # type: ignore[valid-type]
-    refusal: _neutral() = None  # type: ignore[valid-type]
+    tool_call_id: _neutral() = None  # type: ignore[valid-type]
+    refusal: _neutral("") = None  # type: ignore[valid-type]
     audio: _neutral() = None  # type: ignore[valid-type]
     function_call: _neutral() = None  # type: ignore[valid-type]
     annotations: _neutral([]) = None  # type: ignore[valid-type]
+    images: _neutral([]) = None  # type: ignore[valid-type]
+    parsed: _neutral() = None  # type: ignore[valid-type]
+    reasoning: _neutral("") = None  # type: ignore[valid-type]
+    reasoning_content: _neutral("") = None  # type: ignore[valid-type]
+    provider_specific_fields: _neutral({}) = None  # type: ignore[valid-type]
 
     @property
     def text(self) -> str:
@@ -279,10 +318,10 @@ class ChatBody(GenerationBody):
     @model_validator(mode="after")
     def _agrees_in_lengths(self) -> ChatBody:
         if self.top_logprobs and not self.logprobs:
-            raise ValueError("top_logprobs belongs to logprobs: true")
+            raise rule("top_logprobs", "only with logprobs: true")
         both = {self.max_tokens, self.max_completion_tokens} - {None}
         if len(both) > 1:
-            raise ValueError("max_tokens and max_completion_tokens say different things; give one of them")
+            raise rule("max_tokens", "max_completion_tokens says another number; give one of them")
         return self
 
     @property
@@ -305,7 +344,7 @@ class CompletionBody(GenerationBody):
     @model_validator(mode="after")
     def _agrees_in_echo(self) -> CompletionBody:
         if self.max_tokens == 0 and not self.echo:
-            raise ValueError("max_tokens=0 belongs to echo: true; else it must be at least 1")
+            raise rule("max_tokens", "0 only with echo: true; else it must be at least 1")
         return self
 
     @property
@@ -347,7 +386,7 @@ class TokenizeBody(_Body):
     @model_validator(mode="after")
     def _one_of_both(self) -> TokenizeBody:
         if (self.prompt is None) == (self.messages is None):
-            raise ValueError("give prompt or messages")
+            raise rule("prompt", "give either prompt or messages")
         return self
 
 

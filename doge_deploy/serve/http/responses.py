@@ -6,13 +6,9 @@ Reference: https://platform.openai.com/docs/api-reference
 from __future__ import annotations
 
 import json
-from codecs import IncrementalDecoder, getincrementaldecoder
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass
 from typing import Any
-
-from doge_deploy.runtime.logprobs import TokenLogprobs
-from doge_deploy.serve.tokens import TokenTexts
 
 Json = dict[str, Any]
 
@@ -36,68 +32,6 @@ class Usage:
         }
 
 
-def chat_logprobs(entries: Sequence[TokenLogprobs], texts: TokenTexts) -> Json:
-    """`logprobs` of a chat choice: one entry a token."""
-
-    def entry(token: int, logprob: float) -> Json:
-        return {**asdict(texts[token]), "logprob": logprob}
-
-    return {
-        "content": [
-            {
-                **entry(found.token, found.logprob),
-                "top_logprobs": [entry(token, logprob) for token, logprob in found.top],
-            }
-            for found in entries
-        ],
-        "refusal": None,
-    }
-
-
-@dataclass
-class CompletionLogprobs:
-    """`logprobs` of a text completion, whose lists grow with the text."""
-
-    texts: TokenTexts
-    echoed: str = ""
-    """The prompt, where the text begins with it."""
-    offset: int = 0
-    """Characters of the text before the one that the next token begins or is a part of."""
-    decoder: IncrementalDecoder = field(default_factory=lambda: getincrementaldecoder("utf-8")("replace"))
-    """Holds the bytes of a character that is not there whole."""
-    entries: list[TokenLogprobs | None] = field(default_factory=list)
-    first: int | None = None
-    """The token that has no logprob: the first of an echoed prompt."""
-
-    def json(self, entries: Sequence[TokenLogprobs | None], first: int | None = None) -> Json:
-        """Those of `entries`; `first` is the token of an entry that is None."""
-        tokens, offsets = [], []
-        for entry in entries:
-            token = first if entry is None else entry.token
-            assert token is not None
-            tokens.append(self.texts[token].token)
-            offsets.append(self.offset)
-            self.offset += self._characters(token)
-        return {
-            "tokens": tokens,
-            "token_logprobs": [None if entry is None else entry.logprob for entry in entries],
-            "top_logprobs": [
-                None if entry is None else {self.texts[token].token: logprob for token, logprob in entry.top}
-                for entry in entries
-            ],
-            "text_offset": offsets,
-        }
-
-    def _characters(self, token: int) -> int:
-        """Of the text that are whole with `token`. A special token is left out of a text, but not out of an echoed
-        prompt that was given as ids, or in which its text was written.
-        """
-        found = self.texts[token]
-        if not self.texts.is_special(token):
-            return len(self.decoder.decode(bytes(found.bytes)))
-        return len(found.token) if self.echoed.startswith(found.token, self.offset) else 0
-
-
 _LINE_ENDS = ("\x85", "\u2028", "\u2029")
 """JSON need not escape them, and no line of an event ends with one; but clients that read lines by Python's
 `str.splitlines`, httpx among them, think so.
@@ -115,9 +49,28 @@ def line_of_json(value: Any) -> str:
     return text
 
 
+class Encoded(str):
+    """JSON that was written already."""
+
+
+HOLE = Encoded("\0")
+"""Stands where something is put later: JSON holds no such character, since it escapes those within texts."""
+
+
+def written(value: Any) -> str:
+    """JSON of objects, lists and what they hold, with every `Encoded` as it is; one line as `line_of_json`."""
+    if isinstance(value, Encoded):
+        return value
+    if isinstance(value, Mapping):
+        return "{" + ",".join([f"{line_of_json(name)}:{written(part)}" for name, part in value.items()]) + "}"
+    if isinstance(value, list):
+        return "[" + ",".join(map(written, value)) + "]"
+    return line_of_json(value)
+
+
 def event(body: Mapping[str, Any]) -> bytes:
     """One server-sent event."""
-    return b"data: " + line_of_json(body).encode() + b"\n\n"
+    return b"data: " + written(body).encode() + b"\n\n"
 
 
 DONE = b"data: [DONE]\n\n"
