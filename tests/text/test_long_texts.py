@@ -15,6 +15,7 @@ import tokenizers
 import doge_deploy
 from doge_deploy.text import tokenizer as tokenizer_module
 from doge_deploy.text.files import TOKENIZER_FILE
+from doge_deploy.text.lengths import TooLongError
 from doge_deploy.text.tokenizer import Tokenizer
 
 DOGE_TINY = Path(doge_deploy.__file__).parent / "demo" / "doge-tiny"
