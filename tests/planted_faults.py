@@ -871,6 +871,13 @@ FAULTS: dict[str, Fault] = {
         ("test_behaviour.py",),
         select="TestAdmission",
     ),
+    "grammar-without-a-trial": Fault(
+        "serve",
+        Patch("doge_deploy/serve/grammar/desk.py", "self._trial.compile(kind, text)\n", "pass\n"),
+        "a grammar may end the server, since no other process compiles it first",
+        ("test_grammar.py",),
+        select="TestDesk",
+    ),
     "nan-ends-the-engine": Fault(
         "serve",
         Patch(
@@ -1064,6 +1071,20 @@ FAULTS: dict[str, Fault] = {
         "5: of tokens with the same name top_logprobs shows the least likely",
         ("test_top_logprobs.py",),
         select="TestNames",
+    ),
+    "a-refusal-is-an-answer": Fault(
+        "serve",
+        Patch("doge_deploy/serve/ray/front.py", 'if message["status"] == 503:', 'if message["status"] == 599:'),
+        "more than one machine: a replica that takes no work answers for all of them",
+        ("test_ray.py",),
+        select="TakesNoWork",
+    ),
+    "unread-answers-of-a-replica-grow": Fault(
+        "serve",
+        Patch("doge_deploy/serve/ray/replica.py", "            await room.acquire()\n", ""),
+        "more than one machine: a client that does not read fills the memory of a replica",
+        ("test_ray.py",),
+        select="of_a_stream",
     ),
     "nan-in-a-scored-prompt": Fault(
         "serve",

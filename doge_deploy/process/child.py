@@ -67,7 +67,7 @@ class Child:
     """
 
     def __init__(self, command: Sequence[str], *, environment: Mapping[str, str] | None = None) -> None:
-        self._log: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115 (closed in __exit__)
+        self._log = _log_file()  # closed in __exit__
         variables = {**(os.environ if environment is None else environment), PARENT_VARIABLE: str(os.getpid())}
         try:
             self._process = subprocess.Popen(
@@ -89,6 +89,11 @@ class Child:
     @property
     def pid(self) -> int:
         return self._process.pid
+
+    @property
+    def running(self) -> bool:
+        """It has not ended yet."""
+        return self._process.poll() is None
 
     def _read(self) -> None:
         """Collect what the child writes, so that it never waits for us, and we can stop waiting for it."""
@@ -203,6 +208,14 @@ class Child:
         if self._process.stdout is not None and not self._reader.is_alive():
             self._process.stdout.close()
         self._log.close()
+
+
+def _log_file() -> IO[bytes]:
+    """A file without a name; where no folder can be written nothing is kept, and the log counts as empty."""
+    try:
+        return tempfile.TemporaryFile()
+    except OSError:
+        return open(os.devnull, "w+b")
 
 
 def worker_command(module: str, *arguments: str) -> list[str]:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 from doge_deploy.bundle.opening import Bundle
@@ -12,7 +13,9 @@ from doge_deploy.errors import UsageError
 from doge_deploy.options.generation import GENERATION_CONFIG, GenerationOptions
 from doge_deploy.runtime.sampling import Sampler
 from doge_deploy.serve.engine import Engine
-from doge_deploy.serve.grammar import Grammar, GrammarCompiler
+from doge_deploy.serve.grammar.compiler import Grammar, GrammarCompiler
+from doge_deploy.serve.grammar.desk import GrammarDesk
+from doge_deploy.serve.grammar.trial import Trial
 from doge_deploy.serve.request import Event, Request
 from doge_deploy.serve.text import StreamedText
 from doge_deploy.serve.tokens import TokenTexts
@@ -46,6 +49,7 @@ class ServedText:
         self.tokenizer = Tokenizer.from_directory(bundle.path, vocab_size=bundle.manifest.facts.vocab_size)
         self._config = bundle.read_json(GENERATION_CONFIG)
         self._eos_ids = self._merged({}).eos_ids  # what is wrong in the file shows at the start
+        self.grammars = GrammarDesk(lambda: self.compiler, Trial(*self._for_grammars))
 
     @property
     def max_length(self) -> int:
@@ -54,9 +58,12 @@ class ServedText:
 
     @cached_property
     def compiler(self) -> GrammarCompiler:
-        """Made when it is first used: it takes a moment."""
-        facts = self.bundle.manifest.facts
-        return GrammarCompiler(self.bundle.path / TOKENIZER_FILE, facts.vocab_size, self._eos_ids)
+        """Made when it is first used: it takes a moment. Grammars of requests come from `grammars`."""
+        return GrammarCompiler(*self._for_grammars)
+
+    @property
+    def _for_grammars(self) -> tuple[Path, int, Collection[int]]:
+        return self.bundle.path / TOKENIZER_FILE, self.bundle.manifest.facts.vocab_size, self._eos_ids
 
     @cached_property
     def token_texts(self) -> TokenTexts:

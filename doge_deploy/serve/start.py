@@ -376,6 +376,8 @@ def _make_server(config: uvicorn.Config, served: Served, drain_seconds: float) -
                 await asyncio.sleep(0.05)
             for inbox in served.inboxes.values():
                 inbox.fail("the server is shutting down")
+            for text in served.texts.values():
+                await asyncio.to_thread(text.grammars.close)
             for model in served.features.values():
                 model.stop()
             deadline = perf_counter() + _FLUSH_SECONDS

@@ -49,6 +49,18 @@ def test_what_libraries_print_does_not_get_among_the_answers() -> None:
         assert child.ask({}) == {"x": 1}
 
 
+def test_where_no_folder_can_be_written_only_the_log_is_lost(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused() -> None:
+        raise FileNotFoundError("no usable temporary directory")
+
+    monkeypatch.setattr(child_module.tempfile, "TemporaryFile", refused)
+    with serving("if request: return {'x': 1}\nraise SystemExit(3)") as child:
+        assert child.running and child.ask({"go": 1}) == {"x": 1}
+        with pytest.raises(ChildError, match="ended with status 3; its log is empty"):
+            child.ask({})
+        assert not child.running
+
+
 @pytest.mark.parametrize(("kind", "message"), [(UsageError, "no"), (BrokenBundleError, "it is broken")])
 def test_an_error_of_ours_keeps_its_class_and_its_line(kind: type[DogeDeployError], message: str) -> None:
     body = f"from doge_deploy.errors import {kind.__name__}\nraise {kind.__name__}({message!r})"

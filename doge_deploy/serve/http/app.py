@@ -149,6 +149,7 @@ def create_app(
             for inbox in served.inboxes.values():
                 inbox.fail("the server was stopped")
             for model in served.texts.values():
+                await asyncio.to_thread(model.grammars.close)
                 await asyncio.to_thread(model.engine.stop, 10)
             for feature in served.features.values():
                 feature.stop()

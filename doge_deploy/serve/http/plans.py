@@ -9,7 +9,7 @@ from typing import Any
 
 from doge_deploy.errors import BrokenBundleError
 from doge_deploy.runtime.logprobs import TokenLogprobs
-from doge_deploy.serve.grammar import Grammar
+from doge_deploy.serve.grammar.compiler import Grammar
 from doge_deploy.serve.http.errors import ApiError, about, field_of
 from doge_deploy.serve.http.offload import Offload
 from doge_deploy.serve.http.requests import ChatBody, CompletionBody, GenerationBody
@@ -174,25 +174,24 @@ def _check_tokens(body: GenerationBody, lengths: Sequence[int], model: ServedTex
         model.engine.scheduler.check_alone(repeated)
     except QueueFullError as error:
         param = "prompt" if (body.n or 1) == 1 else "n"
-        total = f"{sum(repeated)} prompt tokens in one request"
-        raise ApiError(
-            400, f"{param}: {total}, too many even while nothing else waits: {error}", param=param
-        ) from error
+        message = f"{param}: {sum(repeated)} prompt tokens in one request, too many even if it comes alone: {error}"
+        raise ApiError(400, message, param=param) from error
 
 
 async def _plan(body: GenerationBody, model: ServedText, name: str, wanted: _Wanted, offload: Offload) -> Plan:
     lengths = [len(ids) for ids, _ in wanted.prompts]
     _check_tokens(body, lengths, model)
-    # a grammar takes a moment to compile, and what names tokens to be made; and a request looks at each token of its
-    # prompt: there may be many of both
+    grammar = await _grammar(body, model)
+    # what names tokens takes a moment to be made; and a request looks at each token of its prompt: there may be many of
+    # both
     is_long = len(lengths) * (body.n or 1) * max(lengths) > SHORT_CHARACTERS
-    if is_long or _is_guided(body) or wanted.logprobs is not None:
-        return await offload(lambda: _planned(body, model, name, wanted))
-    return _planned(body, model, name, wanted)
+    if is_long or wanted.logprobs is not None:
+        return await offload(lambda: _planned(body, model, name, wanted, grammar))
+    return _planned(body, model, name, wanted, grammar)
 
 
-def _planned(body: GenerationBody, model: ServedText, name: str, wanted: _Wanted) -> Plan:
-    grammar, asked = _grammar(body, model), _asked(body, wanted.length)
+def _planned(body: GenerationBody, model: ServedText, name: str, wanted: _Wanted, grammar: Grammar | None) -> Plan:
+    asked = _asked(body, wanted.length)
     choices: list[Choice] = []
     requests: list[Request] = []
     answering: Answering | None = None
@@ -233,24 +232,9 @@ def _asked(body: GenerationBody, length: int | None) -> dict[str, Any]:
     return asked
 
 
-def _is_guided(body: GenerationBody) -> bool:
-    """Whether the answer must have a form."""
-    guides = (body.guided_regex, body.guided_choice, body.guided_grammar, body.guided_json, body.response_format)
-    return any(guide is not None for guide in guides)
-
-
-def _grammar(body: GenerationBody, model: ServedText) -> Grammar | None:
-    form = body.response_format
-    if body.guided_regex is not None:
-        return model.compiler.compile("regex", body.guided_regex)
-    if body.guided_choice is not None:
-        return model.compiler.compile("choice", body.guided_choice)
-    if body.guided_grammar is not None:
-        return model.compiler.compile("grammar", body.guided_grammar)
-    if body.guided_json is not None:
-        return model.compiler.compile("json_schema", body.guided_json)
-    if form is not None and form.json_schema is not None:
-        return model.compiler.compile("json_schema", form.json_schema.schema_)
-    if form is not None and form.type == "json_object":
-        return model.compiler.compile("json_object")
-    return None
+async def _grammar(body: GenerationBody, model: ServedText) -> Grammar | None:
+    """What the answer must look like; raises ApiError that names the field."""
+    if (guide := body.guide) is None:
+        return None
+    with about(guide.field):
+        return await model.grammars.compile(guide.kind, guide.source)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 from pydantic import (
@@ -23,7 +24,8 @@ from pydantic import (
     model_validator,
 )
 
-from doge_deploy.serve.http.findings import kind_error, rule
+from doge_deploy.serve.grammar.matchers import MAX_GRAMMAR_CHARACTERS, Kind, Source
+from doge_deploy.serve.http.findings import kind_error, rule, spelled
 
 MAX_CHOICES = 16
 MAX_PROMPTS = 64
@@ -180,6 +182,79 @@ _TokenKey = Annotated[
 ]
 
 
+def _as_schema(value: object) -> object:
+    """A JSON schema that comes as a text, as vLLM takes it too."""
+    if not isinstance(value, str):
+        if not isinstance(value, dict):
+            raise kind_error("a JSON object, or one as a text", value)
+        return value
+    if len(value) > MAX_GRAMMAR_CHARACTERS:
+        raise ValueError(f"{len(value)} characters; at most {MAX_GRAMMAR_CHARACTERS} are compiled")
+    try:
+        found = json.loads(value)
+    except RecursionError:
+        raise ValueError("the schema is nested too deeply") from None
+    except ValueError as error:
+        raise ValueError(f"the text is not JSON: {error}") from None
+    if not isinstance(found, dict):
+        raise ValueError(f"the text must be a JSON object; not {spelled(found)}")
+    return found
+
+
+_Schema = Annotated[
+    dict[str, Any],
+    BeforeValidator(_as_schema),
+    WithJsonSchema({"anyOf": [{"type": "object", "additionalProperties": True}, {"type": "string"}]}),
+]
+_GuidingText = Annotated[StrictStr, Field(min_length=1)]
+_Choices = Annotated[
+    list[Annotated[StrictStr, Field(min_length=1)]],
+    Field(fail_fast=True, min_length=1, max_length=MAX_GUIDED_CHOICES),
+    _at_most(MAX_GUIDED_CHOICES),
+]
+
+
+@dataclass(frozen=True)
+class Guide:
+    """What an answer must look like."""
+
+    field: str
+    """Of the body, where it was said."""
+    kind: Kind
+    source: Source = None
+
+
+class StructuredOutputs(_Body):
+    """vLLM's present form of what it called `guided_...` before."""
+
+    json_: _Schema | None = Field(default=None, alias="json")
+    regex: _GuidingText | None = None
+    choice: _Choices | None = None
+    grammar: _GuidingText | None = None
+    """Lark."""
+
+    @property
+    def guides(self) -> list[Guide]:
+        """What is given; after validation one."""
+        return _given(
+            "structured_outputs.",
+            ("json", "json_schema", self.json_),
+            ("regex", "regex", self.regex),
+            ("choice", "choice", self.choice),
+            ("grammar", "grammar", self.grammar),
+        )
+
+    @model_validator(mode="after")
+    def _says_one_thing(self) -> StructuredOutputs:
+        if len(self.guides) != 1:
+            raise ValueError("give exactly one of json, regex, choice and grammar")
+        return self
+
+
+def _given(prefix: str, *fields: tuple[str, Kind, Source]) -> list[Guide]:
+    return [Guide(prefix + name, kind, source) for name, kind, source in fields if source is not None]
+
+
 class GenerationBody(_Body):
     """What chat and text completions share. null means not given."""
 
@@ -209,17 +284,11 @@ class GenerationBody(_Body):
     stream: StrictBool | None = None
     stream_options: StreamOptions | None = None
     response_format: ResponseFormat | None = None
-    guided_regex: Annotated[StrictStr, Field(min_length=1)] | None = None
-    guided_choice: (
-        Annotated[
-            list[Annotated[StrictStr, Field(min_length=1)]],
-            Field(fail_fast=True, min_length=1, max_length=MAX_GUIDED_CHOICES),
-            _at_most(MAX_GUIDED_CHOICES),
-        ]
-        | None
-    ) = None
-    guided_grammar: Annotated[StrictStr, Field(min_length=1)] | None = None
-    guided_json: dict[str, Any] | None = None
+    structured_outputs: StructuredOutputs | None = None
+    guided_json: _Schema | None = None
+    guided_regex: _GuidingText | None = None
+    guided_choice: _Choices | None = None
+    guided_grammar: _GuidingText | None = None
     user: StrictStr | None = None
     """Accepted and not looked at."""
     safety_identifier: StrictStr | None = None
@@ -235,16 +304,32 @@ class GenerationBody(_Body):
     def _agrees(self) -> GenerationBody:
         if self.stream_options is not None and not self.stream:
             raise rule("stream_options", "only with stream: true")
-        guided = [
-            name
-            for name in ("guided_regex", "guided_choice", "guided_grammar", "guided_json")
-            if getattr(self, name) is not None
-        ]
-        if self.response_format is not None and self.response_format.type != "text":
-            guided.append("response_format")
-        if len(guided) > 1:
-            raise rule(guided[0], f"{guided[1]} is given too, and they cannot both be followed")
+        guides = self._guides()
+        if len(guides) > 1:
+            first, second = (guide.field for guide in guides[:2])
+            raise rule(first.partition(".")[0], f"{second} is given too, and they cannot both be followed")
         return self
+
+    @property
+    def guide(self) -> Guide | None:
+        """What the answer must look like, where it must."""
+        return next(iter(self._guides()), None)
+
+    def _guides(self) -> list[Guide]:
+        guides = [] if self.structured_outputs is None else self.structured_outputs.guides
+        guides += _given(
+            "guided_",
+            ("json", "json_schema", self.guided_json),
+            ("regex", "regex", self.guided_regex),
+            ("choice", "choice", self.guided_choice),
+            ("grammar", "grammar", self.guided_grammar),
+        )
+        form = self.response_format
+        if form is not None and form.type == "json_object":
+            guides.append(Guide("response_format", "json_object"))
+        if form is not None and form.json_schema is not None:
+            guides.append(Guide("response_format", "json_schema", form.json_schema.schema_))
+        return guides
 
 
 class TextPart(_Body):

@@ -23,6 +23,7 @@ GUIDED = {
     "guided_choice": ["yes", "no"],
     "guided_grammar": 'start: "a" | "b"',
     "guided_json": {"type": "boolean"},
+    "structured_outputs": {"regex": "[a-f]{2}"},
 }
 
 _counts: collections.Counter[str] = collections.Counter()

@@ -42,7 +42,7 @@ from doge_deploy.runtime.backend import open_backend
 from doge_deploy.runtime.generate import generate
 from doge_deploy.runtime.sampling import Context, Sampler
 from doge_deploy.runtime.slots import open_slots
-from doge_deploy.serve.grammar import Grammar, GrammarCompiler
+from doge_deploy.serve.grammar.compiler import Grammar, GrammarCompiler
 from doge_deploy.serve.text import StreamedText
 from doge_deploy.text.tokenizer import Tokenizer
 
