@@ -1065,6 +1065,20 @@ FAULTS: dict[str, Fault] = {
         ("test_top_logprobs.py",),
         select="TestNames",
     ),
+    "a-refusal-is-an-answer": Fault(
+        "serve",
+        Patch("doge_deploy/serve/ray/front.py", 'if message["status"] == 503:', 'if message["status"] == 599:'),
+        "more than one machine: a replica that takes no work answers for all of them",
+        ("test_ray.py",),
+        select="TakesNoWork",
+    ),
+    "unread-answers-of-a-replica-grow": Fault(
+        "serve",
+        Patch("doge_deploy/serve/ray/replica.py", "            await room.acquire()\n", ""),
+        "more than one machine: a client that does not read fills the memory of a replica",
+        ("test_ray.py",),
+        select="of_a_stream",
+    ),
     "nan-in-a-scored-prompt": Fault(
         "serve",
         Patch("doge_deploy/serve/scheduler.py", "            require_finite(row, length)\n", "            pass\n"),

@@ -22,7 +22,7 @@ import tempfile
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -34,7 +34,8 @@ import ray
 from ray import serve
 
 import doge_deploy
-from doge_deploy.serve.ray import app
+from doge_deploy.serve.ray import app, application
+from doge_deploy.serve.ray.replica import Call, Message
 
 CLIENTS = 12
 TOKENS = 300
@@ -106,7 +107,7 @@ def read_stream(answer: httpx.Response, sent: Sent) -> None:
         elif line.startswith("data: "):
             found = json.loads(line.removeprefix("data: "))
             if "error" in found:
-                sent.error = found["error"]["code"]
+                sent.error = found["error"]["code"] or found["error"]["message"]
             else:
                 sent.text += found["choices"][0]["text"]
                 sent.tokens_before_error += 1
@@ -229,6 +230,46 @@ def killed_under_load(address: str, bundle: Path, expected: dict[str, str]) -> N
         f"killed: {len(load.sent)} requests in all, {len(caught)} running at that moment, of them {len(lost)} streams "
         f"lost with an error event, {len(caught) - len(lost)} finished or begun again; {len(later)} later ones, none "
         f"failed; two replicas again after {back:.1f} s"
+    )
+
+
+BREAK = "End this engine."
+
+
+class Breakable(application.ReplicaDeployment):
+    """A replica whose engine a request can end."""
+
+    async def answer(self, call: Call) -> AsyncIterator[list[Message]]:
+        if BREAK.encode() in call.body:
+            for model in self._replica._served.texts.values():
+                model.engine._scheduler._prefill = lambda: 1 / 0  # type: ignore[assignment, method-assign, return-value]
+        async for messages in super().answer(call):
+            yield messages
+
+
+def engine_ended_under_load(address: str, bundle: Path, expected: dict[str, str]) -> None:
+    """What it had fails, and nothing else: a replica that only refuses would get most of the requests that follow."""
+    before = set(replica_processes())
+    load = Load(address)
+    with load.on():
+        time.sleep(2)
+        broken = time.monotonic()
+        answer = httpx.post(f"{address}/v1/completions", json=body(BREAK, False), timeout=60)
+        assert answer.status_code == 500 and "the engine failed" in answer.text, answer.text
+        wait(lambda: len(before & set(replica_processes())) == 1, "the process ends", 30)
+        wait(lambda: running_replicas() == 2 and len(replica_processes()) == 2, "two replicas again")
+        back = time.monotonic() - broken
+        time.sleep(1)
+    lost = [one for one in load.sent if one.error is not None]
+    for one in lost:
+        assert one.error is not None and "the engine failed" in one.error, one
+    later = [one for one in load.sent if one.start > broken + 1]
+    assert len(lost) <= SLOTS + 2, "more than the replica can have had"
+    assert later and check_texts(load.sent, expected) + len(lost) == len(load.sent)
+    assert not [one for one in later if one in lost], "a request failed that came when the engine had ended"
+    print(
+        f"an engine ended: {len(lost)} requests that it had failed, none of {len(later)} later ones; two replicas "
+        f"again after {back:.1f} s"
     )
 
 
@@ -369,6 +410,7 @@ def main() -> None:
     ray.init(
         num_cpus=6, include_dashboard=False, object_store_memory=100 * 2**20, log_to_driver=False, _temp_dir=folder
     )
+    application.ReplicaDeployment = Breakable  # type: ignore[misc]
     try:
         serve.start(http_options={"host": "127.0.0.1", "port": port}, proxy_location="HeadOnly")
         deploy(bundle, 2)
@@ -376,6 +418,7 @@ def main() -> None:
         if not asked.only_throughput:
             whole_interface(address)
             killed_under_load(address, bundle, expected)
+            engine_ended_under_load(address, bundle, expected)
             clients_that_leave(address)
             scaled_down_under_load(address, bundle, expected)
             scaled_by_load(address, bundle, expected)

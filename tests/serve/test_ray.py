@@ -37,10 +37,10 @@ DONE = b"data: [DONE]\n\n"
 class Scripted(Answer):
     """One message after another; waits for ever behind the last one where `ends` is false."""
 
-    def __init__(self, script: Script, kind: bytes, *, ends: bool = True) -> None:
+    def __init__(self, script: Script, kind: bytes, *, ends: bool = True, status: int = 200) -> None:
         start = {
             "type": "http.response.start",
-            "status": 200,
+            "status": status,
             "headers": [(b"content-type", kind), (b"X-Request-Id", b"r")],
         }
         self.messages: list[Message | Exception] = [start]
@@ -107,10 +107,10 @@ class Client:
 
 
 def asked(
-    *scripts: Script, kind: bytes = b"text/event-stream", path: str = "/v1/chat/completions"
+    *scripts: Script | Scripted, kind: bytes = b"text/event-stream", path: str = "/v1/chat/completions"
 ) -> tuple[Client, int]:
     """What a client gets whose request goes to replicas with these answers, and how many were asked."""
-    answers = [Scripted(script, kind) for script in scripts]
+    answers = [script if isinstance(script, Scripted) else Scripted(script, kind) for script in scripts]
     left = list(answers)
 
     async def run() -> Client:
@@ -145,6 +145,29 @@ class TestAReplicaIsLost:
     def test_so_are_all_the_others(self) -> None:
         client, count = asked(*[[LOST]] * (ATTEMPTS + 1))
         assert (client.status, client.error["code"], count) == (503, "replica_lost", ATTEMPTS)
+
+
+class TestAReplicaTakesNoWork:
+    """As one whose engine has ended, until Ray has replaced it: it answers at once, so it has time for the next one."""
+
+    def refusal(self) -> Scripted:
+        return Scripted((b'{"error":{"code":"shutting_down"}}',), b"application/json", status=503)
+
+    @pytest.mark.parametrize("path", ["/v1/chat/completions", "/ready"])
+    def test_another_one_answers(self, path: str) -> None:
+        first, second = self.refusal(), self.refusal()
+        client, count = asked(first, second, (ROLE, TOKEN, DONE), path=path)
+        assert (client.status, client.text, count) == (200, ROLE + TOKEN + DONE, 3)
+        assert first.cancelled and second.cancelled
+
+    def test_nor_do_the_others(self) -> None:
+        client, count = asked(*[self.refusal() for _ in range(ATTEMPTS + 1)])
+        assert (client.status, client.error["code"], count) == (503, "replica_lost", ATTEMPTS)
+        assert (b"retry-after", b"1") in client.sent[0]["headers"]
+
+    def test_another_error_is_an_answer(self) -> None:
+        client, count = asked(Scripted((b'{"error":{}}',), b"application/json", status=500), (DONE,))
+        assert (client.status, count) == (500, 1)
 
 
 class TestNoAnswer:
@@ -338,9 +361,14 @@ def test_a_client_that_leaves_frees_its_slot(tiny_bundle: Path) -> None:
     with_replicas(tiny_bundle, use)
 
 
-def test_health_is_that_of_the_engines(tiny_bundle: Path) -> None:
+def test_a_replica_ends_with_its_engine(
+    tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    ended: list[int] = []
+    monkeypatch.setattr("os._exit", ended.append)
+
     async def use(replicas: list[Replica], slots: list[SlowSlots]) -> None:
-        replicas[0].check()
+        replicas[0].end_if_failed()
 
         def broken(*_: Any) -> None:
             raise KeyboardInterrupt
@@ -350,9 +378,65 @@ def test_health_is_that_of_the_engines(tiny_bundle: Path) -> None:
         client = Client(body_of())
         await Front(lambda call: Direct(replicas[0], call))(request("/v1/completions"), client.receive, client.send)
         assert client.status == 500
-        with pytest.raises(RuntimeError, match="the engine of doge has ended"):
-            replicas[0].check()
-        replicas[1].check()
+        replicas[1].end_if_failed()
+        assert not ended
+        replicas[0].end_if_failed()
+        assert ended == [1] and "the engine of doge has ended" in str(vars(caplog.records[-1]))
+
+    with_replicas(tiny_bundle, use)
+
+
+def test_a_replica_whose_engine_has_ended_takes_no_request_from_another(tiny_bundle: Path) -> None:
+    async def use(replicas: list[Replica], slots: list[SlowSlots]) -> None:
+        model = next(iter(replicas[0]._served.texts.values()))
+        model.engine._scheduler._prefill = lambda: 1 / 0  # type: ignore[assignment, method-assign, return-value]
+        client, asked = Client(body_of()), list(replicas)
+        await Front(lambda call: Direct(replicas[0], call))(request("/v1/completions"), client.receive, client.send)
+        assert client.status == 500, "whose request it was that ended it is not known, so no other one gets it"
+        client = Client(body_of())
+        await Front(lambda call: Direct(asked.pop(0), call))(request("/v1/completions"), client.receive, client.send)
+        assert (client.status, asked) == (200, [])
+
+    with_replicas(tiny_bundle, use)
+
+
+def test_of_a_stream_that_nobody_reads_a_replica_holds_little(
+    tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("doge_deploy.serve.http.inbox.MAX_UNREAD", 20)
+    monkeypatch.setattr("doge_deploy.serve.ray.replica.MAX_WAITING", 8)
+
+    async def use(replicas: list[Replica], slots: list[SlowSlots]) -> None:
+        scheduler = next(iter(replicas[0]._served.texts.values())).engine._scheduler
+        answer = replicas[0].answer(Call(request("/v1/completions"), body_of(stream=True, max_tokens=60)))
+        first = await anext(answer)
+        for _ in range(4000):
+            if scheduler.idle:
+                break
+            await asyncio.sleep(0.005)
+        assert scheduler.counters.finished == {"cancelled": 1}, "it ended by itself"
+        messages = [*first, *[message for batch in [batch async for batch in answer] for message in batch]]
+        text = b"".join(message.get("body", b"") for message in messages)
+        assert b"stream_not_read" in text and text.endswith(DONE) and text.count(b"data: ") < 60
+
+    with_replicas(tiny_bundle, use)
+
+
+def test_of_a_stream_that_is_read_late_nothing_is_lost(tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("doge_deploy.serve.ray.replica.MAX_WAITING", 2)
+
+    async def use(replicas: list[Replica], slots: list[SlowSlots]) -> None:
+        told, sizes = [], []
+        call = Call(request("/v1/completions"), body_of(stream=True, max_tokens=50))
+        for pause in (0.0, 0.02):
+            stream = b""
+            async for batch in replicas[0].answer(call):
+                sizes.append(len(batch))
+                stream += b"".join(message.get("body", b"") for message in batch)
+                await asyncio.sleep(pause)
+            events = [json.loads(line[6:]) for line in stream.split(b"\n\n") if line.startswith(b"data: {")]
+            told.append("".join(event["choices"][0]["text"] for event in events))
+        assert told[0] == told[1] and len(told[0]) >= 50 and max(sizes) <= 2
 
     with_replicas(tiny_bundle, use)
 

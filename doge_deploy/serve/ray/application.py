@@ -95,12 +95,13 @@ class ReplicaDeployment:
 
     async def answer(self, call: Call) -> AsyncIterator[list[Message]]:
         """See `Replica.answer`."""
+        self._replica.end_if_failed()
         async for messages in self._replica.answer(call):
             yield messages
 
     def check_health(self) -> None:
-        """Ray replaces a replica for which this raises."""
-        self._replica.check()
+        """Ray asks this now and then, and replaces a replica that does not answer."""
+        self._replica.end_if_failed()
         self._metrics.publish(self._replica.samples())
 
     async def __del__(self) -> None:  # Ray awaits it, when the time to drain is over

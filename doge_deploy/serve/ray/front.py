@@ -1,8 +1,8 @@
 """The front: passes requests on to replicas, and makes the best of it when one is lost.
 
-An answer of which nothing has come out is asked for again, at another replica. A stream that has begun ends with an
-error event. So that it can be asked for again, of a stream the opening chunk is held back, which has no token, and of
-any other answer all of it.
+An answer of which nothing has come out is asked for again, at another replica, also where the first takes no work. A
+stream that has begun ends with an error event. So that it can be asked for again, of a stream the opening chunk is held
+back, which has no token, and of any other answer all of it.
 """
 
 from __future__ import annotations
@@ -139,8 +139,6 @@ class Front:
             while (messages := await answer.next()) is not None:
                 for message in messages:
                     await outlet.take(message)
-        except (ReplicaLostError, NoReplicaError, BusyError):
-            raise
         except BaseException:
             answer.cancel()
             raise
@@ -157,8 +155,14 @@ class _Outlet:
         """Something has come out, so that the answer cannot begin anew."""
 
     async def take(self, message: Message) -> None:
-        """One more message of the answer."""
+        """One more message of the answer.
+
+        Raises:
+            ReplicaLostError: the replica takes no work, as one whose engine has just ended.
+        """
         if message["type"] == "http.response.start":
+            if message["status"] == 503:
+                raise ReplicaLostError("it takes no work (503)")
             # Ray names requests, and its name is the one that the replica was given
             headers = [(name, value) for name, value in message["headers"] if name.lower() != b"x-request-id"]
             self._streams = any(

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
+import os
 from collections.abc import AsyncIterator, Mapping, MutableMapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,8 +17,14 @@ if TYPE_CHECKING:
     from doge_deploy.serve.http.app import Served
     from doge_deploy.serve.ray.arguments import Arguments
 
+_log = logging.getLogger("doge_deploy.serve")
+
 Message = MutableMapping[str, Any]
 """Of ASGI."""
+
+MAX_WAITING = 64
+"""Messages of an answer that wait to be read. With more of them the application waits, as it does for a connection that
+takes nothing: a stream that nobody reads is given up then, and its slot is free."""
 
 _LEAVING_SECONDS = 5.0
 """How long the application may take to notice that nobody waits for its answer."""
@@ -57,11 +65,16 @@ class Replica:
         self._app = create_app(served)
         await self._stack.enter_async_context(self._app.router.lifespan_context(self._app))
 
-    def check(self) -> None:
-        """Raises RuntimeError where an engine has ended: this replica is of no use any more."""
-        if not self._served.ready:
-            failed = [name for name, model in self._served.texts.items() if not model.engine.alive]
-            raise RuntimeError(f"the engine of {', '.join(failed) or 'a model'} has ended")
+    def end_if_failed(self) -> None:
+        """End this process where an engine has ended.
+
+        Ray passes no more requests to a process that is gone, and begins another one at once. One that only refuses
+        them is the quickest of all, and so gets most of them, until it has failed three health checks.
+        """
+        failed = [name for name, model in self._served.texts.items() if not model.engine.alive]
+        if failed:
+            _log.error("replica ends", extra={"fields": {"reason": f"the engine of {', '.join(failed)} has ended"}})
+            os._exit(1)
 
     def samples(self) -> list[Sample]:
         """What `/metrics` of a server shows, without the times at which counting began."""
@@ -78,7 +91,7 @@ class Replica:
         Whoever stops to read, or is cancelled, is a client that went away.
         """
         messages: asyncio.Queue[Message | None] = asyncio.Queue()
-        gone, read = asyncio.Event(), False
+        room, gone, read = asyncio.Semaphore(MAX_WAITING), asyncio.Event(), False
 
         async def receive() -> Message:
             nonlocal read
@@ -89,6 +102,7 @@ class Replica:
             return {"type": "http.disconnect"}
 
         async def send(message: Message) -> None:
+            await room.acquire()
             messages.put_nowait(message)
 
         async def work() -> None:
@@ -107,6 +121,8 @@ class Replica:
                 ended = found[-1] is None
                 if batch := [message for message in found if message is not None]:
                     yield batch
+                for _ in batch:  # it has been read
+                    room.release()
             await task
         finally:
             gone.set()
