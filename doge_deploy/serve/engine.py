@@ -18,7 +18,6 @@ from itertools import cycle
 from time import perf_counter
 from typing import TypeVar
 
-from doge_deploy.serve.heap import give_back
 from doge_deploy.serve.request import Event, Produced, Request
 from doge_deploy.serve.scheduler import Limits, Scheduler
 
@@ -29,9 +28,6 @@ HOLD_SECONDS = 0.004
 """Tokens that are not the first of a text wait for those of the next call where the last ones went out less than so
 long ago: a quarter of the time between two pictures of a screen.
 """
-
-REST_SECONDS = 0.5
-"""An engine that had nothing to compute for so long lets go of memory that it does not need."""
 
 _Result = TypeVar("_Result")
 
@@ -69,8 +65,6 @@ class Engine:
         self._sent = float("-inf")
         """When something was last delivered."""
         self._thread = threading.Thread(target=self._run, name="doge-engine", daemon=True)
-        self._rested = True
-        """Nothing was computed since memory was last given back."""
         self._stopping = False
         self._gate = threading.Lock()
         """Nothing is put into the inbox after it was emptied for the last time."""
@@ -139,7 +133,6 @@ class Engine:
             while self._read_inbox():  # before each half: a prompt that came while tokens were made is fed next
                 self._after_call()
                 next(halves)()
-                self._rested = False
         except BaseException as error:  # a fault of our own: nobody may wait for ever
             self.failure = error
             self._scheduler.abort(EngineFailedError(f"the engine failed: {type(error).__name__}: {error}"))
@@ -152,13 +145,9 @@ class Engine:
         while True:
             idle = self._scheduler.idle and not self._outbox
             try:
-                message = self._inbox.get(block=idle, timeout=None if self._rested else REST_SECONDS)
+                message = self._inbox.get(block=idle)
             except queue.Empty:
-                if not idle:
-                    return True
-                give_back()
-                self._rested = True
-                continue
+                return True
             if message is None:
                 return False
             self._do(message)

@@ -16,11 +16,11 @@ from doge_deploy.serve.engine import Engine
 from doge_deploy.serve.grammar.compiler import Grammar, GrammarCompiler
 from doge_deploy.serve.grammar.desk import GrammarDesk
 from doge_deploy.serve.grammar.trial import Trial
-from doge_deploy.serve.lengths import check_length
 from doge_deploy.serve.request import Event, Request
 from doge_deploy.serve.text import StreamedText
 from doge_deploy.serve.tokens import TokenTexts
 from doge_deploy.text.files import TOKENIZER_FILE
+from doge_deploy.text.lengths import check_length
 from doge_deploy.text.tokenizer import Tokenizer
 
 
@@ -91,6 +91,16 @@ class ServedText:
         return GenerationOptions.with_file(
             self._config, asked, eos_ids=facts.eos_token_ids, source=file, vocab_size=facts.vocab_size
         )
+
+    def encode(self, prompt: str | Sequence[int]) -> list[int]:
+        """Ids of a prompt that can be answered. A text that cannot fit whatever its tokens are is not encoded.
+
+        Raises:
+            UsageError: as `check_prompt`.
+        """
+        ids = self.tokenizer.encode(prompt, room=self.max_length) if isinstance(prompt, str) else list(prompt)
+        self.check_prompt(ids)
+        return ids
 
     def check_prompt(self, ids: Sequence[int]) -> None:
         """Whether a prompt can be answered.

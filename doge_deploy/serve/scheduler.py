@@ -75,6 +75,17 @@ class Limits:
             if value < 1:
                 raise ValueError(f"{name}={value}: must be at least 1")
 
+    def check_queue(self, count: int, tokens: int) -> None:
+        """Whether so many requests with so many prompt tokens together may wait.
+
+        Raises:
+            QueueFullError: they are too many.
+        """
+        if count > self.queue_requests:
+            raise QueueFullError(f"{count} requests would be waiting; the limit is {self.queue_requests}")
+        if count > 1 and tokens > self.queue_tokens:  # one alone may be longer than the limit
+            raise QueueFullError(f"{tokens} prompt tokens would be waiting; the limit is {self.queue_tokens}")
+
 
 @dataclass
 class Counters:
@@ -169,14 +180,19 @@ class Scheduler:
         free = self.runner.slots - self.running
         count = len(self.waiting) + len(requests) - free
         waiting_tokens = tokens - sum(len(one.prompt_ids) for one in islice(chain(self.waiting, requests), free))
-        if count > self.limits.queue_requests:
-            raise QueueFullError(f"{count} requests would be waiting; the limit is {self.limits.queue_requests}")
-        if count > 1 and waiting_tokens > self.limits.queue_tokens:
-            raise QueueFullError(
-                f"{waiting_tokens} prompt tokens would be waiting; the limit is {self.limits.queue_tokens}"
-            )
+        self.limits.check_queue(count, waiting_tokens)
         self.waiting.extend(requests)
         self.waiting_tokens = tokens
+
+    def check_alone(self, lengths: Sequence[int]) -> None:
+        """Whether requests that belong together, of so many prompt tokens each, could be taken if nothing else were
+        there. May be asked in any thread.
+
+        Raises:
+            QueueFullError: they never can.
+        """
+        waiting = lengths[self.runner.slots :]
+        self.limits.check_queue(len(waiting), sum(waiting))
 
     def cancel(self, request_id: str) -> bool:
         """End a request wherever it is; its slot is free at once. False where no request has that id."""

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from os.path import commonprefix
 from typing import TYPE_CHECKING
 
 from doge_deploy.errors import UsageError
+from doge_deploy.text.backend import ids_of
 
 if TYPE_CHECKING:
     import tokenizers
@@ -30,8 +32,7 @@ class Literals:
 
         added = backend.get_added_tokens_decoder()
         self._ids = {token.content: number for number, token in added.items() if token.special and token.content}
-        longest_first = sorted(self._ids, key=len, reverse=True)
-        self._pattern = re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
+        self._pattern = re.compile(_one_of(self._ids) if self._ids else r"(?!)")
         self._backend = tokenizers.Tokenizer.from_str(backend.to_str())
         self._backend.no_truncation()
         self._backend.no_padding()
@@ -72,5 +73,26 @@ class Literals:
 
     def _piece(self, text: str, mark: str) -> list[int]:
         plain = text.replace(mark, "")
-        ids: list[int] = self._backend.encode(plain, add_special_tokens=False).ids if plain else []
-        return ids
+        return ids_of(self._backend, plain, add_special_tokens=False) if plain else []
+
+
+_DEPTH = 16
+"""Groups within groups of a regular expression."""
+
+
+def _one_of(texts: Iterable[str], depth: int = _DEPTH) -> str:
+    """A regular expression that finds the longest of different `texts`. What they begin with stands there once, since
+    there may be hundreds of them: other threads stand still while a text is searched.
+    """
+    tails: dict[str, list[str]] = {}
+    longest_first = sorted(texts, key=len, reverse=True)
+    if depth == 0:
+        return f"(?:{'|'.join(map(re.escape, longest_first))})"
+    for text in filter(None, longest_first):
+        tails.setdefault(text[0], []).append(text[1:])
+    branches = []
+    for head, rests in tails.items():
+        begin = head + commonprefix(rests)  # noqa: RUF071 (characters are meant)
+        rests = [rest[len(begin) - 1 :] for rest in rests]
+        branches.append(re.escape(begin) + (_one_of(rests, depth - 1) if any(rests) else ""))
+    return f"(?:{'|'.join(branches)}){'' if longest_first[-1] else '?'}"

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from doge_deploy.errors import BrokenBundleError, MissingDependencyError, UsageError
+from doge_deploy.text.backend import ids_of, text_of
 from doge_deploy.text.files import (
     CONFIG_FILE,
     TEMPLATE_FILE,
@@ -16,7 +17,9 @@ from doge_deploy.text.files import (
     read_template,
     special_tokens,
 )
+from doge_deploy.text.lengths import check_characters
 from doge_deploy.text.literals import Literals
+from doge_deploy.text.longest import longest_token
 from doge_deploy.text.streams import Detokenizer, Vocabulary
 
 if TYPE_CHECKING:
@@ -107,30 +110,48 @@ class Tokenizer:
         token = self.special_tokens.get(role)
         return None if token is None else self._backend.token_to_id(token)
 
-    def encode(self, text: str) -> list[int]:
+    def encode(self, text: str, *, room: int | None = None) -> list[int]:
         """Ids of a text to be continued; the tokenizer's post-processor puts bos in front.
 
         An empty text is bos alone, or nothing where there is no bos.
 
+        Args:
+            text: while a long one is encoded, other threads run.
+            room: tokens that fit. A text that has more whatever its tokens are is not encoded; one that is encoded may
+                still have more. None: whatever it has.
+
         Raises:
-            UsageError: `text` holds what is not Unicode text (lone surrogates, from undecodable bytes), or a token
-                that the model has no embedding for.
+            UsageError: `text` holds what is not Unicode text (lone surrogates, from undecodable bytes), a token that
+                the model has no embedding for.
+            TooLongError: more tokens than there is `room` for.
         """
-        ids = self.ids(text, add_special_tokens=True)
+        ids = self.ids(text, add_special_tokens=True, room=room)
         return ids if ids or self.bos_id is None else [self.bos_id]
 
-    def ids(self, text: str, *, add_special_tokens: bool) -> list[int]:
-        """Ids of a text, with what the post-processor adds or without; raises what `encode` does."""
+    def ids(self, text: str, *, add_special_tokens: bool, room: int | None = None) -> list[int]:
+        """Ids of a text, with what the post-processor adds or without; takes and raises what `encode` does."""
+        self._check_text(text, room)
         try:
-            text.encode()
-        except UnicodeEncodeError as error:
-            raise UsageError(f"the text is not valid UTF-8: {text[error.start]!r} at character {error.start}") from None
-        try:
-            ids: list[int] = self._backend.encode(text, add_special_tokens=add_special_tokens).ids
+            ids = ids_of(self._backend, text, add_special_tokens=add_special_tokens)
         except Exception as error:  # of a tokenizer without a token for what it does not know
             raise UsageError(f"the tokenizer cannot encode the text: {_one_line(error)}") from error
         self.check_ids(ids)
         return ids
+
+    def _check_text(self, text: str, room: int | None) -> None:
+        """Raises UsageError where `text` is no Unicode text, TooLongError where it has more than `room` tokens whatever
+        they are.
+        """
+        if room is not None and self._longest is not None:
+            check_characters(len(text), self._longest, room)
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise UsageError(f"the text is not valid UTF-8: {text[error.start]!r} at character {error.start}") from None
+
+    @cached_property
+    def _longest(self) -> int | None:
+        return longest_token(self._backend)
 
     def check_ids(self, ids: Sequence[int]) -> None:
         """Raises UsageError where the model has no embedding for one of `ids`, whether they come from a text or not."""
@@ -145,7 +166,9 @@ class Tokenizer:
             "the checkpoint's tokenizer is larger than its embedding; leave the token out"
         )
 
-    def render_chat(self, messages: Sequence[Mapping[str, str]], *, literal: bool = False) -> list[int]:
+    def render_chat(
+        self, messages: Sequence[Mapping[str, str]], *, literal: bool = False, room: int | None = None
+    ) -> list[int]:
         """Ids of a conversation up to where the assistant's answer begins.
 
         They are encoded without special tokens, since the template writes bos itself.
@@ -153,6 +176,7 @@ class Tokenizer:
         Args:
             messages: each with `role` (system, user or assistant) and `content`.
             literal: the text of a special token in a message stays text; transformers makes the token of it.
+            room: as for `encode`.
 
         Raises:
             UsageError: there is no chat template, or it refuses these messages; what `encode` refuses; with `literal`,
@@ -160,14 +184,16 @@ class Tokenizer:
             BrokenBundleError: the template is broken, or was stopped by a limit.
         """
         if not literal or (typed := self._literals.found(messages)) is None:
-            return self.ids(self.chat_text(messages), add_special_tokens=False)
+            return self.ids(self.chat_text(messages), add_special_tokens=False, room=room)
         mark, marked = self._literals.mark(messages)
+        text = self.chat_text(marked)
+        self._check_text(text.replace(mark, ""), room)
         # Whether pieces between special tokens are what the whole is, which not every tokenizer grants, shows on the
         # same conversation without what was typed.
         plain = self.chat_text([{**message, "content": "a"} for message in messages])
         if self._literals.ids(plain, mark) != self.ids(plain, add_special_tokens=False):
             raise UsageError(f"the text holds {typed!r}, a special token of this model; leave it out")
-        ids = self._literals.ids(self.chat_text(marked), mark)
+        ids = self._literals.ids(text, mark)
         self.check_ids(ids)
         return ids
 
@@ -222,9 +248,8 @@ class Tokenizer:
         )
 
     def text_of(self, ids: Sequence[int]) -> str:
-        """The text of `ids`, special tokens included."""
-        text: str = self._backend.decode(list(ids), skip_special_tokens=False)
-        return text
+        """The text of `ids`, special tokens included; while many are decoded, other threads run."""
+        return text_of(self._backend, ids)
 
     @cached_property
     def _vocabulary(self) -> Vocabulary:

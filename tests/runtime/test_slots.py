@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import cache
@@ -472,6 +473,17 @@ def test_logits_of_more_tokens_than_are_computed_at_once(config: str, monkeypatc
         found = slots.extend([slot], [ids], last).numpy()[0]
         assert slots.length(slot) == len(ids)
         np.testing.assert_array_equal(found, expected[-last:])
+
+
+def test_memory_of_logits_that_became_too_small_is_let_go() -> None:
+    """Each slot is bound for calls of its own, and scores a longer prompt than the one before."""
+    rows = BACKENDS["ort"](bundle_of("dense-all-logits"))  # which no other test has given longer prompts
+    slots, memories = SlotRunner(rows, SLOTS), []
+    for length, slot in enumerate([slots.acquire() for _ in range(SLOTS)], 10):
+        slots.extend([slot], [list(range(20, 20 + length))], length).numpy()
+        memories.append(weakref.ref(rows._memory))  # type: ignore[attr-defined]
+    assert len({id(one()) for one in memories if one() is not None}) == 1
+    assert memories[-1]() is not None and memories[0]() is None
 
 
 @pytest.mark.parametrize("before", [0, 5])

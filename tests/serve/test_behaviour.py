@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import math
 import re
 import socket
@@ -27,6 +28,7 @@ from doge_deploy.runtime.backend import open_backend
 from doge_deploy.runtime.generate import GenerationOptions, TextGenerator
 from doge_deploy.serve.http import schemas
 from doge_deploy.serve.http.metrics import SECONDS, Metrics
+from doge_deploy.serve.logs import configure
 from doge_deploy.serve.scheduler import Limits
 from doge_deploy.text.tokenizer import Tokenizer
 
@@ -631,9 +633,23 @@ class TestSecurity:
             connection.request("GET", "/page/page.css")
             assert connection.getresponse().status == 200
 
-    def test_prompts_are_not_logged(self, server: Running, caplog: pytest.LogCaptureFixture) -> None:
+    @pytest.mark.parametrize("configured", [False, True], ids=["as it is", "after serve set up its log"])
+    def test_prompts_are_not_logged(
+        self, server: Running, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, configured: bool
+    ) -> None:
+        """Whatever ran before in this process: `serve` keeps its log from the root, where it is read here."""
+        logs = [logging.getLogger(name) for name in ("doge_deploy.serve", "uvicorn", "asyncio")]
+        for log in logs:
+            for name in ("handlers", "propagate", "level"):
+                monkeypatch.setattr(log, name, getattr(log, name))  # to be set back
+        if configured:
+            configure("text")
+        for log in logs:
+            monkeypatch.setattr(log, "propagate", True)
+            caplog.set_level("DEBUG", log.name)
         with caplog.at_level("DEBUG"):
             server.complete("my secret prompt", max_tokens=1)
+        assert "doge_deploy.serve" in {record.name for record in caplog.records}, "nothing was read"
         assert "secret" not in caplog.text and "secret" not in str([vars(record) for record in caplog.records])
 
 

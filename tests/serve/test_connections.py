@@ -213,3 +213,25 @@ def test_a_request_that_can_never_be_queued_is_not_told_to_come_again(tiny_bundl
     with running(served) as server:
         error = server.post("/v1/completions", 400, prompt=["a", "b", "c"], n=3)["error"]
         assert "9 texts in one request; this server takes at most 8" in error["message"] and error["param"] == "n"
+
+
+@pytest.mark.parametrize(
+    ("options", "param"), [({"prompt": [[5] * 300] * 6}, "prompt"), ({"prompt": [5] * 300, "n": 6}, "n")]
+)
+def test_a_request_of_more_tokens_than_may_ever_wait_is_not_told_to_come_again(
+    tiny_bundle: Path, options: dict[str, Any], param: str
+) -> None:
+    """Two of six texts get a slot, so that those of four would wait."""
+    served = scripted(tiny_bundle, endless(tiny_bundle, slots=2), Limits(queue_tokens=1199))
+    assert served.texts[NAME].engine.scheduler.runner.slots == 2
+    with running(served) as server:
+        error = server.post("/v1/completions", 400, max_tokens=1, **options)["error"]
+        for said in ("1800 prompt tokens in one request", "1200 prompt tokens would be waiting; the limit is 1199"):
+            assert said in error["message"]
+        assert error["param"] == param and error["code"] is None
+
+
+def test_a_request_of_as_many_tokens_as_may_wait_is_taken(tiny_bundle: Path) -> None:
+    served = scripted(tiny_bundle, endless(tiny_bundle, slots=2), Limits(queue_tokens=1200))
+    with running(served) as server:
+        assert len(server.complete([[5] * 300] * 6, max_tokens=1)["choices"]) == 6

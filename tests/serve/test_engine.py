@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import queue
 import threading
 from collections.abc import Callable, Sequence
 
@@ -150,31 +149,3 @@ def test_a_prompt_that_comes_while_tokens_are_made_is_fed_before_the_next_ones(r
     kinds = [kind for kind, _ in rows.calls]
     tenth = [place for place, kind in enumerate(kinds) if kind == "decode"][9]
     assert kinds[tenth + 1] == "prefill"
-
-
-def test_memory_is_given_back_once_when_nothing_was_computed_for_a_while(monkeypatch: pytest.MonkeyPatch) -> None:
-    given: queue.SimpleQueue[int] = queue.SimpleQueue()
-    rows = ScriptedSlots(4, max_length=512)
-    monkeypatch.setattr(engine_module, "REST_SECONDS", 0.05)
-    monkeypatch.setattr(engine_module, "give_back", lambda: given.put(len(rows.calls)))
-    engine = Engine(Scheduler(rows), lambda events: None)
-
-    def submit(name: str) -> None:
-        ids = [5 + ord(name[0]) % 50] * 3
-        engine.submit(Request(name, ids, Sampler(SamplingOptions()), 20, lambda event: None, Digits()))
-
-    engine.start()
-    try:
-        with pytest.raises(queue.Empty):
-            given.get(timeout=0.2)  # nothing was computed yet
-        for name in "ab":
-            before = len(rows.calls)
-            submit(name)
-            assert given.get(timeout=30) >= before + 20, "while tokens were made"
-            with pytest.raises(queue.Empty):
-                given.get(timeout=0.2)
-        engine.ask(lambda _: None).result(30)  # a question computes nothing
-        with pytest.raises(queue.Empty):
-            given.get(timeout=0.2)
-    finally:
-        engine.stop(30)

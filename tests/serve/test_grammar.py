@@ -21,6 +21,7 @@ import pytest
 from servers import NAME, Running, of_bundle, running
 
 from doge_deploy.errors import BrokenBundleError, DogeDeployError, UsageError
+from doge_deploy.process.child import Child
 from doge_deploy.serve.engine import EngineStoppedError
 from doge_deploy.serve.grammar import desk as desk_module
 from doge_deploy.serve.grammar import worker
@@ -156,6 +157,28 @@ class TestTrial:
             server.stdin.close()
             server.kill()
         wait_for(lambda: gone(pid))
+
+    def test_it_ends_when_its_input_does_whatever_it_compiles(self, trial: Trial) -> None:
+        """Where Linux does not end it with the server."""
+        code = f"import {worker.__name__} as worker; worker.MEMORY_BYTES = 2**31; worker.main()"
+        with Child([sys.executable, "-c", code, trial._command[-1]]) as child:
+            assert child.receive(60) == {"ready": True}
+            child.send({"kind": "grammar", "text": ENDLESS})
+            child.finish(5)
+
+    @LINUX
+    @pytest.mark.parametrize("said", [None, "7 5 3 1 0 0 0"])
+    def test_where_its_memory_is_not_known_it_has_no_limit(
+        self, said: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        import resource
+
+        before = resource.getrlimit(resource.RLIMIT_DATA)
+        monkeypatch.setattr(worker, "_STATM", tmp_path / "statm")
+        if said is not None:
+            (tmp_path / "statm").write_text(said)
+        worker._limit_memory()
+        assert resource.getrlimit(resource.RLIMIT_DATA) == before
 
     def test_a_tokenizer_that_cannot_be_read_is_a_broken_bundle(self, tmp_path: Path) -> None:
         (tmp_path / "tokenizer.json").write_text("{}")

@@ -13,7 +13,7 @@ from scripted_slots import ScriptedSlots
 from servers import NAME, SlowSlots, of_bundle, running, scripted
 
 from doge_deploy.runtime.logprobs import TokenLogprobs
-from doge_deploy.serve.grammar import GrammarCompiler
+from doge_deploy.serve.grammar.compiler import GrammarCompiler
 from doge_deploy.serve.http import answers
 from doge_deploy.serve.http.chunks import Chunks
 from doge_deploy.serve.http.logprobs import CompletionLogprobs, chat_logprobs

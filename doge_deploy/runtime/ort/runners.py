@@ -187,6 +187,10 @@ class StaticOrtRunner(OrtRunner, RowsRunner):
 
     def _calls_for(self, first: int, rows: int, width: int, last: int) -> _Calls:
         """What is bound for calls of some rows and of `width` tokens, of which `last` have logits."""
+        shape = (rows, last if self.last_logits else width, self.vocab_size)
+        if self._memory.size < math.prod(shape):  # logits of all calls share it
+            self._memory = np.zeros(math.prod(shape), self._memory.dtype)
+            self._calls.clear()  # what is bound to smaller memory would keep it
         is_long = self._open_long is not None and rows * width >= LONG_CALL
         calls = self._calls.get((first, rows, is_long))
         if calls is None:
@@ -208,7 +212,9 @@ class StaticOrtRunner(OrtRunner, RowsRunner):
             for name, array in calls.inputs.items():
                 calls.binding.bind_ortvalue_input(name, wrap(array))
             calls.memory = None
-        self._bind_logits(calls, rows, last if self.last_logits else width)
+        if calls.memory is not self._memory:
+            calls.memory, calls.logits = self._memory, self._memory[: math.prod(shape)].reshape(shape)
+            calls.binding.bind_ortvalue_output("logits", wrap(calls.logits))
         return calls
 
     def take_memory(self) -> None:
@@ -230,16 +236,6 @@ class StaticOrtRunner(OrtRunner, RowsRunner):
             assert self._open_long is not None
             self._long_session = self._open_long()
         return self._long_session
-
-    def _bind_logits(self, calls: _Calls, rows: int, width: int) -> None:
-        """Logits of `width` tokens of each row; those of all calls share their memory, as large as the largest."""
-        shape = (rows, width, self.vocab_size)
-        size = math.prod(shape)
-        if self._memory.size < size:
-            self._memory = np.zeros(size, self._memory.dtype)
-        if calls.memory is not self._memory:
-            calls.memory, calls.logits = self._memory, self._memory[:size].reshape(shape)
-            calls.binding.bind_ortvalue_output("logits", wrap(calls.logits))
 
     @property
     def _piece(self) -> int:

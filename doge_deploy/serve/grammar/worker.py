@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import queue
@@ -22,6 +23,9 @@ MEMORY_BYTES = 16 * 2**20
 """For a grammar, beyond what the process has with its tokenizer: twice what 4,096 choices take; a schema of 60 kB takes
 less than 4 MiB.
 """
+
+_STATM = Path("/proc/self/statm")
+"""Of this process in pages; the sixth number is its data."""
 
 
 def main() -> None:
@@ -65,9 +69,12 @@ def _limit_memory() -> None:
         return
     import resource
 
-    pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[5])
-    most = pages * resource.getpagesize() + MEMORY_BYTES
-    resource.setrlimit(resource.RLIMIT_DATA, (most, most))
+    # what is missing is /proc, or the right to a limit above a lower one
+    with contextlib.suppress(OSError, ValueError):
+        pages = int(_STATM.read_text(encoding="ascii").split()[5])
+        most = pages * resource.getpagesize() + MEMORY_BYTES
+        if pages:  # some sandboxes do not say
+            resource.setrlimit(resource.RLIMIT_DATA, (most, most))
 
 
 if __name__ == "__main__":

@@ -8,5 +8,7 @@ generation.py  chat and text completions
 embeddings.py  embeddings of a `features` bundle
 operations.py  health, readiness, metrics, models, tokenize, detokenize, the page
 security.py    API keys and the size of bodies
+offload.py     threads for what takes long
+rest.py        memory goes back while nobody asks for anything
 metrics.py     Prometheus
 """

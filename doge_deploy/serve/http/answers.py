@@ -16,7 +16,8 @@ from starlette.types import Receive, Scope, Send
 from doge_deploy.serve.http.chunks import Chunks, head, take
 from doge_deploy.serve.http.forms import Form
 from doge_deploy.serve.http.inbox import Inbox, Mail
-from doge_deploy.serve.http.plans import Offload, Plan
+from doge_deploy.serve.http.offload import Offload
+from doge_deploy.serve.http.plans import Plan
 from doge_deploy.serve.http.responses import HOLE, Encoded, written
 from doge_deploy.serve.request import PromptScored
 
@@ -26,7 +27,7 @@ CLOSED_REQUEST = 499
 """What the log says of a client that went away; nobody reads it."""
 
 
-async def answer(plan: Plan, form: Form, inbox: Inbox, http: HttpRequest, offload: Offload[Any]) -> Response:
+async def answer(plan: Plan, form: Form, inbox: Inbox, http: HttpRequest, offload: Offload) -> Response:
     """Run the plan; a stream, or a whole answer. A client that goes away frees its slots."""
     if plan.stream:
         stack = contextlib.AsyncExitStack()
@@ -104,7 +105,7 @@ async def _collected(plan: Plan, mail: Mail) -> bool:
     return True
 
 
-async def streamed(chunks: Chunks, mail: Mail, offload: Offload[Any]) -> AsyncIterator[bytes]:
+async def streamed(chunks: Chunks, mail: Mail, offload: Offload) -> AsyncIterator[bytes]:
     """Server-sent events of all choices as they come, those together that are there at the same time."""
     ready: list[bytes] = []
     try:

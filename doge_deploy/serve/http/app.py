@@ -6,8 +6,7 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import AsyncIterator, Callable, Collection, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import AsyncIterator, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -29,17 +28,17 @@ from doge_deploy.serve.http.errors import ApiError, about, field_of
 from doge_deploy.serve.http.forms import ChatForm, Form, TextForm
 from doge_deploy.serve.http.inbox import Inbox
 from doge_deploy.serve.http.metrics import Metrics
+from doge_deploy.serve.http.offload import Offload
 from doge_deploy.serve.http.plans import Plan, plan_chat, plan_completion, rendered
 from doge_deploy.serve.http.requests import ChatBody, CompletionBody, DetokenizeBody, EmbeddingBody, TokenizeBody
+from doge_deploy.serve.http.responses import line_of_json, tokens_json
+from doge_deploy.serve.http.rest import Rest
 from doge_deploy.serve.http.schemas import ErrorAnswer
 from doge_deploy.serve.http.security import MAX_BODY_BYTES, MAX_HELD_BYTES, Gate
 from doge_deploy.serve.model import ServedText
 
 PAGE = Path(__file__).parent.parent / "page"
 
-_TOKENIZER_THREADS = 2
-
-_Result = TypeVar("_Result")
 _Model = TypeVar("_Model", bound="ServedText | FeatureModel")
 
 _TASKS = {"text": "causal-lm", "embeddings": "features"}
@@ -73,6 +72,13 @@ class Served:
     def ready(self) -> bool:
         """Work is taken, and every engine runs."""
         return not self.draining and all(model.engine.alive for model in self.texts.values())
+
+    @property
+    def busy(self) -> bool:
+        """Something is being computed."""
+        return not all(model.engine.scheduler.idle for model in self.texts.values()) or any(
+            model.waiting for model in self.features.values()
+        )
 
     def text(self, name: str | None) -> ServedText:
         """The model called `name`, or the only one.
@@ -128,10 +134,7 @@ def create_app(
         max_body_bytes: of a request.
         max_held_bytes: of all requests together that are being received or answered.
     """
-    pool = ThreadPoolExecutor(_TOKENIZER_THREADS, "doge-tokenizer")
-
-    async def offload(work: Callable[[], _Result]) -> _Result:
-        return await asyncio.get_running_loop().run_in_executor(pool, work)
+    offload = Offload()
 
     @contextlib.asynccontextmanager
     async def life(app: FastAPI) -> AsyncIterator[None]:
@@ -150,7 +153,7 @@ def create_app(
                 await asyncio.to_thread(model.engine.stop, 10)
             for feature in served.features.values():
                 feature.stop()
-            pool.shutdown(wait=False, cancel_futures=True)
+            offload.stop()
 
     app = FastAPI(
         title="doge-deploy",
@@ -172,6 +175,7 @@ def create_app(
     _add_generation(app, served, offload)
     app.add_middleware(WorkCount, served=served)
     app.add_middleware(Gate, keys=tuple(api_keys), max_body_bytes=max_body_bytes, max_held_bytes=max_held_bytes)
+    app.add_middleware(Rest, busy=lambda: served.busy)
     app.add_middleware(Heads)
     if cors_origins:  # outside of the keys: a browser asks whether it may before it sends one, and reads refusals too
         app.add_middleware(
@@ -186,7 +190,7 @@ def create_app(
     return app
 
 
-def _add_generation(app: FastAPI, served: Served, offload: Any) -> None:
+def _add_generation(app: FastAPI, served: Served, offload: Offload) -> None:
     busy: dict[int | str, dict[str, Any]] = {
         404: {"description": "No such model.", "model": ErrorAnswer},
         429: {
@@ -225,15 +229,16 @@ def _add_generation(app: FastAPI, served: Served, offload: Any) -> None:
     async def embeddings(body: EmbeddingBody, http: Request) -> Response:
         """A vector for each text, of a bundle that was exported with `--task features`."""
         model = served.feature(body.model)
+        given = body.texts
 
         def work() -> list[list[int]]:
             found = []
-            for index, text in enumerate(body.texts):
-                with about(field_of("input", index, body.texts)):
+            for index, text in enumerate(given):
+                with about(field_of("input", index, given)):
                     found.append(model.encode(text))
             return found
 
-        texts = await offload(work)
+        texts = await offload(work, sum(map(len, given)))
         vectors = await unless_gone(model.embed_all(texts), http.receive)
         if vectors is None:
             return Response(status_code=CLOSED_REQUEST)
@@ -243,7 +248,7 @@ def _add_generation(app: FastAPI, served: Served, offload: Any) -> None:
         return JSONResponse({"object": "list", "data": data, "model": model.name, "usage": usage})
 
 
-def _add_operations(app: FastAPI, served: Served, offload: Any) -> None:
+def _add_operations(app: FastAPI, served: Served, offload: Offload) -> None:
     unknown: dict[int | str, dict[str, Any]] = {404: {"description": "No such model.", "model": ErrorAnswer}}
 
     @app.get("/health", responses={200: {"model": schemas.Health}})
@@ -279,28 +284,34 @@ def _add_operations(app: FastAPI, served: Served, offload: Any) -> None:
         return _card(served, served.any(name))
 
     @app.post("/tokenize", responses={200: {"model": schemas.Tokens}, **unknown})
-    async def tokenize(body: TokenizeBody) -> dict[str, Any]:
+    async def tokenize(body: TokenizeBody) -> Response:
         """Token ids of a text or of a conversation."""
         found = served.any(body.model)
+        messages = [{"role": one.role, "content": one.text} for one in body.messages or ()]
+        prompt = body.prompt
 
-        def work() -> list[int]:
-            if body.messages is not None:
-                messages = [{"role": one.role, "content": one.text} for one in body.messages]
-                return rendered(found.tokenizer, messages)
-            assert body.prompt is not None
-            with about("prompt"):
-                return found.tokenizer.ids(body.prompt, add_special_tokens=body.add_special_tokens)
+        def work() -> str:
+            if prompt is None:
+                ids = rendered(found.tokenizer, messages)
+            else:
+                with about("prompt"):
+                    ids = found.tokenizer.ids(prompt, add_special_tokens=body.add_special_tokens)
+            return tokens_json(ids, found.max_length)
 
-        ids = await offload(work)
-        return {"tokens": ids, "count": len(ids), "max_model_len": found.max_length}
+        size = sum(len(one["content"]) for one in messages) if prompt is None else len(prompt)
+        return Response(await offload(work, size), media_type="application/json")
 
     @app.post("/detokenize", responses={200: {"model": schemas.Detokenized}, **unknown})
-    async def detokenize(body: DetokenizeBody) -> dict[str, str]:
+    async def detokenize(body: DetokenizeBody) -> Response:
         """The text of token ids, special tokens included."""
         found = served.any(body.model)
-        with about("tokens"):
-            found.tokenizer.check_ids(body.tokens)
-        return {"prompt": await offload(lambda: found.tokenizer.text_of(body.tokens))}
+
+        def work() -> str:
+            with about("tokens"):
+                found.tokenizer.check_ids(body.tokens)
+            return line_of_json({"prompt": found.tokenizer.text_of(body.tokens)})
+
+        return Response(await offload(work, len(body.tokens)), media_type="application/json")
 
     @app.get("/", include_in_schema=False)
     async def page() -> FileResponse:

@@ -17,8 +17,8 @@ from doge_deploy.bundle.opening import Bundle
 from doge_deploy.errors import UnsupportedModelError, UsageError
 from doge_deploy.runtime.base import Runner
 from doge_deploy.serve.engine import EngineStoppedError
-from doge_deploy.serve.lengths import check_length
 from doge_deploy.serve.scheduler import QueueFullError
+from doge_deploy.text.lengths import check_length
 from doge_deploy.text.tokenizer import Tokenizer
 
 
@@ -49,12 +49,12 @@ class FeatureModel:
         return self.bundle.manifest.max_length
 
     def encode(self, text: str | Sequence[int]) -> list[int]:
-        """Ids of a text that can be embedded.
+        """Ids of a text that can be embedded. One that cannot fit whatever its tokens are is not encoded.
 
         Raises:
             UsageError: it is empty, too long, or holds a token that the model has not.
         """
-        ids = self.tokenizer.encode(text) if isinstance(text, str) else list(text)
+        ids = self.tokenizer.encode(text, room=self.max_length) if isinstance(text, str) else list(text)
         if not ids:
             raise UsageError("the text is empty and the tokenizer has no bos token; give at least one token")
         check_length(len(ids), self.max_length)

@@ -17,8 +17,8 @@ from starlette.exceptions import HTTPException
 from doge_deploy.errors import DogeDeployError, UsageError
 from doge_deploy.serve.engine import EngineFailedError, EngineStoppedError
 from doge_deploy.serve.http.findings import place, told
-from doge_deploy.serve.lengths import TooLongError
 from doge_deploy.serve.scheduler import QueueFullError
+from doge_deploy.text.lengths import TooLongError
 
 RETRY_AFTER_S = 1
 """What a client is told to wait when the queue is full."""

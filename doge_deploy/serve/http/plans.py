@@ -3,25 +3,22 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any
 
-from doge_deploy.errors import DogeDeployError
+from doge_deploy.errors import BrokenBundleError
 from doge_deploy.runtime.logprobs import TokenLogprobs
 from doge_deploy.serve.grammar.compiler import Grammar
 from doge_deploy.serve.http.errors import ApiError, about, field_of
+from doge_deploy.serve.http.offload import Offload
 from doge_deploy.serve.http.requests import ChatBody, CompletionBody, GenerationBody
 from doge_deploy.serve.http.responses import Usage
 from doge_deploy.serve.model import Answering, ServedText
 from doge_deploy.serve.request import Request
+from doge_deploy.serve.scheduler import QueueFullError
 from doge_deploy.serve.tokens import TokenTexts
 from doge_deploy.text.tokenizer import Tokenizer
-
-_Result = TypeVar("_Result")
-
-Offload = Callable[[Callable[[], _Result]], Awaitable[_Result]]
-"""Runs what takes long in a pool of threads: a long prompt must not hold up the streams of others."""
 
 SHORT_CHARACTERS = 2048
 """Of a prompt, or tokens of all prompts of a request, up to which the work is done at once: to wake another thread and
@@ -96,49 +93,58 @@ class _Wanted:
     echo: bool = False
 
 
-async def plan_chat(body: ChatBody, model: ServedText, name: str, offload: Offload[Any]) -> Plan:
+async def plan_chat(body: ChatBody, model: ServedText, name: str, offload: Offload) -> Plan:
     """Check a chat request; render and encode its messages.
 
     Raises:
         ApiError, UsageError: it cannot be answered.
     """
+    _check_number(body, 1, model)
     messages = [{"role": message.role, "content": message.text} for message in body.messages]
-    ids = await offload(lambda: rendered(model.tokenizer, messages))
-    with about("messages"):
-        model.check_prompt(ids)
+    size = sum(len(message["content"]) for message in messages)
+    ids = await offload(lambda: rendered(model.tokenizer, messages, model), size)
     logprobs = (body.top_logprobs or 0) if body.logprobs else None
     return await _plan(body, model, name, _Wanted([(ids, None)], body.max_new_tokens, None, logprobs), offload)
 
 
-def rendered(tokenizer: Tokenizer, messages: Sequence[Mapping[str, str]]) -> list[int]:
+def rendered(tokenizer: Tokenizer, messages: Sequence[Mapping[str, str]], model: ServedText | None = None) -> list[int]:
     """Ids of a conversation; what the template makes of these messages is the client's business.
 
+    Args:
+        tokenizer: of the model.
+        messages: each with `role` and `content`.
+        model: what is to answer them; None where they need not fit.
+
     Raises:
-        ApiError: the template refuses them, breaks on them, or was stopped by a limit.
+        ApiError: the template refuses them, breaks on them, or was stopped by a limit; they cannot be answered.
     """
-    try:
-        return tokenizer.render_chat(messages, literal=True)
-    except DogeDeployError as error:
-        raise ApiError(400, f"messages: {error}", param="messages") from error
+    with about("messages"):
+        try:
+            ids = tokenizer.render_chat(messages, literal=True, room=None if model is None else model.max_length)
+        except BrokenBundleError as error:  # of the template, which is as it is
+            raise ApiError(400, f"messages: {error}", param="messages") from error
+        if model is not None:
+            model.check_prompt(ids)
+        return ids
 
 
-async def plan_completion(body: CompletionBody, model: ServedText, name: str, offload: Offload[Any]) -> Plan:
+async def plan_completion(body: CompletionBody, model: ServedText, name: str, offload: Offload) -> Plan:
     """Check a text completion request and encode its prompts; raises as `plan_chat`."""
 
     def encoded() -> list[tuple[list[int], str | None]]:
         found = []
         for index, prompt in enumerate(body.prompts):
             with about(field_of("prompt", index, body.prompts)):
-                ids = model.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
-                model.check_prompt(ids)
+                ids = model.encode(prompt)
             text = None
             if body.echo:
                 text = prompt if isinstance(prompt, str) else model.tokenizer.text_of(ids)
             found.append((ids, text))
         return found
 
+    _check_number(body, len(body.prompts), model)
     length = sum(map(len, body.prompts))
-    prompts = encoded() if length <= SHORT_CHARACTERS else await offload(encoded)
+    prompts = encoded() if length <= SHORT_CHARACTERS else await offload(encoded, length)
     if body.echo and body.logprobs is not None and not model.all_logits:
         raise ApiError(
             400,
@@ -154,17 +160,33 @@ async def plan_completion(body: CompletionBody, model: ServedText, name: str, of
     return plan
 
 
-async def _plan(body: GenerationBody, model: ServedText, name: str, wanted: _Wanted, offload: Offload[Any]) -> Plan:
-    number, limit = len(wanted.prompts) * (body.n or 1), model.engine.limits.queue_requests
+def _check_number(body: GenerationBody, prompts: int, model: ServedText) -> None:
+    """Raises ApiError where there are more texts than may ever wait; before any of them is encoded."""
+    number, limit = prompts * (body.n or 1), model.engine.limits.queue_requests
     if number > limit:
         raise ApiError(400, f"n: {number} texts in one request; this server takes at most {limit}", param="n")
+
+
+def _check_tokens(body: GenerationBody, lengths: Sequence[int], model: ServedText) -> None:
+    """Raises ApiError where the prompts have more tokens than may ever wait: later there is no more room."""
+    repeated = [length for length in lengths for _ in range(body.n or 1)]
+    try:
+        model.engine.scheduler.check_alone(repeated)
+    except QueueFullError as error:
+        param = "prompt" if (body.n or 1) == 1 else "n"
+        message = f"{param}: {sum(repeated)} prompt tokens in one request, too many even if it comes alone: {error}"
+        raise ApiError(400, message, param=param) from error
+
+
+async def _plan(body: GenerationBody, model: ServedText, name: str, wanted: _Wanted, offload: Offload) -> Plan:
+    lengths = [len(ids) for ids, _ in wanted.prompts]
+    _check_tokens(body, lengths, model)
     grammar = await _grammar(body, model)
     # what names tokens takes a moment to be made; and a request looks at each token of its prompt: there may be many of
     # both
-    is_long = number * max(len(ids) for ids, _ in wanted.prompts) > SHORT_CHARACTERS
+    is_long = len(lengths) * (body.n or 1) * max(lengths) > SHORT_CHARACTERS
     if is_long or wanted.logprobs is not None:
-        plan: Plan = await offload(lambda: _planned(body, model, name, wanted, grammar))
-        return plan
+        return await offload(lambda: _planned(body, model, name, wanted, grammar))
     return _planned(body, model, name, wanted, grammar)
 
 

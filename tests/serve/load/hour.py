@@ -32,7 +32,7 @@ import httpx
 import numpy as np
 from processes import ServerProcess, Use, export_bundles, serving
 
-from doge_deploy.serve.engine import REST_SECONDS
+from doge_deploy.serve.http.rest import REST_SECONDS
 from doge_deploy.serve.scheduler import Limits
 
 EVERY_SECONDS = 10.0
