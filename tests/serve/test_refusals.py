@@ -277,3 +277,31 @@ class TestSmallThingsOfClients:
             assert needed[TEXT] == bool(keys)
             schemes = document["components"].get("securitySchemes", {})
             assert schemes == ({"key": {"type": "http", "scheme": "bearer"}} if keys else {})
+
+    @pytest.mark.parametrize("costs", [None, {1: 1.0, 2: 1.0, 4: 1.0, 8: 1.0}], ids=["", "guesses"])
+    def test_a_token_that_ends_texts_may_be_one_like_others(self, tiny_bundle: Path, costs: Any) -> None:
+        """vLLM's ignore_eos, also in the middle of guessed tokens; a stop text ends the text all the same."""
+        bundle = open_bundle(tiny_bundle)
+        facts = bundle.manifest.facts
+        (eos, *_) = facts.eos_token_ids
+        rule = lambda past: eos if len(past) % 5 == 0 else 70 + len(past) % 5  # noqa: E731
+        found = SlowSlots(1, rule=rule, vocab=facts.vocab_size, max_length=512)
+        found.all_logits = True
+        with running(scripted(tiny_bundle, found, costs=costs)) as server:
+            options = {"prompt": [7], "max_tokens": 60, "temperature": 0}
+            ended = server.complete(**options, ignore_eos=False)
+            assert ended["choices"][0]["finish_reason"] == "stop" and ended["usage"]["completion_tokens"] == 5
+            long = server.complete(**options, ignore_eos=True)
+            assert long["choices"][0]["finish_reason"] == "length" and long["usage"]["completion_tokens"] == 60
+            assert bool(server.scheduler.counters.draft_tokens) == (costs is not None)
+            text = long["choices"][0]["text"]
+            stop = text[: len(text) // 2][-4:]
+            cut = server.complete(**options, ignore_eos=True, stop=stop)["choices"][0]
+            assert cut["finish_reason"] == "stop" and cut["text"] == text[: text.index(stop)]
+
+    def test_what_has_a_form_ends(self, server: Running) -> None:
+        error = server.post(TEXT, 400, prompt="a", ignore_eos=True, guided_regex="a")["error"]
+        assert (
+            error["message"]
+            == "ignore_eos: a text whose form is given ends with it; leave out ignore_eos or guided_regex"
+        )

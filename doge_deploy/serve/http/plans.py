@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from doge_deploy.errors import BrokenBundleError
@@ -198,6 +198,8 @@ def _planned(body: GenerationBody, model: ServedText, name: str, wanted: _Wanted
     for prompt_ids, text in wanted.prompts:
         with about("logit_bias"):  # all else was checked with the body
             options = model.options(asked, len(prompt_ids), wanted.default_length)
+        if body.ignore_eos:
+            options = replace(options, eos_ids=frozenset())
         answering = Answering(options, wanted.logprobs, wanted.echo and wanted.logprobs is not None, grammar)
         for number in range(body.n or 1):
             index = len(choices)

@@ -280,6 +280,8 @@ class GenerationBody(_Body):
     """Token id to what is added to its logit."""
     seed: Annotated[StrictInt, Field(ge=-(2**63), le=2**64 - 1)] | None = None
     stop: StopTexts | None = None
+    ignore_eos: StrictBool | None = None
+    """A token that ends a text is one like others, as in vLLM."""
     n: Annotated[StrictInt, Field(ge=1, le=MAX_CHOICES)] | None = None
     stream: StrictBool | None = None
     stream_options: StreamOptions | None = None
@@ -305,6 +307,9 @@ class GenerationBody(_Body):
         if self.stream_options is not None and not self.stream:
             raise rule("stream_options", "only with stream: true")
         guides = self._guides()
+        if self.ignore_eos and guides:
+            field = guides[0].field
+            raise rule("ignore_eos", f"a text whose form is given ends with it; leave out ignore_eos or {field}")
         if len(guides) > 1:
             first, second = (guide.field for guide in guides[:2])
             raise rule(first.partition(".")[0], f"{second} is given too, and they cannot both be followed")
