@@ -1154,7 +1154,7 @@ FAULTS: dict[str, Fault] = {
         "serve",
         Patch(
             "doge_deploy/serve/start.py",
-            "if self.host not in LOOPBACK and self.api_key_file is None and not self.no_auth:",
+            "if not is_loopback(self.host) and self.api_key_file is None and not self.no_auth:",
             'if self.host == "0.0.0.0" and self.api_key_file is None and not self.no_auth:',
         ),
         "15: on an address of the network everybody is served",

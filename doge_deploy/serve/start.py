@@ -6,10 +6,12 @@ import asyncio
 import contextlib
 import errno
 import gc
+import ipaddress
 import logging
 import os
 import re
 import signal
+import socket
 import statistics
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -35,8 +37,6 @@ if TYPE_CHECKING:
     from doge_deploy.serve.model import ServedText
     from doge_deploy.verify.report import Report
 
-LOOPBACK = ("127.0.0.1", "::1", "localhost")
-
 DEFAULT_SLOTS = 8
 
 _ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://(?:[a-z0-9._-]+|\[[0-9a-f:.]+\])(?::[0-9]{1,5})?")
@@ -49,6 +49,14 @@ _OTHER_FILES = 256
 """Files that are open beside connections, with room to spare."""
 
 _log = logging.getLogger("doge_deploy.serve")
+
+
+def is_loopback(host: str) -> bool:
+    """Whether an address or `localhost` can be reached from this machine alone; other names are not looked up."""
+    try:
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:  # a name
+        return False
 
 
 @dataclass(frozen=True)
@@ -87,12 +95,15 @@ class ServeOptions:
     def __post_init__(self) -> None:
         if not 0 <= self.port < 65536:
             raise UsageError(f"--port {self.port}: must be 0 (any free one) to 65535")
+        for name in self.names:
+            if not name.strip():
+                raise UsageError(f"--served-model-name {name!r}: must hold more than blanks")
         for origin in self.cors_origins:
             if origin != "*" and not _ORIGIN.fullmatch(origin):
                 raise UsageError(f"--cors-origin {origin}: must be * or an origin such as https://example.org:8443")
         if self.drain_seconds < 0:
             raise UsageError(f"--drain-seconds {self.drain_seconds}: must be at least 0")
-        if self.host not in LOOPBACK and self.api_key_file is None and not self.no_auth:
+        if not is_loopback(self.host) and self.api_key_file is None and not self.no_auth:
             raise UsageError(
                 f"--host {self.host} can be reached from other machines: give --api-key-file FILE, or --no-auth to "
                 "serve everybody"
@@ -333,8 +344,12 @@ class _Refusal(logging.Filter):
     def filter(self, record: logging.LogRecord) -> bool:
         if not isinstance(record.msg, OSError):
             return True
-        taken = record.msg.errno == errno.EADDRINUSE
-        why = "another program listens there; choose another --port" if taken else os.strerror(record.msg.errno or 0)
+        if isinstance(record.msg, socket.gaierror):  # whose numbers are not those of the system
+            why = "no address is known for this host's name"
+        elif record.msg.errno == errno.EADDRINUSE:
+            why = "another program listens there; choose another --port"
+        else:
+            why = os.strerror(record.msg.errno or 0)
         self.reason = f": {why}"
         return False
 

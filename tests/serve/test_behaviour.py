@@ -613,6 +613,7 @@ class TestSecurity:
                 for response in (before, refused):
                     allowed = response.headers.get("access-control-allow-origin")
                     assert allowed == (page if origin == page else None)
+                    assert response.headers["x-request-id"]
                 assert (before.status_code == 200) == (origin == page)
             headers = {"Origin": page, "Authorization": "Bearer right"}
             chunks = server.client.post("/v1/completions", json={"prompt": [7], "stream": True}, headers=headers)

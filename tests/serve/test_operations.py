@@ -21,6 +21,8 @@ from servers import NAME, of_bundle, running
 from test_serve_command import started
 
 from doge_deploy.cli.serve import serve
+from doge_deploy.runtime.ort.graph_cache import VARIABLE
+from doge_deploy.serve.http.security import MAX_BODY_BYTES
 
 FILES = Path(__file__).parents[2] / "examples" / "05_serve"
 UNIT = FILES / "doge-deploy@.service"
@@ -99,6 +101,21 @@ def test_systemd_accepts_the_unit(tmp_path: Path) -> None:
     assert "NoNewPrivilege" in done.stderr
 
 
+def test_the_unit_and_the_image_have_a_place_for_the_cache_of_graphs() -> None:
+    """The unit's user may write nowhere else, and each instance has a user of its own; the image's has no home."""
+    unit = dict(re.findall(r"^(CacheDirectory|Environment)=(.+)$", UNIT.read_text(), re.MULTILINE))
+    assert "%i" in unit["CacheDirectory"]
+    assert unit["Environment"] == f"{VARIABLE}=%C/{unit['CacheDirectory']}"
+    name, _, folder = instruction("ENV").partition("=")
+    made = re.search(rf"install -d -m 700 -o (\d+) {folder}$", instruction("RUN"))
+    assert name == VARIABLE and made is not None and made[1] == instruction("USER")
+
+
+def test_nginx_lets_the_server_say_that_a_body_is_too_large() -> None:
+    (megabytes,) = re.findall(r"^\s*client_max_body_size (\d+)m;$", (FILES / "nginx.conf").read_text(), re.MULTILINE)
+    assert int(megabytes) * 2**20 > MAX_BODY_BYTES
+
+
 def test_options_of_the_image_are_those_of_the_command() -> None:
     command = [*json.loads(instruction("ENTRYPOINT")), *json.loads(instruction("CMD"))]
     assert command[:2] == ["doge-deploy", "serve"]
@@ -106,13 +123,13 @@ def test_options_of_the_image_are_those_of_the_command() -> None:
         found = serve.make_context("serve", command[2:], parent=context).params
     assert str(found["port"]) == instruction("EXPOSE") and str(found["port"]) in instruction("HEALTHCHECK")
     assert {kind for kind, _ in instructions(CONTAINERFILE)} == set(
-        "FROM COPY RUN USER EXPOSE HEALTHCHECK STOPSIGNAL ENTRYPOINT CMD".split()
+        "FROM COPY RUN ENV USER EXPOSE HEALTHCHECK STOPSIGNAL ENTRYPOINT CMD".split()
     )
 
 
 @pytest.mark.sweep
 def test_commands_of_the_image_in_a_fresh_environment(tiny_bundle_last: Path, tmp_path: Path) -> None:
-    """All but the base image, `useradd` and the user: those need a system of their own."""
+    """All but the base image, `useradd`, the user and its folder: those need a system of their own."""
     venv.create(tmp_path / "venv", with_pip=True)
     environment = {"PATH": f"{tmp_path / 'venv' / 'bin'}:{os.environ['PATH']}", "HOME": str(tmp_path)}
     root = Path(__file__).parents[2]
@@ -121,7 +138,7 @@ def test_commands_of_the_image_in_a_fresh_environment(tiny_bundle_last: Path, tm
     subprocess.run(wheel, env=environment, check=True)
     assert list((tmp_path / "tmp").glob(instruction_of_copy()))
     steps = instruction("RUN").replace("/tmp/", f"{tmp_path}/tmp/").split(" && ")
-    assert [step.split()[0] for step in steps] == ["pip", "rm", "useradd"]
+    assert [step.split()[0] for step in steps] == ["pip", "rm", "useradd", "install"]
     # the tested versions, as far as they are named, so that the test does not depend on the day
     environment["PIP_CONSTRAINT"] = str(root / "constraints.txt")
     subprocess.run(" && ".join(steps[:2]), shell=True, env=environment, check=True)

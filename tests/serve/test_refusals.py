@@ -246,3 +246,34 @@ def test_embeddings_of_a_server_that_makes_none(server: Running, features: Runni
         "model: nothing here makes text; serve a bundle that was exported with --task causal-lm"
     )
     assert error["param"] == "model" and error["code"] == "model_not_found"
+
+
+class TestSmallThingsOfClients:
+    def test_dimensions_may_be_those_that_there_are(self, features: Running) -> None:
+        (row,) = features.post("/v1/embeddings", input="a", dimensions=128)["data"]
+        assert len(row["embedding"]) == 128
+        error = features.post("/v1/embeddings", 400, input="a", dimensions=64)["error"]
+        assert error["message"] == "dimensions: must be 128, which this model's vectors have; not 64"
+        assert error["param"] == "dimensions"
+
+    @pytest.mark.parametrize("path", ["/chat/completions", "/completions", "/embeddings", "/models"])
+    def test_a_base_url_without_v1_is_told(self, server: Running, path: str) -> None:
+        response = server.client.get(path) if path == "/models" else server.client.post(path, json={})
+        assert response.status_code == 404
+        assert response.json()["error"]["message"] == f"there is no {path}; it is /v1{path} here: end base_url with /v1"
+        assert "/v1" not in server.client.get("/nothing").json()["error"]["message"]
+
+    @pytest.mark.parametrize("keys", [(), (b"key",)])
+    def test_the_schema_names_the_key_where_one_is_needed(self, tiny_bundle: Path, keys: tuple[bytes, ...]) -> None:
+        with running(scripted(tiny_bundle, slots(tiny_bundle)), api_keys=keys) as server:
+            document = server.client.get("/openapi.json").json()
+            needed = {
+                path: bool(one.get("security", document.get("security")))
+                for path, methods in document["paths"].items()
+                for one in methods.values()
+            }
+            for path in ("/health", "/ready", "/metrics", "/v1/models"):
+                assert needed[path] == (server.client.get(path).status_code == 401)
+            assert needed[TEXT] == bool(keys)
+            schemes = document["components"].get("securitySchemes", {})
+            assert schemes == ({"key": {"type": "http", "scheme": "bearer"}} if keys else {})

@@ -19,7 +19,7 @@ import pytest
 
 from doge_deploy.cli.main import run_command
 from doge_deploy.errors import UsageError
-from doge_deploy.serve.start import LOOPBACK, ServeOptions
+from doge_deploy.serve.start import ServeOptions
 
 LONG = {"prompt": "x", "max_tokens": 500, "stream": True, "logit_bias": {"1": -100, "5": -100}}
 """A text that does not end by itself."""
@@ -124,6 +124,8 @@ def test_a_second_signal_ends_at_once(tiny_bundle_last: Path) -> None:
         (["--api-key-file", "nowhere"], "--api-key-file nowhere: cannot be read", 2),
         (["--served-model-name", "a", "--served-model-name", "b"], "2 names for 1 bundles", 2),
         (["--backend", "nothing"], "nothing", 2),
+        (["--served-model-name", ""], "--served-model-name '': must hold more than blanks", 2),
+        (["--served-model-name", " \t"], "--served-model-name ' \\t': must hold more than blanks", 2),
         (["--drain-seconds", "-1"], "--drain-seconds -1.0: must be at least 0", 2),
         (["--api-key-file", "x", "--no-auth"], "contradict each other", 2),
     ],
@@ -136,15 +138,24 @@ def test_wrong_options_are_one_line(
     assert message in error and error.count("\n") == 1
 
 
-@pytest.mark.parametrize("host", ["0.0.0.0", "::", "", "192.0.2.7", "example.org"])
+@pytest.mark.parametrize(
+    "host", ["0.0.0.0", "::", "", "192.0.2.7", "example.org", "128.0.0.1", "127.0.0.1.example.org"]
+)
 def test_other_machines_need_a_key_or_leave(host: str) -> None:
     with pytest.raises(UsageError, match="can be reached from other machines"):
         ServeOptions(host=host)
     assert ServeOptions(host=host, no_auth=True).host == ServeOptions(host=host, api_key_file=Path("keys")).host == host
 
 
-def test_this_machine_alone_is_served_unless_another_address_is_named() -> None:
-    assert ServeOptions().host in LOOPBACK and {ServeOptions(host=host).api_key_file for host in LOOPBACK} == {None}
+@pytest.mark.parametrize("host", ["127.0.0.1", "127.0.0.2", "127.255.255.254", "::1", "localhost"])
+def test_this_machine_alone_is_served_unless_another_address_is_named(host: str) -> None:
+    assert ServeOptions().host == "127.0.0.1" and ServeOptions(host=host).api_key_file is None
+
+
+def test_a_name_that_cannot_be_resolved_is_one_line(tiny_bundle_last: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_command(["serve", str(tiny_bundle_last), "--host", "nosuchhost.invalid", "--no-auth"]) == 2
+    error = capsys.readouterr().err
+    assert error.endswith("cannot be bound: no address is known for this host's name\n") and error.count("\n") == 1
 
 
 def test_a_port_that_is_taken_is_one_line(tiny_bundle_last: Path, capsys: pytest.CaptureFixture[str]) -> None:

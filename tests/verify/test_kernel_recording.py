@@ -151,7 +151,7 @@ def test_another_device_is_told_what_to_record(recorded: Path, monkeypatch: pyte
 
 
 def _edited(recorded: Path, target: Path, edit: Callable[[dict[str, Any]], object]) -> Path:
-    container, tensors = read_container(recorded, KIND), Tensors()
+    container, tensors = read_container(recorded, KIND, "a recording"), Tensors()
     for digest, info in container.infos.items():
         dtype = {"I8": "int8", "I32": "int32", "I64": "int64", "U8": "uint8"}.get(info.dtype, info.dtype)
         assert tensors.add(container.read(digest, (dtype,), "a tensor"), dtype) == digest
@@ -252,7 +252,7 @@ def test_arguments_stand_in_the_order_of_the_ptx(recorded: Path) -> None:
     device = CudaKernels(told.core, told.driver)
     assert device.arch == 90
     _, recording = open_kernels(recorded)
-    container = read_container(recorded, KIND)
+    container = read_container(recorded, KIND, "a recording")
     for launch in recording.nodes[0].launches:
         ptx = container.read(launch.ptx, ("uint8",), "PTX").tobytes()
         kernel = device.load(launch, ptx)

@@ -174,7 +174,7 @@ def test_a_server_starts_with_what_passes_only(small: Path, tmp_path: Path) -> N
 
 OTHERS: dict[str, tuple[dict[str, Any], str]] = {
     "dtype": ({"dtype": "fp16"}, "dtype is fp32 in the recording and fp16 in the bundle"),
-    "weights": ({"quantize": "int8"}, "quantize is nothing in the recording and int8 in the bundle"),
+    "weights": ({"quantize": "int8"}, "quantize is not set in the recording and int8 in the bundle"),
     "length": ({"max_length": 32}, "max_length is 64 in the recording and 32 in the bundle"),
     "layout": ({"kv_cache": ("growing",)}, "has no recording of the growing layout"),
 }
@@ -184,7 +184,9 @@ OTHERS: dict[str, tuple[dict[str, Any], str]] = {
 def test_another_bundle_of_the_checkpoint_is_refused(
     options: dict[str, Any], words: str, small: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    assert refused(shared_bundle(small, **options), shared_recording(small, greedy_steps=4), capfd).count(words) == 1
+    bundle = shared_bundle(small, **options)
+    line = refused(bundle, shared_recording(small, greedy_steps=4), capfd)
+    assert line.count(words) == 1 and (options.keys() == {"kv_cache"} or f"record {bundle} -o FILE" in line)
 
 
 def test_another_checkpoint_is_refused(small: Path, capfd: pytest.CaptureFixture[str]) -> None:
@@ -355,7 +357,7 @@ def test_the_divergence_of_some_tokens_estimates_that_of_all() -> None:
 
 def altered(recording: Path, target: Path, edit: Callable[[dict[str, Any], Tensors], object]) -> Path:
     """A copy whose document says something else, with hashes that fit: what a hostile writer could make."""
-    container = read_container(recording, KIND)
+    container = read_container(recording, KIND, "a recording")
     tensors = Tensors()
     for digest in container.infos:
         array = container.read(digest, tuple("float32 float64 int64 int32 uint64".split()), "a tensor")
@@ -432,12 +434,17 @@ def test_a_truncated_file(keep: int, small: Path, tmp_path: Path, capfd: pytest.
 
 def test_other_files(small: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     bundle = shared_bundle(small)
-    assert "is not a 'doge-deploy recording 1' file" in refused(bundle, bundle / "weights.safetensors", capfd)
+    wanted = "a recording, written by `doge-deploy record BUNDLE -o FILE`"
+    weights, keys = bundle / "weights.safetensors", tmp_path / "keys"
+    keys.write_text("iS_cs0qcRKQZq4uaDgCCmVA7uOUCHDqW\n")
+    for file in (weights, keys, bundle / "model.onnx"):
+        assert refused(bundle, file, capfd).endswith(f" {file} is not {wanted}")
     (tmp_path / "deep").write_bytes(_container(b"[" * 100_000))
     refused(bundle, tmp_path / "deep", capfd)
     (tmp_path / "nan").write_bytes(_container(b'{"x": NaN}'))
     assert "no JSON" in refused(bundle, tmp_path / "nan", capfd)
     assert run_command(["verify", str(bundle), "--recording", str(tmp_path / "none")]) == 2
+    assert capfd.readouterr().err.endswith(f"{tmp_path / 'none'} is not a file; give {wanted}\n")
 
 
 def _container(document: bytes) -> bytes:

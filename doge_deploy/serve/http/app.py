@@ -34,7 +34,7 @@ from doge_deploy.serve.http.requests import ChatBody, CompletionBody, Detokenize
 from doge_deploy.serve.http.responses import line_of_json, tokens_json
 from doge_deploy.serve.http.rest import Rest
 from doge_deploy.serve.http.schemas import ErrorAnswer
-from doge_deploy.serve.http.security import MAX_BODY_BYTES, MAX_HELD_BYTES, Gate
+from doge_deploy.serve.http.security import MAX_BODY_BYTES, MAX_HELD_BYTES, OPEN_PATHS, Gate
 from doge_deploy.serve.model import ServedText
 
 PAGE = Path(__file__).parent.parent / "page"
@@ -177,7 +177,6 @@ def create_app(
     app.add_middleware(Gate, keys=tuple(api_keys), max_body_bytes=max_body_bytes, max_held_bytes=max_held_bytes)
     app.add_middleware(Rest, busy=lambda: served.busy)
     app.add_middleware(Heads)
-    app.add_middleware(RequestIds)
     if cors_origins:  # outside of the keys: a browser asks whether it may before it sends one, and reads refusals too
         app.add_middleware(
             CORSMiddleware,
@@ -186,7 +185,8 @@ def create_app(
             allow_headers=["*"],
             expose_headers=["X-Request-Id", "Retry-After"],
         )
-    app.openapi = lambda: _openapi(app)  # type: ignore[method-assign]
+    app.add_middleware(RequestIds)
+    app.openapi = lambda: _openapi(app, keys=bool(api_keys))  # type: ignore[method-assign]
     return app
 
 
@@ -229,6 +229,10 @@ def _add_generation(app: FastAPI, served: Served, offload: Offload) -> None:
     async def embeddings(body: EmbeddingBody, http: Request) -> Response:
         """A vector for each text, of a bundle that was exported with `--task features`."""
         model = served.feature(body.model)
+        size = model.bundle.manifest.facts.hidden_size
+        if body.dimensions not in (None, size):
+            said = f"dimensions: must be {size}, which this model's vectors have; not {body.dimensions}"
+            raise ApiError(400, said, param="dimensions")
         given = body.texts
 
         def work() -> list[list[int]]:
@@ -437,12 +441,17 @@ class RequestIds:
             _log.info("request", extra={"fields": {**fields, "status": status, "seconds": seconds}})
 
 
-def _openapi(app: FastAPI) -> dict[str, Any]:
-    """FastAPI's document without its own error for illegal bodies: they get 400 here."""
+def _openapi(app: FastAPI, *, keys: bool) -> dict[str, Any]:
+    """FastAPI's document without its own error for illegal bodies: they get 400 here; and which paths need a key."""
     if app.openapi_schema is None:
         document = FastAPI.openapi(app)
-        for path in document["paths"].values():
-            for operation in path.values():
+        for path, operations in document["paths"].items():
+            for operation in operations.values():
                 operation["responses"].pop("422", None)
+                if keys and path in OPEN_PATHS:
+                    operation["security"] = []
+        if keys:
+            document["components"]["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
+            document["security"] = [{"key": []}]
         app.openapi_schema = document
     return app.openapi_schema

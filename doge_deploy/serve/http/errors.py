@@ -23,6 +23,9 @@ from doge_deploy.text.lengths import TooLongError
 RETRY_AFTER_S = 1
 """What a client is told to wait when the queue is full."""
 
+_WITHOUT_V1 = ("/chat/completions", "/completions", "/embeddings", "/models")
+"""Where clients ask whose `base_url` does not end with /v1."""
+
 _LONGEST = 500
 """Characters of a message: a value that a client sent is quoted, and may be long."""
 
@@ -156,7 +159,10 @@ def install(app: FastAPI) -> None:
     async def http(request: Request, error: HTTPException) -> JSONResponse:
         if error.status_code == 400 and error.__cause__ is not None:  # FastAPI could not read the body
             return response(_kind_error(request) or ApiError(400, _unread(error.__cause__)))
-        body = error_body(error.status_code, str(error.detail))
+        path, message = request.url.path, str(error.detail)
+        if error.status_code == 404 and path in _WITHOUT_V1:
+            message = f"there is no {path}; it is /v1{path} here: end base_url with /v1"
+        body = error_body(error.status_code, message)
         headers = dict(error.headers or {})
         if headers.get("Allow") == "GET":
             headers["Allow"] = "GET, HEAD"

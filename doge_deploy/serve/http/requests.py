@@ -447,7 +447,8 @@ class EmbeddingBody(_Body):
     model: StrictStr | None = None
     input: _texts(MAX_EMBEDDED)  # type: ignore[valid-type]
     encoding_format: Literal["float", "base64"] | None = None
-    dimensions: _neutral() = None  # type: ignore[valid-type]
+    dimensions: Annotated[StrictInt, Field(ge=1)] | None = None
+    """Those that the model's vectors have."""
     user: StrictStr | None = None
 
     @property

@@ -73,7 +73,7 @@ def open_kernels(path: Path) -> tuple[Container, KernelRecording]:
         UsageError: there is no such file.
         UnsupportedModelError: it is damaged, or another kind of file.
     """
-    container = read_container(path, KIND)
+    container = read_container(path, KIND, "a recording of kernels, written by `doge-deploy plugins record`")
     findings: list[str] = []
     recording = typed(KernelRecording, container.document, "", findings)
     if recording is ILLEGAL or findings:

@@ -162,22 +162,31 @@ class Container:
         return UnsupportedModelError(f"{self.path} is damaged: {finding}")
 
 
-def read_container(path: Path, kind: str) -> Container:
+def read_container(path: Path, kind: str, wanted: str) -> Container:
     """Open a file that `write_container` wrote, and check every byte; tensors are kept when they are asked for.
+
+    Args:
+        path: of the file.
+        kind: what it must be, as `write_container` was told.
+        wanted: the same for people, with the command that writes it.
 
     Raises:
         UsageError: there is no such file.
         UnsupportedModelError: it is damaged, or not of that kind.
     """
     if not path.is_file():
-        raise UsageError(f"{path} is not a file; give one that was written with -o")
+        raise UsageError(f"{path} is not a file; give {wanted}")
+    with path.open("rb") as file:
+        start = file.read(9)
+    if start[8:] not in (b"{", b""):  # neither one of safetensors nor cut off
+        raise UnsupportedModelError(f"{path} is not {wanted}")
     infos = read_header(path)
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
         metadata = json.loads(file.read(length)).get("__metadata__")  # read_header parsed it already
     if not isinstance(metadata, dict) or metadata.get("kind") != kind:
         found = metadata.get("kind") if isinstance(metadata, dict) else None
-        raise UnsupportedModelError(f"{path} is not a {kind!r} file" + (f", but {found!r}" if found else ""))
+        raise UnsupportedModelError(f"{path} is not {wanted}" + (f"; it is a {found!r}" if found else ""))
     text, digest = metadata.get("document"), metadata.get("sha256")
     if not isinstance(text, str) or hashlib.sha256(text.encode()).hexdigest() != digest:
         raise UnsupportedModelError(f"{path} is damaged: its document does not have the hash that stands beside it")

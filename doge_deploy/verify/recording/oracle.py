@@ -46,7 +46,7 @@ def open_recording(path: Path) -> RecordedOracle:
         UsageError: there is no such file.
         UnsupportedModelError: it is damaged, or no recording.
     """
-    container = read_container(path, KIND)
+    container = read_container(path, KIND, "a recording, written by `doge-deploy record BUNDLE -o FILE`")
     findings: list[str] = []
     recording = typed(Recording, container.document, "", findings)
     if recording is ILLEGAL or findings:
@@ -82,7 +82,10 @@ class RecordedOracle(Oracle):
         """
         found = first_difference(self.recording.subject, subject_of(bundle.manifest))
         if found is not None:
-            raise UnsupportedModelError(f"{self.container.path} is not a recording of {bundle.path}: {found}")
+            raise UnsupportedModelError(
+                f"{self.container.path} is not a recording of {bundle.path}: {found}; "
+                f"make one of this bundle: doge-deploy record {bundle.path} -o FILE"
+            )
         self._manifest = bundle.manifest
 
     def check_layouts(self, bundle: Bundle, layouts: Sequence[str]) -> None:

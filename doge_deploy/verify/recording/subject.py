@@ -49,5 +49,5 @@ def first_difference(recorded: Mapping[str, Any], own: Mapping[str, Any]) -> str
 def _short(value: Any) -> str:
     if isinstance(value, str) and len(value) == 64:
         return f"{value[:12]}..."
-    text = "nothing" if value is None else str(value)
+    text = "not set" if value is None else str(value)
     return text if len(text) <= 80 else f"{text[:77]}..."
