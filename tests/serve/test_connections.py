@@ -148,7 +148,8 @@ class TestReaders:
                         received += len(piece)
                 assert received < 1_000_000  # it has got what was under way, and no more
             assert other.result()["usage"]["completion_tokens"] == 400
-            assert server.scheduler.idle and server.scheduler.table.busy == 0
+            server.wait_until(lambda: server.scheduler.idle)  # within a step
+            assert server.scheduler.table.busy == 0
 
     def test_one_that_reads_slowly_gets_everything(self, tiny_bundle: Path) -> None:
         patience = Patience(read_seconds=0.6)
