@@ -113,7 +113,9 @@ def running(served: Served, *, patience: Patience | None = None, **options: Any)
         assert time.monotonic() < deadline and thread.is_alive()
         time.sleep(0.005)
     url = f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
-    with httpx.Client(base_url=url, timeout=60) as client:
+    # with fewer idle connections than threads, httpx closes connections that another thread has just begun to use
+    limits = httpx.Limits(max_keepalive_connections=100)
+    with httpx.Client(base_url=url, timeout=60, limits=limits) as client:
         try:
             yield Running(url, served, client)
         finally:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -305,3 +306,23 @@ class TestSmallThingsOfClients:
             error["message"]
             == "ignore_eos: a text whose form is given ends with it; leave out ignore_eos or guided_regex"
         )
+
+
+def test_a_fault_of_our_own_is_an_error_object_with_an_id_and_a_log_entry(
+    server: Running, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def broken(*_: object, **__: object) -> None:
+        raise RuntimeError("a secret")
+
+    logger = logging.getLogger("doge_deploy.serve")
+    monkeypatch.setattr(logger, "propagate", True)  # other tests may have configured it
+    caplog.set_level(logging.INFO, logger.name)
+    monkeypatch.setattr(type(server.served.text(None)), "encode", broken)
+    response = server.client.post(TEXT, json={"prompt": "a"}, headers={"X-Request-Id": "mine"})
+    assert response.status_code == 500 and response.headers["x-request-id"] == "mine"
+    said = {"message": "internal error: RuntimeError", "type": "server_error", "param": None, "code": None}
+    assert response.json() == {"error": said}
+    (record,) = [record for record in caplog.records if record.getMessage() == "request failed"]
+    assert record.exc_info is not None and str(record.exc_info[1]) == "a secret"
+    (line,) = [getattr(record, "fields", {}) for record in caplog.records if record.getMessage() == "request"]
+    assert line["status"] == 500 and line["request_id"] == "mine"

@@ -435,6 +435,11 @@ class RequestIds:
 
         try:
             await self._app(scope, receive, named)
+        except Exception as error:  # a fault of our own, of which a client is told no more than its kind
+            if status:  # the answer has begun
+                raise
+            _log.error("request failed", exc_info=True, extra={"fields": {"request_id": name}})
+            await errors.response(errors.as_api_error(error))(scope, receive, named)
         finally:
             seconds = round(time.perf_counter() - start, 4)
             fields = {"request_id": name, "method": scope["method"], "path": quote(scope["path"])}
