@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import logging
 import os
 import signal
 import sys
@@ -44,6 +45,17 @@ def _shared_files(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     yield
     changed = shared_files.changed_files()
     assert not changed, f"tests wrote into shared files: {changed}"
+
+
+@pytest.fixture(autouse=True)
+def _logs_as_they_were() -> Iterator[None]:
+    """`serve` sets up its log for all of the process, where it no longer reaches `caplog`; not for the next test."""
+    logs = [logging.getLogger(name) for name in ("doge_deploy.serve", "uvicorn", "asyncio")]
+    before = [(log.handlers, log.propagate, log.level) for log in logs]
+    yield
+    for log, (handlers, propagate, level) in zip(logs, before, strict=True):
+        log.handlers, log.propagate = handlers, propagate
+        log.setLevel(level)
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -135,10 +135,10 @@ class TestTrial:
 
     def test_a_process_that_was_ended_from_outside_is_no_fault_of_the_next_grammar(self, trial: Trial) -> None:
         trial.compile("regex", "a")
-        pid = trial.pid
-        assert pid is not None
+        child, pid = trial._child, trial.pid
+        assert child is not None and pid is not None
         os.kill(pid, signal.SIGKILL)
-        wait_for(lambda: gone(pid))
+        wait_for(lambda: not child.running)  # when its last thread has ended, which is later than its first
         trial.compile("regex", "b")
         assert trial.pid != pid
 

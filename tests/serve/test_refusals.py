@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import re
 import time
 from collections.abc import Iterator
@@ -315,9 +314,7 @@ def test_a_fault_of_our_own_is_an_error_object_with_an_id_and_a_log_entry(
     def broken(*_: object, **__: object) -> None:
         raise RuntimeError("a secret")
 
-    logger = logging.getLogger("doge_deploy.serve")
-    monkeypatch.setattr(logger, "propagate", True)  # other tests may have configured it
-    caplog.set_level(logging.INFO, logger.name)
+    caplog.set_level("INFO", "doge_deploy.serve")
     monkeypatch.setattr(type(server.served.text(None)), "encode", broken)
     response = server.client.post(TEXT, json={"prompt": "a"}, headers={"X-Request-Id": "mine"})
     assert response.status_code == 500 and response.headers["x-request-id"] == "mine"
