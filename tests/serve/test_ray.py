@@ -366,9 +366,10 @@ def test_a_replica_ends_with_its_engine(
 ) -> None:
     ended: list[int] = []
     monkeypatch.setattr("os._exit", ended.append)
+    monkeypatch.setattr("doge_deploy.serve.ray.replica.ENDING_SECONDS", 0.2)
 
     async def use(replicas: list[Replica], slots: list[SlowSlots]) -> None:
-        replicas[0].end_if_failed()
+        assert not replicas[0].end_if_failed()
 
         def broken(*_: Any) -> None:
             raise KeyboardInterrupt
@@ -378,10 +379,14 @@ def test_a_replica_ends_with_its_engine(
         client = Client(body_of())
         await Front(lambda call: Direct(replicas[0], call))(request("/v1/completions"), client.receive, client.send)
         assert client.status == 500
-        replicas[1].end_if_failed()
-        assert not ended
-        replicas[0].end_if_failed()
-        assert ended == [1] and "the engine of doge has ended" in str(vars(caplog.records[-1]))
+        assert not replicas[1].end_if_failed()
+        assert replicas[0].end_if_failed() and replicas[0].end_if_failed()
+        assert not ended, "answers are still on their way"
+        assert "the engine of doge has ended" in str(vars(caplog.records[-1]))
+        end = replicas[0]._end
+        assert end is not None
+        await asyncio.to_thread(end.join, 60)
+        assert ended == [1]
 
     with_replicas(tiny_bundle, use)
 

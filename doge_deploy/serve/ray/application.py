@@ -5,6 +5,7 @@ Reference: https://docs.ray.io/en/latest/serve/ (application builders, autoscali
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Iterable
 from typing import TYPE_CHECKING, Any
@@ -95,7 +96,8 @@ class ReplicaDeployment:
 
     async def answer(self, call: Call) -> AsyncIterator[list[Message]]:
         """See `Replica.answer`."""
-        self._replica.end_if_failed()
+        if self._replica.end_if_failed():
+            await asyncio.Event().wait()  # the process ends, and another replica gets the request
         async for messages in self._replica.answer(call):
             yield messages
 

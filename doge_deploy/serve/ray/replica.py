@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import logging
 import os
+import threading
 from collections.abc import AsyncIterator, Mapping, MutableMapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,6 +27,9 @@ MAX_WAITING = 64
 """Messages of an answer that wait to be read. With more of them the application waits, as it does for a connection that
 takes nothing: a stream that nobody reads is given up then, and its slot is free."""
 
+ENDING_SECONDS = 1.0
+"""From the moment when the end of an engine is noticed to that of the process."""
+
 _LEAVING_SECONDS = 5.0
 """How long the application may take to notice that nobody waits for its answer."""
 
@@ -44,6 +48,7 @@ class Replica:
 
     def __init__(self) -> None:
         self._stack = contextlib.AsyncExitStack()
+        self._end: threading.Timer | None = None
 
     async def open(self, arguments: Arguments) -> None:
         """Open every bundle and start the engines.
@@ -65,16 +70,21 @@ class Replica:
         self._app = create_app(served)
         await self._stack.enter_async_context(self._app.router.lifespan_context(self._app))
 
-    def end_if_failed(self) -> None:
-        """End this process where an engine has ended.
+    def end_if_failed(self) -> bool:
+        """End this process soon where an engine has ended; whether one has.
 
         Ray passes no more requests to a process that is gone, and begins another one at once. One that only refuses
-        them is the quickest of all, and so gets most of them, until it has failed three health checks.
+        them is the quickest of all, and so gets most of them, until it has failed three health checks. But whoever has
+        lost a text with the engine must be told first: a request whose answer is lost with the process is given to
+        another replica, where it may end the next engine.
         """
         failed = [name for name, model in self._served.texts.items() if not model.engine.alive]
-        if failed:
+        if failed and self._end is None:
             _log.error("replica ends", extra={"fields": {"reason": f"the engine of {', '.join(failed)} has ended"}})
-            os._exit(1)
+            self._end = threading.Timer(ENDING_SECONDS, os._exit, (1,))
+            self._end.daemon = True
+            self._end.start()
+        return bool(failed)
 
     def samples(self) -> list[Sample]:
         """What `/metrics` of a server shows, without the times at which counting began."""
