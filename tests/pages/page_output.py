@@ -14,7 +14,7 @@ _ALWAYS = (
     (re.compile(rf"(?<![\w.])\d[\d.,\u202f ]*? ?({_UNITS})(?![\w/])"), r"# \1"),
     (re.compile(r"\b(?=[0-9a-f]*\d)(?=[0-9a-f]*[a-f])[0-9a-f]{12,64}\b(\.\.\.)?"), "HASH"),
 )
-_NUMBER = re.compile(r"(?<![\w.])-?\d+(?:\.\d+)?(?:e[+-]?\d+)?(?![\w])")
+_NUMBER = re.compile(r"(?<![\w.])-?\d+(?:\.\d+)?(?:e[+-]?\d+)?(?=x?(?!\w))")
 _RULES = re.compile(r"[─━┄┅]+")
 
 
