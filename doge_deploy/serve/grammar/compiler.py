@@ -23,13 +23,7 @@ class GrammarCompiler:
     hours, and some that end the process. `GrammarDesk` is for those that anybody may send.
 
     Args:
-        tokenizer_file: tokenizer.json of the bundle.
-        vocab_size: V of the model's logits.
-        eos_ids: tokens that end a text; they are allowed where the grammar is satisfied.
-
-    Raises:
-        MissingDependencyError: llguidance is not installed.
-        BrokenBundleError: llguidance cannot read the tokenizer.
+        tokenizer_file, vocab_size, eos_ids: see `matchers.read_tokenizer`, also for what is raised.
     """
 
     def __init__(self, tokenizer_file: Path, vocab_size: int, eos_ids: Collection[int]) -> None:

@@ -29,7 +29,7 @@ from doge_deploy.serve.http.forms import ChatForm, Form, TextForm
 from doge_deploy.serve.http.inbox import Inbox
 from doge_deploy.serve.http.metrics import Metrics
 from doge_deploy.serve.http.offload import Offload
-from doge_deploy.serve.http.plans import Plan, plan_chat, plan_completion, rendered
+from doge_deploy.serve.http.plans import Plan, conversation, plan_chat, plan_completion, rendered
 from doge_deploy.serve.http.requests import ChatBody, CompletionBody, DetokenizeBody, EmbeddingBody, TokenizeBody
 from doge_deploy.serve.http.responses import line_of_json, tokens_json
 from doge_deploy.serve.http.rest import Rest
@@ -291,7 +291,7 @@ def _add_operations(app: FastAPI, served: Served, offload: Offload) -> None:
     async def tokenize(body: TokenizeBody) -> Response:
         """Token ids of a text or of a conversation."""
         found = served.any(body.model)
-        messages = [{"role": one.role, "content": one.text} for one in body.messages or ()]
+        messages, size = conversation(body.messages or ())
         prompt = body.prompt
 
         def work() -> str:
@@ -302,8 +302,7 @@ def _add_operations(app: FastAPI, served: Served, offload: Offload) -> None:
                     ids = found.tokenizer.ids(prompt, add_special_tokens=body.add_special_tokens)
             return tokens_json(ids, found.max_length)
 
-        size = sum(len(one["content"]) for one in messages) if prompt is None else len(prompt)
-        return Response(await offload(work, size), media_type="application/json")
+        return Response(await offload(work, size if prompt is None else len(prompt)), media_type="application/json")
 
     @app.post("/detokenize", responses={200: {"model": schemas.Detokenized}, **unknown})
     async def detokenize(body: DetokenizeBody) -> Response:

@@ -12,7 +12,7 @@ from doge_deploy.runtime.logprobs import TokenLogprobs
 from doge_deploy.serve.grammar.compiler import Grammar
 from doge_deploy.serve.http.errors import ApiError, about, field_of
 from doge_deploy.serve.http.offload import Offload
-from doge_deploy.serve.http.requests import ChatBody, CompletionBody, GenerationBody
+from doge_deploy.serve.http.requests import ChatBody, CompletionBody, GenerationBody, Message
 from doge_deploy.serve.http.responses import Usage
 from doge_deploy.serve.model import Answering, ServedText
 from doge_deploy.serve.request import Request
@@ -100,11 +100,16 @@ async def plan_chat(body: ChatBody, model: ServedText, name: str, offload: Offlo
         ApiError, UsageError: it cannot be answered.
     """
     _check_number(body, 1, model)
-    messages = [{"role": message.role, "content": message.text} for message in body.messages]
-    size = sum(len(message["content"]) for message in messages)
+    messages, size = conversation(body.messages)
     ids = await offload(lambda: rendered(model.tokenizer, messages, model), size)
     logprobs = (body.top_logprobs or 0) if body.logprobs else None
     return await _plan(body, model, name, _Wanted([(ids, None)], body.max_new_tokens, None, logprobs), offload)
+
+
+def conversation(messages: Sequence[Message]) -> tuple[list[dict[str, str]], int]:
+    """What a template gets of messages, and how many characters they have."""
+    found = [{"role": message.role, "content": message.text} for message in messages]
+    return found, sum(len(message["content"]) for message in found)
 
 
 def rendered(tokenizer: Tokenizer, messages: Sequence[Mapping[str, str]], model: ServedText | None = None) -> list[int]:

@@ -236,13 +236,7 @@ class StructuredOutputs(_Body):
     @property
     def guides(self) -> list[Guide]:
         """What is given; after validation one."""
-        return _given(
-            "structured_outputs.",
-            ("json", "json_schema", self.json_),
-            ("regex", "regex", self.regex),
-            ("choice", "choice", self.choice),
-            ("grammar", "grammar", self.grammar),
-        )
+        return _given("structured_outputs.", self.json_, self.regex, self.choice, self.grammar)
 
     @model_validator(mode="after")
     def _says_one_thing(self) -> StructuredOutputs:
@@ -251,7 +245,14 @@ class StructuredOutputs(_Body):
         return self
 
 
-def _given(prefix: str, *fields: tuple[str, Kind, Source]) -> list[Guide]:
+def _given(prefix: str, schema: Source, regex: Source, choice: Source, grammar: Source) -> list[Guide]:
+    """Those of vLLM's four that are not None; both of its forms have them."""
+    fields: tuple[tuple[str, Kind, Source], ...] = (
+        ("json", "json_schema", schema),
+        ("regex", "regex", regex),
+        ("choice", "choice", choice),
+        ("grammar", "grammar", grammar),
+    )
     return [Guide(prefix + name, kind, source) for name, kind, source in fields if source is not None]
 
 
@@ -322,13 +323,7 @@ class GenerationBody(_Body):
 
     def _guides(self) -> list[Guide]:
         guides = [] if self.structured_outputs is None else self.structured_outputs.guides
-        guides += _given(
-            "guided_",
-            ("json", "json_schema", self.guided_json),
-            ("regex", "regex", self.guided_regex),
-            ("choice", "choice", self.guided_choice),
-            ("grammar", "grammar", self.guided_grammar),
-        )
+        guides += _given("guided_", self.guided_json, self.guided_regex, self.guided_choice, self.guided_grammar)
         form = self.response_format
         if form is not None and form.type == "json_object":
             guides.append(Guide("response_format", "json_object"))

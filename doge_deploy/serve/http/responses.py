@@ -82,5 +82,5 @@ _SOME = 10_000
 
 def tokens_json(ids: Sequence[int], max_length: int) -> str:
     """The answer of `/tokenize`, of which there may be millions."""
-    written = ",".join(",".join(map(str, ids[at : at + _SOME])) for at in range(0, len(ids), _SOME))
-    return f'{{"tokens":[{written}],"count":{len(ids)},"max_model_len":{max_length}}}'
+    numbers = ",".join(",".join(map(str, ids[at : at + _SOME])) for at in range(0, len(ids), _SOME))
+    return f'{{"tokens":[{numbers}],"count":{len(ids)},"max_model_len":{max_length}}}'
