@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import pytest
 import uvicorn
 from scripted_slots import ScriptedSlots
 
@@ -76,6 +77,17 @@ class Running:
         while not condition():
             assert time.monotonic() < deadline, "it did not happen"
             time.sleep(0.005)
+
+    def logged(self, caplog: pytest.LogCaptureFixture, request_id: str) -> dict[str, Any]:
+        """The log's line of one request: it is written behind the answer, perhaps after the next test has begun."""
+
+        def lines() -> list[dict[str, Any]]:
+            found = [record.fields for record in caplog.records if record.getMessage() == "request"]
+            return [fields for fields in found if fields.get("request_id") == request_id]
+
+        self.wait_until(lambda: bool(lines()))
+        (line,) = lines()
+        return line
 
 
 def scripted(bundle_path: Path, slots: ScriptedSlots, limits: Limits | None = None, costs: Any = None) -> Served:
