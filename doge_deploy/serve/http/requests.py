@@ -337,6 +337,8 @@ class TextPart(_Body):
 
     type: Literal["text"]
     text: StrictStr
+    cache_control: dict[str, Any] | None = None
+    """Accepted and not looked at: what requests share is found by their tokens."""
 
 
 def _as_content(value: object) -> object:
@@ -349,6 +351,8 @@ class Message(_Body):
     """One message of a conversation."""
 
     role: Annotated[StrictStr, Field(min_length=1, max_length=64)]
+    # before the content, which is null because of it: of two wrong fields the first one is named
+    tool_calls: _neutral([]) = None  # type: ignore[valid-type]
     content: Annotated[
         StrictStr | Annotated[list[TextPart], Field(fail_fast=True, max_length=MAX_PARTS), _at_most(MAX_PARTS)],
         BeforeValidator(_as_content),
@@ -357,7 +361,6 @@ class Message(_Body):
     """Accepted and not looked at: chat templates know roles."""
     # what clients send back of an answer as they got it, from this server or from another one
     type: _neutral("text", "message") = None  # type: ignore[valid-type]
-    tool_calls: _neutral([]) = None  # type: ignore[valid-type]
     tool_call_id: _neutral() = None  # type: ignore[valid-type]
     refusal: _neutral("") = None  # type: ignore[valid-type]
     audio: _neutral() = None  # type: ignore[valid-type]
@@ -388,8 +391,9 @@ class ChatBody(GenerationBody):
     max_completion_tokens: Annotated[StrictInt, Field(ge=1)] | None = None
     logprobs: StrictBool | None = None
     top_logprobs: Annotated[StrictInt, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
-    tools: _neutral([]) = None  # type: ignore[valid-type]
-    tool_choice: _neutral("none", "auto") = None  # type: ignore[valid-type]
+    tools: list[Any] | None = None
+    """Accepted where `tool_choice` is none: this server calls none."""
+    tool_choice: Annotated[Any, WithJsonSchema({"enum": [None, "none", "auto"]})] = None
     parallel_tool_calls: _neutral(True, False) = None  # type: ignore[valid-type]
     functions: _neutral([]) = None  # type: ignore[valid-type]
     function_call: _neutral("none", "auto") = None  # type: ignore[valid-type]
@@ -398,7 +402,17 @@ class ChatBody(GenerationBody):
     verbosity: _neutral() = None  # type: ignore[valid-type]
     web_search_options: _neutral() = None  # type: ignore[valid-type]
     modalities: _neutral(["text"]) = None  # type: ignore[valid-type]
-    reasoning_effort: _neutral() = None  # type: ignore[valid-type]
+    reasoning_effort: _neutral("none") = None  # type: ignore[valid-type]
+
+    @model_validator(mode="after")
+    def _calls_no_tools(self) -> ChatBody:
+        if self.tool_choice not in (None, "none", "auto") or (self.tools and self.tool_choice != "none"):
+            raise rule(
+                "tools",
+                "this server calls no tools; leave tools and tool_choice out, or send tool_choice 'none'; "
+                "for an answer of a given form use response_format",
+            )
+        return self
 
     @model_validator(mode="after")
     def _agrees_in_lengths(self) -> ChatBody:
