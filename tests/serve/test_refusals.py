@@ -309,6 +309,14 @@ class TestSmallThingsOfClients:
         assert error["message"] == "dimensions: must be 128, which this model's vectors have; not 64"
         assert error["param"] == "dimensions"
 
+    def test_both_names_of_a_length_are_those_of_a_completion_too(self, server: Running) -> None:
+        """GuideLLM 0.2 sends both."""
+        options = {"prompt": "a", "temperature": 0, "ignore_eos": True}
+        for lengths in ({"max_tokens": 3, "max_completion_tokens": 3}, {"max_completion_tokens": 3}):
+            assert server.complete(**options, **lengths)["usage"]["completion_tokens"] == 3
+        error = server.post(TEXT, 400, **options, max_tokens=3, max_completion_tokens=4)["error"]
+        assert error["message"] == "max_tokens: max_completion_tokens says another number; give one of them"
+
     @pytest.mark.parametrize(
         ("path", "meant"),
         [

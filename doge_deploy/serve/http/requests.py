@@ -144,6 +144,8 @@ class StreamOptions(_Body):
     """What comes with a stream."""
 
     include_usage: StrictBool = False
+    continuous_usage_stats: StrictBool = False
+    """vLLM's: with `include_usage`, every chunk has the usage so far."""
     include_obfuscation: StrictBool = False
     """Accepted and without effect here: chunks are not padded."""
 
@@ -261,6 +263,9 @@ class GenerationBody(_Body):
 
     model: StrictStr | None = None
     """A name of `/v1/models`; the only model where there is one."""
+    max_tokens: Annotated[StrictInt, Field(ge=1)] | None = None
+    max_completion_tokens: Annotated[StrictInt, Field(ge=1)] | None = None
+    """The same under its newer name."""
     temperature: Annotated[float, Field(ge=0, le=100, **_NUMBER)] | None = None
     """0 takes the likeliest token."""
     top_p: Annotated[float, Field(ge=0, le=1, **_NUMBER)] | None = None
@@ -307,6 +312,9 @@ class GenerationBody(_Body):
     def _agrees(self) -> GenerationBody:
         if self.stream_options is not None and not self.stream:
             raise rule("stream_options", "only with stream: true")
+        both = {self.max_tokens, self.max_completion_tokens} - {None}
+        if len(both) > 1:
+            raise rule("max_tokens", "max_completion_tokens says another number; give one of them")
         guides = self._guides()
         if self.ignore_eos and guides:
             field = guides[0].field
@@ -315,6 +323,11 @@ class GenerationBody(_Body):
             first, second = (guide.field for guide in guides[:2])
             raise rule(first.partition(".")[0], f"{second} is given too, and they cannot both be followed")
         return self
+
+    @property
+    def max_new_tokens(self) -> int | None:
+        """Tokens of an answer at most, under either name."""
+        return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
 
     @property
     def guide(self) -> Guide | None:
@@ -387,8 +400,6 @@ class ChatBody(GenerationBody):
     """`POST /v1/chat/completions`."""
 
     messages: _Messages
-    max_tokens: Annotated[StrictInt, Field(ge=1)] | None = None
-    max_completion_tokens: Annotated[StrictInt, Field(ge=1)] | None = None
     logprobs: StrictBool | None = None
     top_logprobs: Annotated[StrictInt, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
     tools: list[Any] | None = None
@@ -415,18 +426,10 @@ class ChatBody(GenerationBody):
         return self
 
     @model_validator(mode="after")
-    def _agrees_in_lengths(self) -> ChatBody:
+    def _agrees_in_logprobs(self) -> ChatBody:
         if self.top_logprobs and not self.logprobs:
             raise rule("top_logprobs", "only with logprobs: true")
-        both = {self.max_tokens, self.max_completion_tokens} - {None}
-        if len(both) > 1:
-            raise rule("max_tokens", "max_completion_tokens says another number; give one of them")
         return self
-
-    @property
-    def max_new_tokens(self) -> int | None:
-        """Tokens of an answer at most, under either name."""
-        return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
 
 
 class CompletionBody(GenerationBody):
