@@ -348,7 +348,9 @@ class Trouble(RuleBasedStateMachine):
     def fail_next(self, kind: str, leaves: bool) -> None:
         self.rows.fails[kind] = leaves
 
-    @rule(kind=st.sampled_from(["copy", "truncate"]), leaves=st.booleans(), really=st.sampled_from([False] * 15 + [True]))
+    @rule(
+        kind=st.sampled_from(["copy", "truncate"]), leaves=st.booleans(), really=st.sampled_from([False] * 15 + [True])
+    )
     def fail_for_good(self, kind: str, leaves: bool, really: bool) -> None:
         """What a row holds is not known then: the engine ends everything."""
         if really:
