@@ -16,7 +16,7 @@ from scripted_slots import ScriptedSlots
 from servers import NAME, Running, SlowSlots, running, scripted
 
 from doge_deploy.bundle.opening import open_bundle
-from doge_deploy.serve.http import connections, inbox
+from doge_deploy.serve.http import connections, inbox, security
 from doge_deploy.serve.http.connections import Patience
 from doge_deploy.serve.scheduler import Limits
 
@@ -299,6 +299,50 @@ def test_bodies_together_are_bounded(tiny_bundle: Path) -> None:
         connection.close()
         server.wait_until(lambda: server.served.working == 0)
         assert server.client.post("/v1/completions", json={"prompt": "b" * 20_000}).status_code == 400
+
+
+def nested(number: int) -> bytes:
+    """A body that holds so many lists, and is refused at the latest because of them."""
+    return b'{"prompt":"a","max_tokens":1,"metadata":{"a":[' + b",".join([b"[]"] * (number - 3)) + b"]}}"
+
+
+def test_what_a_body_is_made_of_is_bounded(tiny_bundle: Path) -> None:
+    """Two bytes become a list of eighty; with millions of them the server stood still."""
+    json_type = {"Content-Type": "application/json"}
+    with running(scripted(tiny_bundle, endless(tiny_bundle))) as server:
+        for number, status, said in (
+            (security.MAX_BODY_PARTS, 400, "metadata: more than"),
+            (security.MAX_BODY_PARTS + 1, 413, "[ and { together"),
+        ):
+            response = server.client.post("/v1/completions", content=nested(number), headers=json_type)
+            assert response.status_code == status and said in response.json()["error"]["message"]
+        length = b"0" * 5000 + str(len(nested(10))).encode()
+        with connect(server) as connection:
+            connection.sendall(b"POST /v1/completions HTTP/1.1\r\nContent-Type: application/json\r\n")
+            connection.sendall(b"Content-Length: " + length + b"\r\n\r\n" + nested(10))
+            assert connection.recv(65536).startswith(b"HTTP/1.1 200")
+
+
+def test_what_bodies_together_are_made_of_is_bounded(tiny_bundle: Path) -> None:
+    served = scripted(tiny_bundle, endless(tiny_bundle))
+    with running(served, max_held_bytes=100_000) as server, connect(server) as connection:
+        begun = nested(600)
+        connection.sendall(post({}, 5000).partition(b"{}")[0] + begun[:-1])  # which is 2,000 bytes
+        server.wait_until(lambda: server.served.working == 1)
+        time.sleep(0.2)
+        json_type = {"Content-Type": "application/json"}
+        assert server.client.post("/v1/completions", content=nested(600), headers=json_type).status_code == 429
+        connection.close()
+        server.wait_until(lambda: server.served.working == 0)
+        for _ in range(3):
+            assert server.client.post("/v1/completions", content=nested(600), headers=json_type).status_code == 200
+
+
+@pytest.mark.parametrize("value", [{"a": [[]] * 1024}, {str(i): i for i in range(1025)}, {"a": [{"b": [0] * 1022}]}])
+def test_metadata_is_small(tiny_bundle: Path, value: dict[str, Any]) -> None:
+    with running(scripted(tiny_bundle, endless(tiny_bundle))) as server:
+        error = server.post("/v1/completions", 400, prompt=[7], metadata=value)["error"]
+        assert error["param"] == "metadata" and "more than 1024 values" in error["message"]
 
 
 def test_a_request_that_can_never_be_queued_is_not_told_to_come_again(tiny_bundle: Path) -> None:

@@ -41,6 +41,8 @@ MAX_BIASES = 1024
 MAX_GUIDED_CHOICES = 4096
 MAX_TOKEN_IDS = 2**16
 """Of one prompt, before it is compared with the model's own limit."""
+MAX_METADATA = 1024
+"""Values of a body's `metadata`, those within one another included: it is held as long as the request is."""
 MAX_FIELDS = 128
 """Of a body or of an object in it, those that are refused by name included."""
 
@@ -256,6 +258,22 @@ def _given(prefix: str, schema: Source, regex: Source, choice: Source, grammar: 
     return [Guide(prefix + name, kind, source) for name, kind, source in fields if source is not None]
 
 
+def _is_small(value: object) -> object:
+    left = [value] if isinstance(value, dict) else []
+    count = 0
+    while left:
+        found = left.pop()
+        inner = list(found.values() if isinstance(found, dict) else found)
+        count += len(inner)
+        if count > MAX_METADATA:
+            raise ValueError(f"more than {MAX_METADATA} values; it is accepted and not looked at")
+        left += [one for one in inner if isinstance(one, list | dict)]
+    return value
+
+
+_Metadata = Annotated[dict[str, Any], BeforeValidator(_is_small)]
+
+
 class GenerationBody(_Body):
     """What chat and text completions share. null means not given."""
 
@@ -298,7 +316,7 @@ class GenerationBody(_Body):
     """The same."""
     prompt_cache_key: StrictStr | None = None
     """The same: what requests share is found by their tokens."""
-    metadata: dict[str, Any] | None = None
+    metadata: _Metadata | None = None
     """Accepted and not looked at."""
     store: _neutral(False) = None  # type: ignore[valid-type]
     service_tier: _neutral("auto", "default") = None  # type: ignore[valid-type]
