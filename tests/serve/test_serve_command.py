@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import httpx
@@ -92,6 +93,37 @@ def test_what_does_not_end_in_time_ends_with_an_error_event(tiny_bundle_last: Pa
             rest = [json.loads(line[6:]) for line in lines if line and line != "data: [DONE]"]
         assert "shutting down" in rest[-1]["error"]["message"]
         assert process.wait(30) == 0
+
+
+def test_who_is_not_waited_for_is_told_so(tiny_bundle_last: Path) -> None:
+    """By a second signal: a text of which nothing was sent, and a body that has not come; they got 500 as plain text."""
+    with (
+        serving(tiny_bundle_last, "--drain-seconds", "600", "--slots", "1") as (process, url),
+        ThreadPoolExecutor() as pool,
+    ):
+        address = tuple(url.removeprefix("http://").split(":"))
+        head = "POST {} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: 99\r\n\r\n"
+        with contextlib.ExitStack() as opened:
+            slow = [opened.enter_context(socket.create_connection(address, timeout=60)) for _ in range(2)]
+            for connection, path in zip(slow, ("/v1/completions", "/tokenize"), strict=True):
+                connection.sendall(head.format(path).encode())
+            # a slot for one of them, so that there is always one that has not ended
+            long = {**LONG, "stream": False, "n": 16}
+            asked = [pool.submit(httpx.post, f"{url}/v1/completions", json=long, timeout=60) for _ in range(4)]
+            while not re.search(r"waiting\{.*\} [1-9]", httpx.get(f"{url}/metrics", timeout=60).text):
+                time.sleep(0.01)
+            process.send_signal(signal.SIGTERM)
+            while httpx.get(f"{url}/ready", timeout=60).status_code != 503:
+                time.sleep(0.01)
+            assert httpx.post(f"{url}/tokenize", json={"prompt": "a"}, timeout=60).status_code == 503
+            process.send_signal(signal.SIGTERM)
+            answers = [connection.makefile("rb").read() for connection in slow]
+            assert all(answer.startswith(b"HTTP/1.1 503") and b'"shutting_down"' in answer for answer in answers)
+            statuses = [one.result().status_code for one in asked]
+            assert 503 in statuses and set(statuses) <= {200, 503}
+        assert process.wait(30) == 0
+        assert process.stderr is not None
+        assert "Traceback" not in process.stderr.read()
 
 
 def test_a_second_signal_ends_at_once(tiny_bundle_last: Path) -> None:
