@@ -160,6 +160,9 @@ def test_a_second_signal_ends_at_once(tiny_bundle_last: Path) -> None:
         (["--served-model-name", " \t"], "--served-model-name ' \\t': must hold more than blanks", 2),
         (["--drain-seconds", "-1"], "--drain-seconds -1.0: must be at least 0", 2),
         (["--api-key-file", "x", "--no-auth"], "contradict each other", 2),
+        (["--host", "my..host", "--no-auth"], "--host 'my..host': is no name of a host: label empty or too long", 2),
+        (["--host", "a" * 64, "--no-auth"], "is no name of a host: label", 2),
+        (["--host", "\udcff", "--no-auth"], "--host '\\udcff': is no name of a host", 2),
     ],
 )
 def test_wrong_options_are_one_line(
