@@ -58,6 +58,7 @@ def open_page(browser: Browser) -> Iterator[Any]:
     def opened(url: str, **options: Any) -> Page:
         # wait_for_function evaluates a text, which the page's policy forbids to scripts
         context = browser.new_context(bypass_csp=True, **options)
+        context.set_default_timeout(60_000)
         contexts.append(context)
         page = context.new_page()
         page.on("pageerror", lambda error: errors.append(str(error)))

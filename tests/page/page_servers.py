@@ -30,9 +30,11 @@ def saying(bundle: Path) -> Served:
         rule=lambda history: ids[len(history) % len(ids)],
         vocab=manifest.facts.vocab_size,
         max_length=manifest.max_length,
-        seconds=0.04,
+        seconds=0.06,
     )
     served = scripted(bundle, slots)
+    # texts last for half a minute, so that a slow browser finds them running
+    served.texts[NAME]._config = {**served.texts[NAME]._config, "max_new_tokens": 500}
     report = {"verdict": "computes what <b>the reference</b> computes", "recording": "a recording"}
     served.verified = {NAME: {**report, "cases": [{"case": "prefill", "layout": "static", "load": 0.25}]}}
     return served

@@ -11,21 +11,21 @@ the files of examples/05_serve, which lie in the folder too.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import os
 import shutil
-import socket
 import subprocess
 import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
+sys.path.append(str(Path(__file__).parents[1]))
 
+from free_ports import free_ports
 from page_blocks import RUN, PageError, begins_with, blocks, commands, run_by
 from page_runner import Runner
 from page_setups import FILES as FOLDERS
@@ -39,14 +39,6 @@ FAST = ("docs/generate.md", "docs/doctor.md", "docs/devices.md")
 
 PORTS = range(8000, 8003)
 """As the pages and the files write them."""
-
-
-def free_ports(count: int) -> Iterator[int]:
-    """Ports that nobody listens on."""
-    with contextlib.ExitStack() as stack:
-        sockets = [stack.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in range(count)]
-        found = [one.getsockname()[1] for one in sockets]
-    yield from found
 
 
 def all_pages() -> list[Path]:

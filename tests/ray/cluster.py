@@ -15,7 +15,6 @@ import os
 import re
 import shutil
 import signal
-import socket
 import statistics
 import sys
 import tempfile
@@ -29,8 +28,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+sys.path.append(str(Path(__file__).parents[1]))
+
 import httpx
 import ray
+from free_ports import free_ports
 from ray import serve
 
 import doge_deploy
@@ -191,6 +193,21 @@ def deploy(bundle: Path, replicas: int, **more: Any) -> None:
     wait(lambda: running_replicas() == replicas and len(replica_processes()) == replicas, f"{replicas} replicas")
 
 
+def both_work(before: dict[int, float], seconds: float = 2.0) -> dict[int, float]:
+    """Wait until two replicas have taken so much processor time since `before`, each at least a tenth of it."""
+    spent: dict[int, float] = {}
+
+    def do() -> bool:
+        now = replica_processes()
+        spent.clear()
+        spent.update({process: taken - before.get(process, 0) for process, taken in now.items()})
+        total = sum(spent.values())
+        return len(spent) == 2 and total > seconds and min(spent.values()) > 0.1 * total
+
+    wait(do, "both replicas work", 60)
+    return spent
+
+
 def check_texts(sent: list[Sent], expected: dict[str, str]) -> int:
     """How many answers came whole; each begins as the prompt's answer does alone."""
     whole = [one for one in sent if one.error is None]
@@ -204,16 +221,14 @@ def killed_under_load(address: str, bundle: Path, expected: dict[str, str]) -> N
     before = replica_processes()
     load = Load(address)
     with load.on():
-        time.sleep(4)
-        spent = {process: seconds - before[process] for process, seconds in replica_processes().items()}
-        assert len(spent) == 2 and min(spent.values()) > 0.1 * sum(spent.values()), f"both work: {spent}"
+        spent = both_work(before)
         victim = max(before)
         killed = time.monotonic()
         os.kill(victim, signal.SIGKILL)
         wait(lambda: victim not in replica_processes(), "the process ends")
         wait(lambda: running_replicas() == 2 and len(replica_processes()) == 2, "two replicas again")
         back = time.monotonic() - killed
-        time.sleep(3)
+        wait(lambda: sum(one.start > killed for one in load.sent) > CLIENTS, "later requests")
     lost = [one for one in load.sent if one.error is not None]
     for one in lost:
         assert one.stream and one.error == "replica_lost" and one.done and one.tokens_before_error > 0, one
@@ -255,15 +270,16 @@ def engine_ended_under_load(address: str, bundle: Path, expected: dict[str, str]
         time.sleep(2)
         broken = time.monotonic()
         answer = httpx.post(f"{address}/v1/completions", json=body(BREAK, False), timeout=60)
+        ended = time.monotonic()
         assert answer.status_code == 500 and "the engine failed" in answer.text, answer.text
-        wait(lambda: len(before & set(replica_processes())) == 1, "the process ends", 30)
+        wait(lambda: len(before & set(replica_processes())) == 1, "the process ends")
         wait(lambda: running_replicas() == 2 and len(replica_processes()) == 2, "two replicas again")
         back = time.monotonic() - broken
-        time.sleep(1)
+        wait(lambda: any(one.start > ended for one in load.sent), "later requests")
     lost = [one for one in load.sent if one.error is not None]
     for one in lost:
         assert one.error is not None and "the engine failed" in one.error, one
-    later = [one for one in load.sent if one.start > broken + 1]
+    later = [one for one in load.sent if one.start > ended]
     assert len(lost) <= SLOTS + 2, "more than the replica can have had"
     assert later and check_texts(load.sent, expected) + len(lost) == len(load.sent)
     assert not [one for one in later if one in lost], "a request failed that came when the engine had ended"
@@ -277,9 +293,10 @@ def scaled_down_under_load(address: str, bundle: Path, expected: dict[str, str])
     """A replica that is taken away finishes what it has."""
     load = Load(address)
     with load.on():
-        time.sleep(1)
+        wait(lambda: len(load.sent) > CLIENTS, "requests")
         deploy(bundle, 1)
-        time.sleep(1)
+        scaled = len(load.sent)
+        wait(lambda: len(load.sent) > scaled + CLIENTS, "later requests")
     assert check_texts(load.sent, expected) == len(load.sent), [one for one in load.sent if one.error]
     print(f"scaled from 2 to 1 replicas under load: {len(load.sent)} requests, none failed")
 
@@ -292,10 +309,7 @@ def scaled_by_load(address: str, bundle: Path, expected: dict[str, str]) -> None
     load = Load(address)
     with load.on():
         more = wait(lambda: running_replicas() == 2, "a second replica")
-        before = replica_processes()
-        time.sleep(3)
-        spent = {process: seconds - before.get(process, 0) for process, seconds in replica_processes().items()}
-    assert len(spent) == 2 and min(spent.values()) > 0.1 * sum(spent.values()), f"both work: {spent}"
+        both_work(replica_processes())
     light = Load(address)
     with light.on(1):
         fewer = wait(lambda: running_replicas() == 1 and len(replica_processes()) == 1, "one replica again")
@@ -400,9 +414,7 @@ def main() -> None:
     bundle = asked.bundle.resolve()
     begun = time.monotonic()
     expected = expected_texts(bundle)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    (port,) = free_ports(1)
     address = f"http://127.0.0.1:{port}"
     # CPUs are only counted: a machine of 2 has the controller and the proxy beside two replicas
     # Ray refuses a folder inside of the environment, where nox puts TMPDIR; the paths of its sockets must be short

@@ -7,7 +7,7 @@ import contextlib
 import json
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,9 @@ from doge_deploy.serve.start import ServeOptions, open_served
 
 NAME = "doge"
 
+EOS = 1
+"""Of the bundles of tests."""
+
 
 class SlowSlots(ScriptedSlots):
     """Takes its time, so that a test can do something meanwhile; a draw gives the likeliest token too."""
@@ -38,8 +41,18 @@ class SlowSlots(ScriptedSlots):
     def __init__(self, *arguments: Any, seconds: float = 0.0, **keywords: Any) -> None:
         super().__init__(*arguments, **keywords)
         self.seconds = seconds
+        self.go, self.over = threading.Event(), threading.Event()
+        self.go.set()
+        scripted_rule = self.rule
+        self.rule = lambda history: EOS if self.over.is_set() else scripted_rule(history)
+
+    def hold(self) -> None:
+        """No call of the engine ends before `go` is set: what a request is in lasts until then."""
+        self.go.clear()
 
     def _feed(self, slot: int, ids: Sequence[int]) -> Any:
+        """From the moment when `over` is set every text ends with its next token."""
+        assert self.go.wait(60)
         time.sleep(self.seconds)
         return super()._feed(slot, ids)
 
@@ -51,10 +64,43 @@ class Running:
     url: str
     served: Served
     client: httpx.Client
+    connections: Collection[Any]
+    """Those that are open, of uvicorn."""
+
+    @property
+    def address(self) -> tuple[str, int]:
+        """Host and port."""
+        host, port = self.url.removeprefix("http://").split(":")
+        return host, int(port)
 
     @property
     def scheduler(self) -> Scheduler:
         return next(iter(self.served.texts.values())).engine._scheduler
+
+    def at_rest(self) -> bool:
+        """Whether nothing is being answered or computed, by the engines' own threads: another one sees a request that
+        goes from one list to the next in neither.
+        """
+        engines = [model.engine for model in self.served.texts.values()]
+        return not self.served.working and all(engine.ask(lambda one: one.idle).result(60) for engine in engines)
+
+    @contextlib.contextmanager
+    def standing(self) -> Iterator[None]:
+        """The server's event loop stands still within the block: what is sent meanwhile it finds all at once."""
+        (inbox,) = self.served.inboxes.values()
+        assert inbox._loop is not None
+        stands, go = threading.Event(), threading.Event()
+
+        def stand() -> None:
+            stands.set()
+            go.wait(60)
+
+        inbox._loop.call_soon_threadsafe(stand)
+        assert stands.wait(60)
+        try:
+            yield
+        finally:
+            go.set()
 
     def post(self, path: str, status: int = 200, **body: Any) -> Any:
         response = self.client.post(path, json=body)
@@ -72,7 +118,7 @@ class Running:
         assert lines.pop() == "data: [DONE]"
         return [json.loads(line.removeprefix("data: ")) for line in lines]
 
-    def wait_until(self, condition: Callable[[], bool], seconds: float = 20.0) -> None:
+    def wait_until(self, condition: Callable[[], bool], seconds: float = 60.0) -> None:
         deadline = time.monotonic() + seconds
         while not condition():
             assert time.monotonic() < deadline, "it did not happen"
@@ -102,8 +148,11 @@ def scripted(bundle_path: Path, slots: ScriptedSlots, limits: Limits | None = No
 
 
 def of_bundle(*paths: Path, **options: Any) -> Served:
-    """Bundles as `doge-deploy serve` opens them."""
-    return open_served(paths, ServeOptions(threads=1, **options))
+    """Bundles as `doge-deploy serve` opens them; a grammar may take as long as a busy machine needs for it."""
+    served = open_served(paths, ServeOptions(threads=1, **options))
+    for model in served.texts.values():
+        model.grammars._trial._seconds = 60.0
+    return served
 
 
 @contextlib.contextmanager
@@ -116,11 +165,12 @@ def running(served: Served, *, patience: Patience | None = None, **options: Any)
         log_config=None,
         access_log=False,
         lifespan="on",
+        timeout_keep_alive=600,  # no connection is closed at the moment when a client uses it again
     )
     server = uvicorn.Server(config)
     thread = threading.Thread(target=lambda: asyncio.run(server.serve()), daemon=True)
     thread.start()
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 60
     while not server.started:
         assert time.monotonic() < deadline and thread.is_alive()
         time.sleep(0.005)
@@ -129,8 +179,8 @@ def running(served: Served, *, patience: Patience | None = None, **options: Any)
     limits = httpx.Limits(max_keepalive_connections=100)
     with httpx.Client(base_url=url, timeout=60, limits=limits) as client:
         try:
-            yield Running(url, served, client)
+            yield Running(url, served, client, server.server_state.connections)
         finally:
             server.should_exit = True
-            thread.join(30)
+            thread.join(60)
             assert not thread.is_alive()

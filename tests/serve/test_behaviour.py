@@ -11,7 +11,7 @@ import socket
 import threading
 import time
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from http.client import HTTPConnection
 from pathlib import Path
 from typing import Any
@@ -47,7 +47,7 @@ def words(tiny_bundle: Path, *tokens: str) -> list[int]:
     return [backend.ids(token, add_special_tokens=False)[0] for token in tokens]
 
 
-def slots_saying(tiny_bundle: Path, tokens: list[int], prompt: int, **options: Any) -> ScriptedSlots:
+def slots_saying(tiny_bundle: Path, tokens: list[int], prompt: int, **options: Any) -> SlowSlots:
     """Slots that answer a prompt of `prompt` tokens with `tokens`, the last one for ever."""
     vocab = open_bundle(tiny_bundle).manifest.facts.vocab_size
 
@@ -139,42 +139,50 @@ class TestClientsThatLeave:
     @pytest.fixture
     def slow(self, tiny_bundle: Path) -> Iterator[Running]:
         prompt = [words(tiny_bundle, "a")[0]]
-        slots = slots_saying(tiny_bundle, words(tiny_bundle, "b"), len(prompt), slots=2, seconds=0.01)
+        slots = slots_saying(tiny_bundle, words(tiny_bundle, "b"), len(prompt), slots=2, seconds=0.05)
         with running(scripted(tiny_bundle, slots, Limits(step_tokens=4, alone_tokens=4))) as found:
             yield found
 
     def leave(self, server: Running, when: str, *, stream: bool) -> None:
-        body = json.dumps({"prompt": [5] * (400 if when == "prefill" else 3), "max_tokens": 100, "stream": stream})
-        host, port = server.url.removeprefix("http://").split(":")
+        body = json.dumps({"prompt": [5] * (400 if when == "prefill" else 3), "max_tokens": 400, "stream": stream})
         head = (
             f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(body)}"
         )
-        connection = socket.create_connection((host, int(port)))
+        connection = socket.create_connection(server.address)
         connection.sendall(f"{head}\r\n\r\n{body}".encode())
         states = {"queued": "waiting", "prefill": "prefilling", "decode": "decoding"}
         server.wait_until(lambda: bool(getattr(server.scheduler, states[when])))
         connection.close()
 
+    def assert_the_others_are_whole(self, server: Running, others: list[Future[Any]]) -> None:
+        """They run until this is asked."""
+        assert not any(other.done() for other in others)
+        slots = server.scheduler.runner
+        assert isinstance(slots, SlowSlots)
+        slots.over.set()
+        for other in others:
+            (choice,), usage = other.result()["choices"], other.result()["usage"]
+            assert choice["text"] == "b" * (usage["completion_tokens"] - 1) and choice["finish_reason"] == "stop"
+
     @pytest.mark.parametrize("stream", [True, False])
     @pytest.mark.parametrize("when", ["prefill", "decode"])
     def test_running(self, slow: Running, when: str, stream: bool) -> None:
         with ThreadPoolExecutor() as pool:
-            other = pool.submit(slow.complete, [7, 8], max_tokens=60)
+            other = pool.submit(slow.complete, [7, 8], max_tokens=500)
             slow.wait_until(lambda: slow.scheduler.running == 1)
             self.leave(slow, when, stream=stream)
             slow.wait_until(lambda: slow.scheduler.counters.finished.get("cancelled") == 1)
-            assert not other.done()
-            assert other.result()["usage"]["completion_tokens"] == 60
+            self.assert_the_others_are_whole(slow, [other])
         assert slow.scheduler.table.busy == 0
 
     @pytest.mark.parametrize("stream", [True, False])
     def test_queued(self, slow: Running, stream: bool) -> None:
         with ThreadPoolExecutor() as pool:
-            others = [pool.submit(slow.complete, [7, 8], max_tokens=60) for _ in range(2)]
+            others = [pool.submit(slow.complete, [7, 8], max_tokens=500) for _ in range(2)]
             slow.wait_until(lambda: slow.scheduler.running == 2)
             self.leave(slow, "queued", stream=stream)
             slow.wait_until(lambda: slow.scheduler.counters.finished.get("cancelled") == 1)
-            assert [other.result()["usage"]["completion_tokens"] for other in others] == [60, 60]
+            self.assert_the_others_are_whole(slow, others)
 
 
 class TestEnds:
@@ -522,15 +530,15 @@ class TestAdmission:
     def test_a_full_queue_is_a_429_with_a_time_to_wait(self, tiny_bundle: Path) -> None:
         slots = slots_saying(tiny_bundle, [70], 1, seconds=0.05)
         with running(scripted(tiny_bundle, slots, Limits(queue_requests=2))) as server, ThreadPoolExecutor() as pool:
-            accepted = [pool.submit(server.complete, [7], max_tokens=40)]
+            accepted = [pool.submit(server.complete, [7], max_tokens=400)]
             server.wait_until(lambda: server.scheduler.running == 1)  # else three might wait at once
-            accepted += [pool.submit(server.complete, [7], max_tokens=40) for _ in range(2)]
+            accepted += [pool.submit(server.complete, [7], max_tokens=400) for _ in range(2)]
             server.wait_until(lambda: len(server.scheduler.waiting) == 2)
-            start = time.monotonic()
             response = server.client.post("/v1/completions", json={"prompt": [7]})
             assert response.status_code == 429 and int(response.headers["retry-after"]) >= 1
-            assert response.json()["error"]["code"] == "queue_full" and time.monotonic() - start < 5
-            assert all(job.result()["usage"]["completion_tokens"] == 40 for job in accepted)
+            assert response.json()["error"]["code"] == "queue_full" and not any(job.done() for job in accepted)
+            slots.over.set()
+            assert all(job.result()["choices"][0]["finish_reason"] == "stop" for job in accepted)
 
     def test_a_burst_is_answered_or_refused_whole(self, tiny_bundle: Path) -> None:
         slots = slots_saying(tiny_bundle, [70], 1, slots=4)
@@ -625,8 +633,7 @@ class TestSecurity:
     )
     def test_no_path_comes_from_a_client(self, server: Running, path: str) -> None:
         """As it is written: httpx takes dots out of a path before it sends it."""
-        host, port = server.url.removeprefix("http://").split(":")
-        with contextlib.closing(HTTPConnection(host, int(port), timeout=20)) as connection:
+        with contextlib.closing(HTTPConnection(*server.address, timeout=60)) as connection:
             connection.request("GET", f"/page/{path}")
             answer = connection.getresponse()
             assert answer.status == 404 and b'"error"' in answer.read()
@@ -736,7 +743,7 @@ class TestModels:
             server.served.draining = False
 
     def test_a_failed_engine_is_not_ready_and_nobody_hangs(self, tiny_bundle: Path) -> None:
-        served = scripted(tiny_bundle, slots_saying(tiny_bundle, [70], 1, seconds=0.01))
+        served = scripted(tiny_bundle, slots_saying(tiny_bundle, [70], 1, seconds=0.05))
         with running(served) as server, ThreadPoolExecutor() as pool:
             job = pool.submit(server.client.post, "/v1/completions", json={"prompt": [7], "max_tokens": 400})
             server.wait_until(lambda: server.scheduler.running == 1)
@@ -791,7 +798,7 @@ def test_threads_end_with_the_server(tiny_bundle: Path) -> None:
     before = threading.active_count()
     with running(scripted(tiny_bundle, slots_saying(tiny_bundle, [70], 1))) as server:
         server.complete([7], max_tokens=2)
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 60
     while threading.active_count() > before and time.monotonic() < deadline:
         time.sleep(0.01)
     assert threading.active_count() <= before

@@ -62,16 +62,19 @@ def test_each_gets_what_it_gets_alone_and_nothing_is_left(
         alone = [texts(server.complete(**body)) for body in bodies]
         vector = server.post("/v1/embeddings", input="x = 1", model="features")["data"]
         draw.shuffle(order := list(range(len(bodies))))
-        jobs = {}
+        jobs, left = {}, []
         for place in order:
             jobs[place] = pool.submit(server.complete, **bodies[place])
             if draw.random() < 0.5:
-                pool.submit(leave, server, {**draw.choice(bodies), "max_tokens": 200}, draw.choice([0, 1, 1, 5]))
+                asked = {**draw.choice(bodies), "max_tokens": 200}
+                left.append(pool.submit(leave, server, asked, draw.choice([0, 1, 1, 5])))
             embedded = pool.submit(server.post, "/v1/embeddings", input=["x = 1"] * 3, model="features")
         found = [texts(jobs[place].result()) for place in range(len(bodies))]
         assert [row["embedding"] for row in embedded.result()["data"]] == 3 * [vector[0]["embedding"]]
+        for one in left:
+            one.result()
         served, schedulers = server.served, [model.engine.scheduler for model in server.served.texts.values()]
-        server.wait_until(lambda: not served.working and all(scheduler.idle for scheduler in schedulers))
+        server.wait_until(server.at_rest)
         assert found == alone
         assert not served.arrivals.coming and not any(inbox.waiting for inbox in served.inboxes.values())
         for scheduler in schedulers:

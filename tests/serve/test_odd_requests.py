@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import gzip
+import io
 import json
 import logging
 import socket
-import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
-from scripted_slots import ScriptedSlots
 from servers import NAME, Running, SlowSlots, running, scripted
 
 from doge_deploy.bundle.opening import open_bundle
@@ -29,7 +28,7 @@ HTTP2_OFFER = "Connection: Upgrade, HTTP2-Settings\r\nUpgrade: h2c\r\nHTTP2-Sett
 """What Java's `HttpClient` sends with every request as long as nobody tells it not to, and `curl --http2`."""
 
 
-def endless(tiny_bundle: Path, *, slots: int = 2, seconds: float = 0.0) -> ScriptedSlots:
+def endless(tiny_bundle: Path, *, slots: int = 2, seconds: float = 0.0) -> SlowSlots:
     """Slots whose texts do not end by themselves."""
     vocab = open_bundle(tiny_bundle).manifest.facts.vocab_size
     return SlowSlots(slots, rule=lambda history: 70, vocab=vocab, max_length=512, seconds=seconds)
@@ -43,8 +42,7 @@ def server(tiny_bundle: Path) -> Iterator[Running]:
 
 
 def connect(server: Running) -> socket.socket:
-    host, port = server.url.removeprefix("http://").split(":")
-    return socket.create_connection((host, int(port)), timeout=10)
+    return socket.create_connection(server.address, timeout=60)
 
 
 def head(headers: str, method: str = "POST", path: str = "/v1/completions") -> bytes:
@@ -146,19 +144,21 @@ class TestRequestsBehindOneAnother:
 
 
 @pytest.mark.parametrize("form", ["text", "json"])
-def test_nobody_writes_lines_into_the_log(server: Running, form: Any, capsys: pytest.CaptureFixture[str]) -> None:
+def test_nobody_writes_lines_into_the_log(server: Running, form: Any) -> None:
     """Of a path that was decoded a line end would begin a line, and a control sequence would move the cursor."""
     names = ("doge_deploy.serve", "uvicorn", "asyncio")
     before = [(one := logging.getLogger(name), one.handlers, one.propagate, one.level) for name in names]
     try:
         logs.configure(form)
+        (handler,) = logging.getLogger("doge_deploy.serve").handlers
+        assert isinstance(handler, logging.StreamHandler)
+        handler.setStream(written := io.StringIO())
         path = "/a%0A12:00:00%20serving%1b[2J%20status=200%E2%80%A8%85"
-        assert server.client.get(path).status_code == 404
-        line, deadline = "", time.monotonic() + 10
-        while "\n" not in line and time.monotonic() < deadline:  # it is written after the answer has been sent
-            time.sleep(0.01)
-            line += capsys.readouterr().err
-        line = line.removesuffix("\n")
+        assert server.client.get(path, headers={"X-Request-Id": "mine"}).status_code == 404
+        # it is written after the answer has been sent; before it there may be lines of the test before
+        own = lambda: written.getvalue().partition("mine")[2]  # noqa: E731
+        server.wait_until(lambda: "404" in own())
+        line = own().removesuffix("\n")
     finally:
         for logger, handlers, propagate, level in before:
             logger.handlers, logger.propagate = handlers, propagate

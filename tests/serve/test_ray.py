@@ -106,6 +106,13 @@ class Client:
         return json.loads(self.text)["error"]
 
 
+async def until(condition: Callable[[], bool]) -> None:
+    """Let the event loop go on until it is so."""
+    async with asyncio.timeout(60):
+        while not condition():
+            await asyncio.sleep(0.005)
+
+
 def asked(
     *scripts: Script | Scripted, kind: bytes = b"text/event-stream", path: str = "/v1/chat/completions"
 ) -> tuple[Client, int]:
@@ -210,11 +217,11 @@ def test_what_comes_out_comes_at_once() -> None:
     async def run() -> None:
         answer, client = Scripted((ROLE, TOKEN), b"text/event-stream", ends=False), Client()
         task = asyncio.ensure_future(Front(lambda call: answer)(request(), client.receive, client.send))
-        await asyncio.sleep(0.05)
+        await until(lambda: len(client.sent) == 3)
         assert [message.get("body") for message in client.sent] == [None, ROLE, TOKEN]
         assert [name for name, _ in client.sent[0]["headers"]] == [b"content-type"], "Ray names the request"
         client.leaves.set()
-        await asyncio.wait_for(task, 5)
+        await asyncio.wait_for(task, 60)
         assert answer.cancelled
 
     asyncio.run(run())
@@ -279,7 +286,8 @@ def test_keys_are_asked_for_in_front() -> None:
 
 def with_replicas(bundle: Path, use: Callable[[list[Replica], list[SlowSlots]], Coroutine[Any, Any, None]]) -> None:
     async def run() -> None:
-        slots = [SlowSlots(2, rule=lambda history: 70 + len(history) % 20, vocab=1024, seconds=0.002) for _ in range(2)]
+        rule = lambda history: 70 + len(history) % 20  # noqa: E731
+        slots = [SlowSlots(2, rule=rule, vocab=1024, max_length=512, seconds=0.002) for _ in range(2)]
         replicas = [Replica() for _ in slots]
         for replica, own in zip(replicas, slots, strict=True):
             await replica.serve(scripted(bundle, own))
@@ -342,21 +350,16 @@ def test_an_answer_through_front_and_replica_is_that_of_the_application(tiny_bun
 def test_a_client_that_leaves_frees_its_slot(tiny_bundle: Path) -> None:
     async def use(replicas: list[Replica], slots: list[SlowSlots]) -> None:
         scheduler = next(iter(replicas[0]._served.texts.values())).engine._scheduler
-        for stream in (True, False):
-            slots[0].seconds = 0.02
-            client = Client(body_of(stream=stream, max_tokens=50))
+        slots[0].seconds = 0.05
+        for left, stream in enumerate((True, False), 1):
+            client = Client(body_of(stream=stream, max_tokens=500))
             front = Front(lambda call: Direct(replicas[0], call))
             task = asyncio.ensure_future(front(request("/v1/completions"), client.receive, client.send))
-            while not scheduler.decoding:
-                await asyncio.sleep(0.005)
+            await until(lambda: bool(scheduler.decoding))
             client.leaves.set()
-            await asyncio.wait_for(task, 5)
-            for _ in range(400):
-                if scheduler.idle:
-                    break
-                await asyncio.sleep(0.005)
-            assert scheduler.idle and scheduler.counters.finished.get("cancelled", 0) >= 1
-        assert scheduler.counters.finished == {"cancelled": 2}
+            await asyncio.wait_for(task, 60)
+            await until(lambda: bool(scheduler.counters.finished) and scheduler.idle)
+            assert scheduler.counters.finished == {"cancelled": left}
 
     with_replicas(tiny_bundle, use)
 
@@ -366,7 +369,7 @@ def test_a_replica_ends_with_its_engine(
 ) -> None:
     ended: list[int] = []
     monkeypatch.setattr("os._exit", ended.append)
-    monkeypatch.setattr("doge_deploy.serve.ray.replica.ENDING_SECONDS", 0.2)
+    monkeypatch.setattr("doge_deploy.serve.ray.replica.ENDING_SECONDS", 600)
 
     async def use(replicas: list[Replica], slots: list[SlowSlots]) -> None:
         assert not replicas[0].end_if_failed()
@@ -381,11 +384,13 @@ def test_a_replica_ends_with_its_engine(
         assert client.status == 500
         assert not replicas[1].end_if_failed()
         assert replicas[0].end_if_failed() and replicas[0].end_if_failed()
-        assert not ended, "answers are still on their way"
-        assert "the engine of doge has ended" in str(vars(caplog.records[-1]))
+        (told,) = [record for record in caplog.records if record.getMessage() == "replica ends"]
+        assert "the engine of doge has ended" in str(vars(told))
         end = replicas[0]._end
-        assert end is not None
-        await asyncio.to_thread(end.join, 60)
+        assert end is not None and end.is_alive() and end.interval == 600
+        assert not ended, "answers are still on their way"
+        end.cancel()
+        end.function(*end.args, **end.kwargs)  # as it would after its time
         assert ended == [1]
 
     with_replicas(tiny_bundle, use)
@@ -415,10 +420,7 @@ def test_of_a_stream_that_nobody_reads_a_replica_holds_little(
         scheduler = next(iter(replicas[0]._served.texts.values())).engine._scheduler
         answer = replicas[0].answer(Call(request("/v1/completions"), body_of(stream=True, max_tokens=60)))
         first = await anext(answer)
-        for _ in range(4000):
-            if scheduler.idle:
-                break
-            await asyncio.sleep(0.005)
+        await until(lambda: bool(scheduler.counters.finished))
         assert scheduler.counters.finished == {"cancelled": 1}, "it ended by itself"
         messages = [*first, *[message for batch in [batch async for batch in answer] for message in batch]]
         text = b"".join(message.get("body", b"") for message in messages)

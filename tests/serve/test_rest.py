@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import queue
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -26,9 +27,13 @@ def given(monkeypatch: pytest.MonkeyPatch) -> Given:
 
 
 @pytest.fixture
-def server(tiny_bundle: Path, given: Given) -> Iterator[Running]:
+def slots(tiny_bundle: Path) -> SlowSlots:
     vocab = open_bundle(tiny_bundle).manifest.facts.vocab_size
-    slots = SlowSlots(2, vocab=vocab, max_length=512, rule=lambda history: 70, seconds=0.001)
+    return SlowSlots(2, vocab=vocab, max_length=512, rule=lambda history: 70, seconds=0.001)
+
+
+@pytest.fixture
+def server(tiny_bundle: Path, given: Given, slots: SlowSlots) -> Iterator[Running]:
     with running(scripted(tiny_bundle, slots, Limits(queue_requests=4))) as found:
         yield found
 
@@ -62,7 +67,7 @@ def test_once_after_each_request(
     assert is_silent(given), "nothing was asked for yet"
     for _ in range(2):
         assert server.client.post(path, json=body).status_code == status
-        assert given.get(timeout=30)
+        assert given.get(timeout=60)
         assert is_silent(given)
 
 
@@ -72,15 +77,17 @@ def test_looking_at_the_server_is_no_request(server: Running, given: Given) -> N
     assert is_silent(given)
 
 
-def test_not_before_the_last_of_several(server: Running, given: Given) -> None:
-    with server.client.stream(
-        "POST", "/v1/completions", json={"prompt": [7], "max_tokens": 400, "stream": True}
-    ) as one:
+def test_not_before_the_last_of_several(server: Running, given: Given, slots: SlowSlots) -> None:
+    slots.hold()
+    with ThreadPoolExecutor() as pool:
+        one = pool.submit(server.complete, [7], max_tokens=20)
+        server.wait_until(lambda: server.served.working == 1)
         for _ in range(3):
             server.post("/tokenize", prompt="a")
-        assert not one.is_closed and is_silent(given)
-        one.read()
-    assert given.get(timeout=30) and is_silent(given)
+        assert is_silent(given) and not one.done()
+        slots.go.set()
+        assert one.result()["choices"]
+    assert given.get(timeout=60) and is_silent(given)
 
 
 def test_not_while_something_is_computed_that_nobody_waits_for(
@@ -92,4 +99,4 @@ def test_not_while_something_is_computed_that_nobody_waits_for(
     server.post("/tokenize", prompt="a")
     assert is_silent(given)
     idle = True
-    assert given.get(timeout=30) and is_silent(given)
+    assert given.get(timeout=60) and is_silent(given)

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import httpx
 import pytest
-from serve_ports import free_ports
+from free_ports import free_ports
 
 pytestmark = [
     pytest.mark.sweep,
@@ -158,4 +158,7 @@ def test_without_a_second_try_requests_fail(tiny_bundle_last: Path, tmp_path: Pa
             time.sleep(1)
             restart = environment["RESTART"].strip()
             subprocess.run([restart, str(ports[0])], cwd=tmp_path, env=environment, check=True)
+            deadline = time.monotonic() + 60
+            while not load.failures and time.monotonic() < deadline:
+                time.sleep(0.05)
         assert load.failures
