@@ -11,6 +11,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -107,7 +108,7 @@ def test_what_does_not_end_in_time_ends_with_an_error_event(tiny_bundle_last: Pa
 
 
 def test_who_is_not_waited_for_is_told_so(tiny_bundle_last: Path) -> None:
-    """By a second signal: a text of which nothing was sent, and a body that has not come; they got 500 as plain text."""
+    """By a second signal: a text of which nothing was sent, and a body that has not come."""
     with (
         serving(tiny_bundle_last, "--drain-seconds", "600", "--slots", "1") as (process, url),
         ThreadPoolExecutor() as pool,

@@ -259,7 +259,7 @@ def _given(prefix: str, schema: Source, regex: Source, choice: Source, grammar: 
 
 
 def _is_small(value: object) -> object:
-    left = [value] if isinstance(value, dict) else []
+    left: list[list[Any] | dict[Any, Any]] = [value] if isinstance(value, dict) else []
     count = 0
     while left:
         found = left.pop()

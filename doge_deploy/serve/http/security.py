@@ -44,9 +44,10 @@ def read_keys(file: Path) -> tuple[bytes, ...]:
 
 
 class Gate:
-    """Refuses requests without a key, and bodies that are too large, alone or all together, whatever headers say. What
-    is large is what a body takes in memory when it is parsed: 4 MB of `[[[[` became 180, and 14 such bodies occupied the
-    server for minutes, since Python looks through all that is there again and again.
+    """Refuses requests without a key, and bodies that are too large, alone or all together, whatever headers say.
+
+    What counts is also what a body takes in memory when it is parsed: 4 MB of `[[[[` became 180, and 14 such bodies
+    occupied the server for minutes, since Python looks through all that is there again and again.
     """
 
     def __init__(
