@@ -12,7 +12,7 @@ Axes: V vocabulary.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from functools import cached_property
 from typing import overload
 
@@ -39,33 +39,40 @@ class Context(Sequence[int]):
     """
 
     def __init__(self, tokens: Iterable[int] = ()) -> None:
-        self.output_counts: dict[int, int] = {}
-        """How often the output holds each of its tokens."""
         self._tokens: list[int] = []
-        self._known: set[int] = set()
+        self._places: dict[int, int] = {}
+        """Where each id stands in `distinct`."""
         self._distinct: IntArray = np.empty(64, np.int64)
+        self._made: Float32Array = np.zeros(64, np.float32)
         for token in tokens:
             self._add(token)
 
     def append(self, token: int) -> None:
         """One more token of the output."""
-        self.output_counts[token] = self.output_counts.get(token, 0) + 1
-        self._add(token)
+        place = self._add(token)
+        self._made[place] += 1
 
-    def _add(self, token: int) -> None:
+    def _add(self, token: int) -> int:
+        """The place of its id."""
         self._tokens.append(token)
-        count = len(self._known)
-        self._known.add(token)
-        if len(self._known) == count:
-            return
-        if count == len(self._distinct):
-            self._distinct = np.concatenate((self._distinct, np.empty_like(self._distinct)))
-        self._distinct[count] = token
+        known = len(self._places)
+        place = self._places.setdefault(token, known)
+        if place == known:
+            if known == len(self._distinct):
+                self._distinct = np.concatenate((self._distinct, np.empty_like(self._distinct)))
+                self._made = np.concatenate((self._made, np.zeros_like(self._made)))
+            self._distinct[place] = token
+        return place
 
     @property
     def distinct(self) -> IntArray:
         """Every id that occurs, once, in the order of first occurrence, `[n]`."""
-        return self._distinct[: len(self._known)]
+        return self._distinct[: len(self._places)]
+
+    @property
+    def made(self) -> Float32Array:
+        """How often the output holds each of `distinct`, `[n]`; 0 for those of the prompt alone."""
+        return self._made[: len(self._places)]
 
     def __len__(self) -> int:
         return len(self._tokens)
@@ -87,6 +94,12 @@ class Sampler:
     @cached_property
     def _random(self) -> np.random.Generator:
         return np.random.default_rng(self.options.seed)  # NumPy loads this part of itself with the first that is drawn
+
+    @cached_property
+    def _biases(self) -> tuple[IntArray, Float32Array]:
+        """Token ids and what is added to their logits."""
+        biases = self.options.logit_bias
+        return np.array(list(biases), np.int64), np.array(list(biases.values()), np.float32)
 
     def pick(self, logits: FloatArray, context: Sequence[int]) -> int:
         """The next token: one of `distribution`, drawn by inverse transform sampling.
@@ -144,12 +157,12 @@ class Sampler:
         scores = np.asarray(logits, np.float32)
         require_finite(scores, len(context))
         if options.logit_bias:
-            scores = add_biases(scores, options.logit_bias)
+            scores = add_biases(scores, *self._biases)
         if options.repetition_penalty != 1:
             scores = penalize_repetition(scores, context, options.repetition_penalty)
         if isinstance(context, Context) and (options.presence_penalty or options.frequency_penalty):
             penalties = options.presence_penalty, options.frequency_penalty
-            scores = penalize_output(scores, context.output_counts, *penalties)
+            scores = penalize_output(scores, context.distinct, context.made, *penalties)
         return scores
 
 
@@ -200,24 +213,27 @@ def penalize_repetition(scores: Float32Array, context: Sequence[int], penalty: f
     return penalized
 
 
-def add_biases(scores: Float32Array, biases: Mapping[int, float]) -> Float32Array:
-    """Logits `[V]` with `biases` added; those of ids outside of 0..V-1 are passed over. `scores` is left as it is."""
-    ids = np.array([token for token in biases if token < len(scores)], np.int64)
+def add_biases(scores: Float32Array, ids: IntArray, biases: Float32Array) -> Float32Array:
+    """Logits `[V]` with the `biases` `[n]` of different `ids` `[n]` added; ids from V on are passed over. `scores` is
+    left as it is.
+    """
+    known = ids < len(scores)
     biased: Float32Array = scores.copy()
-    biased[ids] += np.array([biases[token] for token in ids.tolist()], np.float32)
+    biased[ids[known]] += biases[known]
     return biased
 
 
-def penalize_output(scores: Float32Array, counts: Mapping[int, int], presence: float, frequency: float) -> Float32Array:
-    """Logits `[V]` less `presence + frequency * count` of each token in `counts`; `scores` is left as it is.
+def penalize_output(
+    scores: Float32Array, ids: IntArray, counts: Float32Array, presence: float, frequency: float
+) -> Float32Array:
+    """Logits `[V]` less `presence + frequency * count` of each of different `ids` `[n]` whose count is above 0; ids
+    outside of 0..V-1 are passed over. `scores` is left as it is.
 
     Reference: https://platform.openai.com/docs/advanced-usage (frequency and presence penalties).
     """
-    known = {token: count for token, count in counts.items() if 0 <= token < len(scores)}
-    ids = np.fromiter(known, np.int64, len(known))
-    times = np.fromiter(known.values(), np.float32, len(known))
+    held = (counts > 0) & (ids >= 0) & (ids < len(scores))
     penalized: Float32Array = scores.copy()
-    penalized[ids] -= np.float32(presence) + np.float32(frequency) * times
+    penalized[ids[held]] -= np.float32(presence) + np.float32(frequency) * counts[held]
     return penalized
 
 

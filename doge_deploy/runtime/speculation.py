@@ -9,7 +9,7 @@ Reference: https://github.com/apoorvumang/prompt-lookup-decoding (the idea).
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from time import perf_counter
 
 import numpy as np
@@ -28,23 +28,26 @@ DRAFTS = (1, 3, 7)
 class NgramIndex:
     """The n-grams of one text: where each was last followed by something.
 
-    To append a token and to ask for a draft take the same time however long the text is.
+    One more token and a draft take the same time however long the text is.
     """
 
     def __init__(self, tokens: Sequence[int] = ()) -> None:
         self._tokens: list[int] = []
         self._places: dict[tuple[int, ...], int] = {}
         """The place behind the latest occurrence that has a token behind it."""
-        for token in tokens:
-            self.append(token)
+        self.extend(tokens)
 
-    def append(self, token: int) -> None:
-        """One more token of the text."""
-        end = len(self._tokens)
+    def __len__(self) -> int:
+        return len(self._tokens)
+
+    def extend(self, tokens: Iterable[int]) -> None:
+        """More tokens of the text."""
+        text, before = self._tokens, len(self._tokens)
+        text.extend(tokens)
         for length in range(SHORTEST, LONGEST + 1):
-            if end >= length:
-                self._places[tuple(self._tokens[end - length : end])] = end
-        self._tokens.append(token)
+            first = max(before, length)  # the first token that has so many before it, and was not there
+            ngrams = zip(*(text[first - length + place :] for place in range(length)), strict=False)
+            self._places.update(zip(ngrams, range(first, len(text)), strict=False))
 
     def draft(self, length: int) -> list[int]:
         """At most `length` tokens that followed the last n-gram before; empty where it is new."""
@@ -142,7 +145,7 @@ class Guesser:
 
     def append(self, token: int) -> None:
         """It goes on with this."""
-        self._index.append(token)
+        self._index.extend((token,))
 
     def draft(self, most: int) -> list[int]:
         """At most `most` tokens that may follow; often none."""

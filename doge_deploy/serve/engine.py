@@ -101,7 +101,7 @@ class Engine:
     def submit_all(self, requests: Sequence[Request]) -> Future[None]:
         """The same for several, all of them or none."""
         for request in requests:
-            request.send = partial(self._put, request)
+            request.send = partial(self._put, request.id)  # by its name: what holds itself is freed late
         return self.ask(lambda scheduler: scheduler.submit_all(requests))
 
     def cancel(self, request_id: str) -> Future[bool]:
@@ -162,9 +162,9 @@ class Engine:
         except Exception as error:
             message.answer.set_exception(error)
 
-    def _put(self, request: Request, event: Event) -> None:
-        self._outbox.append((request.id, event))
-        self._urgent = self._urgent or not isinstance(event, Produced) or request.produced == 1
+    def _put(self, name: str, event: Event) -> None:
+        self._outbox.append((name, event))
+        self._urgent = self._urgent or not isinstance(event, Produced) or event.first
 
     def _after_call(self) -> None:
         """Tokens wait only where the next call is a step of the same texts: before a prompt is fed they go out."""

@@ -49,6 +49,8 @@ class Produced:
     text: str
     """What became certain of the text; empty where a character is incomplete or a stop text may have begun."""
     logprobs: TokenLogprobs | None
+    first: bool = False
+    """Nothing of the answer was there before."""
 
 
 @dataclass(frozen=True)
@@ -174,11 +176,11 @@ class Request:
         self.context.append(token)
         self.produced += 1
         if token in self.eos_ids:
-            self.send(Produced(token, "", logprobs))
+            self.send(Produced(token, "", logprobs, self.produced == 1))
             return Finished("stop", self.text.flush())
         if self.constraint is not None:
             self.constraint.accept(token)
-        self.send(Produced(token, self.text.push(token), logprobs))
+        self.send(Produced(token, self.text.push(token), logprobs, self.produced == 1))
         if self.text.stopped:
             return Finished("stop")
         if self.constraint is not None and self.constraint.complete:

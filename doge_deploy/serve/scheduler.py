@@ -136,6 +136,7 @@ class Scheduler:
         self.clock: Callable[[], float] = _no_time
         """Read where a request gets its slot, for `Started`, which goes out only behind the first call for it."""
         self._ngrams: dict[Request, NgramIndex] = {}
+        """Of requests for which guesses were wanted. To make one takes as long as a call where a prompt is long."""
         self._exact_length = runner.max_length if exact_length is None else min(exact_length, runner.max_length)
         speculates = runner.all_logits and not runner.whole_prompts
         self._draft_length = DraftLength(step_costs) if speculates and step_costs else None
@@ -345,8 +346,6 @@ class Scheduler:
         if request.max_new_tokens == 0:
             self._finish(request, Finished("length"))
             return
-        if self._draft_length is not None and request.speculate:
-            self._ngrams[request] = NgramIndex(request.prompt_ids)
         self._take(request, logits)
 
     def _score(self, request: Request, ids: Sequence[int], logits: FloatArray) -> None:
@@ -398,23 +397,24 @@ class Scheduler:
             self._finish(request, Finished("error", request.text.flush(), error))
             return False
         self.counters.generated_tokens += 1
-        if request in self._ngrams:
-            self._ngrams[request].append(token)
         if finished is not None:
             self._finish(request, finished)
         return finished is None
 
     def _draft(self, request: Request) -> list[int]:
         """Tokens to guess for the only request that runs: with more of them a batch is the better use of a call."""
-        ngrams = self._ngrams.get(request)
-        if self._draft_length is None or ngrams is None or request.slot is None:
+        if self._draft_length is None or not request.speculate or request.slot is None:
             return []
         room = min(
             self._exact_length - len(self.table[request.slot].tokens) - 1,
             request.max_new_tokens - request.produced - 1,
         )
         length = min(self._draft_length.choose(), room)
-        return ngrams.draft(length) if length > 0 else []
+        if length <= 0:
+            return []
+        ngrams = self._ngrams.setdefault(request, NgramIndex())
+        ngrams.extend(request.context[len(ngrams) :])
+        return ngrams.draft(length)
 
     def _check_draft(self, request: Request, draft: Sequence[int]) -> None:
         """Feed the last token with a draft behind it, and accept the draft as far as the sampler picks the same."""

@@ -147,6 +147,25 @@ def test_the_latest_text_behind_the_longest_ngram_is_guessed() -> None:
     assert NgramIndex([4, 4, 4]).draft(5) == [4] * 5
 
 
+@pytest.mark.parametrize("seed", range(20))
+def test_a_text_is_known_whatever_pieces_it_comes_in(seed: int) -> None:
+    chances, text, index = random.Random(seed), [], NgramIndex()
+    for _ in range(12):
+        piece = [chances.randrange(4) for _ in range(chances.choice([0, 1, 1, 2, 5, 9]))]
+        text += piece
+        index.extend(piece)
+        assert len(index) == len(text) and index.draft(9) == searched(text, 9)
+
+
+def searched(text: Sequence[int], length: int) -> list[int]:
+    """The same guess, by looking through the text."""
+    for size in (4, 3, 2):
+        for place in range(len(text) - 1, size - 1, -1):
+            if text[place - size : place] == text[-size:]:
+                return [text[place + step % (len(text) - place)] for step in range(length)]
+    return []
+
+
 @pytest.mark.parametrize("right", [0.0, 0.3, 0.9])
 def test_guesses_end_where_they_do_not_pay(right: float) -> None:
     chances, lengths = random.Random(0), DraftLength({1: 1.0, 2: 1.3, 4: 1.9, 8: 2.9})

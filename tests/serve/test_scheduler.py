@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import pytest
 from scripted_requests import EOS, alone, make, request, run
@@ -11,6 +11,8 @@ from scripted_slots import VOCAB, next_token, repeating
 
 from doge_deploy.errors import UnsupportedModelError
 from doge_deploy.runtime.sampling import SamplingOptions
+from doge_deploy.runtime.speculation import NgramIndex
+from doge_deploy.serve import scheduler as scheduler_module
 from doge_deploy.serve.request import Finished, Produced, PromptScored, Started, State
 from doge_deploy.serve.scheduler import Limits, QueueFullError
 
@@ -437,6 +439,26 @@ class TestSpeculation:
             texts.append(answer.tokens)
             assert costs is None or one.accepted > 20
         assert texts[0] == texts[1]
+
+    def test_no_text_is_looked_through_where_no_guess_is_wanted(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """That takes longer than a call where most of a long prompt is in the slots already, and all texts wait."""
+        looked: list[int] = []
+
+        class Noting(NgramIndex):
+            def extend(self, tokens: Iterable[int]) -> None:
+                found = list(tokens)
+                looked.append(len(found))
+                super().extend(found)
+
+        monkeypatch.setattr(scheduler_module, "NgramIndex", Noting)
+        scheduler = make(2, costs=COSTS, rule=repeating)
+        for name, tokens in (("a", 20), ("b", 23)):
+            scheduler.submit(request([5, 6, 7, 8, 9], name=name, tokens=tokens)[0])
+        while len(scheduler.decoding) != 1:
+            scheduler.step()
+            assert not looked
+        run(scheduler)
+        assert sum(looked) == 5 + 20, "all of the text that was left, once, when the first guess is made"
 
     def test_with_company_a_batch_is_used(self) -> None:
         scheduler = make(2, costs=COSTS, rule=repeating)

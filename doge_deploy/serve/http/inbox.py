@@ -154,6 +154,7 @@ class Inbox:
                 waiter = self._waiters.pop(request.id, None)
                 if waiter is not None and not waiter.ended:
                     engine.cancel(request.id)
+            mail.waiters.clear()  # they hold it: what holds itself is freed late
 
     def fail(self, message: str) -> None:
         """End everything that waits, and everything that comes, with an error: the engine will send nothing more."""
