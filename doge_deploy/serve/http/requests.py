@@ -41,8 +41,8 @@ MAX_BIASES = 1024
 MAX_GUIDED_CHOICES = 4096
 MAX_TOKEN_IDS = 2**16
 """Of one prompt, before it is compared with the model's own limit."""
-MAX_METADATA = 1024
-"""Values of a body's `metadata`, those within one another included: it is held as long as the request is."""
+MAX_UNREAD_VALUES = 1024
+"""Of an object that is not looked at, those within one another included: it is held as long as the request is."""
 MAX_FIELDS = 128
 """Of a body or of an object in it, those that are refused by name included."""
 
@@ -267,13 +267,13 @@ def _is_small(value: object) -> object:
         found = left.pop()
         inner = list(found.values() if isinstance(found, dict) else found)
         count += len(inner)
-        if count > MAX_METADATA:
-            raise ValueError(f"more than {MAX_METADATA} values; it is accepted and not looked at")
+        if count > MAX_UNREAD_VALUES:
+            raise ValueError(f"more than {MAX_UNREAD_VALUES} values; it is accepted and not looked at")
         left += [one for one in inner if isinstance(one, list | dict)]
     return value
 
 
-_Metadata = Annotated[dict[str, Any], BeforeValidator(_is_small)]
+_Unread = Annotated[dict[str, Any], BeforeValidator(_is_small)]
 
 
 class GenerationBody(_Body):
@@ -321,7 +321,7 @@ class GenerationBody(_Body):
     """The same."""
     prompt_cache_key: StrictStr | None = None
     """The same: what requests share is found by their tokens."""
-    metadata: _Metadata | None = None
+    metadata: _Unread | None = None
     """Accepted and not looked at."""
     store: _neutral(False) = None  # type: ignore[valid-type]
     service_tier: _neutral("auto", "default") = None  # type: ignore[valid-type]
@@ -368,7 +368,7 @@ class TextPart(_Body):
 
     type: Literal["text"]
     text: StrictStr
-    cache_control: dict[str, Any] | None = None
+    cache_control: _Unread | None = None
     """Accepted and not looked at: what requests share is found by their tokens."""
 
 
