@@ -47,7 +47,7 @@ show doge-deploy serve doge-tiny --port 0
 printf ' &\n'
 doge-deploy serve doge-tiny --port 0 2> >(tee log >&2) &
 server=$!
-for ((tenth = 0; tenth < 600; tenth++)); do
+for ((tenth = 0; tenth < 3000; tenth++)); do
   address=$(sed -n 's/.* serving address=\([^ ]*\).*/\1/p' log 2>/dev/null) || true
   [[ -z $address ]] || break
   kill -0 "$server"

@@ -156,13 +156,19 @@ def test_prompts_of_one_request_are_one_call(tiny_bundle: Path) -> None:
 
 
 def send_at_once(server: Running, requests: int) -> None:
-    """One packet each, while the server's event loop stands still: it finds all of them. Waits for all answers."""
+    """While the server's event loop stands still, which then finds all of them, but for the last byte of the last one:
+    it comes when all have begun. Waits for all answers.
+    """
     with server.standing():
         connections = [socket.create_connection(server.address, timeout=60) for _ in range(requests)]
         for number, connection in enumerate(connections):
             body = json.dumps({"prompt": [20 + number, 21, 22], "max_tokens": 1})
             head = "POST /v1/completions HTTP/1.1\r\nHost: x\r\nConnection: close\r\nContent-Type: application/json\r\n"
-            connection.sendall(f"{head}Content-Length: {len(body)}\r\n\r\n{body}".encode())
+            connection.sendall(f"{head}Content-Length: {len(body)}\r\n\r\n{body[:-1]}".encode())
+            if number < requests - 1:
+                connection.sendall(body[-1:].encode())
+    server.wait_until(lambda: server.served.working == requests)
+    connections[-1].sendall(body[-1:].encode())
     for connection in connections:
         with connection:
             received = b""

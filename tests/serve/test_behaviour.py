@@ -197,6 +197,23 @@ class TestEnds:
         assert usage is chunks[-1] and usage["usage"]["completion_tokens"] == 5
         assert all(chunk["usage"] is None for chunk in chunks[:-1])
 
+    @pytest.mark.parametrize("texts", [1, 2])
+    def test_usage_in_every_chunk_counts_the_tokens_so_far(self, tiny_bundle: Path, texts: int) -> None:
+        """vLLM's continuous_usage_stats, which GuideLLM sends with every stream."""
+        (word,) = words(tiny_bundle, "a")
+        with running(scripted(tiny_bundle, slots_saying(tiny_bundle, [word], 2, slots=2))) as server:
+            options = {"prompt": [7, 8], "max_tokens": 5, "temperature": 0, "ignore_eos": True, "n": texts}
+            stats = {"include_usage": True, "continuous_usage_stats": True}
+            chunks = server.stream("/v1/completions", **options, stream_options=stats)
+            counts = [chunk["usage"]["completion_tokens"] for chunk in chunks]
+            assert counts == sorted(counts) and counts[-1] == 5 * texts
+            assert {*range(2, 5 * texts)} <= {*counts}
+            assert {chunk["usage"]["prompt_tokens"] for chunk in chunks} == {2}
+            # without include_usage, and where it is false, there is none, as in vLLM
+            for one in ({"continuous_usage_stats": True}, {"include_usage": True, "continuous_usage_stats": False}):
+                chunks = server.stream("/v1/completions", **options, stream_options=one)
+                assert not any(chunk.get("usage") for chunk in chunks if chunk["choices"])
+
     def test_eos_is_a_stop_and_what_is_cut_off_a_length(self, tiny_bundle: Path) -> None:
         prompt = words(tiny_bundle, "a")
         said = words(tiny_bundle, "b", "c")

@@ -420,10 +420,10 @@ class TestHttp:
         before = children()
         with running(of_bundle(tiny_bundle_last, slots=1, names=(NAME,))) as server:
             server.complete("a", max_tokens=2, logprobs=1)
-            assert children() == before
+            assert children() <= before
             server.complete("a", max_tokens=2, guided_regex="a")
             assert len(children() - before) == 1
-        assert children() == before
+        assert children() <= before
 
     def test_nobody_waits_for_a_grammar_of_others(self, tiny_bundle_last: Path) -> None:
         """Not even the end of the server, nor a request whose grammar is known."""

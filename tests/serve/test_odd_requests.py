@@ -109,12 +109,18 @@ class TestOffersOfAnotherProtocol:
 class TestRequestsBehindOneAnother:
     @pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
     @pytest.mark.parametrize("behind", [1, 3])
-    def test_a_client_that_leaves_frees_its_slot(self, tiny_bundle: Path, behind: int, stream: bool) -> None:
+    @pytest.mark.parametrize("later", [False, True], ids=["at once", "later"])
+    def test_a_client_that_leaves_frees_its_slot(
+        self, tiny_bundle: Path, later: bool, behind: int, stream: bool
+    ) -> None:
         served = scripted(tiny_bundle, endless(tiny_bundle, slots=1, seconds=0.01))
         with running(served) as server:
             with connect(server) as connection:
-                connection.sendall(whole({"prompt": [7], "max_tokens": 500, "stream": stream}) + whole(BODY) * behind)
+                first = whole({"prompt": [7], "max_tokens": 500, "stream": stream})
+                connection.sendall(first if later else first + whole(BODY) * behind)
                 server.wait_until(lambda: server.scheduler.running == 1)
+                if later:
+                    connection.sendall(whole(BODY) * behind)
             server.wait_until(lambda: server.served.working == 0)
             counters = server.scheduler.counters
             server.wait_until(lambda: bool(counters.finished))

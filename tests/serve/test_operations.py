@@ -72,6 +72,15 @@ def test_labels_of_the_dashboard_exist(metrics: str) -> None:
         assert f'{label}="' in metrics
 
 
+def test_the_dashboard_lists_models_of_embeddings_too(features_bundle: Path) -> None:
+    """Its choice of models comes from one metric, which must be there for each of them."""
+    board = json.loads((FILES / "grafana-dashboard.json").read_text())
+    (query,) = (one["query"] for one in board["templating"]["list"] if one["type"] == "query")
+    (metric,) = re.findall(r"label_values\((\w+), model_name\)", query)
+    with running(of_bundle(features_bundle, names=(NAME,))) as server:
+        assert f'{metric}{{model_name="{NAME}"}}' in server.client.get("/metrics").text
+
+
 def test_prometheus_asks_the_servers_behind_nginx() -> None:
     (job,) = yaml.safe_load((FILES / "prometheus.yml").read_text())["scrape_configs"]
     servers = re.findall(r"^\s*server ([\d.:]+)", (FILES / "nginx.conf").read_text(), re.MULTILINE)

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 from scripted_slots import ScriptedSlots
-from servers import Running, SlowSlots, of_bundle, running, scripted
+from servers import NAME, Running, SlowSlots, of_bundle, running, scripted
 
 from doge_deploy.bundle.opening import open_bundle
 
@@ -248,7 +248,60 @@ def test_embeddings_of_a_server_that_makes_none(server: Running, features: Runni
     assert error["param"] == "model" and error["code"] == "model_not_found"
 
 
+class TestTools:
+    """The server calls none, and many clients send some unless they are told not to."""
+
+    TOOLS = ({"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}},)
+    TOLD = (
+        "tools: this server calls no tools; leave tools and tool_choice out, or send tool_choice 'none'; "
+        "for an answer of a given form use response_format"
+    )
+
+    @pytest.mark.parametrize(
+        "more",
+        [
+            {"tools": TOOLS},
+            {"tools": TOOLS, "tool_choice": None},
+            {"tools": TOOLS, "tool_choice": "auto"},
+            {"tools": TOOLS, "tool_choice": "required"},
+            {"tools": TOOLS, "tool_choice": {"type": "function", "function": {"name": "f"}}},
+            {"tool_choice": "required"},
+        ],
+    )
+    def test_who_wants_tools_is_told_what_to_do(self, server: Running, more: dict[str, Any]) -> None:
+        error = server.post(CHAT, 400, messages=SAID, **more)["error"]
+        assert error["message"] == self.TOLD and error["param"] == "tools"
+
+    def test_tools_that_must_not_be_called_have_no_effect(self, server: Running) -> None:
+        options = {"messages": SAID, "max_tokens": 2, "temperature": 0}
+        plain = server.post(CHAT, **options)
+        offered = server.post(CHAT, **options, tools=self.TOOLS, tool_choice="none")
+        assert offered["choices"] == plain["choices"]
+        assert offered["usage"]["prompt_tokens"] == plain["usage"]["prompt_tokens"]
+
+    def test_a_call_in_a_conversation_is_what_is_named(self, server: Running) -> None:
+        """Such a message has no content: null."""
+        call = {"id": "a", "type": "function", "function": {"name": "f", "arguments": "{}"}}
+        messages = [*SAID, {"role": "assistant", "content": None, "tool_calls": [call]}]
+        error = server.post(CHAT, 400, messages=messages)["error"]
+        assert error["param"] == "messages.1.tool_calls"
+
+
 class TestSmallThingsOfClients:
+    @pytest.mark.parametrize(
+        "more",
+        [
+            {"reasoning_effort": "none"},
+            {
+                "messages": [
+                    {"role": "user", "content": [{"type": "text", "text": "a", "cache_control": {"type": "ephemeral"}}]}
+                ]
+            },
+        ],
+    )
+    def test_what_asks_for_nothing_is_accepted(self, server: Running, more: dict[str, Any]) -> None:
+        assert server.post(CHAT, **{"messages": SAID, "max_tokens": 1, **more})["choices"]
+
     def test_dimensions_may_be_those_that_there_are(self, features: Running) -> None:
         (row,) = features.post("/v1/embeddings", input="a", dimensions=128)["data"]
         assert len(row["embedding"]) == 128
@@ -256,12 +309,61 @@ class TestSmallThingsOfClients:
         assert error["message"] == "dimensions: must be 128, which this model's vectors have; not 64"
         assert error["param"] == "dimensions"
 
-    @pytest.mark.parametrize("path", ["/chat/completions", "/completions", "/embeddings", "/models"])
-    def test_a_base_url_without_v1_is_told(self, server: Running, path: str) -> None:
-        response = server.client.get(path) if path == "/models" else server.client.post(path, json={})
+    def test_both_names_of_a_length_are_those_of_a_completion_too(self, server: Running) -> None:
+        """GuideLLM 0.2 sends both."""
+        options = {"prompt": "a", "temperature": 0, "ignore_eos": True}
+        for lengths in ({"max_tokens": 3, "max_completion_tokens": 3}, {"max_completion_tokens": 3}):
+            assert server.complete(**options, **lengths)["usage"]["completion_tokens"] == 3
+        error = server.post(TEXT, 400, **options, max_tokens=3, max_completion_tokens=4)["error"]
+        assert error["message"] == "max_tokens: max_completion_tokens says another number; give one of them"
+
+    @pytest.mark.parametrize(
+        ("path", "meant"),
+        [
+            ("/chat/completions", CHAT),
+            ("/completions", TEXT),
+            ("/embeddings", "/v1/embeddings"),
+            ("/models", "/v1/models"),
+            ("/v1/v1/chat/completions", CHAT),  # of clients that add /v1 by themselves
+            ("/v1/chat/completions/chat/completions", CHAT),  # where somebody gave them the whole address
+            ("/v1//completions", TEXT),
+            ("/api/v1/models", "/v1/models"),
+        ],
+    )
+    def test_a_wrong_base_url_is_told(self, server: Running, path: str, meant: str) -> None:
+        response = server.client.get(path) if path.endswith("/models") else server.client.post(path, json={})
         assert response.status_code == 404
-        assert response.json()["error"]["message"] == f"there is no {path}; it is /v1{path} here: end base_url with /v1"
-        assert "/v1" not in server.client.get("/nothing").json()["error"]["message"]
+        said = f"there is no {path}; it is {meant} here: the client's base_url must be http://HOST:PORT/v1"
+        assert response.json()["error"]["message"] == said
+
+    @pytest.mark.parametrize("path", ["/v1/responses", "/responses", "/v1/responses/resp_1"])
+    def test_who_asks_for_responses_is_told_what_there_is(self, server: Running, path: str) -> None:
+        """What LangChain, pydantic-ai and the AI SDK may ask first."""
+        response = server.client.post(path, json={"model": "doge-tiny", "input": "a"})
+        assert response.status_code == 404
+        assert response.json()["error"]["message"] == (
+            f"there is no {path}: OpenAI's Responses API is not part of this server; "
+            "tell the client to use chat completions"
+        )
+
+    @pytest.mark.parametrize("path", ["/api/tags", "/v1", "/v1/messages", "/docs", "/nothing", "/a%20b%3F%0A"])
+    def test_another_path_is_told_where_all_paths_are(self, server: Running, path: str) -> None:
+        response = server.client.get(path)
+        assert response.status_code == 404
+        message = f"there is no {path}; /openapi.json lists the paths"
+        assert response.json()["error"]["message"] == message
+
+    @pytest.mark.parametrize(
+        ("method", "path", "legal"), [("GET", CHAT, "POST"), ("PUT", TEXT, "POST"), ("POST", "/v1/models", "GET, HEAD")]
+    )
+    def test_another_method_is_told_which_one_it_is(self, server: Running, method: str, path: str, legal: str) -> None:
+        response = server.client.request(method, path)
+        assert response.status_code == 405 and response.headers["Allow"] == legal
+        assert response.json()["error"]["message"] == f"{path} takes {legal}; not {method}"
+
+    def test_an_unknown_model_of_the_list_is_told_those_that_there_are(self, server: Running) -> None:
+        error = server.client.get("/v1/models/gpt-4").json()["error"]
+        assert error["message"] == f"model: no model 'gpt-4' here; there is: {NAME}"
 
     @pytest.mark.parametrize("keys", [(), (b"key",)])
     def test_the_schema_names_the_key_where_one_is_needed(self, tiny_bundle: Path, keys: tuple[bytes, ...]) -> None:

@@ -95,25 +95,25 @@ class Served:
     def any(self, name: str | None) -> ServedText | FeatureModel:
         """The same for what every model has: its tokenizer."""
         models: dict[str, ServedText | FeatureModel] = {**self.texts, **self.features}
-        return self._find(models, name, "tokens")
+        return self._find(models, name, None)
 
-    def _find(self, models: Mapping[str, _Model], name: str | None, what: str) -> _Model:
+    def _find(self, models: Mapping[str, _Model], name: str | None, what: str | None) -> _Model:
         if name is None and len(models) == 1:
             return next(iter(models.values()))
         if name is not None and name in models:
             return models[name]
-        if not models:
+        if not models and what is not None:
             raise ApiError(
                 404,
                 f"model: nothing here makes {what}; serve a bundle that was exported with --task {_TASKS[what]}",
                 param="model",
                 code="model_not_found",
             )
-        known = ", ".join(models)
+        known, purpose = ", ".join(models), "" if what is None else f" for {what}"
         if name is None:
-            raise ApiError(400, f"model: this server has several models for {what}, name one: {known}", param="model")
+            raise ApiError(400, f"model: this server has several models{purpose}, name one: {known}", param="model")
         raise ApiError(
-            404, f"model: no model {name!r} for {what} here; there is: {known}", param="model", code="model_not_found"
+            404, f"model: no model {name!r}{purpose} here; there is: {known}", param="model", code="model_not_found"
         )
 
 

@@ -45,6 +45,8 @@ class Chunks:
 
     def part(self, choice: Choice, text: str, entries: Sequence[TokenLogprobs] = ()) -> bytes:
         """A chunk with more text and the logprobs of its tokens, and nothing else."""
+        if self._plan.continuous_usage:  # no two chunks are alike around their text
+            return self.slow(choice, text, entries)
         around = self._around.get(choice.index)
         if around is None:
             around = self._chunk(self._form.part(choice, HOLE, HOLE)).split(HOLE.encode())
@@ -70,7 +72,10 @@ class Chunks:
         return (event(error_body(found.status, found.message, param=found.param, code=found.code)), DONE)
 
     def _chunk(self, choice: Json) -> bytes:
-        return self._event({"choices": [choice], "usage": None} if self._plan.include_usage else {"choices": [choice]})
+        if not self._plan.include_usage:
+            return self._event({"choices": [choice]})
+        usage = self._plan.usage().json() if self._plan.continuous_usage else None
+        return self._event({"choices": [choice], "usage": usage})
 
     def _event(self, rest: Json) -> bytes:
         return event({**head(self._plan, self._form.chunk_object), **rest})

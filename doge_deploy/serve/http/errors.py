@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
+from urllib.parse import quote
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
@@ -23,8 +24,8 @@ from doge_deploy.text.lengths import TooLongError
 RETRY_AFTER_S = 1
 """What a client is told to wait when the queue is full."""
 
-_WITHOUT_V1 = ("/chat/completions", "/completions", "/embeddings", "/models")
-"""Where clients ask whose `base_url` does not end with /v1."""
+_BELOW_V1 = ("/chat/completions", "/completions", "/embeddings", "/models")
+"""How paths end at which clients ask whose `base_url` is not the one that they need; the longest first."""
 
 _LONGEST = 500
 """Characters of a message: a value that a client sent is quoted, and may be long."""
@@ -127,6 +128,19 @@ def _kind_error(request: Request) -> ApiError | None:
     return ApiError(415, f"Content-Type: {kind or 'none'}; must be application/json", code="unsupported_content_type")
 
 
+def _no_path(path: str) -> str:
+    """What to do instead of asking at a path that there is not."""
+    for end in _BELOW_V1:
+        if path.endswith(end):
+            return f"there is no {path}; it is /v1{end} here: the client's base_url must be http://HOST:PORT/v1"
+    if path.removeprefix("/v1").startswith("/responses"):
+        return (
+            f"there is no {path}: OpenAI's Responses API is not part of this server; "
+            "tell the client to use chat completions"
+        )
+    return f"there is no {path}; /openapi.json lists the paths"
+
+
 def _unread(error: BaseException | None) -> str:
     """Why JSON could not be read, where it is not its grammar."""
     if isinstance(error, UnicodeDecodeError):
@@ -159,14 +173,15 @@ def install(app: FastAPI) -> None:
     async def http(request: Request, error: HTTPException) -> JSONResponse:
         if error.status_code == 400 and error.__cause__ is not None:  # FastAPI could not read the body
             return response(_kind_error(request) or ApiError(400, _unread(error.__cause__)))
-        path, message = request.url.path, str(error.detail)
-        if error.status_code == 404 and path in _WITHOUT_V1:
-            message = f"there is no {path}; it is /v1{path} here: end base_url with /v1"
-        body = error_body(error.status_code, message)
+        path, message = quote(request.scope["path"]), str(error.detail)
         headers = dict(error.headers or {})
         if headers.get("Allow") == "GET":
             headers["Allow"] = "GET, HEAD"
-        return JSONResponse(body, error.status_code, headers)
+        if error.status_code == 404:
+            message = _no_path(path)
+        elif error.status_code == 405:
+            message = f"{path} takes {headers['Allow']}; not {request.method}"
+        return JSONResponse(error_body(error.status_code, message), error.status_code, headers)
 
     async def ours(request: Request, error: Exception) -> JSONResponse:
         return response(as_api_error(error))

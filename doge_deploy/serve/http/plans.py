@@ -12,7 +12,7 @@ from doge_deploy.runtime.logprobs import TokenLogprobs
 from doge_deploy.serve.grammar.compiler import Grammar
 from doge_deploy.serve.http.errors import ApiError, about, field_of
 from doge_deploy.serve.http.offload import Offload
-from doge_deploy.serve.http.requests import ChatBody, CompletionBody, GenerationBody, Message
+from doge_deploy.serve.http.requests import ChatBody, CompletionBody, GenerationBody, Message, StreamOptions
 from doge_deploy.serve.http.responses import Usage
 from doge_deploy.serve.model import Answering, ServedText
 from doge_deploy.serve.request import Request
@@ -65,6 +65,8 @@ class Plan:
     """Where logprobs were asked for."""
     created: int = field(default_factory=lambda: int(time.time()))
     completion_tokens: int = 0
+    continuous_usage: bool = False
+    """Every chunk has the usage so far."""
 
     def usage(self) -> Usage:
         """Tokens so far. A prompt counts once, however many choices it has, and so does what was computed of it: the
@@ -157,7 +159,7 @@ async def plan_completion(body: CompletionBody, model: ServedText, name: str, of
             "export it with --logits all",
             param="echo",
         )
-    wanted = _Wanted(prompts, body.max_tokens, COMPLETION_TOKENS, body.logprobs, bool(body.echo))
+    wanted = _Wanted(prompts, body.max_new_tokens, COMPLETION_TOKENS, body.logprobs, bool(body.echo))
     plan = await _plan(body, model, name, wanted, offload)
     if body.max_tokens == 0:
         for request in plan.requests:
@@ -211,9 +213,11 @@ def _planned(body: GenerationBody, model: ServedText, name: str, wanted: _Wanted
             choices.append(Choice(index, prompt_ids, text))
             requests.append(model.request(f"{name}-{index}", prompt_ids, answering, number))
     assert answering is not None
-    include_usage = body.stream_options is not None and body.stream_options.include_usage
+    asked_usage = body.stream_options or StreamOptions()
+    usage = asked_usage.include_usage
+    continuous = usage and asked_usage.continuous_usage_stats
     texts = None if wanted.logprobs is None else model.token_texts
-    return Plan(model, answering, choices, requests, bool(body.stream), include_usage, name, texts)
+    return Plan(model, answering, choices, requests, bool(body.stream), usage, name, texts, continuous_usage=continuous)
 
 
 def _asked(body: GenerationBody, length: int | None) -> dict[str, Any]:

@@ -144,6 +144,8 @@ class StreamOptions(_Body):
     """What comes with a stream."""
 
     include_usage: StrictBool = False
+    continuous_usage_stats: StrictBool = False
+    """vLLM's: with `include_usage`, every chunk has the usage so far."""
     include_obfuscation: StrictBool = False
     """Accepted and without effect here: chunks are not padded."""
 
@@ -261,6 +263,9 @@ class GenerationBody(_Body):
 
     model: StrictStr | None = None
     """A name of `/v1/models`; the only model where there is one."""
+    max_tokens: Annotated[StrictInt, Field(ge=1)] | None = None
+    max_completion_tokens: Annotated[StrictInt, Field(ge=1)] | None = None
+    """The same under its newer name."""
     temperature: Annotated[float, Field(ge=0, le=100, **_NUMBER)] | None = None
     """0 takes the likeliest token."""
     top_p: Annotated[float, Field(ge=0, le=1, **_NUMBER)] | None = None
@@ -307,6 +312,9 @@ class GenerationBody(_Body):
     def _agrees(self) -> GenerationBody:
         if self.stream_options is not None and not self.stream:
             raise rule("stream_options", "only with stream: true")
+        both = {self.max_tokens, self.max_completion_tokens} - {None}
+        if len(both) > 1:
+            raise rule("max_tokens", "max_completion_tokens says another number; give one of them")
         guides = self._guides()
         if self.ignore_eos and guides:
             field = guides[0].field
@@ -315,6 +323,11 @@ class GenerationBody(_Body):
             first, second = (guide.field for guide in guides[:2])
             raise rule(first.partition(".")[0], f"{second} is given too, and they cannot both be followed")
         return self
+
+    @property
+    def max_new_tokens(self) -> int | None:
+        """Tokens of an answer at most, under either name."""
+        return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
 
     @property
     def guide(self) -> Guide | None:
@@ -337,6 +350,8 @@ class TextPart(_Body):
 
     type: Literal["text"]
     text: StrictStr
+    cache_control: dict[str, Any] | None = None
+    """Accepted and not looked at: what requests share is found by their tokens."""
 
 
 def _as_content(value: object) -> object:
@@ -349,6 +364,8 @@ class Message(_Body):
     """One message of a conversation."""
 
     role: Annotated[StrictStr, Field(min_length=1, max_length=64)]
+    # before the content, which is null because of it: of two wrong fields the first one is named
+    tool_calls: _neutral([]) = None  # type: ignore[valid-type]
     content: Annotated[
         StrictStr | Annotated[list[TextPart], Field(fail_fast=True, max_length=MAX_PARTS), _at_most(MAX_PARTS)],
         BeforeValidator(_as_content),
@@ -357,7 +374,6 @@ class Message(_Body):
     """Accepted and not looked at: chat templates know roles."""
     # what clients send back of an answer as they got it, from this server or from another one
     type: _neutral("text", "message") = None  # type: ignore[valid-type]
-    tool_calls: _neutral([]) = None  # type: ignore[valid-type]
     tool_call_id: _neutral() = None  # type: ignore[valid-type]
     refusal: _neutral("") = None  # type: ignore[valid-type]
     audio: _neutral() = None  # type: ignore[valid-type]
@@ -384,12 +400,11 @@ class ChatBody(GenerationBody):
     """`POST /v1/chat/completions`."""
 
     messages: _Messages
-    max_tokens: Annotated[StrictInt, Field(ge=1)] | None = None
-    max_completion_tokens: Annotated[StrictInt, Field(ge=1)] | None = None
     logprobs: StrictBool | None = None
     top_logprobs: Annotated[StrictInt, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
-    tools: _neutral([]) = None  # type: ignore[valid-type]
-    tool_choice: _neutral("none", "auto") = None  # type: ignore[valid-type]
+    tools: list[Any] | None = None
+    """Accepted where `tool_choice` is none: this server calls none."""
+    tool_choice: Annotated[Any, WithJsonSchema({"enum": [None, "none", "auto"]})] = None
     parallel_tool_calls: _neutral(True, False) = None  # type: ignore[valid-type]
     functions: _neutral([]) = None  # type: ignore[valid-type]
     function_call: _neutral("none", "auto") = None  # type: ignore[valid-type]
@@ -398,21 +413,23 @@ class ChatBody(GenerationBody):
     verbosity: _neutral() = None  # type: ignore[valid-type]
     web_search_options: _neutral() = None  # type: ignore[valid-type]
     modalities: _neutral(["text"]) = None  # type: ignore[valid-type]
-    reasoning_effort: _neutral() = None  # type: ignore[valid-type]
+    reasoning_effort: _neutral("none") = None  # type: ignore[valid-type]
 
     @model_validator(mode="after")
-    def _agrees_in_lengths(self) -> ChatBody:
-        if self.top_logprobs and not self.logprobs:
-            raise rule("top_logprobs", "only with logprobs: true")
-        both = {self.max_tokens, self.max_completion_tokens} - {None}
-        if len(both) > 1:
-            raise rule("max_tokens", "max_completion_tokens says another number; give one of them")
+    def _calls_no_tools(self) -> ChatBody:
+        if self.tool_choice not in (None, "none", "auto") or (self.tools and self.tool_choice != "none"):
+            raise rule(
+                "tools",
+                "this server calls no tools; leave tools and tool_choice out, or send tool_choice 'none'; "
+                "for an answer of a given form use response_format",
+            )
         return self
 
-    @property
-    def max_new_tokens(self) -> int | None:
-        """Tokens of an answer at most, under either name."""
-        return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
+    @model_validator(mode="after")
+    def _agrees_in_logprobs(self) -> ChatBody:
+        if self.top_logprobs and not self.logprobs:
+            raise rule("top_logprobs", "only with logprobs: true")
+        return self
 
 
 class CompletionBody(GenerationBody):

@@ -69,6 +69,8 @@ def _fit_generation(body: dict[str, Any], chance: int) -> None:
         body["n"] = None if body["n"] is None else 1 + body["n"] % 3
     if body.get("stream") is not True:
         body.pop("stream_options", None)
+    if body.get("tools"):
+        body["tool_choice"] = "none"
     if body.get("top_logprobs") is not None and "messages" in body:
         body["logprobs"] = True
     if body.get("logit_bias"):
