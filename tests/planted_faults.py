@@ -1014,10 +1014,10 @@ FAULTS: dict[str, Fault] = {
     ),
     "heads-without-end": Fault(
         "serve",
-        Patch("doge_deploy/serve/http/connections.py", "if self._head > MAX_HEAD_BYTES:", "if self._head > 10**12:"),
-        "limits: the headers of a request fill the memory",
+        Patch("doge_deploy/serve/http/connections.py", "if self._bare > MAX_HEAD_BYTES:", "if self._bare > 10**12:"),
+        "limits: the headers of a request, in front of its body or behind it, fill the memory",
         ("test_connections.py",),
-        select="head_without_end",
+        select="head_without_end or around_a_body",
     ),
     "silent-connections": Fault(
         "serve",

@@ -41,6 +41,8 @@ MAX_BIASES = 1024
 MAX_GUIDED_CHOICES = 4096
 MAX_TOKEN_IDS = 2**16
 """Of one prompt, before it is compared with the model's own limit."""
+MAX_UNREAD_VALUES = 1024
+"""Of an object that is not looked at, those within one another included: it is held as long as the request is."""
 MAX_FIELDS = 128
 """Of a body or of an object in it, those that are refused by name included."""
 
@@ -258,6 +260,22 @@ def _given(prefix: str, schema: Source, regex: Source, choice: Source, grammar: 
     return [Guide(prefix + name, kind, source) for name, kind, source in fields if source is not None]
 
 
+def _is_small(value: object) -> object:
+    left: list[list[Any] | dict[Any, Any]] = [value] if isinstance(value, dict) else []
+    count = 0
+    while left:
+        found = left.pop()
+        inner = list(found.values() if isinstance(found, dict) else found)
+        count += len(inner)
+        if count > MAX_UNREAD_VALUES:
+            raise ValueError(f"more than {MAX_UNREAD_VALUES} values; it is accepted and not looked at")
+        left += [one for one in inner if isinstance(one, list | dict)]
+    return value
+
+
+_Unread = Annotated[dict[str, Any], BeforeValidator(_is_small)]
+
+
 class GenerationBody(_Body):
     """What chat and text completions share. null means not given."""
 
@@ -303,7 +321,7 @@ class GenerationBody(_Body):
     """The same."""
     prompt_cache_key: StrictStr | None = None
     """The same: what requests share is found by their tokens."""
-    metadata: dict[str, Any] | None = None
+    metadata: _Unread | None = None
     """Accepted and not looked at."""
     store: _neutral(False) = None  # type: ignore[valid-type]
     service_tier: _neutral("auto", "default") = None  # type: ignore[valid-type]
@@ -350,7 +368,7 @@ class TextPart(_Body):
 
     type: Literal["text"]
     text: StrictStr
-    cache_control: dict[str, Any] | None = None
+    cache_control: _Unread | None = None
     """Accepted and not looked at: what requests share is found by their tokens."""
 
 
