@@ -161,6 +161,7 @@ class Engine:
             message.answer.set_result(message.work(self._scheduler))
         except Exception as error:
             message.answer.set_exception(error)
+            del message  # the error holds this frame: with what was refused both would be freed late
 
     def _put(self, name: str, event: Event) -> None:
         self._outbox.append((name, event))

@@ -86,14 +86,15 @@ class PromptCall:
         return self.pieces[0].request.joins and self.tokens + self.width <= self._most
 
     def takes(self, piece: Piece) -> bool:
-        """Whether `piece` may join: the rest of its prompt, about as long as the others, in rows with space for all."""
+        """Whether `piece` may join: about as long as the others, in rows with space for all. What is only a part of the
+        rest of its prompt is as long as the budget, and never joins.
+        """
         pieces = [*self.pieces, piece]
         lengths = [len(one.ids) for one in pieces]
         width = max(lengths)
         tokens = len(pieces) * width
         return (
             piece.request.joins
-            and len(piece.after) == len(piece.request.prompt_ids)
             and tokens <= self._most
             and tokens - sum(lengths) <= PADDING * (len(pieces) - 1)
             and all(one.kept + width <= self._rows.max_length for one in pieces)

@@ -95,6 +95,10 @@ class ServeOptions:
     def __post_init__(self) -> None:
         if not 0 <= self.port < 65536:
             raise UsageError(f"--port {self.port}: must be 0 (any free one) to 65535")
+        try:
+            self.host.encode("idna")  # as it is done to look it up
+        except UnicodeError as error:
+            raise UsageError(f"--host {self.host!a}: is no name of a host: {error.__cause__ or error}") from error
         for name in self.names:
             if not name.strip():
                 raise UsageError(f"--served-model-name {name!r}: must hold more than blanks")

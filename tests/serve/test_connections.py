@@ -15,7 +15,7 @@ import pytest
 from servers import NAME, Running, SlowSlots, running, scripted
 
 from doge_deploy.bundle.opening import open_bundle
-from doge_deploy.serve.http import connections, inbox
+from doge_deploy.serve.http import connections, inbox, security
 from doge_deploy.serve.http.connections import Patience
 from doge_deploy.serve.scheduler import Limits
 
@@ -108,6 +108,99 @@ def test_a_head_without_end_is_refused(tiny_bundle: Path, piece: bytes) -> None:
                 connection.sendall(piece)
         wait_until_closed(connection)
         assert server.complete([7], max_tokens=3)["choices"]
+
+
+CHUNKED = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n"
+"""The head of a request whose body comes in chunks, without the line that ends it."""
+
+
+@pytest.mark.parametrize(
+    ("begun", "piece"),
+    [
+        (b"2\r\n{}\r\n0\r\n", b"X-Behind: " + b"a" * 4000 + b"\r\n"),
+        (b"2\r\n{}\r\n0\r\nX-Behind: ", b"a" * 4000),
+        (b"2;", b"a" * 4000),
+    ],
+    ids=["headers behind it", "one header behind it", "words of a chunk"],
+)
+@pytest.mark.parametrize("keys", [(), (b"secret",)], ids=["open", "without a key"])
+def test_what_stands_around_a_body_is_bounded(
+    tiny_bundle: Path, begun: bytes, piece: bytes, keys: tuple[bytes, ...]
+) -> None:
+    """Four times as much memory was taken for it, also of those who have no key and had their answer."""
+    served = scripted(tiny_bundle, endless(tiny_bundle))
+    with running(served, api_keys=keys) as server, connect(server) as connection:
+        connection.sendall(CHUNKED + b"\r\n" + begun)
+        with pytest.raises(ConnectionError):  # it is closed while this side still sends
+            for _ in range(100 * connections.MAX_HEAD_BYTES // len(piece)):
+                connection.sendall(piece)
+        assert server.client.get("/health").status_code == 200
+
+
+def test_headers_behind_a_body_are_none(tiny_bundle: Path) -> None:
+    """A proxy has not looked at them."""
+    body = json.dumps({"prompt": [7], "max_tokens": 1}).encode()
+    chunks = b"%x\r\n%b\r\n0\r\nX-Request-Id: behind\r\nAuthorization: Bearer secret\r\n\r\n" % (len(body), body)
+    kind = b"Content-Type: application/json\r\n"
+    for keys, status in ((), b"200"), ((b"secret",), b"401"):
+        served = scripted(tiny_bundle, endless(tiny_bundle))
+        with running(served, api_keys=keys) as server, connect(server) as connection:
+            connection.sendall(CHUNKED + kind + b"X-Request-Id: front\r\n\r\n" + chunks)
+            received = b""
+            while b"}" not in received:
+                piece = connection.recv(65536)
+                assert piece, received
+                received += piece
+            assert received.startswith(b"HTTP/1.1 " + status) and b"x-request-id: front\r\n" in received
+
+
+def test_headers_are_counted(tiny_bundle: Path) -> None:
+    """However short they are: 64 KiB of the shortest took 1.5 MB."""
+    with running(scripted(tiny_bundle, endless(tiny_bundle))) as server:
+        for number, status in ((connections.MAX_HEADERS, b"200"), (connections.MAX_HEADERS + 1, b"400")):
+            with connect(server) as connection:
+                connection.sendall(b"GET /health HTTP/1.1\r\n" + b"a:\r\n" * number + b"\r\n")
+                answer = connection.recv(65536)
+            assert answer.startswith(b"HTTP/1.1 " + status)
+        assert answer.endswith(f"A request has more than {connections.MAX_HEADERS} headers.".encode())
+
+
+def test_a_head_behind_many_requests_is_not_theirs(tiny_bundle: Path) -> None:
+    """What came before it in one piece does not count."""
+    request = b"GET /health HTTP/1.1\r\nX-Fill: " + b"a" * 8000 + b"\r\n\r\n"
+    with running(scripted(tiny_bundle, endless(tiny_bundle))) as server, connect(server) as connection:
+        connection.sendall(request * 15 + request[:20])
+        connection.sendall(request[20:])
+        received = b""
+        while received.count(b'"ok"') < 16:
+            piece = connection.recv(65536)
+            assert piece, received[-300:]
+            received += piece
+        assert received.count(b"HTTP/1.1 200") == 16
+
+
+def test_bodies_behind_one_another_are_bounded(tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is held of all bodies is counted when their turn has come, which is not yet."""
+    made: list[Any] = []
+    before = connections.PatientProtocol.connection_made
+
+    def noted(self: Any, transport: Any) -> None:
+        made.append(self)
+        before(self, transport)
+
+    monkeypatch.setattr(connections.PatientProtocol, "connection_made", noted)
+    slow = endless(tiny_bundle, seconds=0.1)
+    behind = post({"prompt": "a" * 60_000})
+    with running(scripted(tiny_bundle, slow)) as server, connect(server) as connection:
+        connection.sendall(post({"prompt": [7], "max_tokens": 100}))
+        server.wait_until(lambda: server.scheduler.running == 1)
+        (protocol,) = made
+        for _ in range(connections.MAX_PIPELINED - 1):
+            connection.sendall(behind)
+        server.wait_until(lambda: protocol.flow.read_paused or len(protocol.pipeline) == connections.MAX_PIPELINED - 1)
+        held = sum(len(cycle.body) for cycle, _ in protocol.pipeline)
+        at_once = 2**18  # is read, and once more where the answering of the first one begins meanwhile
+        assert held <= connections.MAX_PIPELINED_BYTES + 2 * at_once < 60_000 * (connections.MAX_PIPELINED - 1)
 
 
 def test_requests_may_be_sent_before_the_answer_of_the_one_before(tiny_bundle: Path) -> None:
@@ -249,11 +342,60 @@ def test_bodies_together_are_bounded(tiny_bundle: Path) -> None:
         assert server.client.post("/v1/completions", json=large).status_code == 400
 
 
+def nested(number: int) -> bytes:
+    """A body that holds so many lists, and is refused at the latest because of them."""
+    return b'{"prompt":"a","max_tokens":1,"metadata":{"a":[' + b",".join([b"[]"] * (number - 3)) + b"]}}"
+
+
+def test_what_a_body_is_made_of_is_bounded(tiny_bundle: Path) -> None:
+    """Two bytes become a list of eighty; with millions of them the server stood still."""
+    json_type = {"Content-Type": "application/json"}
+    with running(scripted(tiny_bundle, endless(tiny_bundle))) as server:
+        for number, status, said in (
+            (security.MAX_BODY_PARTS, 400, "metadata: more than"),
+            (security.MAX_BODY_PARTS + 1, 413, "[ and { together"),
+        ):
+            response = server.client.post("/v1/completions", content=nested(number), headers=json_type)
+            assert response.status_code == status and said in response.json()["error"]["message"]
+        length = b"0" * 5000 + str(len(nested(10))).encode()
+        with connect(server) as connection:
+            connection.sendall(b"POST /v1/completions HTTP/1.1\r\nContent-Type: application/json\r\n")
+            connection.sendall(b"Content-Length: " + length + b"\r\n\r\n" + nested(10))
+            assert connection.recv(65536).startswith(b"HTTP/1.1 200")
+
+
+def test_what_bodies_together_are_made_of_is_bounded(tiny_bundle: Path) -> None:
+    served = scripted(tiny_bundle, endless(tiny_bundle))
+    with running(served, max_held_bytes=100_000) as server, connect(server) as connection:
+        begun = nested(600)
+        connection.sendall(post({}, 5000).partition(b"{}")[0] + begun[:-1])  # which is 2,000 bytes
+        server.wait_until(lambda: server.served.working == 1)
+        time.sleep(0.2)
+        json_type = {"Content-Type": "application/json"}
+        assert server.client.post("/v1/completions", content=nested(600), headers=json_type).status_code == 429
+        connection.close()
+        server.wait_until(lambda: server.served.working == 0)
+        for _ in range(3):
+            assert server.client.post("/v1/completions", content=nested(600), headers=json_type).status_code == 200
+
+
+@pytest.mark.parametrize("value", [{"a": [[]] * 1024}, {str(i): i for i in range(1025)}, {"a": [{"b": [0] * 1022}]}])
+def test_metadata_is_small(tiny_bundle: Path, value: dict[str, Any]) -> None:
+    with running(scripted(tiny_bundle, endless(tiny_bundle))) as server:
+        error = server.post("/v1/completions", 400, prompt=[7], metadata=value)["error"]
+        assert error["param"] == "metadata" and "more than 1024 values" in error["message"]
+
+
 def test_a_request_that_can_never_be_queued_is_not_told_to_come_again(tiny_bundle: Path) -> None:
-    served = scripted(tiny_bundle, endless(tiny_bundle), Limits(queue_requests=8))
+    """Of an idle server those that get a slot at once do not wait."""
+    served = scripted(tiny_bundle, endless(tiny_bundle, slots=3), Limits(queue_requests=1))
     with running(served) as server:
-        error = server.post("/v1/completions", 400, prompt=["a", "b", "c"], n=3)["error"]
-        assert "9 texts in one request; this server takes at most 8" in error["message"] and error["param"] == "n"
+        for texts, param in (({"prompt": ["a", "b"], "n": 3}, "n"), ({"prompt": ["a", "b", "c", "d", "e"]}, "prompt")):
+            error = server.post("/v1/completions", 400, **texts)["error"]
+            number = len(texts["prompt"]) * texts.get("n", 1)
+            said = f"{param}: {number} texts in one request; this server takes at most 4"
+            assert said in error["message"] and error["param"] == param
+        assert len(server.complete(["a", "b"], n=2, max_tokens=2)["choices"]) == 4
 
 
 @pytest.mark.parametrize(

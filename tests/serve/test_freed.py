@@ -4,14 +4,19 @@ or a grammar is, and with many clients hundreds of requests that had ended were 
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import gc
+import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 from servers import Running, of_bundle, running
+from starlette.types import Message
 
+from doge_deploy.serve.http.answers import unless_gone
 from doge_deploy.serve.scheduler import Limits
 
 
@@ -72,3 +77,22 @@ def test_nothing_of_a_request_is_left(server: Running, no_collector: None, kind:
         REQUESTS[kind](server)
     server.wait_until(idle)
     server.wait_until(lambda: not ours() - before)
+
+
+def test_nothing_is_left_of_what_failed(no_collector: None) -> None:
+    class Plan:
+        """Something large."""
+
+    async def work(plan: Plan) -> None:
+        raise ValueError("NaN")
+
+    async def receive() -> Message:
+        return await asyncio.get_running_loop().create_future()
+
+    async def main() -> weakref.ref[Plan]:
+        plan = Plan()
+        with contextlib.suppress(ValueError):
+            await unless_gone(work(plan), receive)
+        return weakref.ref(plan)
+
+    assert asyncio.run(main())() is None

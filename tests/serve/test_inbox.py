@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import gc
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -92,6 +94,29 @@ def test_what_was_refused_is_not_cancelled(ended: bool) -> None:
         assert bare.engine._inbox.empty() and bare.inbox.waiting == 0 and bare.scheduler.idle
 
     asyncio.run(main())
+
+
+def test_what_was_refused_is_freed_at_once() -> None:
+    """Not when Python's collector comes: with more clients than the queue takes, most requests are refused."""
+
+    async def main() -> list[weakref.ref[Request]]:
+        bare = Bare(Limits(queue_requests=1))
+        reading = asyncio.ensure_future(bare.engine_reads())
+        requests = [bare.request(name) for name in "abc"]
+        known = [weakref.ref(one) for one in requests]
+        with pytest.raises(QueueFullError):
+            async with bare.inbox.submitted(bare.engine, requests):
+                raise AssertionError("it was taken")
+        await reading
+        return known
+
+    gc.collect()
+    gc.disable()
+    try:
+        known = asyncio.run(main())
+        assert [one() for one in known] == [None] * 3
+    finally:
+        gc.enable()
 
 
 def test_who_leaves_while_the_engine_is_asked_is_not_computed() -> None:

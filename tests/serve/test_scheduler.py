@@ -414,6 +414,15 @@ class TestSpeculation:
             counts[costs is None] = len(scheduler.runner.calls)
         assert counts[False] * 3 < counts[True]
 
+    @pytest.mark.parametrize("tokens", range(7, 16))
+    def test_no_guess_reaches_beyond_the_last_token(self, tokens: int) -> None:
+        scheduler = make(1, costs=COSTS, rule=repeating, max_length=256)
+        one, answer = request([5, 6, 7, 8, 9], tokens=tokens)
+        scheduler.submit(one)
+        run(scheduler)
+        assert answer.tokens == alone([5, 6, 7, 8, 9], tokens, repeating) and one.drafts > 0
+        assert sum(count for _, count in scheduler.runner.calls) <= 5 + tokens - 1, "the last token is not fed"
+
     def test_it_gives_up_where_guesses_are_wrong(self) -> None:
         """Behind the same two tokens comes another third one each time."""
 

@@ -30,6 +30,7 @@ from scripted_slots import ScriptedSlots
 from doge_deploy.errors import UnsupportedModelError
 from doge_deploy.runtime.base import FloatArray
 from doge_deploy.runtime.logits import HostLogits
+from doge_deploy.runtime.logprobs import log_probabilities
 from doge_deploy.runtime.sampling import Context, Sampler, SamplingOptions
 from doge_deploy.serve.request import Event, Finished, Produced, PromptScored, Request, Started, State
 from doge_deploy.serve.scheduler import Limits, QueueFullError, Scheduler
@@ -448,11 +449,17 @@ class Trouble(RuleBasedStateMachine):
             assert self._is_wrong(one), "NaN of another text"
         else:
             assert (one.tokens, end.reason) == one.expected
-            if one.wanted.score_prompt:
-                (scored,) = (event for event in one.events if isinstance(event, PromptScored))
-                assert [entry and entry.token for entry in scored.entries] == [None, *one.wanted.prompt[1:]]
-            known = [event.logprobs is not None for event in one.events if isinstance(event, Produced)]
-            assert all(has is (one.wanted.logprobs is not None) for has in known)
+            self._check_logprobs(one)
+
+    def _check_logprobs(self, one: Asked) -> None:
+        """They are those of the logits as the model gave them, whatever is allowed, penalized or likelier."""
+        prompt, top = one.wanted.prompt, one.wanted.logprobs
+        text = [*prompt, *one.tokens]
+        known = [None] + [log_probabilities(logits_after(text[:at]), text[at], top or 0) for at in range(1, len(text))]
+        made = [event.logprobs for event in one.events if isinstance(event, Produced)]
+        assert made == [None if top is None else entry for entry in known[len(prompt) :]]
+        scored = [list(event.entries) for event in one.events if isinstance(event, PromptScored)]
+        assert scored == ([known[: len(prompt)]] if one.wanted.score_prompt else [])
 
     def _is_wrong(self, one: Asked) -> bool:
         """Whether there is no next token."""

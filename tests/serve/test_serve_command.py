@@ -11,7 +11,9 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import httpx
@@ -29,15 +31,15 @@ MANY = {**LONG, "prompt": ["x"] * 4, "n": 16}
 
 
 @contextlib.contextmanager
-def serving(bundle: Path, *options: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
-    """The process and its address; it is killed at the end if it is still there."""
+def serving(bundle: Path, *options: str, said: list[str] | None = None) -> Iterator[tuple[subprocess.Popen[str], str]]:
+    """The process and its address; it is killed at the end if it is still there. `said` gets the rest of its log."""
     command = [sys.executable, "-m", "doge_deploy.cli", "serve", str(bundle), "--port", "0", "--threads", "1", *options]
-    with started(command) as found:
+    with started(command, said) as found:
         yield found
 
 
 @contextlib.contextmanager
-def started(command: Sequence[str]) -> Iterator[tuple[subprocess.Popen[str], str]]:
+def started(command: Sequence[str], said: list[str] | None = None) -> Iterator[tuple[subprocess.Popen[str], str]]:
     """The same of any command that serves."""
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     try:
@@ -46,8 +48,11 @@ def started(command: Sequence[str]) -> Iterator[tuple[subprocess.Popen[str], str
         found = re.search(r"http://[0-9.]+:[0-9]+", line)
         assert found, line
         # with nobody who reads its log the server would stand still as soon as the pipe is full
-        threading.Thread(target=process.stderr.read, daemon=True).start()
+        reader = threading.Thread(target=([] if said is None else said).extend, args=(process.stderr,), daemon=True)
+        reader.start()
         yield process, found[0]
+        process.kill()
+        reader.join(60)
     finally:
         process.kill()
         process.wait()
@@ -105,6 +110,37 @@ def test_what_does_not_end_in_time_ends_with_an_error_event(tiny_bundle_last: Pa
         assert process.wait(60) == 0
 
 
+def test_who_is_not_waited_for_is_told_so(tiny_bundle_last: Path) -> None:
+    """By a second signal: a text of which nothing was sent, and a body that has not come."""
+    said: list[str] = []
+    with (
+        serving(tiny_bundle_last, "--drain-seconds", "600", "--slots", "1", said=said) as (process, url),
+        ThreadPoolExecutor() as pool,
+    ):
+        address = tuple(url.removeprefix("http://").split(":"))
+        head = "POST {} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: 99\r\n\r\n"
+        with contextlib.ExitStack() as opened:
+            slow = [opened.enter_context(socket.create_connection(address, timeout=60)) for _ in range(2)]
+            for connection, path in zip(slow, ("/v1/completions", "/tokenize"), strict=True):
+                connection.sendall(head.format(path).encode())
+            # a slot for one of them, so that there is always one that has not ended
+            long = {**LONG, "stream": False, "n": 16}
+            asked = [pool.submit(httpx.post, f"{url}/v1/completions", json=long, timeout=60) for _ in range(4)]
+            while not re.search(r"waiting\{.*\} [1-9]", httpx.get(f"{url}/metrics", timeout=60).text):
+                time.sleep(0.01)
+            process.send_signal(signal.SIGTERM)
+            while httpx.get(f"{url}/ready", timeout=60).status_code != 503:
+                time.sleep(0.01)
+            assert httpx.post(f"{url}/tokenize", json={"prompt": "a"}, timeout=60).status_code == 503
+            process.send_signal(signal.SIGTERM)
+            answers = [connection.makefile("rb").read() for connection in slow]
+            assert all(answer.startswith(b"HTTP/1.1 503") and b'"shutting_down"' in answer for answer in answers)
+            statuses = [one.result().status_code for one in asked]
+            assert 503 in statuses and set(statuses) <= {200, 503}
+        assert process.wait(60) == 0
+    assert any(" draining " in line for line in said) and not any("Traceback" in line for line in said)
+
+
 def test_a_second_signal_ends_at_once(tiny_bundle_last: Path) -> None:
     with serving(tiny_bundle_last, "--drain-seconds", "600") as (process, url):
         client = httpx.Client(base_url=url, timeout=60)
@@ -130,6 +166,9 @@ def test_a_second_signal_ends_at_once(tiny_bundle_last: Path) -> None:
         (["--served-model-name", " \t"], "--served-model-name ' \\t': must hold more than blanks", 2),
         (["--drain-seconds", "-1"], "--drain-seconds -1.0: must be at least 0", 2),
         (["--api-key-file", "x", "--no-auth"], "contradict each other", 2),
+        (["--host", "my..host", "--no-auth"], "--host 'my..host': is no name of a host: label empty or too long", 2),
+        (["--host", "a" * 64, "--no-auth"], "is no name of a host: label", 2),
+        (["--host", "\udcff", "--no-auth"], "--host '\\udcff': is no name of a host", 2),
     ],
 )
 def test_wrong_options_are_one_line(

@@ -86,6 +86,7 @@ async def unless_gone(work: Coroutine[Any, Any, _Result], receive: Receive) -> _
         for one in (task, gone):
             one.cancel()
         await asyncio.wait((task, gone))
+        del task, one  # an error of the work holds this frame: what holds itself is freed late
 
 
 async def _disconnected(receive: Receive) -> None:

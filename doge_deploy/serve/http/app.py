@@ -66,7 +66,7 @@ class Served:
     """For people: backend, engine, threads."""
     arrivals: Arrivals = field(default_factory=Arrivals)
     working: int = 0
-    """Requests for texts and embeddings that are being answered, from their first byte to the last of the answer."""
+    """Requests with a body that are being answered, from their first byte to the last of the answer."""
 
     @property
     def ready(self) -> bool:
@@ -144,6 +144,8 @@ def create_app(
             model.engine.start()
         try:
             yield
+        except asyncio.CancelledError:
+            pass  # by a second signal: what follows is done all the same, and nobody has to read a traceback
         finally:
             served.draining = True
             for inbox in served.inboxes.values():
@@ -370,7 +372,7 @@ ARRIVAL = "doge_deploy.arrival"
 """In the scope of a request for text: its `Arrival`."""
 
 TEXT_PATHS = frozenset({"/v1/chat/completions", "/v1/completions"})
-WORK_PATHS = TEXT_PATHS | {"/v1/embeddings"}
+WORK_PATHS = TEXT_PATHS | {"/v1/embeddings", "/tokenize", "/detokenize"}
 
 
 class WorkCount:
@@ -384,8 +386,7 @@ class WorkCount:
             await self._app(scope, receive, send)
             return
         if self._served.draining:
-            error = ApiError(503, "the server is shutting down", code="shutting_down")
-            await errors.response(error)(scope, receive, send)
+            await errors.response(errors.shutting_down())(scope, receive, send)
             return
         self._served.working += 1
         if scope["path"] in TEXT_PATHS:
@@ -439,6 +440,9 @@ class RequestIds:
                 raise
             _log.error("request failed", exc_info=True, extra={"fields": {"request_id": name}})
             await errors.response(errors.as_api_error(error))(scope, receive, named)
+        except asyncio.CancelledError:  # the server ends, and waits no longer
+            if not status:  # else the connection is closed, by which the client knows that something is missing
+                await errors.response(errors.shutting_down())(scope, receive, named)
         finally:
             seconds = round(time.perf_counter() - start, 4)
             fields = {"request_id": name, "method": scope["method"], "path": quote(scope["path"])}

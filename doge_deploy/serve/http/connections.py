@@ -3,8 +3,10 @@
 Four rules, beside uvicorn's own time for a connection that waits for its next request:
 
 - a request must be there whole `receive_seconds` after its first byte, and the first one so long after the connection
-  was opened: headers that come one byte a second hold a connection no longer than that. A head that is larger than
-  `MAX_HEAD_BYTES` is refused at once;
+  was opened: headers that come one byte a second hold a connection no longer than that. A head of more than
+  `MAX_HEAD_BYTES` or `MAX_HEADERS` is refused at once, and so is a body in chunks of which as much comes without a byte
+  of the body itself: headers may stand behind it too, and each chunk may have words of its own. Nobody needs either, so
+  what comes so is dropped;
 - a client that takes nothing of what was sent to it for `read_seconds` is cut off. While it reads, however slowly, it
   is not; what is written to it waits meanwhile, since uvicorn writes no more than a buffer ahead;
 - the system asks after clients that are silent (keep-alive probes), so that one that lost its power is noticed;
@@ -30,8 +32,12 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 MAX_HEAD_BYTES = 64 * 1024
 """Of the first line and the headers of a request."""
 
-MAX_PIPELINED = 16
-"""Requests behind the one that is answered; beyond them nothing is read, so it is not noticed that the client goes."""
+MAX_HEADERS = 256
+"""Each of them takes some hundred bytes of memory, however short it is."""
+
+MAX_PIPELINED, MAX_PIPELINED_BYTES = 16, 64 * 1024
+"""Requests behind the one that is answered, and what their bodies have together; beyond either nothing is read, so it
+is not noticed that the client goes."""
 
 _SEND_BUFFER_BYTES = 256 * 1024
 """Of the system, for each connection: without a limit it grows to megabytes for a client that does not read."""
@@ -89,8 +95,12 @@ class PatientProtocol(HttpToolsProtocol):
     _refused = False
     _whole = False
     """All of the latest request is there."""
-    _in_head, _head = False, 0
-    """Its head is not there whole, and how many bytes there are."""
+    _in_head = False
+    """Its head is not there whole."""
+    _bare, _moved = 0, False
+    """How many bytes came since something of a body or the end of a request; whether the latest ones had some of it."""
+    _refusal = ""
+    """What is wrong with a request, where this class found it and not the parser."""
     _receiving: asyncio.TimerHandle | None = None
     """Runs while a request is not there whole."""
     _unread: asyncio.TimerHandle | None = None
@@ -133,11 +143,12 @@ class PatientProtocol(HttpToolsProtocol):
             return
         if self.cycle is None or self.cycle.response_complete:
             self._whole = False  # whatever it is, it is no request yet
+        self._moved = False
         super().data_received(data)
-        if self._in_head:
-            self._head += len(data)
-            if self._head > MAX_HEAD_BYTES:
-                self.send_400_response(f"The head of a request is larger than {MAX_HEAD_BYTES} bytes.")
+        self._bare = 0 if self._moved else self._bare + len(data)
+        if self._bare > MAX_HEAD_BYTES:
+            what = "The head of a request is" if self._in_head else "What stands around a request's body is"
+            self.send_400_response(f"{what} larger than {MAX_HEAD_BYTES} bytes.")
         if self._whole:
             self._stop_receiving()
         elif self._receiving is None:
@@ -145,8 +156,21 @@ class PatientProtocol(HttpToolsProtocol):
 
     def on_message_begin(self) -> None:
         """The first byte of a request."""
-        self._whole, self._in_head, self._head = False, True, 0
+        self._whole, self._in_head = False, True
         super().on_message_begin()
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        """One of its headers; those behind its body are dropped: what a proxy has checked stands in front of it."""
+        if not self._in_head:
+            return
+        if len(self.headers) == MAX_HEADERS:
+            self._refusal = f"A request has more than {MAX_HEADERS} headers."
+            raise ValueError(self._refusal)  # the parser stops, and `send_400_response` is called
+        super().on_header(name, value)
+
+    def send_400_response(self, msg: str) -> None:
+        """Say what is wrong, and close."""
+        super().send_400_response(self._refusal or msg)
 
     def on_headers_complete(self) -> None:
         """Its head is there."""
@@ -156,7 +180,8 @@ class PatientProtocol(HttpToolsProtocol):
             self._without_offer = self._head_without_offer()
             return
         super().on_headers_complete()
-        if len(self.pipeline) < MAX_PIPELINED:
+        held = sum(len(cycle.body) for cycle, _ in self.pipeline)
+        if len(self.pipeline) < MAX_PIPELINED and held <= MAX_PIPELINED_BYTES:
             self.flow.resume_reading()  # else it would not be noticed that the client goes away
 
     def _head_without_offer(self) -> bytes:
@@ -164,11 +189,16 @@ class PatientProtocol(HttpToolsProtocol):
         lines = [b"%b: %b\r\n" % (name, value) for name, value in self.headers if name != b"upgrade"]
         return b"".join((first, *lines, b"\r\n"))
 
+    def on_body(self, body: bytes) -> None:
+        """More of its body."""
+        self._moved = True
+        super().on_body(body)
+
     def on_message_complete(self) -> None:
         """It is there whole."""
         if self._without_offer:
             return  # its head comes once more
-        self._whole = True
+        self._whole = self._moved = True
         super().on_message_complete()
 
     def _should_upgrade(self) -> bool:

@@ -39,6 +39,11 @@ class ApiError(Exception):
         self.status, self.message, self.param, self.code = status, message, param, code
 
 
+def shutting_down() -> ApiError:
+    """The server takes nothing more, or gives up what it has."""
+    return ApiError(503, "the server is shutting down", code="shutting_down")
+
+
 @contextlib.contextmanager
 def about(field: str) -> Iterator[None]:
     """Within it a UsageError becomes a refusal that names the field that the client has to change.
