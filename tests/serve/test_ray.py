@@ -347,7 +347,10 @@ def test_an_answer_through_front_and_replica_is_that_of_the_application(tiny_bun
     with_replicas(tiny_bundle, use)
 
 
-def test_a_client_that_leaves_frees_its_slot(tiny_bundle: Path) -> None:
+def test_a_client_that_leaves_frees_its_slot(tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At once: not only when it is cancelled after its time to leave."""
+    monkeypatch.setattr("doge_deploy.serve.ray.replica._LEAVING_SECONDS", 600)
+
     async def use(replicas: list[Replica], slots: list[SlowSlots]) -> None:
         scheduler = next(iter(replicas[0]._served.texts.values())).engine._scheduler
         slots[0].seconds = 0.05
