@@ -5,8 +5,10 @@ from __future__ import annotations
 import random
 from collections.abc import Iterable, Sequence
 
+import numpy as np
+import numpy.typing as npt
 import pytest
-from scripted_requests import EOS, alone, make, request, run
+from scripted_requests import EOS, Digits, alone, make, request, run
 from scripted_slots import VOCAB, next_token, repeating
 
 from doge_deploy.errors import UnsupportedModelError
@@ -354,6 +356,64 @@ def test_a_stop_text_ends_a_request() -> None:
     assert answer.finished.reason == "stop" and len(answer.tokens) == 3
 
 
+class Enough:
+    """A constraint under which nothing may follow after so many tokens."""
+
+    def __init__(self, left: int) -> None:
+        self.left = left
+
+    def allow(self, logits: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+        return logits
+
+    def accept(self, token: int) -> None:
+        self.left -= 1
+
+    @property
+    def complete(self) -> bool:
+        return self.left == 0
+
+
+class Late(Digits):
+    """Gives each token out with the next one."""
+
+    late = ""
+
+    def push(self, token: int) -> str:
+        given, self.late = self.late, super().push(token)
+        return given
+
+    def flush(self) -> str:
+        return self.late
+
+
+@pytest.mark.parametrize("end", ["length", "eos", "complete", "error"])
+def test_what_was_withheld_comes_with_the_end(end: str) -> None:
+    scheduler = make(1)
+    text = alone([5, 6], 5)
+    if end == "error":
+        scheduler.runner.nan_after.add((5, 6, *text))
+    changes = {"eos": {"eos_ids": frozenset({text[-1]})}, "complete": {"constraint": Enough(5)}}.get(end, {})
+    one, answer = request([5, 6], tokens=5 if end == "length" else 50, text=Late(), **changes)
+    scheduler.submit(one)
+    run(scheduler)
+    assert answer.finished.reason == {"eos": "stop", "complete": "stop"}.get(end, end) and answer.tokens == text
+    given = "".join(event.text for event in answer if isinstance(event, Produced | Finished))
+    assert given == "".join(f"{token} " for token in (text[:-1] if end == "eos" else text))
+
+
+def test_a_stop_text_that_shows_with_the_end_is_why_a_text_ends() -> None:
+    class Stopping(Late):
+        def flush(self) -> str:
+            self.stopped = True
+            return ""
+
+    scheduler = make(1)
+    one, answer = request([5, 6], tokens=3, text=Stopping())
+    scheduler.submit(one)
+    run(scheduler)
+    assert answer.finished == Finished("stop") and len(answer.tokens) == 3
+
+
 def test_logprobs_are_those_of_the_distribution_before_the_temperature() -> None:
     scheduler = make(1)
     options = SamplingOptions(do_sample=True, temperature=0.01, seed=0)
@@ -413,6 +473,18 @@ class TestSpeculation:
             assert answer.tokens == alone([5, 6, 7, 8, 9], 100, repeating)
             counts[costs is None] = len(scheduler.runner.calls)
         assert counts[False] * 3 < counts[True]
+
+    @pytest.mark.parametrize("end", ["eos", "stop", "complete"])
+    def test_a_text_that_ends_within_a_guess_goes_no_further(self, end: str) -> None:
+        scheduler = make(1, costs=COSTS, rule=repeating, max_length=256)
+        prompt = [5, 6, 7, 8, EOS if end == "eos" else 9, 5]
+        changes = {"stop": {"stop": "9 "}, "complete": {"constraint": Enough(4)}}.get(end, {})
+        one, answer = request(prompt, tokens=20, **changes)
+        scheduler.submit(one)
+        run(scheduler)
+        assert answer.tokens == [6, 7, 8, prompt[4]] and answer.finished == Finished("stop")
+        assert one.drafts > one.accepted > 0
+        assert scheduler.runner.rows[0] == scheduler.table[0].tokens == [*prompt, 6, 7, 8]
 
     @pytest.mark.parametrize("tokens", range(7, 16))
     def test_no_guess_reaches_beyond_the_last_token(self, tokens: int) -> None:
