@@ -285,6 +285,28 @@ def test_a_prompt_longer_than_the_queues_limit_can_be_served_alone() -> None:
     assert answer.finished.reason == "length"
 
 
+def test_one_prompt_longer_than_the_queues_limit_may_wait() -> None:
+    scheduler = make(1, limits=Limits(queue_tokens=3))
+    made = [request([5] * 9, name=name, tokens=1) for name in "ab"]
+    for one, _ in made:
+        scheduler.submit(one)
+    with pytest.raises(QueueFullError):
+        scheduler.submit(request([5])[0])
+    run(scheduler)
+    assert all(answer.finished.reason == "length" for _, answer in made)
+
+
+def test_a_conversation_stays_in_its_slot() -> None:
+    """A copy of it in another one would be what is thrown away next of somebody else's."""
+    scheduler = make(2)
+    one, answer = request(range(2, 20), tokens=5)
+    scheduler.submit(one)
+    run(scheduler)
+    scheduler.submit(request([*range(2, 20), *answer.tokens, 50], tokens=3)[0])
+    run(scheduler)
+    assert sorted(len(row) > 0 for row in scheduler.runner.rows.values()) == [False, True]
+
+
 def test_requests_are_admitted_in_the_order_of_their_arrival() -> None:
     scheduler = make(1)
     order: list[str] = []
@@ -494,6 +516,19 @@ class TestSpeculation:
         run(scheduler)
         assert answer.tokens == alone([5, 6, 7, 8, 9], tokens, repeating) and one.drafts > 0
         assert sum(count for _, count in scheduler.runner.calls) <= 5 + tokens - 1, "the last token is not fed"
+
+    def test_nothing_is_guessed_for_who_wants_none(self) -> None:
+        scheduler = make(1, costs=COSTS, rule=repeating)
+        scheduler.submit(request([5, 6, 7, 8, 9], tokens=30, speculate=False)[0])
+        run(scheduler)
+        assert scheduler.counters.draft_tokens == 0
+
+    def test_who_waits_for_the_only_slot_does_not_stop_guesses(self) -> None:
+        scheduler = make(1, costs=COSTS, rule=repeating)
+        made = [request([5, 6, 7, 8, 9], name=name, tokens=30)[0] for name in "ab"]
+        scheduler.submit_all(made)
+        run(scheduler)
+        assert made[0].accepted > 10
 
     def test_it_gives_up_where_guesses_are_wrong(self) -> None:
         """Behind the same two tokens comes another third one each time."""
