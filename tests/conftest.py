@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import shared_files
+from hypothesis import HealthCheck, settings
 
 from doge_deploy.doctor.probe import run_tool
 
@@ -28,6 +29,11 @@ os.environ.setdefault("DOGE_DEPLOY_GRAPH_CACHE", "off")
 # Tests that run in the background of a shell have an ignored Ctrl-C, and so would have what they start.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+# A busy machine takes as long as it takes for an example.
+settings.register_profile("tests", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("tests")
 
 
 collect_ignore = ["page"]

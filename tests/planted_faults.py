@@ -576,8 +576,8 @@ FAULTS: dict[str, Fault] = {
         "serve",
         Patch(
             "doge_deploy/serve/http/chunks.py",
-            "        if not self._plan.include_usage:\n",
-            "        if self._plan is None:\n",
+            "        if not self._plan.include_usage:\n            return (DONE,)",
+            "        if self._plan is None:\n            return (DONE,)",
         ),
         "4: a usage chunk comes though nobody asked",
         ("test_behaviour.py",),
@@ -1000,7 +1000,7 @@ FAULTS: dict[str, Fault] = {
     ),
     "first-token-waits": Fault(
         "serve",
-        Patch("doge_deploy/serve/engine.py", "or request.produced == 1", ""),
+        Patch("doge_deploy/serve/engine.py", "or event.first", ""),
         "a first token is held back for the second one",
         ("test_engine.py",),
         select="first_token",

@@ -52,7 +52,7 @@ class SlowSlots(ScriptedSlots):
 
     def _feed(self, slot: int, ids: Sequence[int]) -> Any:
         """From the moment when `over` is set every text ends with its next token."""
-        assert self.go.wait(60)
+        assert self.go.wait(600)  # longer than anything waits for what must come without it
         time.sleep(self.seconds)
         return super()._feed(slot, ids)
 
@@ -93,7 +93,7 @@ class Running:
 
         def stand() -> None:
             stands.set()
-            go.wait(60)
+            go.wait(600)
 
         inbox._loop.call_soon_threadsafe(stand)
         assert stands.wait(60)

@@ -387,10 +387,15 @@ def test_metadata_is_small(tiny_bundle: Path, value: dict[str, Any]) -> None:
 
 
 def test_a_request_that_can_never_be_queued_is_not_told_to_come_again(tiny_bundle: Path) -> None:
-    served = scripted(tiny_bundle, endless(tiny_bundle), Limits(queue_requests=8))
+    """Of an idle server those that get a slot at once do not wait."""
+    served = scripted(tiny_bundle, endless(tiny_bundle, slots=3), Limits(queue_requests=1))
     with running(served) as server:
-        error = server.post("/v1/completions", 400, prompt=["a", "b", "c"], n=3)["error"]
-        assert "9 texts in one request; this server takes at most 8" in error["message"] and error["param"] == "n"
+        for texts, param in (({"prompt": ["a", "b"], "n": 3}, "n"), ({"prompt": ["a", "b", "c", "d", "e"]}, "prompt")):
+            error = server.post("/v1/completions", 400, **texts)["error"]
+            number = len(texts["prompt"]) * texts.get("n", 1)
+            said = f"{param}: {number} texts in one request; this server takes at most 4"
+            assert said in error["message"] and error["param"] == param
+        assert len(server.complete(["a", "b"], n=2, max_tokens=2)["choices"]) == 4
 
 
 @pytest.mark.parametrize(

@@ -279,6 +279,14 @@ class TestTools:
         assert offered["choices"] == plain["choices"]
         assert offered["usage"]["prompt_tokens"] == plain["usage"]["prompt_tokens"]
 
+    def test_tools_that_nobody_looks_at_are_not_held_without_a_limit(self, server: Running) -> None:
+        many = [{"type": "function", "function": {"name": "f", "parameters": {"enum": [0] * 8192}}}]
+        error = server.post(CHAT, 400, messages=SAID, tools=many, tool_choice="none")["error"]
+        assert error["param"] == "tools" and "more than 8192 values" in error["message"]
+        part = {"type": "text", "text": "a", "cache_control": {"type": "ephemeral", "more": [0]}}
+        error = server.post(CHAT, 400, messages=[{"role": "user", "content": [part]}])["error"]
+        assert error["param"].endswith("cache_control.more")
+
     def test_a_call_in_a_conversation_is_what_is_named(self, server: Running) -> None:
         """Such a message has no content: null."""
         call = {"id": "a", "type": "function", "function": {"name": "f", "arguments": "{}"}}

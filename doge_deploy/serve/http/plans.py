@@ -168,10 +168,13 @@ async def plan_completion(body: CompletionBody, model: ServedText, name: str, of
 
 
 def _check_number(body: GenerationBody, prompts: int, model: ServedText) -> None:
-    """Raises ApiError where there are more texts than may ever wait; before any of them is encoded."""
-    number, limit = prompts * (body.n or 1), model.engine.limits.queue_requests
+    """Raises ApiError where there are more texts than an idle server takes; before any of them is encoded."""
+    number = prompts * (body.n or 1)
+    limit = model.engine.limits.queue_requests + model.engine.scheduler.runner.slots
     if number > limit:
-        raise ApiError(400, f"n: {number} texts in one request; this server takes at most {limit}", param="n")
+        param = "prompt" if (body.n or 1) == 1 else "n"
+        said = f"{param}: {number} texts in one request; this server takes at most {limit}"
+        raise ApiError(400, said, param=param)
 
 
 def _check_tokens(body: GenerationBody, lengths: Sequence[int], model: ServedText) -> None:

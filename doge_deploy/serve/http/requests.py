@@ -43,6 +43,8 @@ MAX_TOKEN_IDS = 2**16
 """Of one prompt, before it is compared with the model's own limit."""
 MAX_UNREAD_VALUES = 1024
 """Of an object that is not looked at, those within one another included: it is held as long as the request is."""
+MAX_TOOL_VALUES = 8192
+"""The same of tools that must not be called: those of a hundred tools."""
 MAX_FIELDS = 128
 """Of a body or of an object in it, those that are refused by name included."""
 
@@ -260,20 +262,20 @@ def _given(prefix: str, schema: Source, regex: Source, choice: Source, grammar: 
     return [Guide(prefix + name, kind, source) for name, kind, source in fields if source is not None]
 
 
-def _is_small(value: object) -> object:
-    left: list[list[Any] | dict[Any, Any]] = [value] if isinstance(value, dict) else []
-    count = 0
-    while left:
-        found = left.pop()
-        inner = list(found.values() if isinstance(found, dict) else found)
-        count += len(inner)
-        if count > MAX_UNREAD_VALUES:
-            raise ValueError(f"more than {MAX_UNREAD_VALUES} values; it is accepted and not looked at")
-        left += [one for one in inner if isinstance(one, list | dict)]
-    return value
+def _of_few_values(limit: int) -> BeforeValidator:
+    def check(value: object) -> object:
+        left: list[list[Any] | dict[Any, Any]] = [value] if isinstance(value, list | dict) else []
+        count = 0
+        while left:
+            found = left.pop()
+            inner = list(found.values() if isinstance(found, dict) else found)
+            count += len(inner)
+            if count > limit:
+                raise ValueError(f"more than {limit} values; it is accepted and not looked at")
+            left += [one for one in inner if isinstance(one, list | dict)]
+        return value
 
-
-_Unread = Annotated[dict[str, Any], BeforeValidator(_is_small)]
+    return BeforeValidator(check)
 
 
 class GenerationBody(_Body):
@@ -321,7 +323,7 @@ class GenerationBody(_Body):
     """The same."""
     prompt_cache_key: StrictStr | None = None
     """The same: what requests share is found by their tokens."""
-    metadata: _Unread | None = None
+    metadata: Annotated[dict[str, Any], _of_few_values(MAX_UNREAD_VALUES)] | None = None
     """Accepted and not looked at."""
     store: _neutral(False) = None  # type: ignore[valid-type]
     service_tier: _neutral("auto", "default") = None  # type: ignore[valid-type]
@@ -363,12 +365,19 @@ class GenerationBody(_Body):
         return guides
 
 
+class CacheControl(_Body):
+    """What clients of other models mark the end of a shared beginning with."""
+
+    type: Literal["ephemeral"]
+    ttl: StrictStr | None = None
+
+
 class TextPart(_Body):
     """A part of a message; text is the only kind that a Doge reads."""
 
     type: Literal["text"]
     text: StrictStr
-    cache_control: _Unread | None = None
+    cache_control: CacheControl | None = None
     """Accepted and not looked at: what requests share is found by their tokens."""
 
 
@@ -420,7 +429,7 @@ class ChatBody(GenerationBody):
     messages: _Messages
     logprobs: StrictBool | None = None
     top_logprobs: Annotated[StrictInt, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
-    tools: list[Any] | None = None
+    tools: Annotated[list[Any], _of_few_values(MAX_TOOL_VALUES)] | None = None
     """Accepted where `tool_choice` is none: this server calls none."""
     tool_choice: Annotated[Any, WithJsonSchema({"enum": [None, "none", "auto"]})] = None
     parallel_tool_calls: _neutral(True, False) = None  # type: ignore[valid-type]
