@@ -5,8 +5,10 @@ from __future__ import annotations
 import random
 from collections.abc import Iterable, Sequence
 
+import numpy as np
+import numpy.typing as npt
 import pytest
-from scripted_requests import EOS, alone, make, request, run
+from scripted_requests import EOS, Digits, alone, make, request, run
 from scripted_slots import VOCAB, next_token, repeating
 
 from doge_deploy.errors import UnsupportedModelError
@@ -283,6 +285,28 @@ def test_a_prompt_longer_than_the_queues_limit_can_be_served_alone() -> None:
     assert answer.finished.reason == "length"
 
 
+def test_one_prompt_longer_than_the_queues_limit_may_wait() -> None:
+    scheduler = make(1, limits=Limits(queue_tokens=3))
+    made = [request([5] * 9, name=name, tokens=1) for name in "ab"]
+    for one, _ in made:
+        scheduler.submit(one)
+    with pytest.raises(QueueFullError):
+        scheduler.submit(request([5])[0])
+    run(scheduler)
+    assert all(answer.finished.reason == "length" for _, answer in made)
+
+
+def test_a_conversation_stays_in_its_slot() -> None:
+    """A copy of it in another one would be what is thrown away next of somebody else's."""
+    scheduler = make(2)
+    one, answer = request(range(2, 20), tokens=5)
+    scheduler.submit(one)
+    run(scheduler)
+    scheduler.submit(request([*range(2, 20), *answer.tokens, 50], tokens=3)[0])
+    run(scheduler)
+    assert sorted(len(row) > 0 for row in scheduler.runner.rows.values()) == [False, True]
+
+
 def test_requests_are_admitted_in_the_order_of_their_arrival() -> None:
     scheduler = make(1)
     order: list[str] = []
@@ -354,6 +378,64 @@ def test_a_stop_text_ends_a_request() -> None:
     assert answer.finished.reason == "stop" and len(answer.tokens) == 3
 
 
+class Enough:
+    """A constraint under which nothing may follow after so many tokens."""
+
+    def __init__(self, left: int) -> None:
+        self.left = left
+
+    def allow(self, logits: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+        return logits
+
+    def accept(self, token: int) -> None:
+        self.left -= 1
+
+    @property
+    def complete(self) -> bool:
+        return self.left == 0
+
+
+class Late(Digits):
+    """Gives each token out with the next one."""
+
+    late = ""
+
+    def push(self, token: int) -> str:
+        given, self.late = self.late, super().push(token)
+        return given
+
+    def flush(self) -> str:
+        return self.late
+
+
+@pytest.mark.parametrize("end", ["length", "eos", "complete", "error"])
+def test_what_was_withheld_comes_with_the_end(end: str) -> None:
+    scheduler = make(1)
+    text = alone([5, 6], 5)
+    if end == "error":
+        scheduler.runner.nan_after.add((5, 6, *text))
+    changes = {"eos": {"eos_ids": frozenset({text[-1]})}, "complete": {"constraint": Enough(5)}}.get(end, {})
+    one, answer = request([5, 6], tokens=5 if end == "length" else 50, text=Late(), **changes)
+    scheduler.submit(one)
+    run(scheduler)
+    assert answer.finished.reason == {"eos": "stop", "complete": "stop"}.get(end, end) and answer.tokens == text
+    given = "".join(event.text for event in answer if isinstance(event, Produced | Finished))
+    assert given == "".join(f"{token} " for token in (text[:-1] if end == "eos" else text))
+
+
+def test_a_stop_text_that_shows_with_the_end_is_why_a_text_ends() -> None:
+    class Stopping(Late):
+        def flush(self) -> str:
+            self.stopped = True
+            return ""
+
+    scheduler = make(1)
+    one, answer = request([5, 6], tokens=3, text=Stopping())
+    scheduler.submit(one)
+    run(scheduler)
+    assert answer.finished == Finished("stop") and len(answer.tokens) == 3
+
+
 def test_logprobs_are_those_of_the_distribution_before_the_temperature() -> None:
     scheduler = make(1)
     options = SamplingOptions(do_sample=True, temperature=0.01, seed=0)
@@ -414,6 +496,18 @@ class TestSpeculation:
             counts[costs is None] = len(scheduler.runner.calls)
         assert counts[False] * 3 < counts[True]
 
+    @pytest.mark.parametrize("end", ["eos", "stop", "complete"])
+    def test_a_text_that_ends_within_a_guess_goes_no_further(self, end: str) -> None:
+        scheduler = make(1, costs=COSTS, rule=repeating, max_length=256)
+        prompt = [5, 6, 7, 8, EOS if end == "eos" else 9, 5]
+        changes = {"stop": {"stop": "9 "}, "complete": {"constraint": Enough(4)}}.get(end, {})
+        one, answer = request(prompt, tokens=20, **changes)
+        scheduler.submit(one)
+        run(scheduler)
+        assert answer.tokens == [6, 7, 8, prompt[4]] and answer.finished == Finished("stop")
+        assert one.drafts > one.accepted > 0
+        assert scheduler.runner.rows[0] == scheduler.table[0].tokens == [*prompt, 6, 7, 8]
+
     @pytest.mark.parametrize("tokens", range(7, 16))
     def test_no_guess_reaches_beyond_the_last_token(self, tokens: int) -> None:
         scheduler = make(1, costs=COSTS, rule=repeating, max_length=256)
@@ -422,6 +516,19 @@ class TestSpeculation:
         run(scheduler)
         assert answer.tokens == alone([5, 6, 7, 8, 9], tokens, repeating) and one.drafts > 0
         assert sum(count for _, count in scheduler.runner.calls) <= 5 + tokens - 1, "the last token is not fed"
+
+    def test_nothing_is_guessed_for_who_wants_none(self) -> None:
+        scheduler = make(1, costs=COSTS, rule=repeating)
+        scheduler.submit(request([5, 6, 7, 8, 9], tokens=30, speculate=False)[0])
+        run(scheduler)
+        assert scheduler.counters.draft_tokens == 0
+
+    def test_who_waits_for_the_only_slot_does_not_stop_guesses(self) -> None:
+        scheduler = make(1, costs=COSTS, rule=repeating)
+        made = [request([5, 6, 7, 8, 9], name=name, tokens=30)[0] for name in "ab"]
+        scheduler.submit_all(made)
+        run(scheduler)
+        assert made[0].accepted > 10
 
     def test_it_gives_up_where_guesses_are_wrong(self) -> None:
         """Behind the same two tokens comes another third one each time."""
