@@ -38,6 +38,7 @@ from ray import serve
 import doge_deploy
 from doge_deploy.serve.ray import app, application
 from doge_deploy.serve.ray.replica import Call, Message
+from doge_deploy.serve.scheduler import Scheduler
 
 CLIENTS = 12
 TOKENS = 300
@@ -249,6 +250,10 @@ def killed_under_load(address: str, bundle: Path, expected: dict[str, str]) -> N
 
 
 BREAK = "End this engine."
+BREAK_TOKENS = TOKENS + 1
+"""By this length the engine knows the request. It must be the one that ends the engine: one that only finds it ended is
+given to the other replica, and would end that too.
+"""
 
 
 class Breakable(application.ReplicaDeployment):
@@ -257,9 +262,20 @@ class Breakable(application.ReplicaDeployment):
     async def answer(self, call: Call) -> AsyncIterator[list[Message]]:
         if BREAK.encode() in call.body:
             for model in self._replica._served.texts.values():
-                model.engine._scheduler._prefill = lambda: 1 / 0  # type: ignore[assignment, method-assign, return-value]
+                _break(model.engine._scheduler)
         async for messages in super().answer(call):
             yield messages
+
+
+def _break(scheduler: Scheduler) -> None:
+    prefill = scheduler._prefill
+
+    def breaking() -> None:
+        if any(request.max_new_tokens == BREAK_TOKENS for request in scheduler.prefilling):
+            raise ZeroDivisionError
+        prefill()
+
+    scheduler._prefill = breaking  # type: ignore[method-assign]
 
 
 def engine_ended_under_load(address: str, bundle: Path, expected: dict[str, str]) -> None:
@@ -269,7 +285,9 @@ def engine_ended_under_load(address: str, bundle: Path, expected: dict[str, str]
     with load.on():
         time.sleep(2)
         broken = time.monotonic()
-        answer = httpx.post(f"{address}/v1/completions", json=body(BREAK, False), timeout=60)
+        answer = httpx.post(
+            f"{address}/v1/completions", json=body(BREAK, False) | {"max_tokens": BREAK_TOKENS}, timeout=60
+        )
         ended = time.monotonic()
         assert answer.status_code == 500 and "the engine failed" in answer.text, answer.text
         wait(lambda: len(before & set(replica_processes())) == 1, "the process ends")

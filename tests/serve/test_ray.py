@@ -367,15 +367,20 @@ def test_a_client_that_leaves_frees_its_slot(tiny_bundle: Path, monkeypatch: pyt
     with_replicas(tiny_bundle, use)
 
 
+@pytest.mark.parametrize("reads", [True, False])
 def test_a_replica_ends_with_its_engine(
-    tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, reads: bool
 ) -> None:
+    """When those who lost a text have been told; but it does not wait for ever for one who does not read."""
     ended: list[int] = []
     monkeypatch.setattr("os._exit", ended.append)
-    monkeypatch.setattr("doge_deploy.serve.ray.replica.ENDING_SECONDS", 600)
+    monkeypatch.setattr("doge_deploy.serve.ray.replica.ENDING_SECONDS", 0)
+    monkeypatch.setattr("doge_deploy.serve.ray.replica.TELLING_SECONDS", 600 if reads else 0.01)
 
     async def use(replicas: list[Replica], slots: list[SlowSlots]) -> None:
-        assert not replicas[0].end_if_failed()
+        running = Direct(replicas[0], Call(request("/v1/completions"), body_of(stream=True, max_tokens=500)))
+        first = await running.next()
+        assert first and not replicas[0].end_if_failed()
 
         def broken(*_: Any) -> None:
             raise KeyboardInterrupt
@@ -390,10 +395,15 @@ def test_a_replica_ends_with_its_engine(
         (told,) = [record for record in caplog.records if record.getMessage() == "replica ends"]
         assert "the engine of doge has ended" in str(vars(told))
         end = replicas[0]._end
-        assert end is not None and end.is_alive() and end.interval == 600
-        assert not ended, "answers are still on their way"
-        end.cancel()
-        end.function(*end.args, **end.kwargs)  # as it would after its time
+        assert end is not None
+        if reads:
+            await asyncio.sleep(0.2)
+            assert end.is_alive() and not ended, "it has not been told yet"
+            text = b""
+            while (found := await running.next()) is not None:
+                text += b"".join(message.get("body", b"") for message in found)
+            assert b"the engine failed" in text
+        await asyncio.to_thread(end.join, 60)
         assert ended == [1]
 
     with_replicas(tiny_bundle, use)

@@ -7,6 +7,7 @@ import contextlib
 import logging
 import os
 import threading
+import time
 from collections.abc import AsyncIterator, Mapping, MutableMapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,8 +28,11 @@ MAX_WAITING = 64
 """Messages of an answer that wait to be read. With more of them the application waits, as it does for a connection that
 takes nothing: a stream that nobody reads is given up then, and its slot is free."""
 
+TELLING_SECONDS = 10.0
+"""How long answers that have begun may take when an engine has ended."""
+
 ENDING_SECONDS = 1.0
-"""From the moment when the end of an engine is noticed to that of the process."""
+"""From the end of the last of them to that of the process: what Ray holds of it must have been sent."""
 
 _LEAVING_SECONDS = 5.0
 """How long the application may take to notice that nobody waits for its answer."""
@@ -48,7 +52,8 @@ class Replica:
 
     def __init__(self) -> None:
         self._stack = contextlib.AsyncExitStack()
-        self._end: threading.Timer | None = None
+        self._answering = 0
+        self._end: threading.Thread | None = None
 
     async def open(self, arguments: Arguments) -> None:
         """Open every bundle and start the engines.
@@ -81,10 +86,17 @@ class Replica:
         failed = [name for name, model in self._served.texts.items() if not model.engine.alive]
         if failed and self._end is None:
             _log.error("replica ends", extra={"fields": {"reason": f"the engine of {', '.join(failed)} has ended"}})
-            self._end = threading.Timer(ENDING_SECONDS, os._exit, (1,))
-            self._end.daemon = True
+            self._end = threading.Thread(target=self._end_when_told, name="doge-end", daemon=True)
             self._end.start()
         return bool(failed)
+
+    def _end_when_told(self) -> None:
+        """In a thread: the process must end though its event loop may not go on."""
+        latest = time.monotonic() + TELLING_SECONDS
+        while self._answering and time.monotonic() < latest:
+            time.sleep(0.02)
+        time.sleep(ENDING_SECONDS)
+        os._exit(1)
 
     def samples(self) -> list[Sample]:
         """What `/metrics` of a server shows, without the times at which counting began."""
@@ -122,6 +134,7 @@ class Replica:
                 messages.put_nowait(None)
 
         task = asyncio.ensure_future(work())
+        self._answering += 1
         try:
             ended = False
             while not ended:
@@ -136,5 +149,8 @@ class Replica:
             await task
         finally:
             gone.set()
-            await asyncio.wait({task}, timeout=_LEAVING_SECONDS)
-            task.cancel()
+            try:
+                await asyncio.wait({task}, timeout=_LEAVING_SECONDS)
+            finally:
+                task.cancel()
+                self._answering -= 1
