@@ -40,14 +40,18 @@ class NgramIndex:
     def __len__(self) -> int:
         return len(self._tokens)
 
+    def append(self, token: int) -> None:
+        """One more token of the text. In texts where nothing repeats, this is most of what guessing costs."""
+        end = len(self._tokens)
+        for length in range(SHORTEST, LONGEST + 1):
+            if end >= length:
+                self._places[tuple(self._tokens[end - length : end])] = end
+        self._tokens.append(token)
+
     def extend(self, tokens: Iterable[int]) -> None:
         """More tokens of the text."""
-        text, before = self._tokens, len(self._tokens)
-        text.extend(tokens)
-        for length in range(SHORTEST, LONGEST + 1):
-            first = max(before, length)  # the first token that has so many before it, and was not there
-            ngrams = zip(*(text[first - length + place :] for place in range(length)), strict=False)
-            self._places.update(zip(ngrams, range(first, len(text)), strict=False))
+        for token in tokens:
+            self.append(token)
 
     def draft(self, length: int) -> list[int]:
         """At most `length` tokens that followed the last n-gram before; empty where it is new."""
@@ -145,7 +149,7 @@ class Guesser:
 
     def append(self, token: int) -> None:
         """It goes on with this."""
-        self._index.extend((token,))
+        self._index.append(token)
 
     def draft(self, most: int) -> list[int]:
         """At most `most` tokens that may follow; often none."""
