@@ -12,7 +12,7 @@ Axes: V vocabulary, n requests that are decoded.
 
 from __future__ import annotations
 
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import chain, islice
@@ -135,7 +135,7 @@ class Scheduler:
         """Called when the events of a call of the runner have been sent: those of the next one come much later."""
         self.clock: Callable[[], float] = _no_time
         """Read where a request gets its slot, for `Started`, which goes out only behind the first call for it."""
-        self._ngrams: dict[Request, NgramIndex] = {}
+        self._ngrams: defaultdict[Request, NgramIndex] = defaultdict(NgramIndex)
         """Of requests for which guesses were wanted. To make one takes as long as a call where a prompt is long."""
         self._exact_length = runner.max_length if exact_length is None else min(exact_length, runner.max_length)
         speculates = runner.all_logits and not runner.whole_prompts
@@ -412,7 +412,7 @@ class Scheduler:
         length = min(self._draft_length.choose(), room)
         if length <= 0:
             return []
-        ngrams = self._ngrams.setdefault(request, NgramIndex())
+        ngrams = self._ngrams[request]
         ngrams.extend(request.context[len(ngrams) :])
         return ngrams.draft(length)
 

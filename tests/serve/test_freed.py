@@ -66,16 +66,13 @@ REQUESTS: dict[str, Callable[[Running], object]] = {
 
 @pytest.mark.parametrize("kind", REQUESTS)
 def test_nothing_of_a_request_is_left(server: Running, no_collector: None, kind: str) -> None:
-    def idle() -> bool:
-        return server.scheduler.idle and not server.served.working
-
     REQUESTS[kind](server)  # what is made for the first of its kind stays
-    server.wait_until(idle)
+    server.wait_until(server.at_rest)
     gc.collect()
     before = ours()
     for _ in range(3):
         REQUESTS[kind](server)
-    server.wait_until(idle)
+    server.wait_until(server.at_rest)
     server.wait_until(lambda: not ours() - before)
 
 

@@ -8,15 +8,15 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 import numpy.typing as npt
 import pytest
-from scripted_requests import EOS, Digits, alone, make, request, run
+from scripted_requests import EOS, Answer, Digits, alone, make, request, run
 from scripted_slots import VOCAB, next_token, repeating
 
 from doge_deploy.errors import UnsupportedModelError
 from doge_deploy.runtime.sampling import SamplingOptions
 from doge_deploy.runtime.speculation import NgramIndex
 from doge_deploy.serve import scheduler as scheduler_module
-from doge_deploy.serve.request import Finished, Produced, PromptScored, Started, State
-from doge_deploy.serve.scheduler import Limits, QueueFullError
+from doge_deploy.serve.request import Finished, Produced, PromptScored, Request, Started, State
+from doge_deploy.serve.scheduler import Limits, QueueFullError, Scheduler
 
 
 def test_one_request() -> None:
@@ -252,16 +252,21 @@ def test_the_queue_is_bounded_by_requests_and_by_tokens() -> None:
         scheduler.submit(request([5])[0])
 
 
-def test_who_gets_a_free_slot_does_not_wait() -> None:
-    """However many come between two steps."""
-    scheduler = make(3, limits=Limits(queue_requests=1, queue_tokens=4))
-    made = [request([5, 6, place], name=str(place), tokens=2) for place in range(4)]
+def check_full_with(scheduler: Scheduler, made: Sequence[tuple[Request, Answer]]) -> None:
+    """It takes all of them, not one more, and answers each."""
     for one, _ in made:
         scheduler.submit(one)
     with pytest.raises(QueueFullError):
         scheduler.submit(request([5])[0])
     run(scheduler)
     assert all(answer.finished.reason == "length" for _, answer in made)
+
+
+def test_who_gets_a_free_slot_does_not_wait() -> None:
+    """However many come between two steps."""
+    scheduler = make(3, limits=Limits(queue_requests=1, queue_tokens=4))
+    made = [request([5, 6, place], name=str(place), tokens=2) for place in range(4)]
+    check_full_with(scheduler, made)
 
 
 def test_of_requests_that_belong_together_all_are_taken_or_none() -> None:
@@ -288,12 +293,7 @@ def test_a_prompt_longer_than_the_queues_limit_can_be_served_alone() -> None:
 def test_one_prompt_longer_than_the_queues_limit_may_wait() -> None:
     scheduler = make(1, limits=Limits(queue_tokens=3))
     made = [request([5] * 9, name=name, tokens=1) for name in "ab"]
-    for one, _ in made:
-        scheduler.submit(one)
-    with pytest.raises(QueueFullError):
-        scheduler.submit(request([5])[0])
-    run(scheduler)
-    assert all(answer.finished.reason == "length" for _, answer in made)
+    check_full_with(scheduler, made)
 
 
 def test_a_conversation_stays_in_its_slot() -> None:
